@@ -1,0 +1,47 @@
+"""hf_accel makes Hugging Face `model.generate` fast: one line, the same text, everything undoable."""
+
+from hf_accel.api import optimize, optimized, plan, report, restore
+from hf_accel.attention import AttentionConfig
+from hf_accel.cache import KVCacheConfig
+from hf_accel.core.config import Config
+from hf_accel.core.plan import Plan
+from hf_accel.core.report import Report
+from hf_accel.decoding import DecodingConfig
+from hf_accel.errors import (
+    CheckpointError,
+    ConfigError,
+    ConflictError,
+    HfAccelError,
+    IrreversibleError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "ConflictError",
+    "DecoderBlockConfig",
+    "DecodingConfig",
+    "HfAccelError",
+    "IrreversibleError",
+    "KVCacheConfig",
+    "MissingDependencyError",
+    "NativeLinearConfig",
+    "Plan",
+    "Report",
+    "SharedProjectionConfig",
+    "UnsupportedModelError",
+    "VerificationError",
+    "optimize",
+    "optimized",
+    "plan",
+    "report",
+    "restore",
+]

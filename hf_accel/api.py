@@ -1,0 +1,141 @@
+"""The verbs: optimize, restore, optimized, plan, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from hf_accel.core.anatomy import Anatomy, unwrap
+from hf_accel.core.config import Config
+from hf_accel.core.hosting import Host, host_of
+from hf_accel.core.journal import Journal
+from hf_accel.core.plan import Plan, new_report
+from hf_accel.core.report import Report
+from hf_accel.errors import ConfigError, ConflictError, VerificationError
+from hf_accel.measure.reference import TOLERANCES, Reference
+from hf_accel.planner import plan_goal
+
+M = TypeVar("M")
+Goal = str | Config | Sequence[Config] | Plan
+
+
+def plan(model: Any, goal_or_configs: Goal = "exact") -> Plan:
+    """Return what `optimize` would do, having changed nothing. Print it, edit `steps`, keep it as JSON.
+
+    Args:
+        model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
+        goal_or_configs: a goal ("exact": the same mathematics up to rounding), or one or several configs.
+
+    Raises:
+        UnsupportedModelError: the model cannot be optimised.
+        ConflictError: it is optimised already.
+        ConfigError: the goal or a config does not exist or does not fit.
+    """
+    return _plan(_anatomy(model), goal_or_configs)
+
+
+def optimize(model: M, goal_or_configs: Goal = "exact", *, verify_on: Any = None) -> M:
+    """Make `model.generate` fast, in place, and return the same object. `restore` takes everything back.
+
+    Args:
+        model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
+        goal_or_configs: a goal, one or several configs, or an edited `Plan`.
+        verify_on: token ids [B, T], or a tokenizer's output, on which the logits before and after are compared.
+
+    Raises:
+        UnsupportedModelError: the model cannot be optimised, or not by these configs; every obstacle is listed.
+        ConflictError: the model is optimised already, or two configs claim one place.
+        ConfigError: the goal or a config does not exist or does not fit.
+        VerificationError: the optimised model differs by more than rounding explains; it has been restored.
+    """
+    anatomy = _anatomy(model)
+    chosen = _plan(anatomy, goal_or_configs)
+    host = Host(Journal(), new_report(anatomy, chosen))
+    host.report.calls = host.calls
+    reference = None if verify_on is None else Reference(anatomy.model, verify_on)
+    chosen.apply(anatomy, host)
+    if reference is not None:
+        _verify(reference, host)
+    return model
+
+
+def restore(model: M) -> M:
+    """Take back everything `optimize` did; the model computes bit for bit what it computed before.
+
+    Raises:
+        ConflictError: the model is not optimised.
+    """
+    _host(model).journal.undo()
+    return model
+
+
+@contextmanager
+def optimized(model: M, goal_or_configs: Goal = "exact", **options: Any) -> Iterator[M]:
+    """Optimise for the length of a `with` block; the model is restored at its end, also after an exception.
+
+    Raises: as `optimize`.
+    """
+    optimize(model, goal_or_configs, **options)
+    try:
+        yield model
+    finally:
+        if host_of(unwrap(model)) is not None:
+            restore(model)
+
+
+def report(model: Any) -> Report:
+    """Return the report of an optimised model: changes, skips with reasons, bytes, speed, calls served since.
+
+    Raises:
+        ConflictError: the model is not optimised.
+    """
+    return _host(model).report
+
+
+def _host(model: Any) -> Host:
+    unwrapped = unwrap(model)
+    host = host_of(unwrapped) if isinstance(unwrapped, torch.nn.Module) else None
+    if host is None:
+        raise ConflictError(
+            f"This {type(unwrapped).__name__} is not optimised (a copy of an optimised model is a stock model). "
+            "Call hf_accel.optimize(model) first."
+        )
+    return host
+
+
+def _anatomy(model: Any) -> Anatomy:
+    unwrapped = unwrap(model)
+    if isinstance(unwrapped, torch.nn.Module) and host_of(unwrapped) is not None:
+        raise ConflictError(
+            f"This {type(unwrapped).__name__} is optimised already. Call hf_accel.restore(model) first; "
+            "hf_accel.report(model) tells what was done."
+        )
+    return Anatomy.of(model)
+
+
+def _plan(anatomy: Anatomy, goal_or_configs: Goal) -> Plan:
+    if isinstance(goal_or_configs, str):
+        return plan_goal(anatomy, goal_or_configs)
+    if isinstance(goal_or_configs, Plan):
+        return goal_or_configs
+    configs = [goal_or_configs] if isinstance(goal_or_configs, Config) else goal_or_configs
+    if not isinstance(configs, Sequence):
+        raise ConfigError(f"optimize takes a goal, configs or a plan; {goal_or_configs!r} was given.")
+    chosen = Plan.of(list(configs))
+    chosen.check(anatomy)
+    return chosen
+
+
+def _verify(reference: Reference, host: Host) -> None:
+    bound = TOLERANCES.get(reference.model.dtype, 1e-3)
+    difference = reference.difference()
+    if not difference <= bound:
+        host.journal.undo()
+        raise VerificationError(
+            f"On the verification text the logits differ by {difference:.1e} of their norm; rounding explains "
+            f"{bound:.0e}. The model has been restored."
+        )
+    host.report.verified = f"logits differ by {difference:.1e} of their norm (bound {bound:.0e})"

@@ -1,0 +1,280 @@
+"""The anatomy of a model: where its parts are. The only file that knows architectures.
+
+A decoder layer is described only for the architectures in `STYLES`; patchers check by running that a description
+holds, so a table entry that a new transformers release makes wrong costs speed, never correctness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_accel.errors import UnsupportedModelError
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one architecture spells a pre-norm gated decoder layer."""
+
+    layer_class: str
+    norm_style: Literal["llama", "gemma"] = "llama"
+    norm_eps: str = "variance_epsilon"
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    activation: str = "hidden_act"
+
+
+STYLES = {
+    "llama": Style("LlamaDecoderLayer"),
+    "mistral": Style("MistralDecoderLayer"),
+    "qwen2": Style("Qwen2DecoderLayer"),
+    "qwen3": Style("Qwen3DecoderLayer", qk_norm=True),
+    "phi3": Style("Phi3DecoderLayer", fused_qkv=True, fused_gate_up=True),
+    "gemma2": Style(
+        "Gemma2DecoderLayer", norm_style="gemma", norm_eps="eps", sandwich_norms=True, activation="hidden_activation"
+    ),
+    "gemma3_text": Style(
+        "Gemma3DecoderLayer",
+        norm_style="gemma",
+        norm_eps="eps",
+        qk_norm=True,
+        sandwich_norms=True,
+        activation="hidden_activation",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LinearSlice:
+    """A projection: rows [start, stop) of the product `module`, the child `name` of `parent`."""
+
+    parent: nn.Module
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def module(self) -> nn.Module:
+        return self.parent._modules[self.name]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """One pre-norm gated decoder layer, part by part."""
+
+    layer: nn.Module
+    attention: nn.Module
+    index: int
+    q: LinearSlice
+    k: LinearSlice
+    v: LinearSlice
+    o: LinearSlice
+    gate: LinearSlice
+    up: LinearSlice
+    down: LinearSlice
+    input_norm: nn.Module
+    mlp_norm: nn.Module
+    attention_out_norm: nn.Module | None
+    mlp_out_norm: nn.Module | None
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str
+    norm_eps: float
+    norm_style: Literal["llama", "gemma"]
+    scale: float
+    softcap: float | None
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """Every module inside the layer that computes something, the layer itself excluded."""
+        return [module for module in self.layer.modules() if module is not self.layer]
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Projections of one parent that read the same input: q/k/v, or gate/up."""
+
+    parent: nn.Module
+    names: tuple[str, ...]
+
+
+SIBLING_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass
+class Anatomy:
+    """A causal language model as the patchers see it."""
+
+    model: Any  # a PreTrainedModel; its methods are typed too loosely to be checked
+    device: torch.device
+    dtype: torch.dtype
+    blocks: list[DecoderBlock] = field(default_factory=list)
+    blocks_missing: str = ""
+
+    @staticmethod
+    def of(model: Any) -> Anatomy:
+        """Describe `model`, looking through PEFT wrappers and pipelines.
+
+        Raises:
+            UnsupportedModelError: it cannot generate text token by token, is split over devices or not in memory.
+        """
+        unwrapped = unwrap(model)
+        _check_supported(unwrapped)
+        parameter = next(unwrapped.parameters())
+        anatomy = Anatomy(unwrapped, parameter.device, unwrapped.dtype)
+        anatomy.blocks, anatomy.blocks_missing = _blocks(unwrapped)
+        return anatomy
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, tied ones counted once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def architecture(self) -> str:
+        return str(self.model.config.model_type)
+
+    def products(self) -> list[nn.Module]:
+        """Modules that are exactly `nn.Linear` or GPT-2's `Conv1D`; subclasses compute something else."""
+        return [module for module in self.model.modules() if type(module) in (nn.Linear, Conv1D)]
+
+    def siblings(self) -> list[Siblings]:
+        """Groups of plain `nn.Linear` without adapters that read one input."""
+        found = []
+        for parent in self.model.modules():
+            for names in SIBLING_NAMES:
+                children = [parent._modules.get(name) for name in names]
+                if all(type(child) is nn.Linear for child in children):
+                    found.append(Siblings(parent, names))
+        return found
+
+    def stacked_experts(self) -> int:
+        """How many modules hold the weights of several experts as one 3-D parameter."""
+        return sum(any(p.dim() == 3 for p in m.parameters(recurse=False)) for m in self.model.modules())
+
+
+def unwrap(model: Any) -> Any:
+    """Return the transformers model inside a PeftModel or a pipeline; anything else as it is."""
+    for name in ("get_base_model",):
+        if callable(getattr(model, name, None)):
+            return unwrap(getattr(model, name)())
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+        return unwrap(model.model)
+    return model
+
+
+def _check_supported(model: Any) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"hf_accel optimises transformers models, PeftModels around them and pipelines; it was given {name}. "
+            "Pass the model that `AutoModelForCausalLM.from_pretrained` returns."
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model; hf_accel optimises decoder-only models so far. Use it as it is."
+        )
+    if not callable(getattr(model, "generate", None)) or not model.can_generate():
+        raise UnsupportedModelError(
+            f"{name} has no `generate`. Load the model with its language-modelling head, "
+            "for example by `AutoModelForCausalLM.from_pretrained`."
+        )
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise UnsupportedModelError(
+            f"{name} has weights on the meta device (not loaded, or offloaded by a device_map). "
+            "Load all weights into memory first."
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{name} is split by a device_map ({getattr(model, 'hf_device_map', 'accelerate hooks on its modules')}). "
+            "Load it on one device, without device_map."
+        )
+    if getattr(model, "_pp_stage", None) is not None or getattr(model, "_tp_size", None) not in (None, 1):
+        raise UnsupportedModelError(f"{name} is sharded over processes (tensor or pipeline parallel). Use it as it is.")
+
+
+def _blocks(model: PreTrainedModel) -> tuple[list[DecoderBlock], str]:
+    config = model.config.get_text_config(decoder=True)
+    style = STYLES.get(config.model_type)
+    if style is None:
+        return [], f"there is no description of a {config.model_type} decoder layer, so its layers run as they are"
+    layers = [module for module in model.modules() if type(module).__name__ == style.layer_class]
+    try:
+        return [_block(layer, index, style, config) for index, layer in enumerate(layers)], ""
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [], f"a {style.layer_class} of this model is not as described ({error}), so its layers run as they are"
+
+
+def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBlock:
+    parts, attention, mlp = layer._modules, layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if attention.layer_idx != index:
+        raise ValueError(f"layer {index} calls itself {attention.layer_idx}")
+    if attention.is_causal is not True:
+        raise ValueError("its attention is not causal")
+    q_rows, kv_rows, inner = heads * head_dim, kv_heads * head_dim, config.intermediate_size
+
+    def rows(parent: nn.Module, name: str, start: int, stop: int) -> LinearSlice:
+        if type(parent._modules[name]) is not nn.Linear:
+            raise TypeError(f"{name} is a {type(parent._modules[name]).__name__}, not a plain nn.Linear")
+        return LinearSlice(parent, name, start, stop)
+
+    if style.fused_qkv:
+        bounds = (0, q_rows, q_rows + kv_rows, q_rows + 2 * kv_rows)
+        q, k, v = (rows(attention, "qkv_proj", a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+    else:
+        q = rows(attention, "q_proj", 0, q_rows)
+        k, v = (rows(attention, name, 0, kv_rows) for name in ("k_proj", "v_proj"))
+    if style.fused_gate_up:
+        gate, up = rows(mlp, "gate_up_proj", 0, inner), rows(mlp, "gate_up_proj", inner, 2 * inner)
+    else:
+        gate, up = rows(mlp, "gate_proj", 0, inner), rows(mlp, "up_proj", 0, inner)
+    input_norm = layer.get_submodule("input_layernorm")
+    sandwich = style.sandwich_norms
+    return DecoderBlock(
+        layer=layer,
+        attention=attention,
+        index=index,
+        q=q,
+        k=k,
+        v=v,
+        o=rows(attention, "o_proj", 0, config.hidden_size),
+        gate=gate,
+        up=up,
+        down=rows(mlp, "down_proj", 0, config.hidden_size),
+        input_norm=input_norm,
+        mlp_norm=layer.get_submodule("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"),
+        attention_out_norm=parts["post_attention_layernorm"] if sandwich else None,
+        mlp_out_norm=parts["post_feedforward_layernorm"] if sandwich else None,
+        q_norm=attention._modules["q_norm"] if style.qk_norm else None,
+        k_norm=attention._modules["k_norm"] if style.qk_norm else None,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        activation=ACTIVATIONS[getattr(config, style.activation)],
+        norm_eps=float(getattr(input_norm, style.norm_eps)),  # type: ignore[arg-type]
+        norm_style=style.norm_style,
+        scale=float(attention.scaling),  # type: ignore[arg-type]
+        softcap=getattr(attention, "attn_logit_softcapping", None),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,202 @@
+"""Hosting: a generated subclass per model instance through which every `generate` call passes.
+
+`generate` looks its decoding methods up on the class, so an instance attribute `_sample` would be ignored; and a
+class of its own for one instance leaves every other model of the architecture alone. Stock `generate` does all
+preparation. Only the token loop and the freshly made cache are offered to the patches; with any objection the call
+goes on to stock, with every argument intact, and is counted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from hf_accel.core.journal import Journal, subclass
+
+if TYPE_CHECKING:
+    from hf_accel.core.report import Report
+
+
+@dataclass
+class Call:
+    """The arguments of one decoding loop, as stock `generate` prepared them."""
+
+    model: Any
+    input_ids: torch.Tensor  # [B, T]
+    logits_processor: Any
+    stopping_criteria: Any
+    generation_config: Any
+    synced_gpus: bool
+    streamer: Any
+    model_kwargs: dict[str, Any]
+
+    def stock_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments that `_sample` was called with."""
+        return {
+            "logits_processor": self.logits_processor,
+            "stopping_criteria": self.stopping_criteria,
+            "generation_config": self.generation_config,
+            "synced_gpus": self.synced_gpus,
+            "streamer": self.streamer,
+            **self.model_kwargs,
+        }
+
+
+class Decoder(Protocol):
+    """A token loop: says what it cannot serve, and serves the rest."""
+
+    def objection(self, call: Call) -> str | None: ...
+
+    def run(self, call: Call) -> Any: ...
+
+
+class CallLog:
+    """Counts the `generate` calls of one model: served by our loop, or delegated to stock and why."""
+
+    def __init__(self) -> None:
+        self.served = 0
+        self.delegated = 0
+        self.reasons: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._open = threading.local()
+
+    @contextmanager
+    def counting(self) -> Any:
+        """Count the `generate` call made inside the block; calls nested in it, and failed ones, do not count."""
+        depth = getattr(self._open, "depth", 0)
+        self._open.depth = depth + 1
+        if depth == 0:
+            self._open.reason = "the call did not reach a token loop"
+        try:
+            yield
+        finally:
+            self._open.depth = depth
+        if depth:
+            return
+        reason = self._open.reason
+        with self._lock:
+            if reason:
+                self.delegated += 1
+                self.reasons[reason] += 1
+            else:
+                self.served += 1
+
+    def note(self, reason: str) -> None:
+        """Remember why the call in progress is delegated; the empty string means it is served."""
+        if getattr(self._open, "depth", 0) == 1:
+            self._open.reason = reason
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"served": self.served, "delegated": self.delegated, "reasons": dict(self.reasons)}
+
+
+@dataclass
+class Host:
+    """What one optimised model carries, beside it and not on it (on it, `deepcopy` and `torch.save` would break)."""
+
+    journal: Journal
+    report: Report
+    calls: CallLog = field(default_factory=CallLog)
+    decoder: Decoder | None = None
+    prepare_cache: Callable[[Any, int], None] | None = None  # (cache, expected tokens)
+    select_stock_attention: Callable[[], None] | None = None
+
+
+_hosts: WeakKeyDictionary[torch.nn.Module, Host] = WeakKeyDictionary()
+
+
+def host_of(model: Any) -> Host | None:
+    """Return the host of an optimised model, None for any other."""
+    return _hosts.get(model)
+
+
+def open_host(model: PreTrainedModel, host: Host) -> None:
+    """Give `model` its class and its host, through the host's journal."""
+    host.journal.did(lambda: _hosts.__delitem__(model))
+    _hosts[model] = host
+    host.journal.swap_class(model, subclass(Hosted, type(model)))
+
+
+_MODE_REASONS = {
+    GenerationMode.ASSISTED_GENERATION: "assisted generation asked for by the caller",
+    GenerationMode.BEAM_SEARCH: "beam search",
+    GenerationMode.BEAM_SAMPLE: "beam search with sampling",
+}
+
+
+class Hosted:
+    """The methods of an optimised model. Mixed over the model's own class by `open_host`."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        host = host_of(self)
+        if host is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with host.calls.counting():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        call = Call(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
+            model_kwargs,
+        )
+        host = host_of(self)
+        if host is None or host.decoder is None:
+            if host is not None:
+                host.calls.note("no token loop of ours is applied")
+            return super()._sample(input_ids, **call.stock_arguments())  # type: ignore[misc]
+        reason = host.decoder.objection(call)
+        host.calls.note(reason or "")
+        if reason:
+            return super()._sample(input_ids, **call.stock_arguments())  # type: ignore[misc]
+        return host.decoder.run(call)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        host = host_of(self)
+        if host is not None:
+            if generation_mode in _MODE_REASONS:
+                host.calls.note(_MODE_REASONS[generation_mode])
+            if given is None and host.prepare_cache is not None:
+                host.prepare_cache(model_kwargs.get("past_key_values"), max_cache_length)
+        return result
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        # the manager checks the attention's name and refuses names it does not know
+        host = host_of(self)
+        if host is not None and host.select_stock_attention is not None:
+            host.select_stock_attention()
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]

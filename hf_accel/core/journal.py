@@ -1,0 +1,76 @@
+"""The journal is the only code that writes to a model, so that everything written can be taken back.
+
+Each write is recorded with its inverse; `undo` runs the inverses in reverse order (the stack of pytest's MonkeyPatch).
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_MISSING = object()
+
+
+def subclass(mixin: type, original: type, **attributes: Any) -> type:
+    """Return a class that behaves as `mixin` over `original` and is named, copied and pickled as `original`.
+
+    The names matter: `save_pretrained` writes the class name into config.json and transformers reads the class's
+    module to decide what a model supports. Copies and pickles are of the original class, so they neither need
+    hf_accel nor share anything with the patched object. `attributes` live on the class, never on the instance, so
+    `state_dict`, `__dict__` and copies do not see them.
+    """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        state = object.__reduce_ex__(self, max(2, protocol))
+        return (copyreg.__newobj__, (original, *state[1][1:]), *state[2:])  # type: ignore[attr-defined]
+
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (mixin, original), {**names, **attributes, "__reduce_ex__": __reduce_ex__})
+
+
+class Journal:
+    """The undo stack of one model."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def did(self, undo: Callable[[], None]) -> None:
+        """Record that something was done which `undo` takes back."""
+        self._undo.append(undo)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set `owner.name`; undoing restores the very object, or removes the attribute if the instance had none."""
+        before = vars(owner).get(name, _MISSING)
+        setattr(owner, name, value)
+        self.did(lambda: delattr(owner, name) if before is _MISSING else setattr(owner, name, before))
+
+    def swap_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Replace the child `name` of `parent`."""
+        before = parent._modules[name]
+        parent._modules[name] = module
+
+        def undo() -> None:
+            parent._modules[name] = before
+
+        self.did(undo)
+
+    def swap_class(self, instance: Any, cls: type) -> None:
+        """Give `instance` the class `cls`, a `subclass` of its own."""
+        before = type(instance)
+        instance.__class__ = cls
+
+        def undo() -> None:
+            instance.__class__ = before
+
+        self.did(undo)
+
+    def undo(self, down_to: int = 0) -> None:
+        """Take back every write after the first `down_to`, the latest first."""
+        while len(self._undo) > down_to:
+            self._undo.pop()()

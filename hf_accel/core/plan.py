@@ -1,0 +1,147 @@
+"""A plan is the list of steps before anything happens: printable, editable, JSON. Applying is all or nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.config import Config
+from hf_accel.core.hosting import Host, open_host
+from hf_accel.core.patcher import Change, Patcher
+from hf_accel.core.report import Applied, Report, Skip
+from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One config to apply, and what applying it gained when it was measured (a ratio of times per token)."""
+
+    config: Config
+    gain: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"config": self.config.to_dict(), "gain": self.gain}
+
+
+@dataclass
+class Plan:
+    """What will be applied, and what will not be and why. Edit `steps` freely before applying."""
+
+    goal: str = "configs"
+    steps: list[Step] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+    measured: Any = None  # the Speed that the planner saw, if it measured
+
+    @classmethod
+    def of(cls, configs: list[Config]) -> Plan:
+        """Return the plan that applies `configs`, unmeasured.
+
+        Raises:
+            ConfigError: an entry is not a config, or one type is given twice.
+        """
+        for config in configs:
+            if not isinstance(config, Config):
+                raise ConfigError(f"A plan is made of configs; {config!r} is a {type(config).__name__}.")
+        names = [type(config).__name__ for config in configs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConflictError(f"{', '.join(twice)} given more than once. Keep one of each.")
+        return cls(steps=[Step(config) for config in configs])
+
+    def without(self, *types: type[Config]) -> Plan:
+        """Return a copy without the steps of these config types."""
+        return replace(self, steps=[step for step in self.steps if not isinstance(step.config, types)])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "goal": self.goal,
+            "steps": [step.to_dict() for step in self.steps],
+            "skipped": [{"what": skip.what, "reason": skip.reason} for skip in self.skipped],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Build the plan that `to_dict` described.
+
+        Raises:
+            ConfigError: a config does not exist or does not fit.
+        """
+        steps = [Step(Config.from_dict(step["config"]), step.get("gain")) for step in data.get("steps", [])]
+        skipped = [Skip(**skip) for skip in data.get("skipped", [])]
+        return cls(goal=data.get("goal", "configs"), steps=steps, skipped=skipped)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        return cls.from_dict(json.loads(text))
+
+    def __str__(self) -> str:
+        lines = [f"plan for goal {self.goal}:"]
+        lines += [
+            f"  {step.config}" + (f"  ({step.gain:.2f} x)" if step.gain is not None else "") for step in self.steps
+        ]
+        lines += [f"  not {skip.what}: {skip.reason}" for skip in self.skipped]
+        return "\n".join(lines)
+
+    def check(self, anatomy: Anatomy) -> list[Patcher[Any]]:
+        """Return the patchers in the order of their stages, having changed nothing.
+
+        Raises:
+            ConflictError: two steps claim one place.
+            UnsupportedModelError: steps cannot be applied to this model; all obstacles are listed.
+        """
+        patchers = sorted((Patcher.for_config(step.config) for step in self.steps), key=lambda p: p.stage)
+        claims: dict[str, str] = {}
+        for patcher in patchers:
+            name = type(patcher.config).__name__
+            if patcher.occupies in claims:
+                raise ConflictError(
+                    f"{claims[patcher.occupies]} and {name} both change the {patcher.occupies}. Keep one of them."
+                )
+            claims[patcher.occupies] = name
+        obstacles = [f"{type(p.config).__name__}: {text}" for p in patchers for text in p.obstacles(anatomy)]
+        if obstacles:
+            listed = "\n  - ".join(obstacles)
+            raise UnsupportedModelError(f"The plan cannot be applied to this model:\n  - {listed}")
+        return patchers
+
+    def apply(self, anatomy: Anatomy, host: Host) -> None:
+        """Apply every step through the host's journal and fill the host's report; on any error nothing stays."""
+        patchers = self.check(anatomy)
+        gains = {step.config: step.gain for step in self.steps}
+        before = len(host.journal)
+        try:
+            open_host(anatomy.model, host)
+            for patcher in patchers:
+                change: Change = patcher.patch(anatomy, host.journal)
+                name = type(patcher.config).__name__
+                host.report.applied.append(
+                    Applied(
+                        patcher.config,
+                        change.summary,
+                        change.extra_bytes,
+                        patcher.fidelity.value,
+                        gains.get(patcher.config),
+                    )
+                )
+                host.report.skipped += [Skip(name, reason) for reason in change.left_out]
+        except BaseException:
+            host.journal.undo(before)
+            host.report.applied.clear()
+            raise
+
+
+def new_report(anatomy: Anatomy, plan: Plan) -> Report:
+    """Return the report of `plan` on this model, before any step."""
+    return Report(
+        model=type(anatomy.model).__name__,
+        goal=plan.goal,
+        device=str(anatomy.device),
+        dtype=str(anatomy.dtype).removeprefix("torch."),
+        weight_bytes=anatomy.weight_bytes,
+        skipped=list(plan.skipped),
+        speed=plan.measured,
+    )

@@ -1,0 +1,45 @@
+"""Every error of hf_accel, in one tree.
+
+    HfAccelError
+    ├── ConfigError (ValueError)            a goal, config or value that does not exist or does not fit
+    ├── UnsupportedModelError (TypeError)   a model that cannot be optimised, or not in the way that was asked
+    ├── ConflictError (RuntimeError)        two steps that claim the same place, or a model already optimised
+    ├── MissingDependencyError (ImportError) an optional package is needed; names the extra that brings it
+    ├── VerificationError (RuntimeError)    a patched model broke its promise; everything was undone
+    ├── IrreversibleError (RuntimeError)    `restore` of a model whose originals were given up
+    └── CheckpointError (RuntimeError)      a file that is damaged, truncated or of another format
+
+Each message says what was asked, what was found and what to do. After any of them the model is as it was before.
+"""
+
+
+class HfAccelError(Exception):
+    """Base of every error that hf_accel raises on purpose."""
+
+
+class ConfigError(HfAccelError, ValueError):
+    """A goal, a config or one of its values does not exist or does not fit."""
+
+
+class UnsupportedModelError(HfAccelError, TypeError):
+    """The model cannot be optimised, or not in the way that was asked for."""
+
+
+class ConflictError(HfAccelError, RuntimeError):
+    """Two steps claim the same place of the model, or the model is already optimised."""
+
+
+class MissingDependencyError(HfAccelError, ImportError):
+    """An optional package is missing; the message names the extra of hf-accel that installs it."""
+
+
+class VerificationError(HfAccelError, RuntimeError):
+    """The patched model did not keep its promise. The model has been restored."""
+
+
+class IrreversibleError(HfAccelError, RuntimeError):
+    """The originals were given up, so the model cannot be restored."""
+
+
+class CheckpointError(HfAccelError, RuntimeError):
+    """A checkpoint file is damaged, truncated or of another format; the message names file and tensor."""

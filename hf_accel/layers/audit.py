@@ -1,0 +1,97 @@
+"""Audits a replacement of decoder layers: each layer's own forward is recorded once and compared with the replacement.
+
+One forward pass of two short rows, the first left-padded, so that masks, positions and grouped heads all matter.
+Cost: one small prefill and the replacement of it, no memory beyond the recorded activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_accel.core.anatomy import Anatomy
+
+TOKENS = 4
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode for the block, and each back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class Record:
+    """What one layer was given and returned: hidden states [2, TOKENS, E] and the keyword arguments."""
+
+    index: int
+    given: torch.Tensor
+    kwargs: dict[str, Any]
+    returned: torch.Tensor
+
+    def difference(self, replacement: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor | None]) -> float:
+        """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused."""
+        kwargs = self.kwargs | {"past_key_values": _ProbeCache(self.index + 1)}
+        with torch.no_grad():
+            output = replacement(self.given, kwargs)
+        if output is None:
+            return float("inf")
+        valid = torch.ones(self.given.shape[:2], dtype=torch.bool)
+        valid[0, 0] = False
+        expected, found = self.returned[valid].double(), output[valid].double()
+        return float((found - expected).norm() / expected.norm())
+
+
+def record(anatomy: Anatomy) -> list[Record]:
+    """Run the decoder once on random tokens and return what each described layer was given and returned."""
+    records: list[Record] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        records.append(Record(len(records), given.clone(), rest, output.clone()))
+
+    vocabulary = anatomy.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    tokens = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0)).to(anatomy.device)
+    mask = torch.ones_like(tokens)
+    mask[0, 0] = 0
+    hooks = [block.layer.register_forward_hook(keep, with_kwargs=True) for block in anatomy.blocks]
+    try:
+        with torch.no_grad():
+            anatomy.model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return records
+
+
+class _ProbeLayer:
+    """An empty cache layer that a kernel writes into."""
+
+    def reserve(
+        self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        shape = (batch, kv_heads, tokens, head_dim)
+        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), 0, 0
+
+    def commit(self, tokens: int) -> None:
+        """Nothing follows."""
+
+
+class _ProbeCache:
+    offloading = False
+    layer_class_to_replicate = None
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [_ProbeLayer() for _ in range(layers)]

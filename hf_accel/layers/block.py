@@ -1,0 +1,189 @@
+"""A whole decoder layer in one native call, for steps of a few rows.
+
+Stock spends about 160 µs of Python and dispatch per layer and token (twenty operators); one call spends one. The
+weights stay where they are. The call does what the layer's own forward does, operation by operation and rounding by
+rounding; a layer is only replaced after both gave the same result here (`audit`), and any call that is not a
+plain decoding step (hooks, gradients, adapters, foreign caches, more rows) goes to the layer's own forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_accel.core.anatomy import Anatomy, DecoderBlock, LinearSlice
+from hf_accel.core.config import Config
+from hf_accel.core.journal import Journal, subclass
+from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.errors import ConfigError, VerificationError
+from hf_accel.kernels import native
+from hf_accel.layers.audit import evaluating, record
+from hf_accel.layers.guard import Guard
+from hf_accel.layers.linear import native_obstacles
+
+# relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderBlockConfig(Config):
+    """Decoder layers in one native call each, where the architecture is described.
+
+    max_rows: steps of up to this many rows (batch x query tokens), 1 to 16; larger ones run the layer's own forward.
+    """
+
+    max_rows: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_rows <= native.MAX_ROWS:
+            raise ConfigError(f"max_rows is 1 to {native.MAX_ROWS}; {self.max_rows} was given.")
+
+
+class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig):
+    stage = Stage.ATTENTION
+    fidelity = Fidelity.EXACT
+    occupies = "decoder layers"
+
+    def obstacles(self, anatomy: Anatomy) -> list[str]:
+        found = native_obstacles(anatomy)
+        if not anatomy.blocks:
+            found.append(f"{anatomy.blocks_missing}.")
+        return found
+
+    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+        with evaluating(anatomy.model):
+            records = record(anatomy)
+            for block in anatomy.blocks:
+                step = BlockStep(block, self.config.max_rows)
+                difference = records[block.index].difference(partial(native_step, step))
+                if not difference <= TOLERANCES[anatomy.dtype]:
+                    raise VerificationError(
+                        f"Layer {block.index} ({type(block.layer).__name__}) differs from its own forward by "
+                        f"{difference:.1e} when run natively; rounding explains {TOLERANCES[anatomy.dtype]:.0e}. "
+                        "It was not replaced. Leave DecoderBlockConfig out for this model."
+                    )
+                journal.swap_class(block.layer, subclass(NativeLayer, type(block.layer), step=step))
+        return Change(f"{len(anatomy.blocks)} decoder layers run in one native call for up to "
+                      f"{self.config.max_rows} rows")  # fmt: skip
+
+
+class BlockStep:
+    """The native call of one layer, and the check that it still stands for the layer."""
+
+    def __init__(self, block: DecoderBlock, max_rows: int) -> None:
+        self.block = block
+        self.max_rows = max_rows
+        self.kernel = self._build()
+
+    def _build(self) -> native.NativeBlock:
+        block = self.block
+
+        def projection(part: LinearSlice) -> native.Projection:
+            module: Any = part.module
+            bias = None if module.bias is None else module.bias.detach()[part.start : part.stop]
+            return native.Projection(module.weight.detach()[part.start : part.stop], bias)
+
+        def norm(module: Any) -> torch.Tensor | None:
+            return None if module is None else module.weight.detach()
+
+        parts: dict[str, Any] = {
+            name: projection(getattr(block, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")
+        }
+        norms: dict[str, Any] = {f"{name}_norm": norm(getattr(block, f"{name}_norm"))
+                 for name in ("input", "mlp", "attention_out", "mlp_out", "q", "k")}  # fmt: skip
+        shape = native.BlockShape(
+            hidden=parts["o"].weight.shape[0],
+            heads=block.heads,
+            kv_heads=block.kv_heads,
+            head_dim=block.head_dim,
+            inner=parts["gate"].weight.shape[0],
+            activation=block.activation,
+            norm_eps=block.norm_eps,
+            norm_style=block.norm_style,
+            scale=block.scale,
+            softcap=block.softcap,
+        )
+        kernel = native.NativeBlock(shape, native.BlockWeights(**parts, **norms))
+        self.guard = Guard(block.modules)
+        self.dtype = parts["o"].weight.dtype
+        return kernel
+
+    def is_current(self) -> bool:
+        """Return whether the layer is still the one described: same modules, weights in place, nothing hooked on."""
+        if self.guard.is_plain():
+            return self.guard.is_in_place() or self._rebuild()
+        return False
+
+    def _rebuild(self) -> bool:
+        """Follow weights that moved (`load_state_dict`, `.data`, `.to`); False if they no longer fit the kernel."""
+        try:
+            self.kernel = self._build()
+        except (ValueError, AttributeError):
+            return False
+        return True
+
+
+class NativeLayer:
+    """`forward` of a decoder layer: plain decoding steps natively, all else as the class it is mixed over does."""
+
+    step: BlockStep
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = None if args else native_step(self.step, hidden_states, kwargs)
+        return super().forward(hidden_states, *args, **kwargs) if result is None else result  # type: ignore[misc]
+
+
+def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the layer's output [B, T, E], or None if the native call does not cover this step."""
+    if (
+        type(hidden) is not torch.Tensor
+        or hidden.dtype is not step.dtype
+        or hidden.dim() != 3
+        or hidden.shape[0] * hidden.shape[1] > step.max_rows
+        or not hidden.is_cpu
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or step.block.layer.training
+    ):
+        return None
+    cache, positions, mask = (
+        kwargs.get("past_key_values"),
+        kwargs.get("position_embeddings"),
+        kwargs.get("attention_mask"),
+    )
+    if cache is None or positions is None or kwargs.get("output_attentions") or getattr(cache, "offloading", True):
+        return None
+    block = step.block
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= block.index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[block.index]
+    reserve = getattr(layer, "reserve", None)
+    if reserve is None or not step.is_current():
+        return None
+    batch, tokens, _ = hidden.shape
+    cos, sin = positions
+    if cos.dtype is not hidden.dtype:
+        return None
+    reserved = reserve(batch, tokens, block.kv_heads, block.head_dim, hidden.dtype, hidden.device)
+    if reserved is None:
+        return None
+    keys, values, past, first = reserved
+    if mask is None:
+        if tokens > 1 and past != first:
+            return None
+    elif (
+        mask.dim() != 4
+        or mask.shape[1] != 1
+        or mask.shape[2] != tokens
+        or mask.shape[3] != past + tokens - first
+        or mask.dtype not in (torch.bool, hidden.dtype)
+    ):
+        return None
+    output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask)
+    layer.commit(tokens)
+    return output

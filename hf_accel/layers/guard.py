@@ -1,0 +1,56 @@
+"""Watches the modules inside a layer that runs natively: whatever a user changes there must be seen, at every call.
+
+A native call bypasses the modules inside the layer. So before each one the guard looks whether a module was exchanged
+(an adapter put in), hooked, given another `forward`, or a weight moved. About 3 µs for a Llama layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.utils import output_capturing
+
+
+class Guard:
+    """The state of some modules when a native call was built for them."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._parameters = [
+            (module._parameters, name, parameter, parameter.data_ptr())
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._children = [
+            (module._modules, name, child) for module in modules for name, child in module._modules.items()
+        ]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._attributes = [module.__dict__ for module in modules]
+
+    def is_in_place(self) -> bool:
+        """Return whether every weight is the same tensor at the same address."""
+        for own, name, parameter, pointer in self._parameters:
+            if own.get(name) is not parameter or parameter.data_ptr() != pointer:
+                return False
+        return True
+
+    def is_plain(self) -> bool:
+        """Return whether no module was exchanged, hooked or given a `forward` of its own."""
+        for hooks in self._hooks:
+            if hooks and not _are_idle_recorders(hooks):
+                return False
+        for own, name, child in self._children:
+            if own.get(name) is not child:
+                return False
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return False
+        return True
+
+
+def _are_idle_recorders(hooks: Any) -> bool:
+    """transformers leaves its recording hooks on for good; they do nothing unless outputs are being recorded."""
+    if output_capturing._active_collector.get() is not None:
+        return False
+    return all(getattr(hook, "__module__", "") == output_capturing.__name__ for hook in hooks.values())

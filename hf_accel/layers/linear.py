@@ -1,0 +1,114 @@
+"""Products of a few rows by the native library: decoding is reading weights, and ATen's product reads them slowly.
+
+A product of 1 to 16 rows with an [N, K] weight reads N·K elements once and does 2·N·K operations per row: far below
+the arithmetic a core can do, so its time is the weight's bytes over the memory bandwidth. More rows go to ATen's GEMM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.config import Config
+from hf_accel.core.journal import Journal, subclass
+from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.errors import ConfigError
+from hf_accel.kernels import native
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeLinearConfig(Config):
+    """Products of few rows by the native CPU library, on the weights as they lie in memory.
+
+    max_rows: products of up to this many rows (batch x query tokens) go to the library, 1 to 16; above, ATen's GEMM
+        has enough arithmetic per byte to be as fast or faster.
+    """
+
+    max_rows: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_rows <= native.MAX_ROWS:
+            raise ConfigError(f"max_rows is 1 to {native.MAX_ROWS}; {self.max_rows} was given.")
+
+
+class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig):
+    stage = Stage.WEIGHTS
+    fidelity = Fidelity.EXACT
+    occupies = "linear products"
+
+    def obstacles(self, anatomy: Anatomy) -> list[str]:
+        return native_obstacles(anatomy)
+
+    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+        classes: dict[type, type] = {}
+        count = 0
+        others: set[str] = set()
+        for module in anatomy.products():
+            if not _fits(module):
+                others.add(str(module.weight.dtype).removeprefix("torch."))  # type: ignore[union-attr]
+                continue
+            original = type(module)
+            if original not in classes:
+                classes[original] = subclass(NativeProduct, original, max_rows=self.config.max_rows,
+                                             transposed=original is Conv1D)  # fmt: skip
+            journal.swap_class(module, classes[original])
+            count += 1
+        left_out = tuple(
+            f"products of {dtype} weights or weights off the CPU stay with ATen" for dtype in sorted(others)
+        )
+        if experts := anatomy.stacked_experts():
+            left_out += (f"{experts} modules hold stacked expert weights, which stay with transformers' expert code",)
+        isa = native.status().isa
+        return Change(f"{count} products of up to {self.config.max_rows} rows run natively ({isa})", 0, left_out)
+
+
+def native_obstacles(anatomy: Anatomy) -> list[str]:
+    """Return why the native library cannot serve this model."""
+    found = []
+    if not native.is_available():
+        found.append(f"the native library is not there: {native.status().reason}")
+    if anatomy.device.type != "cpu":
+        found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
+    if anatomy.dtype not in native.DTYPES:
+        found.append(f"the native library has no {anatomy.dtype} products.")
+    return found
+
+
+def _fits(module: Any) -> bool:
+    weight, bias = module.weight, module.bias
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in native.DTYPES
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+    )
+
+
+class NativeProduct:
+    """`forward` of nn.Linear and Conv1D: few rows natively, all else as the class it is mixed over does."""
+
+    max_rows: int
+    transposed: bool
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        parameters = self._parameters  # type: ignore[attr-defined]
+        weight = parameters.get("weight")
+        if (
+            weight is None
+            or type(input) is not torch.Tensor
+            or input.dtype is not weight.dtype
+            or not 0 < input.numel() <= self.max_rows * input.shape[-1]
+            or input.shape[-1] != weight.shape[0 if self.transposed else 1]
+            or not weight.is_cpu
+            or not input.is_cpu
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or weight.stride(1) != 1
+        ):
+            return super().forward(input)  # type: ignore[misc]
+        return native.linear(input, weight, parameters.get("bias"), transposed=self.transposed)

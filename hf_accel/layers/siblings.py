@@ -1,0 +1,145 @@
+"""Sibling projections that read one input (q/k/v, gate/up) share one product, without a change to any forward.
+
+The joined weight owns the storage and the originals become views of it: no extra memory, `state_dict` keeps its
+names. The first sibling called with an input computes the joint product; the others take their part of it. Three
+small kernels become one, which pays where launching costs (GPU decoding) or the library's own group product is absent.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_accel.core.anatomy import Anatomy, Siblings
+from hf_accel.core.config import Config
+from hf_accel.core.journal import Journal, subclass
+from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedProjectionConfig(Config):
+    """q/k/v and gate/up projections computed as one product each, on views of one joined weight.
+
+    max_rows: inputs of up to this many rows (batch x query tokens) share a product. Larger ones gain nothing: the
+        product itself dominates there, and its parts would not be contiguous.
+    """
+
+    max_rows: int = 16
+
+
+class SharedProjectionPatcher(Patcher[SharedProjectionConfig], config=SharedProjectionConfig):
+    stage = Stage.WEIGHTS
+    fidelity = Fidelity.EXACT
+    occupies = "linear products"  # a sibling's forward is one product: natively alone, or joined, not both
+
+    def obstacles(self, anatomy: Anatomy) -> list[str]:
+        if not anatomy.siblings():
+            return ["no separate q/k/v or gate/up projections without adapters were found."]
+        return []
+
+    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+        groups = anatomy.siblings()
+        left_out = []
+        joined = 0
+        for siblings in groups:
+            modules = [siblings.parent._modules[name] for name in siblings.names]
+            if reason := _obstacle(modules):
+                left_out.append(f"{'/'.join(siblings.names)}: {reason}")
+                continue
+            _join(siblings, self.config.max_rows, journal)
+            joined += 1
+        return Change(f"{joined} groups of projections share one product each", 0, tuple(dict.fromkeys(left_out)))
+
+
+def _obstacle(modules: list[Any]) -> str | None:
+    if len({(m.weight.dtype, m.weight.device, m.weight.shape[1]) for m in modules}) > 1:
+        return "the weights differ in dtype, device or input size"
+    if len({m.bias is None for m in modules}) > 1:
+        return "only some have a bias"
+    if len({m.weight.untyped_storage().data_ptr() for m in modules}) < len(modules):
+        return "the weights share storage already"
+    return None
+
+
+def _join(siblings: Siblings, max_rows: int, journal: Journal) -> None:
+    modules: list[nn.Linear] = [siblings.parent._modules[name] for name in siblings.names]  # type: ignore[misc]
+    group = Group(modules, max_rows)
+    for index, module in enumerate(modules):
+        journal.swap_class(module, subclass(SharedProduct, type(module), group=group, index=index))
+    journal.did(group.split)
+
+
+class Group:
+    """One joined weight, and per thread the joint product of the input seen last."""
+
+    def __init__(self, modules: list[nn.Linear], max_rows: int) -> None:
+        self.modules, self.max_rows = modules, max_rows
+        self.rows = [module.weight.shape[0] for module in modules]
+        self.weight = self._joined("weight")
+        self.bias = self._joined("bias") if modules[0].bias is not None else None
+        self.held = threading.local()
+
+    def _joined(self, name: str) -> torch.Tensor:
+        parameters = [module._parameters[name] for module in self.modules]
+        joined = torch.cat([p.detach() for p in parameters if p is not None])
+        for parameter, part in zip(parameters, joined.split(self.rows), strict=True):
+            parameter.data = part  # type: ignore[union-attr]
+        return joined
+
+    def is_joined(self) -> bool:
+        """Return whether every weight still is its view: `.to`, `load_state_dict(assign=True)` and others end it."""
+        offset = self.weight.data_ptr()
+        for module, rows in zip(self.modules, self.rows, strict=True):
+            weight = module._parameters.get("weight")
+            if weight is None or weight.data_ptr() != offset or weight.dtype is not self.weight.dtype:
+                return False
+            offset += rows * self.weight.stride(0) * self.weight.element_size()
+        return True
+
+    def split(self) -> None:
+        """Give each weight storage of its own again, bit-equal."""
+        for module in self.modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.data = parameter.data.clone()
+
+    def product(self, index: int, input: torch.Tensor) -> torch.Tensor | None:
+        """Return the part of sibling `index`, [..., rows]; None if it must be computed alone."""
+        held = self.held
+        if index == 0:
+            held.parts = torch.nn.functional.linear(input, self.weight, self.bias).split(self.rows, dim=-1)
+            held.input, held.version = input, input._version
+            return held.parts[0]
+        if getattr(held, "input", None) is not input or held.version != input._version:
+            return None
+        part = held.parts[index]
+        if index == len(self.rows) - 1:
+            held.input = held.parts = None
+        return part
+
+
+class SharedProduct:
+    """`forward` of an nn.Linear that is one of a group of siblings."""
+
+    group: Group
+    index: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        group = self.group
+        if (
+            input.numel() <= group.max_rows * input.shape[-1]
+            and not torch.is_grad_enabled()
+            and not torch.is_inference(input)
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(input.device.type)
+            and input.dtype is group.weight.dtype
+            and group.is_joined()
+        ):
+            part = group.product(self.index, input)
+            if part is not None:
+                return part
+        return super().forward(input)  # type: ignore[misc]

@@ -1,0 +1,181 @@
+"""Turns a goal into a plan: every candidate is timed on this machine, on this model; losers are reported, not applied.
+
+All candidates together against stock, and each left out in turn, alternating in the same rounds: what a candidate is
+worth is what a token costs without it. A second or two for a model of a billion parameters.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_accel.attention import AttentionConfig
+from hf_accel.cache import KVCacheConfig
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.config import Config
+from hf_accel.core.hosting import Host
+from hf_accel.core.journal import Journal
+from hf_accel.core.patcher import Patcher
+from hf_accel.core.plan import Plan, Step, new_report
+from hf_accel.core.report import Skip, Speed
+from hf_accel.decoding import DecodingConfig
+from hf_accel.errors import ConfigError, VerificationError
+from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
+
+# goal -> candidates, the preferred first where two claim one place
+GOALS: dict[str, tuple[type[Config], ...]] = {
+    "exact": (
+        NativeLinearConfig,
+        SharedProjectionConfig,
+        DecoderBlockConfig,
+        AttentionConfig,
+        KVCacheConfig,
+        DecodingConfig,
+    ),
+}
+BUDGET_S = 1.5
+PROMPT_TOKENS = 8
+# what these change only shows in steps of several query tokens, as speculation and chunked prompts make them
+VERIFIERS = (AttentionConfig,)
+# a candidate may cost a token this much time before it counts as a loss: less cannot be told from noise
+NOISE = 0.02
+
+
+def plan_goal(anatomy: Anatomy, goal: str, progress: Callable[[], None] | None = None) -> Plan:
+    """Return the plan for `goal`, having timed its candidates on `anatomy.model`, which is left as it was.
+
+    Raises:
+        ConfigError: the goal does not exist.
+    """
+    if goal not in GOALS:
+        raise ConfigError(f"There is no goal called {goal!r}. Goals: {', '.join(GOALS)}. Or pass a list of configs.")
+    plan = Plan(goal=goal)
+    _offer(plan, anatomy, [candidate() for candidate in GOALS[goal]])
+    _verify(plan, anatomy)
+    if plan.steps:
+        _time(plan, anatomy, progress)
+    return plan
+
+
+def _offer(plan: Plan, anatomy: Anatomy, configs: list[Config]) -> None:
+    """Put every candidate without obstacles into the plan; of two that claim one place the first."""
+    claims: dict[str, str] = {}
+    for config in configs:
+        patcher, name = Patcher.for_config(config), type(config).__name__
+        obstacles = patcher.obstacles(anatomy)
+        if not obstacles and isinstance(config, VERIFIERS) and "decoder layers" in claims:
+            obstacles = ["decoder layers run natively, their attention included"]
+        if not obstacles and patcher.occupies in claims:
+            obstacles = [f"{claims[patcher.occupies]} is preferred for the {patcher.occupies}"]
+        if obstacles:
+            plan.skipped.append(Skip(name, "; ".join(obstacle.rstrip(".") for obstacle in obstacles)))
+        else:
+            claims[patcher.occupies] = name
+            plan.steps.append(Step(config))
+
+
+def _verify(plan: Plan, anatomy: Anatomy) -> None:
+    """Apply each candidate once; one that fails its own check is left out with what the check found."""
+    for step in list(plan.steps):
+        try:
+            _applied(Plan(steps=[step]), anatomy).undo()
+        except VerificationError as error:
+            plan.steps.remove(step)
+            plan.skipped.append(Skip(_name(step), str(error)))
+
+
+def _applied(plan: Plan, anatomy: Anatomy) -> Journal:
+    journal = Journal()
+    plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
+    return journal
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One set of steps to time."""
+
+    anatomy: Anatomy
+    plan: Plan
+    new_tokens: int
+
+    def decode(self) -> float:
+        """Return the median seconds per token at batch 1 with these steps applied."""
+        with self._applied() as model:
+            prompt = random_prompt(model, PROMPT_TOKENS)
+            inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+            return timed_generate(model, inputs, self.new_tokens).token_s
+
+    @torch.no_grad()
+    def verify(self) -> float:
+        """Return the median seconds of a step of several query tokens over a left-padded batch and its cache."""
+        with self._applied() as model:
+            ids = random_prompt(model, 64, batch=2)
+            mask = torch.ones_like(ids)
+            mask[0, :8] = 0
+            cache, seconds = DynamicCache(config=model.config.get_text_config(decoder=True)), []
+            for start, stop in ((0, 32), (32, 40), (40, 48), (48, 56), (56, 64)):
+                begin = time.perf_counter()
+                model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+                seconds.append(time.perf_counter() - begin)
+            return statistics.median(seconds[1:])
+
+    @contextmanager
+    def _applied(self) -> Iterator[PreTrainedModel]:
+        journal = _applied(self.plan, self.anatomy) if self.plan.steps else Journal()
+        try:
+            yield self.anatomy.model
+        finally:
+            journal.undo()
+
+
+def _time(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
+    """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole."""
+    first = _Way(anatomy, plan, 4).decode()
+    plans = {"stock": Plan(), "all": plan}
+    timed_steps = [step for step in plan.steps if not isinstance(step.config, VERIFIERS)]
+    plans |= {_name(step): plan.without(type(step.config)) for step in timed_steps}
+    new_tokens = max(3, min(33, round(BUDGET_S / 2 / len(plans) / first)))
+    ways = {name: _Way(anatomy, way, new_tokens).decode for name, way in plans.items()}
+    rounds = max(2, min(7, round(BUDGET_S / (len(plans) * (new_tokens + 1) * first))))
+    timed = alternate(ways, rounds, progress, budget_s=BUDGET_S)
+    # the least disturbed run of each way: other programs only ever add time
+    least = {name: min(seconds) for name, seconds in timed.items()}
+    if least["all"] > least["stock"]:
+        slower = f"all steps took {1e3 * least['all']:.2f} ms per token, stock {1e3 * least['stock']:.2f} ms"
+        plan.skipped += [Skip(_name(step), slower) for step in plan.steps]
+        plan.steps = []
+        return
+    kept = []
+    for step in plan.steps:
+        if isinstance(step.config, VERIFIERS):
+            without = plan.without(type(step.config))
+            ways = {"with": _Way(anatomy, plan, 0).verify, "without": _Way(anatomy, without, 0).verify}
+            times = {name: min(values) for name, values in alternate(ways, 3, progress).items()}
+            gain, needed = times["without"] / times["with"], 1 + NOISE
+        else:
+            gain, needed = least[_name(step)] / least["all"], 1 - NOISE
+        if gain < needed:
+            reason = f"it does not pay here: without it a step takes {gain:.2f} of the time"
+            plan.skipped.append(Skip(_name(step), reason))
+        else:
+            kept.append(Step(step.config, round(gain, 3)))
+    plan.steps = kept
+    plan.measured = Speed(
+        stock_tokens_per_s=1 / statistics.median(timed["stock"]),
+        patched_tokens_per_s=1 / statistics.median(timed["all"]),
+        weight_bytes=anatomy.weight_bytes,
+        read_bandwidth_bytes_per_s=read_bandwidth(anatomy.device),
+        prompt_tokens=PROMPT_TOKENS,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _name(step: Step) -> str:
+    return type(step.config).__name__
