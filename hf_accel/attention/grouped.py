@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -24,8 +24,19 @@ from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.ops.attention import grouped_attention
 
+
+class BackEndName(str):
+    """The name of a back end in the config of an optimised model; copies and pickles of it say "sdpa".
+
+    A deep copy or a saved pickle of an optimised model is a stock model, which works where hf_accel is not installed.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type, tuple[str]]:
+        return str, ("sdpa",)
+
+
 # a name without "flash", "sdpa" or "flex", which transformers would take for its own back ends
-NAME = "hfaccel_grouped"
+NAME = BackEndName("hfaccel_grouped")
 MAX_QUERIES = 16
 
 

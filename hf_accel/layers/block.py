@@ -24,6 +24,8 @@ from hf_accel.layers.audit import evaluating, record
 from hf_accel.layers.guard import Guard
 from hf_accel.layers.linear import native_obstacles
 
+# attention back ends whose masks the native call understands and whose mathematics it does
+ATTENTION = frozenset({"eager", "sdpa", "hfaccel_grouped"})
 # relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
@@ -107,15 +109,17 @@ class BlockStep:
             softcap=block.softcap,
         )
         kernel = native.NativeBlock(shape, native.BlockWeights(**parts, **norms))
-        self.guard = Guard(block.modules)
+        self.guard = Guard(block.layer, block.modules)
+        self.config = vars(block.attention)["config"]
+        self._config_values = vars(self.config)
         self.dtype = parts["o"].weight.dtype
         return kernel
 
     def is_current(self) -> bool:
         """Return whether the layer is still the one described: same modules, weights in place, nothing hooked on."""
-        if self.guard.is_plain():
-            return self.guard.is_in_place() or self._rebuild()
-        return False
+        if self._config_values.get("_attn_implementation_internal") not in ATTENTION or not self.guard.is_plain():
+            return False
+        return (self.guard.is_in_place() and vars(self.block.attention)["config"] is self.config) or self._rebuild()
 
     def _rebuild(self) -> bool:
         """Follow weights that moved (`load_state_dict`, `.data`, `.to`); False if they no longer fit the kernel."""
@@ -140,21 +144,18 @@ def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -
     """Return the layer's output [B, T, E], or None if the native call does not cover this step."""
     if (
         type(hidden) is not torch.Tensor
-        or hidden.dtype is not step.dtype
         or hidden.dim() != 3
         or hidden.shape[0] * hidden.shape[1] > step.max_rows
         or not hidden.is_cpu
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch.is_autocast_enabled("cpu")
         or step.block.layer.training
     ):
         return None
-    cache, positions, mask = (
-        kwargs.get("past_key_values"),
-        kwargs.get("position_embeddings"),
-        kwargs.get("attention_mask"),
-    )
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    positions = kwargs.get("position_embeddings")
     if cache is None or positions is None or kwargs.get("output_attentions") or getattr(cache, "offloading", True):
         return None
     block = step.block
@@ -167,7 +168,7 @@ def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -
         return None
     batch, tokens, _ = hidden.shape
     cos, sin = positions
-    if cos.dtype is not hidden.dtype:
+    if hidden.dtype is not step.dtype or cos.dtype is not step.dtype:
         return None
     reserved = reserve(batch, tokens, block.kv_heads, block.head_dim, hidden.dtype, hidden.device)
     if reserved is None:
@@ -177,7 +178,8 @@ def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -
         if tokens > 1 and past != first:
             return None
     elif (
-        mask.dim() != 4
+        not isinstance(mask, torch.Tensor)
+        or mask.dim() != 4
         or mask.shape[1] != 1
         or mask.shape[2] != tokens
         or mask.shape[3] != past + tokens - first

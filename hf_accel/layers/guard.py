@@ -13,9 +13,9 @@ from transformers.utils import output_capturing
 
 
 class Guard:
-    """The state of some modules when a native call was built for them."""
+    """The state of the modules inside `layer` when a native call was built for it. Its own hooks run by themselves."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, layer: nn.Module, modules: list[nn.Module]) -> None:
         self._parameters = [
             (module._parameters, name, parameter, parameter.data_ptr())
             for module in modules
@@ -23,7 +23,7 @@ class Guard:
             if parameter is not None
         ]
         self._children = [
-            (module._modules, name, child) for module in modules for name, child in module._modules.items()
+            (module._modules, name, child) for module in (layer, *modules) for name, child in module._modules.items()
         ]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in modules]

@@ -107,6 +107,7 @@ class NativeProduct:
             or not weight.is_cpu
             or not input.is_cpu
             or torch.is_grad_enabled()
+            or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
             or weight.stride(1) != 1
         ):

@@ -20,7 +20,7 @@ class Difference:
 
     row: int
     new_token: int  # 0: the first generated token
-    stock_id: int
+    stock_id: int  # -1: the stock text ended here
     patched_id: int
     margin: float
     rounding: float
@@ -70,6 +70,6 @@ def explain(
     )  # fmt: skip
     best = output.logits[token][row].float().topk(2).values
     column = prompt_tokens + token
-    ids = [int(t[row, column]) if column < t.shape[1] else -1 for t in (stock, patched)]
+    stock_id, patched_id = (int(ids[row, column]) if column < ids.shape[1] else -1 for ids in (stock, patched))
     rounding = torch.finfo(model.dtype).eps * float(best[0].abs())
-    return Difference(row, token, *ids, margin=float(best[0] - best[1]), rounding=rounding)
+    return Difference(row, token, stock_id, patched_id, float(best[0] - best[1]), rounding)

@@ -1,0 +1,70 @@
+"""`hf-accel bench`: stock and optimised in alternation on any model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_accel.cli.models import (
+    AsJson,
+    Device,
+    Dtype,
+    DtypeName,
+    GoalName,
+    ModelName,
+    Threads,
+    load_model,
+    make_plan,
+    use_threads,
+)
+from hf_accel.cli.output import progress, results, write_json
+from hf_accel.cli.tables import footer, speed_table
+from hf_accel.measure import Workload
+from hf_accel.measure import bench as measure
+
+
+def bench(
+    model: ModelName,
+    dtype: DtypeName = Dtype.bfloat16,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens per row.")] = 128,
+    new: Annotated[int, typer.Option(min=2, help="New tokens per row.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Rows generated together.")] = 1,
+    left_padding: Annotated[bool, typer.Option("--left-padding", help="Rows of different length.")] = False,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this probability mass.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Divide the logits by this first.")] = None,
+    goal: GoalName = "exact",
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each state, in alternation.")] = 5,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure MODEL as it is and optimised, in alternation in one process: prefill, decode, memory, same tokens."""
+    workload = Workload(
+        prompt_tokens=prompt,
+        new_tokens=new,
+        batch=batch,
+        has_left_padding=left_padding,
+        samples=sample,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        rounds=rounds,
+    )
+    use_threads(threads)
+    loaded = load_model(model, dtype.torch, device)
+    plan = make_plan(loaded, goal)
+    with progress("stock and optimised in alternation", 2 * rounds) as step:
+        result = measure(loaded, plan, workload, name=model, progress=step)
+    if as_json:
+        write_json(result.to_dict())
+        return
+    results.print(speed_table(result))
+    if result.difference is None:
+        results.print("The generated tokens are the same.", style="green")
+    else:
+        results.print(f"The generated tokens differ. {result.difference}.", style="yellow", highlight=False)
+    results.print(footer(result), highlight=False, soft_wrap=True)
+    results.print(str(result.report), markup=False, highlight=False, soft_wrap=True)

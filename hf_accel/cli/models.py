@@ -1,0 +1,89 @@
+"""From what the user names (a folder, a hub id, a shape) to a model in memory and the plan for it."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hf_accel.cli.output import progress
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.plan import Plan
+from hf_accel.errors import ConfigError
+from hf_accel.measure import SHAPES, build_shape
+from hf_accel.planner import GOALS, plan_goal
+
+
+class Dtype(enum.StrEnum):
+    """The data types of weights that can be asked for."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return getattr(torch, self.value)
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help=f"A local folder, a hub id, or a shape with random weights: {', '.join(SHAPES)}."
+    ),
+]
+GoalName = Annotated[str, typer.Option("--goal", help=f"What to aim at: {', '.join(GOALS)}.")]
+DtypeName = Annotated[Dtype, typer.Option("--dtype", help="Data type to load or build the weights in.")]
+Device = Annotated[str, typer.Option("--device", help="Where to put the model, for example cpu or cuda.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads torch computes with.  [default: torch's own choice]")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to standard output.")]
+
+
+def use_threads(threads: int | None) -> None:
+    """Make torch compute with this many threads; None leaves its choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_model(name: str, dtype: torch.dtype | None, device: str = "cpu") -> PreTrainedModel:
+    """Return the model that `name` stands for, ready to generate; `dtype` None keeps that of the checkpoint.
+
+    Raises:
+        ConfigError: there is no such shape, folder or hub model, or no such device.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"Device {device!r} was asked for, but torch finds no CUDA device here. Use --device cpu.")
+    transformers_logging.disable_progress_bar()
+    with progress(f"loading {name}"):
+        if name in SHAPES:
+            return build_shape(name, dtype or torch.bfloat16, device)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype or "auto", local_files_only=Path(name).is_dir()
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{name!r} is not a shape ({', '.join(SHAPES)}), and no causal language model could be loaded from it "
+                f"as a folder or hub id: {reason}"
+            ) from error
+        return model.to(device).eval()
+
+
+def make_plan(model: PreTrainedModel, goal: str) -> Plan:
+    """Return the plan for `goal`, timed on `model`, with a progress bar.
+
+    Raises:
+        ConfigError: there is no such goal.
+        UnsupportedModelError: the model cannot be optimised.
+    """
+    anatomy = Anatomy.of(model)
+    with progress("timing what pays on this machine") as step:
+        return plan_goal(anatomy, goal, step)

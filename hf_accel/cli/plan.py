@@ -1,0 +1,43 @@
+"""`hf-accel plan`: what optimising would do, before anything happens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from hf_accel.cli.models import (
+    AsJson,
+    Device,
+    Dtype,
+    DtypeName,
+    GoalName,
+    ModelName,
+    Threads,
+    load_model,
+    make_plan,
+    use_threads,
+)
+from hf_accel.cli.output import results, write_json
+
+
+def plan(
+    model: ModelName,
+    goal: GoalName = "exact",
+    dtype: DtypeName = Dtype.bfloat16,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be applied to MODEL, what would not and why, as measured on this machine."""
+    use_threads(threads)
+    chosen = make_plan(load_model(model, dtype.torch, device), goal)
+    if as_json:
+        write_json(chosen.to_dict() | {"measured": asdict(chosen.measured) if chosen.measured else None})
+        return
+    results.print(str(chosen), markup=False, highlight=False, soft_wrap=True)
+    if chosen.measured:
+        speed = chosen.measured
+        results.print(
+            f"measured: {speed.stock_tokens_per_s:.1f} -> {speed.patched_tokens_per_s:.1f} tokens/s "
+            f"({speed.ratio:.2f} x), {100 * speed.share_of_bandwidth:.0f} % of the memory bandwidth",
+            highlight=False,
+        )

@@ -1,0 +1,27 @@
+"""Native CPU kernels: products for 1 to 16 rows and whole decoder layers, in C, called through ctypes.
+
+Optional: where the library was not built, `is_available()` is false and `status().reason` says why.
+"""
+
+from hf_accel.kernels.native.block import BlockShape, BlockWeights, NativeBlock, Projection
+from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
+from hf_accel.kernels.native.linear import DTYPES, MAX_ROWS, linear, linear_group
+from hf_accel.kernels.native.stream import stream
+
+__all__ = [
+    "DTYPES",
+    "ISAS",
+    "MAX_ROWS",
+    "BlockShape",
+    "BlockWeights",
+    "NativeBlock",
+    "NativeStatus",
+    "Projection",
+    "is_available",
+    "linear",
+    "linear_group",
+    "set_isa",
+    "status",
+    "stream",
+    "supported_isas",
+]

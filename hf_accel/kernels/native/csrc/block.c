@@ -1,0 +1,173 @@
+/* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3) for up to 16 rows in one parallel
+ * region. Phases are separated by barriers; what is small (norms, residual sums, packing) every thread does for itself
+ * instead of waiting for one that does. Intermediates are fp32 that hold values of the dtype, rounded at the same
+ * points as the eager PyTorch layer rounds them. */
+#include <string.h>
+#include "block.h"
+
+static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Cuts `memory` into pieces; with memory NULL it only counts. */
+typedef struct { char *memory; size_t used; } carver;
+static void *carve(carver *c, size_t bytes) {
+    void *at = c->memory ? c->memory + c->used : NULL;
+    c->used += (bytes + 63) / 64 * 64;
+    return at;
+}
+static float *carve_floats(carver *c, int64_t n) { return carve(c, (size_t)n * sizeof(float)); }
+
+static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_private *mine) {
+    const hfa_block *block = run->block;
+    carver c = {memory, 0};
+    int64_t attention = block->heads * block->head_dim, wide = padded(larger(block->hidden, attention));
+    mine->residual = carve_floats(&c, run->rows * padded(block->hidden));
+    mine->wide = carve_floats(&c, run->rows * wide);
+    mine->packed = carve(&c, hfa_packed_bytes(run->kernels, run->rows, larger(wide, block->inner)));
+    mine->queries = carve_floats(&c, HFA_QUERY_GROUP * block->head_dim);
+    mine->score_stride = run->piece + HFA_MAX_ROWS;
+    mine->scores = carve_floats(&c, HFA_QUERY_GROUP * mine->score_stride);
+    mine->packed_queries = carve(&c, hfa_packed_bytes(run->kernels, HFA_QUERY_GROUP, block->head_dim));
+    mine->angles = carve_floats(&c, 3 * HFA_MAX_HEAD_DIM);
+    return c.used;
+}
+
+static size_t lay_out_shared(hfa_block_run *run, char *memory) {
+    const hfa_block *block = run->block;
+    carver c = {memory, 0};
+    int64_t partials = run->rows * block->heads * run->pieces;
+    run->barrier = carve(&c, sizeof(hfa_barrier));
+    for (int i = 0; i < 5; i++) run->ranges[i] = carve(&c, sizeof(hfa_range) * (size_t)run->threads);
+    run->projected_stride = padded((block->heads + 2 * block->kv_heads) * block->head_dim);
+    run->projected = carve_floats(&c, run->rows * run->projected_stride);
+    run->summand = carve_floats(&c, run->rows * padded(block->hidden));
+    run->inner = carve_floats(&c, run->rows * padded(block->inner));
+    run->partial = carve_floats(&c, partials * block->head_dim);
+    run->partial_max = carve_floats(&c, partials);
+    run->partial_sum = carve_floats(&c, partials);
+    return c.used;
+}
+
+static void norm_rows(const hfa_block_run *run, const float *x, const void *weight, float *out, int64_t stride_out) {
+    const hfa_block *block = run->block;
+    for (int r = 0; r < run->rows; r++)
+        run->kernels->rms_norm(x + r * padded(block->hidden), weight, block->hidden, (float)block->norm_eps,
+                               (int)block->norm_style, out + r * stride_out);
+}
+
+/* gate and up for the same rows, then activation(gate) * up */
+static void run_gate_up(const hfa_block_run *run, const void *packed, int self) {
+    const hfa_kernels *kernels = run->kernels;
+    const hfa_matrix *gate = &run->block->gate, *up = &run->block->up;
+    int64_t size = kernels->element;
+    float g[HFA_MAX_ROWS * HFA_TILE], u[HFA_MAX_ROWS * HFA_TILE];
+    for (int64_t chunk; (chunk = hfa_ranges_take(run->ranges[3], run->threads, self)) >= 0;) {
+        int64_t row = chunk * run->gate_rows, end = row + run->gate_rows < gate->rows ? row + run->gate_rows : gate->rows;
+        for (; row < end; row += HFA_TILE) {
+            int64_t n = end - row < HFA_TILE ? end - row : HFA_TILE;
+            kernels->dot((const char *)gate->weight + row * gate->stride * size, gate->stride, n, gate->inner, packed, run->rows, g, HFA_TILE);
+            kernels->dot((const char *)up->weight + row * up->stride * size, up->stride, n, up->inner, packed, run->rows, u, HFA_TILE);
+            for (int m = 0; m < run->rows; m++) {
+                float *gm = g + m * HFA_TILE, *um = u + m * HFA_TILE;
+                kernels->finish_f32(gm, gate->bias ? (const char *)gate->bias + row * size : NULL, n, gm);
+                kernels->finish_f32(um, up->bias ? (const char *)up->bias + row * size : NULL, n, um);
+                kernels->gate((int)run->block->activation, gm, um, n, run->inner + m * padded(run->block->inner) + row);
+            }
+        }
+    }
+}
+
+/* residual += norm(summand), rounded; `normed` is room for a row */
+static void add_summand(const hfa_block_run *run, const void *norm, float *residual, float *normed, int row) {
+    const hfa_block *block = run->block;
+    const float *summand = run->summand + row * padded(block->hidden);
+    residual += row * padded(block->hidden);
+    if (norm) {
+        run->kernels->rms_norm(summand, norm, block->hidden, (float)block->norm_eps, (int)block->norm_style, normed);
+        summand = normed;
+    }
+    run->kernels->add(residual, summand, block->hidden, residual);
+}
+
+static void block_task(void *arg, int self, int team) {
+    hfa_block_run *run = arg;
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = run->kernels;
+    int64_t hidden = padded(block->hidden), attention = padded(block->heads * block->head_dim), wide = larger(hidden, attention);
+    hfa_block_private mine;
+    lay_out_private(run, run->private_memory + run->private_bytes * (size_t)self, &mine);
+
+    for (int r = 0; r < run->rows; r++)
+        kernels->load((const char *)run->call->hidden + r * block->hidden * kernels->element, mine.residual + r * hidden, block->hidden);
+    norm_rows(run, mine.residual, block->input_norm, mine.wide, wide);
+    kernels->pack_f32(mine.wide, wide, run->rows, block->hidden, mine.packed);
+    hfa_products_run(&run->qkv, mine.packed, run->ranges[0], run->threads, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    hfa_attention_run(run, &mine, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    hfa_attention_merge(run, mine.wide, wide);
+    kernels->pack_f32(mine.wide, wide, run->rows, block->heads * block->head_dim, mine.packed);
+    hfa_products_run(&run->output, mine.packed, run->ranges[2], run->threads, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    for (int r = 0; r < run->rows; r++) add_summand(run, block->attention_out_norm, mine.residual, mine.wide, r);
+    norm_rows(run, mine.residual, block->mlp_norm, mine.wide, wide);
+    kernels->pack_f32(mine.wide, wide, run->rows, block->hidden, mine.packed);
+    run_gate_up(run, mine.packed, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    kernels->pack_f32(run->inner, padded(block->inner), run->rows, block->inner, mine.packed);
+    hfa_products_run(&run->down, mine.packed, run->ranges[4], run->threads, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    for (int r = self; r < run->rows; r += team) {
+        add_summand(run, block->mlp_out_norm, mine.residual, mine.wide, r);
+        kernels->store(mine.residual + r * hidden, (char *)run->call->out + r * block->hidden * kernels->element, block->hidden);
+    }
+}
+
+static int is_valid(const hfa_block *block, const hfa_block_call *call) {
+    return call->batch >= 1 && call->tokens >= 1 && call->batch * call->tokens <= HFA_MAX_ROWS && call->first >= 0
+        && call->first <= call->past && (uint64_t)block->dtype < HFA_DTYPES && block->head_dim <= HFA_MAX_HEAD_DIM
+        && call->rotary <= block->head_dim && call->rotary % 2 == 0 && block->kv_heads >= 1
+        && block->heads % block->kv_heads == 0;
+}
+
+int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
+    if (!is_valid(block, call)) return -1;
+    const hfa_kernels *kernels = hfa_active_kernels((int)block->dtype);
+    hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32),
+                         .rows = (int)(call->batch * call->tokens)};
+    int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past - call->first;
+    int64_t bytes = kernels->element * (block->hidden * (2 * q_size + 2 * kv_size + 3 * block->inner)
+                                        + 2 * call->batch * kv_size * cached);
+    run.threads = hfa_useful_threads(bytes, call->threads);
+    hfa_attention_plan(&run, run.threads);
+    size_t shared_bytes = lay_out_shared(&run, NULL);
+    hfa_block_private unused;
+    run.private_bytes = (lay_out_private(&run, NULL, &unused) + 4095) / 4096 * 4096;
+    char *memory = hfa_scratch(shared_bytes + 4096 + run.private_bytes * (size_t)run.threads);
+    if (!memory) return -1;
+    lay_out_shared(&run, memory);
+    run.private_memory = memory + (shared_bytes + 4095) / 4096 * 4096;
+    memset(run.barrier, 0, sizeof *run.barrier);
+
+    int64_t stride = run.projected_stride;
+    run.qkv = (hfa_products){.kernels = kernels, .count = 3, .m = run.rows, .keeps_f32 = 1,
+                             .item = {{&block->q, run.projected, stride}, {&block->k, run.projected + q_size, stride},
+                                      {&block->v, run.projected + q_size + kv_size, stride}}};
+    run.output = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1,
+                                .item = {{&block->o, run.summand, padded(block->hidden)}}};
+    run.down = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1,
+                              .item = {{&block->down, run.summand, padded(block->hidden)}}};
+    run.gate_rows = hfa_chunk_rows(kernels, 2 * block->gate.inner * kernels->element, 2 * block->inner * block->hidden * kernels->element, run.threads);
+    hfa_ranges_deal(run.ranges[0], run.threads, hfa_products_plan(&run.qkv, run.threads));
+    hfa_ranges_deal(run.ranges[1], run.threads, call->batch * block->kv_heads * run.pieces);
+    hfa_ranges_deal(run.ranges[2], run.threads, hfa_products_plan(&run.output, run.threads));
+    hfa_ranges_deal(run.ranges[3], run.threads, (block->inner + run.gate_rows - 1) / run.gate_rows);
+    hfa_ranges_deal(run.ranges[4], run.threads, hfa_products_plan(&run.down, run.threads));
+    hfa_parallel(block_task, &run, run.threads);
+    return 0;
+}

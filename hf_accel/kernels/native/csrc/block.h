@@ -1,0 +1,39 @@
+/* State of one decoder layer call, shared by block.c and block_attention.c. Row r = b * T + t. */
+#ifndef HFA_BLOCK_H
+#define HFA_BLOCK_H
+#include "product.h"
+
+#define HFA_QUERY_GROUP HFA_MAX_ROWS /* queries that go over a piece of K and V together */
+
+typedef struct {
+    const hfa_block *block;
+    const hfa_block_call *call;
+    const hfa_kernels *kernels, *single; /* of the dtype; of fp32 */
+    int rows, threads;                   /* R = B * T; ranges dealt out */
+    hfa_barrier *barrier;
+    hfa_range *ranges[5];                /* q/k/v, attention, o, gate/up, down */
+    hfa_products qkv, output, down;
+    int64_t gate_rows;                   /* rows of gate (and of up) in a chunk */
+    float *projected; int64_t projected_stride; /* [R, (H + 2G) D]: q, k, v of a row, rounded, before norm and rotary */
+    float *summand;                      /* [R, E]: output of o, later of down, rounded */
+    float *inner;                        /* [R, I]: activation(gate) * up, rounded */
+    int64_t piece, pieces;               /* positions of K and V per attention task; tasks per kv head */
+    float *partial, *partial_max, *partial_sum; /* per task and query: [D] weighted values, maximum score, sum */
+    char *private_memory; size_t private_bytes;
+} hfa_block_run;
+
+typedef struct {
+    float *residual;  /* [R, E] */
+    float *wide;      /* [R, max(E, H D)]: what is packed next */
+    void *packed;
+    float *queries;   /* [HFA_QUERY_GROUP, D] */
+    float *scores;    /* [HFA_QUERY_GROUP, score_stride] */
+    int64_t score_stride;
+    void *packed_queries;
+    float *angles;    /* cos, sin, scratch: 3 * HFA_MAX_HEAD_DIM */
+} hfa_block_private;
+
+void hfa_attention_plan(hfa_block_run *run, int threads); /* piece, pieces */
+void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self);
+void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride); /* out[R][stride], rounded */
+#endif

@@ -1,0 +1,139 @@
+/* Attention of a decoder layer: rotary, cache write, scores, softmax and values in one pass over K and V.
+ * A task is (sequence b, kv head g, piece of positions): it reads its piece of K and V once for all query heads of the
+ * group and all T query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. */
+#include <math.h>
+#include <string.h>
+#include "block.h"
+
+void hfa_attention_plan(hfa_block_run *run, int threads) {
+    const hfa_block_call *call = run->call;
+    int64_t past = call->past - call->first, heads = call->batch * run->block->kv_heads;
+    /* four tasks a thread even out the ends; below 128 positions a task costs more than it shares out */
+    for (run->piece = 512; run->piece > 128 && heads * ((past + run->piece - 1) / run->piece) < 4 * threads;) run->piece /= 2;
+    run->pieces = past > run->piece ? (past + run->piece - 1) / run->piece : 1;
+}
+
+/* Norm over the head (where there is one) and rotary, in place. */
+static void prepare_head(const hfa_block_run *run, float *x, const void *norm, const float *angles, float *scratch) {
+    const hfa_block *block = run->block;
+    if (norm)
+        run->kernels->rms_norm(x, norm, block->head_dim, (float)block->norm_eps, (int)block->norm_style, x);
+    run->kernels->rotate(x, angles, angles + HFA_MAX_HEAD_DIM, run->call->rotary, scratch);
+}
+
+static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *angles) {
+    const hfa_block_call *call = run->call;
+    int64_t size = run->kernels->element;
+    run->kernels->load((const char *)call->cos + (b * call->cos_stride_b + t * call->cos_stride_t) * size, angles, call->rotary);
+    run->kernels->load((const char *)call->sin + (b * call->sin_stride_b + t * call->sin_stride_t) * size,
+                       angles + HFA_MAX_HEAD_DIM, call->rotary);
+}
+
+static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g) {
+    const hfa_block *block = run->block;
+    const hfa_block_call *call = run->call;
+    const hfa_kernels *kernels = run->kernels;
+    int64_t d = block->head_dim, size = kernels->element;
+    for (int64_t t = 0; t < call->tokens; t++) {
+        const float *row = run->projected + (b * call->tokens + t) * run->projected_stride;
+        int64_t at = call->past + t;
+        memcpy(mine->queries, row + (block->heads + g) * d, (size_t)d * sizeof(float));
+        load_angles(run, b, t, mine->angles);
+        prepare_head(run, mine->queries, block->k_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+        kernels->store(mine->queries, (char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g + at * call->key_stride_s) * size, d);
+        kernels->store(row + (block->heads + block->kv_heads + g) * d,
+                       (char *)call->values + (b * call->value_stride_b + g * call->value_stride_g + at * call->value_stride_s) * size, d);
+    }
+}
+
+/* scores [n] of query token t against positions start.. (counted from `first`): mask them */
+static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64_t start, int64_t b, int64_t t) {
+    const hfa_block_call *call = run->call;
+    int64_t at = b * call->mask_stride_b + t * call->mask_stride_t + start;
+    if (call->mask_kind == HFA_MASK_NONE) {
+        int64_t visible = call->past - call->first + t + 1 - start;
+        for (int64_t i = visible < 0 ? 0 : visible; i < n; i++) scores[i] = -INFINITY;
+    } else if (call->mask_kind == HFA_MASK_BOOL) {
+        const uint8_t *mask = (const uint8_t *)call->mask + at;
+        for (int64_t i = 0; i < n; i++) scores[i] = mask[i] ? scores[i] : -INFINITY;
+    } else {
+        const char *mask = (const char *)call->mask + at * run->kernels->element;
+        for (int64_t i = 0; i < n; i += 64) {
+            float bias[64];
+            int64_t some = n - i < 64 ? n - i : 64;
+            run->kernels->load(mask + i * run->kernels->element, bias, some);
+            for (int64_t j = 0; j < some; j++) scores[i + j] += bias[j];
+        }
+    }
+}
+
+static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
+    const hfa_block *block = run->block;
+    const hfa_block_call *call = run->call;
+    const hfa_kernels *kernels = run->kernels;
+    int64_t d = block->head_dim, group = block->heads / block->kv_heads, queries = group * call->tokens;
+    int64_t piece = task % run->pieces, head = task / run->pieces, b = head / block->kv_heads, g = head % block->kv_heads;
+    int64_t start = piece * run->piece, n = run->piece, size = kernels->element;
+    if (piece == run->pieces - 1) { /* the last piece always holds all new positions */
+        n = call->past - call->first + call->tokens - start;
+        write_cache(run, mine, b, g);
+    }
+    const char *keys = (const char *)call->keys
+        + (b * call->key_stride_b + g * call->key_stride_g + (call->first + start) * call->key_stride_s) * size;
+    const char *values = (const char *)call->values
+        + (b * call->value_stride_b + g * call->value_stride_g + (call->first + start) * call->value_stride_s) * size;
+    for (int64_t q0 = 0; q0 < queries; q0 += HFA_QUERY_GROUP) {
+        int count = (int)(queries - q0 < HFA_QUERY_GROUP ? queries - q0 : HFA_QUERY_GROUP);
+        int64_t loaded = -1;
+        for (int i = 0; i < count; i++) { /* query q0 + i is head (q0 + i) % group of token (q0 + i) / group */
+            int64_t t = (q0 + i) / group, h = g * group + (q0 + i) % group;
+            float *query = mine->queries + i * d;
+            if (t != loaded) load_angles(run, b, loaded = t, mine->angles);
+            memcpy(query, run->projected + (b * call->tokens + t) * run->projected_stride + h * d, (size_t)d * sizeof(float));
+            prepare_head(run, query, block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+        }
+        kernels->pack_f32(mine->queries, d, count, d, mine->packed_queries);
+        kernels->dot(keys, call->key_stride_s, n, d, mine->packed_queries, count, mine->scores, mine->score_stride);
+        float *partial = run->partial + (task * queries + q0) * d;
+        for (int i = 0; i < count; i++) {
+            float *scores = mine->scores + i * mine->score_stride;
+            kernels->scale_scores(scores, n, (float)block->scale, (float)block->softcap);
+            apply_mask(run, scores, n, start, b, (q0 + i) / group);
+            float top = kernels->maximum(scores, n), sum = 0.0f;
+            if (top == -INFINITY) memset(scores, 0, (size_t)n * sizeof(float)); /* nothing visible here */
+            else sum = kernels->exponentials(scores, n, top);
+            run->partial_max[task * queries + q0 + i] = top;
+            run->partial_sum[task * queries + q0 + i] = sum;
+        }
+        memset(partial, 0, (size_t)(count * d) * sizeof(float));
+        kernels->axpy(values, call->value_stride_s, n, d, mine->scores, mine->score_stride, count, partial, d);
+    }
+}
+
+void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self) {
+    for (int64_t task; (task = hfa_ranges_take(run->ranges[1], run->threads, self)) >= 0;) attend(run, mine, task);
+}
+
+void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride) {
+    const hfa_block *block = run->block;
+    const hfa_block_call *call = run->call;
+    int64_t d = block->head_dim, group = block->heads / block->kv_heads, queries = group * call->tokens;
+    for (int64_t r = 0; r < run->rows; r++)
+        for (int64_t h = 0; h < block->heads; h++) {
+            int64_t b = r / call->tokens, t = r % call->tokens, g = h / group;
+            int64_t first = (b * block->kv_heads + g) * run->pieces * queries + t * group + h % group;
+            float top = -INFINITY, sum = 0.0f, *head = out + r * stride + h * d;
+            memset(head, 0, (size_t)d * sizeof(float));
+            for (int64_t p = 0; p < run->pieces; p++) {
+                float m = run->partial_max[first + p * queries];
+                top = m > top || m != m ? m : top;
+            }
+            if (top == -INFINITY) continue; /* a row that sees nothing gives zero, as torch's sdpa does */
+            for (int64_t p = 0; p < run->pieces; p++) sum += run->partial_sum[first + p * queries] * expf(run->partial_max[first + p * queries] - top);
+            for (int64_t p = 0; p < run->pieces; p++) {
+                float weight = expf(run->partial_max[first + p * queries] - top) / sum;
+                run->single->axpy(run->partial + (first + p * queries) * d, d, 1, d, &weight, 1, 1, head, d);
+            }
+            run->kernels->round(head, d);
+        }
+}

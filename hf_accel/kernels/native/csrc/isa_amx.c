@@ -1,0 +1,154 @@
+/* bf16 products of 5 to 16 rows on AMX tiles; everything else as AVX-512 with bf16 dot products does it.
+ *
+ * A tile of weights is 16 rows x 32 columns, loaded straight from memory with the row stride of W. The activations are
+ * packed as the other operand wants them: per 32 columns of x, 16 pairs of columns, each pair for all m rows,
+ * [K/32][16][m][2]. One tile product then serves all rows of x, so that 16 rows cost hardly more than one. */
+#include "kernels.h"
+#if HFA_HAS_AMX
+#include <immintrin.h>
+#include <pthread.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f")
+#endif
+#include "scalar.h"
+
+enum { ROWS = 16, STEP = 32, LEAST_ROWS_OF_X = 5 };
+
+/* Linux hands out the tile registers only on request, once per process. */
+int hfa_amx_permitted(void) {
+#if defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+/* gcc's tile intrinsics do not say what they read: without this, stores to the memory at p could be dropped. */
+HFA_INLINE void publish(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+/* Tiles 0, 1: sums [rows, m]; 2, 3: weights [rows, 32]; 4: activations [16 pairs, m]. */
+HFA_INLINE void configure(int rows, int m) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int tile = 0; tile < 5; tile++) {
+        config.rows[tile] = (uint8_t)(tile < 4 ? rows : STEP / 2);
+        config.row_bytes[tile] = (uint16_t)(tile == 2 || tile == 3 ? 64 : m * 4);
+    }
+    publish(&config);
+    _tile_loadconfig(&config);
+}
+
+/* `rows` rows of W (at most 16, as configured) against all of x. Even and odd steps sum into two tiles, because a tile
+ * product takes 52 cycles and the next one on the same sums waits for it. */
+HFA_INLINE void dot_tile(const uint16_t *w, int64_t stride, int rows, int64_t k, const uint16_t *x, int m, float *out,
+                         int64_t ldo) {
+    const char *ahead = (const char *)w + HFA_PREFETCH_BYTES;
+    float sums[ROWS * HFA_MAX_ROWS], more[ROWS * HFA_MAX_ROWS];
+    int64_t i = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (; i + 2 * STEP <= k; i += 2 * STEP, x += 2 * STEP * m) {
+        UNROLL(32)
+        for (int line = 0; line < 2 * ROWS; line++) __builtin_prefetch(ahead + line * 64, 0, HFA_PREFETCH_LEVEL);
+        ahead += 2 * ROWS * 64;
+        _tile_loadd(4, x, m * 4);
+        _tile_loadd(2, w + i, stride * 2);
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_loadd(4, x + STEP * m, m * 4);
+        _tile_loadd(3, w + i + STEP, stride * 2);
+        _tile_dpbf16ps(1, 3, 4);
+    }
+    for (; i < k; i += STEP, x += STEP * m) {
+        _tile_loadd(4, x, m * 4);
+        if (i + STEP <= k) {
+            _tile_loadd(2, w + i, stride * 2);
+        } else { /* the rest of the rows, zero-padded: never reads beyond a row */
+            uint16_t tail[ROWS * STEP];
+            memset(tail, 0, sizeof tail);
+            for (int r = 0; r < rows; r++) memcpy(tail + r * STEP, w + r * stride + i, (size_t)(k - i) * 2);
+            publish(tail);
+            _tile_loadd(2, tail, STEP * 2);
+        }
+        _tile_dpbf16ps(0, 2, 4);
+    }
+    _tile_stored(0, sums, m * 4);
+    _tile_stored(1, more, m * 4);
+    publish(sums);
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < m; j++) out[j * ldo + r] = sums[r * m + j] + more[r * m + j];
+}
+
+static void dot(const void *weight, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out, int64_t ldo) {
+    const uint16_t *w = weight;
+    if (m < LEAST_ROWS_OF_X) {
+        hfa_kernels_avx512_bf16[HFA_BF16].dot(weight, stride, rows, k, packed, m, out, ldo);
+        return;
+    }
+    int64_t n = 0;
+    if (rows >= ROWS) {
+        configure(ROWS, m);
+        for (; n + ROWS <= rows; n += ROWS) dot_tile(w + n * stride, stride, ROWS, k, packed, m, out + n, ldo);
+    }
+    if (n < rows) {
+        configure((int)(rows - n), m);
+        dot_tile(w + n * stride, stride, (int)(rows - n), k, packed, m, out + n, ldo);
+    }
+    _tile_release();
+}
+
+/* x [m, k] -> [K/32][16][m][2]; `element` reads one bf16 of x */
+#define PACK(ELEMENT)                                                                                                 \
+    uint16_t *out = packed;                                                                                           \
+    memset(out, 0, (size_t)((k + STEP - 1) / STEP * STEP * m) * 2);                                                   \
+    for (int r = 0; r < m; r++)                                                                                       \
+        for (int64_t i = 0; i < k; i++) out[(i / 2 * m + r) * 2 + i % 2] = ELEMENT(x[r * stride + i]);
+
+#define SAME(value) (value)
+#define TRUNCATED(value) ((uint16_t)(hfa_bits(value) >> 16)) /* x holds bf16 values: exact */
+
+static void pack(const void *rows, int64_t stride, int m, int64_t k, void *packed) {
+    const uint16_t *x = rows;
+    if (m < LEAST_ROWS_OF_X) {
+        hfa_kernels_avx512_bf16[HFA_BF16].pack(rows, stride, m, k, packed);
+        return;
+    }
+    PACK(SAME)
+}
+
+static void pack_f32(const float *x, int64_t stride, int m, int64_t k, void *packed) {
+    if (m < LEAST_ROWS_OF_X) {
+        hfa_kernels_avx512_bf16[HFA_BF16].pack_f32(x, stride, m, k, packed);
+        return;
+    }
+    PACK(TRUNCATED)
+}
+
+static hfa_kernels table[HFA_DTYPES];
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void fill(void) {
+    memcpy(table, hfa_kernels_avx512_bf16, sizeof table);
+    table[HFA_BF16].dot = dot;
+    table[HFA_BF16].pack = pack;
+    table[HFA_BF16].pack_f32 = pack_f32;
+    table[HFA_BF16].rows_together = ROWS;
+}
+
+const hfa_kernels *hfa_kernels_amx(void) {
+    pthread_once(&once, fill);
+    return table;
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,22 @@
+/* Kernels for AVX2, FMA and F16C. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "scalar.h"
+#include "vec_avx2.h"
+#define TABLE hfa_kernels_avx2
+#define ROWS_FOR(M) ((M) <= 2 ? 4 : (M) <= 4 ? 2 : 1) /* 16 vector registers */
+#include "isa_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,22 @@
+/* Kernels for AVX-512. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+#include "scalar.h"
+#include "vec_avx512.h"
+#define TABLE hfa_kernels_avx512
+#define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
+#include "isa_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,20 @@
+/* All kernels of one instruction set: an isa_*.c file includes its vec_*.h, then this, between target pragmas,
+ * having defined TABLE (the name of the table) and ROWS_FOR(M) (rows of W computed together for M rows of x). */
+#include "float_body.h"
+
+#define DTYPE 0
+#include "dtype_body.h"
+#define DTYPE 1
+#include "dtype_body.h"
+#define DTYPE 2
+#include "dtype_body.h"
+
+#define TABLE_ENTRY(N)                                                                                                \
+    {.step = STEP_##N, .packed_size = sizeof(packed_##N), .element = sizeof(element_##N), .rows_together = 4,         \
+     .pack = pack_##N,                                                                                                \
+     .pack_f32 = pack_f32_##N, .dot = dot_##N, .axpy = axpy_##N, .load = load_##N, .store = store_##N,                \
+     .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .rms_norm = rms_norm_##N,                \
+     .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \
+     .exponentials = exponentials}
+
+const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

@@ -1,0 +1,65 @@
+/* The table of inner kernels: one entry per (instruction set, dtype). Drivers are plain C and know only this table.
+ *
+ * Packed activations. `dot` wants its M rows of x packed: K is padded with zeros to a multiple of `step`, rows go in
+ * groups of HFA_PACK_ROWS (the last group may be smaller), and inside a group of g rows the order is
+ * [K/step][g][step]: the inner loop then walks one pointer with constant offsets. The element type (fp32, or bf16
+ * where the machine multiplies bf16) and the order of the `step` elements are the kernel's own business.
+ */
+#ifndef HFA_KERNELS_H
+#define HFA_KERNELS_H
+#include <stddef.h>
+#include "native.h"
+
+#define HFA_PREFETCH_BYTES 16384 /* how far ahead; from 8 to 64 KB measured alike, 16 KB wastes least at the end */
+#define HFA_PREFETCH_LEVEL 2     /* into L2: L1 is too small for this distance */
+#define HFA_PACK_ROWS 8
+
+typedef struct {
+    int step;        /* K padding of packed activations, elements */
+    int packed_size; /* bytes of a packed element */
+    int element;     /* bytes of a stored element */
+    int rows_together; /* rows of W that `dot` likes to take at once: chunks are multiples of it */
+    /* x [M, K] with a row stride in elements, stored dtype / fp32 that already holds dtype values */
+    void (*pack)(const void *x, int64_t stride, int m, int64_t k, void *packed);
+    void (*pack_f32)(const float *x, int64_t stride, int m, int64_t k, void *packed);
+    /* out[m * ldo + n] = sum_k x[m, k] w[n * stride + k], n < rows */
+    void (*dot)(const void *w, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out, int64_t ldo);
+    /* out[m * ldo + n] += sum_k coef[m * ldc + k] w[k * stride + n], n < cols: Conv1D weights, values in attention */
+    void (*axpy)(const void *w, int64_t stride, int64_t k, int64_t cols, const float *coef, int64_t ldc, int m, float *out,
+                 int64_t ldo);
+    void (*load)(const void *x, float *out, int64_t n);
+    void (*store)(const float *x, void *out, int64_t n);
+    void (*round)(float *x, int64_t n);                                    /* to the dtype, in place */
+    void (*finish)(float *acc, const void *bias, int64_t n, void *out);     /* (acc + bias) rounded, stored */
+    void (*finish_f32)(float *acc, const void *bias, int64_t n, float *out); /* the same, kept as fp32 */
+    void (*rms_norm)(const float *x, const void *w, int64_t n, float eps, int style, float *out);
+    void (*gate)(int activation, float *gate, const float *up, int64_t n, float *out); /* gate, up already rounded */
+    void (*add)(const float *a, const float *b, int64_t n, float *out);     /* rounded sum */
+    /* x [head_dim], the first `rotary` rotated in place; cosine, sine fp32 */
+    void (*rotate)(float *x, const float *cosine, const float *sine, int64_t rotary, float *scratch);
+    /* scores -> scores * scale, soft-capped */
+    void (*scale_scores)(float *s, int64_t n, float scale, float softcap);
+    float (*maximum)(const float *s, int64_t n);
+    float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place; their sum */
+} hfa_kernels;
+
+extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];
+#if defined(__x86_64__)
+extern const hfa_kernels hfa_kernels_avx2[HFA_DTYPES], hfa_kernels_avx512[HFA_DTYPES], hfa_kernels_avx512_bf16[HFA_DTYPES];
+/* AMX intrinsics came with gcc 11 and clang 12 */
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define HFA_HAS_AMX 1
+const hfa_kernels *hfa_kernels_amx(void);
+int hfa_amx_permitted(void);
+#endif
+#elif defined(__aarch64__)
+extern const hfa_kernels hfa_kernels_neon[HFA_DTYPES];
+#endif
+const hfa_kernels *hfa_active_kernels(int dtype);
+
+/* Bytes of m rows of k elements once packed (64-byte aligned size). */
+static inline size_t hfa_packed_bytes(const hfa_kernels *kernels, int m, int64_t k) {
+    int64_t padded = (k + kernels->step - 1) / kernels->step * kernels->step;
+    return (size_t)((padded * m * kernels->packed_size + 63) / 64 * 64);
+}
+#endif

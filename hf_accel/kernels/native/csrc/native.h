@@ -1,0 +1,68 @@
+/* Plain C interface of the native kernel library: what Python calls and the structs it fills.
+ *
+ * Layout of the library
+ *   native.h      this file: exported functions, argument structs, enumerations
+ *   kernels.h     the table of inner kernels (one per dtype and instruction set) and how activations are packed
+ *   cpu.c         which instruction sets this machine has, and which one is in use
+ *   threads.c/.h  parallel regions in the OpenMP pool handed over by Python, barrier, chunk hand-out, scratch memory
+ *   linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
+ *   block.c, block_attention.c   a whole pre-norm gated decoder layer in one call
+ *   vec_*.h       one fp32 vector type per instruction set; *_body.h: the kernels written once over that type
+ *   isa_*.c       compile the bodies for one instruction set (by target pragmas, so no per-file compiler flags)
+ *
+ * Nothing here knows libtorch or Python; a call never keeps a pointer, and calls from several threads may overlap.
+ */
+#ifndef HFA_NATIVE_H
+#define HFA_NATIVE_H
+#include <stdint.h>
+
+#define HFA_EXPORT __attribute__((visibility("default")))
+#define HFA_ABI_VERSION 1
+#define HFA_MAX_ROWS 16     /* activation rows of one call */
+#define HFA_MAX_GROUP 4     /* weights that share one activation */
+#define HFA_MAX_HEAD_DIM 256
+
+enum hfa_dtype { HFA_BF16 = 0, HFA_F16 = 1, HFA_F32 = 2, HFA_DTYPES = 3 };
+enum hfa_isa { HFA_PORTABLE = 0, HFA_NEON = 1, HFA_AVX2 = 2, HFA_AVX512 = 3, HFA_AVX512_BF16 = 4, HFA_AMX = 5, HFA_ISAS = 6 };
+enum hfa_activation { HFA_SILU = 0, HFA_GELU_TANH = 1, HFA_GELU = 2, HFA_RELU = 3 };
+enum hfa_norm_style { HFA_NORM_LLAMA = 0, HFA_NORM_GEMMA = 1 };
+enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
+
+/* W [rows, inner], row stride in elements; bias [rows] or NULL. */
+typedef struct { const void *weight; const void *bias; int64_t stride; int64_t rows; int64_t inner; } hfa_matrix;
+
+/* One decoder layer: constant over its life. All fields are 8 bytes wide so that Python can pack them blindly. */
+typedef struct {
+    int64_t dtype, hidden, heads, kv_heads, head_dim, inner, activation, norm_style;
+    double norm_eps, scale, softcap; /* softcap 0: none */
+    hfa_matrix q, k, v, o, gate, up, down;
+    const void *input_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
+} hfa_block;
+
+/* What changes from call to call; strides in elements. hidden, out [B,T,E] contiguous; cos, sin [Bc,T,rotary];
+ * keys, values buffers [B,G,C,D] with the last dimension contiguous; mask [Bm,1,T,S] with S = past + T - first. */
+typedef struct {
+    const void *hidden; void *out; const void *cos, *sin; void *keys, *values; const void *mask;
+    int64_t batch, tokens, past, first, threads;
+    int64_t rotary, cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t;
+    int64_t key_stride_b, key_stride_g, key_stride_s, value_stride_b, value_stride_g, value_stride_s;
+    int64_t mask_kind, mask_stride_b, mask_stride_t;
+} hfa_block_call;
+
+/* x [rows, inner] contiguous times `count` weights; out[i] [rows, weights[i].rows] contiguous. */
+typedef struct { const void *x; int64_t dtype, m, threads, count; hfa_matrix weights[HFA_MAX_GROUP]; void *out[HFA_MAX_GROUP]; } hfa_group;
+
+HFA_EXPORT int hfa_abi_version(void);
+HFA_EXPORT int hfa_isa_supported(int isa); /* compiled in, and this CPU and operating system have it */
+HFA_EXPORT int hfa_isa(void);
+HFA_EXPORT int hfa_set_isa(int isa);       /* 0, or -1 when not supported */
+/* GOMP_parallel, omp_get_thread_num, omp_get_num_threads of the pool to use; NULL: everything runs serially. */
+HFA_EXPORT void hfa_set_threading(void *parallel, void *thread_num, void *num_threads);
+/* flags: dtype | transposed << 8 | threads << 16. Returns 0, or -1 for arguments out of range. */
+HFA_EXPORT int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int64_t m, int64_t k, int64_t n,
+                          int64_t stride, int64_t flags);
+HFA_EXPORT int hfa_linear_group(const hfa_group *group);
+/* Reads `bytes` (whole mebibytes, 64-byte aligned) with `threads` threads; for measuring the memory. */
+HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
+HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
+#endif

@@ -1,0 +1,59 @@
+/* Eight fp32 lanes: AVX2, FMA and F16C. */
+#define VW 8
+typedef __m256 vf;
+
+HFA_INLINE vf vf_set1(float x) { return _mm256_set1_ps(x); }
+HFA_INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+HFA_INLINE void vf_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
+HFA_INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+HFA_INLINE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+HFA_INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+HFA_INLINE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+HFA_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+HFA_INLINE vf vf_select_lt(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+HFA_INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); } /* b when either is NaN */
+HFA_INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+HFA_INLINE vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+HFA_INLINE vf vf_round_int(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+/* a * 2^n for integral n in [-252, 254], in two factors so that neither leaves the exponent range */
+HFA_INLINE vf vf_ldexp(vf a, vf n) {
+    __m256i i = _mm256_cvtps_epi32(n), h = _mm256_srai_epi32(i, 1), bias = _mm256_set1_epi32(127);
+    vf f = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(h, bias), 23));
+    vf g = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, h), bias), 23));
+    return _mm256_mul_ps(_mm256_mul_ps(a, f), g);
+}
+HFA_INLINE float vf_sum(vf a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+HFA_INLINE float vf_hmax(vf a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
+    vf t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+}
+HFA_INLINE vf vf_load_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+HFA_INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) {
+    __m256i u = _mm256_castps_si256(v), one = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(one, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i q = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    r = _mm256_blendv_epi8(r, q, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(r));
+}
+HFA_INLINE void vf_store_f16(uint16_t *p, vf v) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* 16 bf16 values as two vectors: the even and the odd elements (one instruction each, no widening shuffle) */
+HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
+    __m256i u = _mm256_loadu_si256((const __m256i *)p);
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000u)));
+}

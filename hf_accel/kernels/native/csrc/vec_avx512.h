@@ -1,0 +1,48 @@
+/* Sixteen fp32 lanes: AVX-512 F, BW, VL and DQ. */
+#define VW 16
+typedef __m512 vf;
+
+HFA_INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
+HFA_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+HFA_INLINE void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
+HFA_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+HFA_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+HFA_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+HFA_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+HFA_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+HFA_INLINE vf vf_select_lt(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
+HFA_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); } /* b when either is NaN */
+HFA_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+HFA_INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+HFA_INLINE vf vf_round_int(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+HFA_INLINE vf vf_ldexp(vf a, vf n) { return _mm512_scalef_ps(a, n); }
+HFA_INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
+HFA_INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
+/* Four horizontal sums together: 13 instructions instead of 4 x 8. */
+HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
+    vf p = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    vf q = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    vf t = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee)); /* a b c d in each 128 bits */
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
+HFA_INLINE vf vf_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+HFA_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) {
+    __m512i u = _mm512_castps_si512(v), hi = _mm512_srli_epi32(u, 16);
+    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_and_si512(hi, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff)));
+    r = _mm512_srli_epi32(r, 16);
+    r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), hi, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(r));
+}
+HFA_INLINE void vf_store_f16(uint16_t *p, vf v) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* 32 bf16 values as two vectors: the even and the odd elements (one instruction each, no widening shuffle) */
+HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
+    __m512i u = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000u)));
+}

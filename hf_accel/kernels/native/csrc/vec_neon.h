@@ -1,0 +1,42 @@
+/* Four fp32 lanes: AArch64 Advanced SIMD. */
+#define VW 4
+typedef float32x4_t vf;
+
+HFA_INLINE vf vf_set1(float x) { return vdupq_n_f32(x); }
+HFA_INLINE vf vf_load(const float *p) { return vld1q_f32(p); }
+HFA_INLINE void vf_store(float *p, vf v) { vst1q_f32(p, v); }
+HFA_INLINE vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
+HFA_INLINE vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
+HFA_INLINE vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
+HFA_INLINE vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
+HFA_INLINE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+HFA_INLINE vf vf_select_lt(vf a, vf b, vf x, vf y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
+HFA_INLINE vf vf_max(vf a, vf b) { return vmaxq_f32(a, b); } /* NaN when either is NaN */
+HFA_INLINE vf vf_min(vf a, vf b) { return vminq_f32(a, b); }
+HFA_INLINE vf vf_abs(vf a) { return vabsq_f32(a); }
+HFA_INLINE vf vf_round_int(vf a) { return vrndnq_f32(a); }
+HFA_INLINE vf vf_ldexp(vf a, vf n) { /* two factors: see vec_avx2.h */
+    int32x4_t i = vcvtq_s32_f32(n), h = vshrq_n_s32(i, 1), bias = vdupq_n_s32(127);
+    vf f = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(h, bias), 23));
+    vf g = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vsubq_s32(i, h), bias), 23));
+    return vmulq_f32(vmulq_f32(a, f), g);
+}
+HFA_INLINE float vf_sum(vf a) { return vaddvq_f32(a); }
+HFA_INLINE float vf_hmax(vf a) { return vmaxvq_f32(a); }
+HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
+HFA_INLINE vf vf_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+HFA_INLINE vf vf_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) {
+    uint32x4_t u = vreinterpretq_u32_f32(v), hi = vshrq_n_u32(u, 16);
+    uint32x4_t r = vshrq_n_u32(vaddq_u32(u, vaddq_u32(vandq_u32(hi, vdupq_n_u32(1)), vdupq_n_u32(0x7fff))), 16);
+    vst1_u16(p, vmovn_u32(vbslq_u32(vceqq_f32(v, v), r, vorrq_u32(hi, vdupq_n_u32(0x40)))));
+}
+HFA_INLINE void vf_store_f16(uint16_t *p, vf v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+/* 8 bf16 values as two vectors: the even and the odd elements */
+HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
+    uint32x4_t u = vreinterpretq_u32_u16(vld1q_u16(p));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(u, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(u, vdupq_n_u32(0xffff0000u)));
+}

@@ -1,0 +1,39 @@
+"""One line per config: the example with which the contract tests run it."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from hf_accel import AttentionConfig, DecoderBlockConfig, DecodingConfig, KVCacheConfig
+from hf_accel import NativeLinearConfig, SharedProjectionConfig
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.config import Config
+from hf_accel.core.patcher import Patcher
+
+CATALOGUE: list[Config] = [
+    NativeLinearConfig(max_rows=16),
+    SharedProjectionConfig(max_rows=16),
+    DecoderBlockConfig(max_rows=16),
+    AttentionConfig(),
+    KVCacheConfig(),
+    DecodingConfig(),
+]
+
+
+def example(name: str) -> Config:
+    """Return the example of the config class called `name`."""
+    return next(config for config in CATALOGUE if type(config).__name__ == name)
+
+
+def fits(config: Config, model: PreTrainedModel) -> bool:
+    """Return whether the config's patcher has no obstacle on this model."""
+    return not Patcher.for_config(config).obstacles(Anatomy.of(model))
+
+
+def exact(model: PreTrainedModel, *without: type[Config]) -> list[Config]:
+    """Return everything the goal "exact" could choose on this model, untimed: of two claims to one place the first."""
+    chosen: dict[str, Config] = {}
+    for config in CATALOGUE:
+        if type(config) not in without and fits(config, model):
+            chosen.setdefault(Patcher.for_config(config).occupies, config)
+    return list(chosen.values())

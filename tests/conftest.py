@@ -1,0 +1,42 @@
+"""Seeds, the CUDA device, and the only place that says why a test is skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from hf_accel.kernels import native
+
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("repeatable")
+
+SKIPS = {
+    "gpu": (torch.cuda.is_available(), "no CUDA device on this machine"),
+    "native": (native.is_available(), f"no native library: {native.status().reason}"),
+    "peft": (importlib.util.find_spec("peft") is not None, "peft is not installed (extra: test)"),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "native: needs the native library")
+    config.addinivalue_line("markers", "peft: needs peft")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, (is_there, reason) in SKIPS.items():
+            if not is_there and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    """Each test starts from the same random state, and transformers' advice stays out of the output."""
+    torch.manual_seed(0)
+    logging.getLogger("transformers").setLevel(logging.ERROR)

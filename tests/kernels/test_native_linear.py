@@ -1,0 +1,157 @@
+"""Native products against float64, for every instruction set this machine has."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_accel.kernels import native
+from hf_accel.kernels.native import library
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status().reason)
+SIZES = ((1, 1), (7, 5), (33, 31), (64, 64), (577, 130), (1024, 67))
+
+
+@pytest.fixture(params=native.supported_isas() or ["none"])
+def isa(request: pytest.FixtureRequest) -> Any:
+    before = native.status().isa
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    return ((y.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_less_exact_than_aten(isa: str, dtype: torch.dtype, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, atens = [], []
+    for rows in range(1, native.MAX_ROWS + 1):
+        for k, n in SIZES:
+            # a slice in both directions, so that rows start unaligned and the stride exceeds the length
+            large = torch.randn((k, n + 4) if transposed else (n + 4, k + 5), generator=generator).to(dtype)
+            weight = large[:, 3 : 3 + n] if transposed else large[1 : 1 + n, 3 : 3 + k]
+            x = torch.randn(rows, k, generator=generator).to(dtype)
+            bias = torch.randn(n, generator=generator).to(dtype) if rows % 2 else None
+            matrix = weight.T if transposed else weight
+            exact = functional.linear(x.double(), matrix.double(), None if bias is None else bias.double())
+            y = native.linear(x, weight, bias, transposed=transposed)
+            assert y.shape == (rows, n)
+            assert y.dtype == dtype
+            ours.append(error(y, exact))
+            atens.append(error(functional.linear(x, matrix, bias), exact))
+            assert ours[-1] <= 2 * max(atens[-1], torch.finfo(dtype).eps), (rows, k, n)
+    assert sum(ours) <= 1.02 * sum(atens)
+
+
+def test_batch_dimensions_and_strided_activations() -> None:
+    weight = torch.randn(20, 12)
+    x = torch.randn(2, 3, 24)[..., ::2]
+    assert torch.allclose(native.linear(x, weight), functional.linear(x, weight), atol=1e-5)
+    assert native.linear(x[:, -1:], weight).shape == (2, 1, 20)
+    assert torch.allclose(native.linear(x[0, 0], weight), functional.linear(x[0, 0], weight), atol=1e-5)
+
+
+def test_siblings_share_one_call(isa: str) -> None:
+    for dtype in native.DTYPES:
+        fused = torch.randn(100, 48).to(dtype)
+        weights = [fused[:60], fused[60:81], fused[81:]]
+        biases = [torch.randn(60).to(dtype), None, torch.randn(19).to(dtype)]
+        x = torch.randn(2, 2, 48).to(dtype)
+        for y, weight, bias in zip(native.linear_group(x, weights, biases), weights, biases):
+            assert torch.equal(y, native.linear(x, weight, bias))
+
+
+def test_nan_and_infinity_propagate(isa: str) -> None:
+    for dtype in native.DTYPES:
+        for transposed in (False, True):
+            x, weight = torch.randn(2, 40).to(dtype), torch.randn(40, 40).to(dtype)
+            x[1, 39] = math.nan
+            y = native.linear(x, weight, transposed=transposed)
+            assert y[0].isfinite().all()
+            assert y[1].isnan().all()
+            x[1, 39] = math.inf
+            weight[weight == 0] = 1.0
+            assert native.linear(x, weight, transposed=transposed)[1].isinf().all()
+            large = torch.full((1, 64), torch.finfo(dtype).max, dtype=dtype)
+            assert native.linear(large, torch.ones(3, 64).to(dtype)).isinf().all()  # overflow in the last rounding too
+
+
+def test_rows_it_does_not_serve_are_refused() -> None:
+    for rows in (0, 17):
+        with pytest.raises(ValueError, match="1 to 16 rows"):
+            native.linear(torch.randn(rows, 8), torch.randn(4, 8))
+    with pytest.raises(ValueError, match="4 weights"):
+        native.linear_group(torch.randn(1, 8), [torch.randn(4, 8)] * 5)
+
+
+def test_calls_from_many_threads_do_not_disturb_each_other() -> None:
+    weights = [torch.randn(300 + i, 400).bfloat16() for i in range(6)]
+    x = torch.randn(3, 400).bfloat16()
+    expected = [native.linear(x, weight) for weight in weights]
+
+    def repeat(i: int) -> bool:
+        return all(torch.equal(native.linear(x, weights[i]), expected[i]) for _ in range(100))
+
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        with ThreadPoolExecutor(6) as pool:
+            assert all(pool.map(repeat, range(6)))
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_does_not_change_the_result() -> None:
+    weight, x = torch.randn(1000, 512), torch.randn(5, 512)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(native.linear(x, weight))
+    torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_operator_is_sound_and_traces(transposed: bool) -> None:
+    x, weight, bias = torch.randn(3, 16), torch.randn(16, 16), torch.randn(16)
+    operator = torch.ops.hf_accel.linear.default
+    for b in (bias, None):
+        torch.library.opcheck(operator, (x, weight, b, transposed))
+
+    def function(x: Tensor) -> Tensor:
+        return native.linear(x, weight, bias, transposed=transposed).relu() + native.linear_group(x, [weight, weight])[1]
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), function(x))
+
+
+def test_the_environment_lowers_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.status().isa
+    try:
+        for asked, expected in (("portable", (True, "portable")), ("nonsense", (False, "none"))):
+            monkeypatch.setenv("HF_ACCEL_ISA", asked)
+            library._load.cache_clear()
+            status = native.status()
+            assert (status.available, status.isa) == expected
+            assert status.available or "HF_ACCEL_ISA=nonsense is not one of portable" in status.reason
+        with pytest.raises(RuntimeError, match="HF_ACCEL_ISA=nonsense"):
+            library.library()
+    finally:
+        monkeypatch.delenv("HF_ACCEL_ISA")
+        library._load.cache_clear()
+        native.set_isa(before)
+
+
+def test_an_instruction_set_the_machine_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="this machine has portable"):
+        native.set_isa("sse")

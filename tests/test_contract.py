@@ -1,0 +1,241 @@
+"""The contract of every optimisation on every tiny model: nothing changes before, everything comes back after."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from itertools import combinations
+
+import pytest
+import torch
+from catalogue import CATALOGUE, exact, example, fits
+from comparison import assert_equal_calls, optimised
+from fingerprint import changes, fingerprint
+from models import FEW, NAMES, build, padded, prompt
+from transformers import AttentionInterface, AttentionMaskInterface
+
+import hf_accel
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.config import Config
+from hf_accel.core.hosting import _hosts
+from hf_accel.core.patcher import Fidelity, Patcher
+
+CONFIGS = [type(config).__name__ for config in CATALOGUE]
+EVERY = [*CONFIGS, "exact"]
+PAIRS = list(combinations(CATALOGUE, 2))
+
+
+def chosen(name: str, model) -> list[Config]:
+    """Return the configs called `name`; skips where the patcher itself says that they do not fit the model."""
+    if name == "exact":
+        return exact(model)
+    config = example(name)
+    if not fits(config, model):
+        pytest.skip(f"refused with a reason: {Patcher.for_config(config).obstacles(Anatomy.of(model))[0]}")
+    return [config]
+
+
+def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the logits of a prefill [2, T, V]: more rows than any path of ours serves, and a mask."""
+    batch = padded([9, 20]) if ids is None else {"input_ids": ids}
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def greedy(model, **inputs: torch.Tensor) -> torch.Tensor:
+    arguments = inputs or {"input_ids": prompt(), "attention_mask": torch.ones_like(prompt())}
+    return model.generate(**arguments, max_new_tokens=20, do_sample=False)
+
+
+def test_every_registered_config_is_in_the_catalogue() -> None:
+    ours = {config for config in Patcher.registry if config.__module__.startswith("hf_accel.")}
+    for missing in ours - {type(config) for config in CATALOGUE}:
+        pytest.fail(f"Add a line to CATALOGUE in tests/catalogue.py: {missing.__name__}(...)")
+    assert ours == {type(config) for config in CATALOGUE}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_survives_json(name: str) -> None:
+    config = example(name)
+    again = Config.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert type(again) is type(config)
+    assert hash(again) == hash(config)
+    assert type(config).from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("model_name", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_obstacles_change_nothing_and_are_sentences(name: str, model_name: str) -> None:
+    model = build(model_name)
+    before = fingerprint(model)
+    found = Patcher.for_config(example(name)).obstacles(Anatomy.of(model))
+    assert not changes(before, fingerprint(model))
+    for sentence in found:
+        assert len(sentence.split()) > 3, f"no sentence for a user: {sentence!r}"
+    assert found == Patcher.for_config(example(name)).obstacles(Anatomy.of(model))
+
+
+@pytest.mark.parametrize("model_name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
+def test_restore_gives_everything_back(name: str, model_name: str) -> None:
+    model = build(model_name)
+    text = greedy(model)
+    configs = chosen(name, model)
+    before, bits = fingerprint(model), logits(model)
+    assert hf_accel.optimize(model, configs) is model
+    optimised_text = greedy(model)
+    hf_accel.restore(model)
+    assert not changes(before, fingerprint(model))
+    assert torch.equal(logits(model), bits)
+    assert torch.equal(greedy(model), text)
+    assert model not in _hosts
+    if all(Patcher.for_config(config).fidelity is Fidelity.EXACT for config in configs):
+        assert torch.equal(optimised_text, text), "the optimised text differs in fp32"
+
+
+@pytest.mark.parametrize("model_name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
+def test_left_padded_rows_equal_rows_alone(name: str, model_name: str) -> None:
+    stock = build(model_name)
+    lengths = [4, 11, 7]
+    batch = padded(lengths)
+    patched = optimised(stock, chosen(name, stock))
+    expected = greedy(stock, **batch)
+    assert torch.equal(greedy(patched, **batch), expected)
+    for row, length in enumerate(lengths):
+        ids = batch["input_ids"][row : row + 1, -length:]
+        alone = greedy(stock, input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert torch.equal(alone[0, length:], expected[row, max(lengths) :]), "stock's own rows differ: change lengths"
+
+
+@pytest.mark.parametrize("model_name", FEW)
+@pytest.mark.parametrize("name", EVERY)
+def test_an_error_in_mid_patch_leaves_nothing(name: str, model_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(model_name)
+    configs = chosen(name, model)
+    greedy(model)
+    before, bits = fingerprint(model), logits(model)
+    last = type(Patcher.for_config(configs[-1]))
+    patch = last.patch
+
+    def breaks(self, anatomy, journal):
+        patch(self, anatomy, journal)
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(last, "patch", breaks)
+    with pytest.raises(RuntimeError, match="planted"):
+        hf_accel.optimize(model, configs)
+    assert not changes(before, fingerprint(model))
+    assert torch.equal(logits(model), bits)
+    monkeypatch.undo()
+    hf_accel.optimize(model, configs)
+    hf_accel.restore(model)
+    assert not changes(before, fingerprint(model))
+
+
+@pytest.mark.parametrize("model_name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_deep_copy_is_stock_and_cannot_disturb_the_original(name: str, model_name: str) -> None:
+    stock = build(model_name)
+    model = optimised(stock, chosen(name, stock))
+    text = greedy(model)
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(stock)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in stock.modules()]
+    assert twin.config._attn_implementation == stock.config._attn_implementation
+    assert torch.equal(greedy(twin), greedy(stock))
+    assert torch.equal(logits(twin), logits(stock))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    del twin
+    gc.collect()
+    assert torch.equal(greedy(model), text)
+    hf_accel.restore(model)
+    assert torch.equal(logits(model), logits(stock))
+
+
+@pytest.mark.parametrize("model_name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_second_model_sharing_config_and_weights_is_untouched(name: str, model_name: str) -> None:
+    model = build(model_name)
+    other = type(model)(model.config).eval()
+    other.generation_config = model.generation_config
+    with torch.no_grad():
+        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs)
+    for mine, theirs in zip(other.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
+    assert other.config is model.config
+    configs = chosen(name, model)
+    greedy(other)
+    before, bits = fingerprint(other), logits(other)
+    attention, masks = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+    hf_accel.optimize(model, configs)
+    greedy(model)
+    assert not changes(before, fingerprint(other))
+    assert torch.equal(logits(other), bits)
+    assert dict(AttentionInterface._global_mapping) == attention
+    assert dict(AttentionMaskInterface._global_mapping) == masks
+    with pytest.raises(hf_accel.ConflictError):
+        hf_accel.report(other)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "+".join(type(c).__name__ for c in pair))
+@pytest.mark.parametrize("model_name", FEW)
+def test_pairs_compose_or_conflict(pair: tuple[Config, Config], model_name: str) -> None:
+    model = build(model_name)
+    text = greedy(model)
+    before, bits = fingerprint(model), logits(model)
+    places = [Patcher.for_config(config).occupies for config in pair]
+    if places[0] == places[1]:
+        with pytest.raises(hf_accel.ConflictError, match=r"Keep one"):
+            hf_accel.optimize(model, pair)
+    elif not all(fits(config, model) for config in pair):
+        with pytest.raises(hf_accel.UnsupportedModelError):
+            hf_accel.optimize(model, pair)
+    else:
+        hf_accel.optimize(model, pair[::-1])
+        assert torch.equal(greedy(model), text)
+        hf_accel.restore(model)
+    assert not changes(before, fingerprint(model))
+    assert torch.equal(logits(model), bits)
+
+
+@pytest.mark.parametrize("model_name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_step_in_half_precision(model_name: str, dtype: torch.dtype) -> None:
+    """A decoding step after a prefill differs from stock's by rounding only, in padded batches too."""
+    stock = build(model_name, dtype)
+    patched = optimised(stock)
+    reference = build(model_name)
+    batch = padded([5, 9])
+    errors = {}
+    for name, model in {"stock": stock, "patched": patched}.items():
+        steps = []
+        for twin in (model, reference):
+            out = twin.generate(
+                **batch, max_new_tokens=1, min_new_tokens=1, output_logits=True, return_dict_in_generate=True
+            )
+            with torch.no_grad():
+                more = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+                positions = (more.cumsum(-1) - 1)[:, -1:]
+                ids = batch["input_ids"][:, -1:]
+                step = twin(ids, attention_mask=more, position_ids=positions, past_key_values=out.past_key_values)
+            steps.append(step.logits[:, -1].double())
+        errors[name] = float((steps[0] - steps[1]).norm() / steps[1].norm())
+    assert errors["patched"] <= 1.5 * errors["stock"] + 2e-3, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_name", NAMES)
+def test_greedy_and_padded_batches_on_a_gpu(model_name: str) -> None:
+    stock = build(model_name).cuda()
+    patched = optimised(stock)
+    batch = {name: tensor.cuda() for name, tensor in padded([4, 11, 7]).items()}
+    assert_equal_calls(stock, patched, lambda model: greedy(model, **batch))
+    assert_equal_calls(stock, patched, lambda model: greedy(model, input_ids=batch["input_ids"][1:2]))
+    hf_accel.restore(patched)
+    assert torch.equal(logits(patched.cpu()), logits(stock.cpu()))

@@ -1,0 +1,160 @@
+"""The demo model loads offline, has learned Python, generates repeatably; its training script makes such a folder."""
+
+import importlib.util
+import logging
+import math
+import subprocess
+import sys
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+FOLDER = Path(str(files("hf_accel.assets"))) / "demo"
+SCRIPT = Path(__file__).parent.parent / "examples" / "train_demo_model.py"
+PROMPT = "def fibonacci(n):\n"
+# Written for this test, so it is in no training set.
+UNSEEN = '''class Ledger:
+    """Keep a list of amounts and report their sum."""
+
+    def __init__(self, name, amounts=None):
+        self.name = name
+        if amounts is None:
+            amounts = []
+        self._amounts = list(amounts)
+
+    def add(self, amount):
+        """Add an amount to the ledger."""
+        if not isinstance(amount, int):
+            raise TypeError("amount must be an integer, not %r" % type(amount))
+        self._amounts.append(amount)
+
+    def __len__(self):
+        return len(self._amounts)
+
+    def __repr__(self):
+        return "%s(%r)" % (self.__class__.__name__, self.name)
+'''
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(FOLDER, local_files_only=True).eval()
+
+
+def nats_per_token(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    with torch.inference_mode():
+        return model(input_ids=ids, labels=ids).loss.item()
+
+
+def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, new_tokens: int) -> list[int]:
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=new_tokens)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_the_folder_fits_in_four_million_bytes_and_has_its_card():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 4_000_000
+    assert (FOLDER / "README.md").stat().st_size > 0
+
+
+def test_it_is_a_bf16_llama_with_grouped_heads_and_tied_embeddings(model, tokenizer):
+    assert isinstance(model, LlamaForCausalLM)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config.num_attention_heads > model.config.num_key_value_heads > 1
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("text", [UNSEEN, "\tnaïve = '∑ 🙂'\r\n\x00 ", PROMPT])
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_it_predicts_unseen_python_far_better_than_chance_and_better_than_shuffled(model, tokenizer):
+    ids = tokenizer(UNSEEN, return_tensors="pt")["input_ids"]
+    loss = nats_per_token(model, ids)
+    shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
+    assert loss < BOUND
+    assert loss < 0.5 * math.log(len(tokenizer))
+    assert nats_per_token(model, shuffled) > loss + 2.0
+
+
+def test_greedy_text_repeats_itself_between_calls_but_not_within_one(model, tokenizer):
+    ids = greedy(model, tokenizer, 160)
+    assert ids == greedy(model, tokenizer, 160)
+    assert len(ids) == 160, "the end token came early"
+    assert len(set(ids)) >= 30
+    assert "\n    " in tokenizer.decode(ids)
+
+
+def test_generate_warns_of_nothing(model, tokenizer, caplog):
+    transformers_logging.enable_propagation()
+    try:
+        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+            warnings.simplefilter("error")
+            greedy(model, tokenizer, 2)
+            batch = tokenizer([PROMPT, "import os\n\nclass"], padding=True, return_tensors="pt")
+            model.generate(**batch, max_new_tokens=2)
+    finally:
+        transformers_logging.disable_propagation()
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_the_training_script_makes_a_folder_that_loads(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(3):
+        (text / f"ledger_{number}.py").write_text(UNSEEN.replace("amount", f"amount_{number}") * 4)
+    out = tmp_path / "model"
+    options = ["--out", out, "--text", text, "--steps", 4, "--held-out-tokens", 200]
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, options)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "held out:" in done.stdout and "nats per token" in done.stdout
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == []
+    tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    assert len(greedy(model, tokenizer, 3)) == 3
+    shipped = {name: tensor.shape[1:] for name, tensor in load_file(FOLDER / "model.safetensors").items()}
+    assert {name: tensor.shape[1:] for name, tensor in load_file(out / "model.safetensors").items()} == shipped
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # Its dataclass looks its own module up.
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "BATCH_TOKENS", 512)
+    tokenizer = script.train_tokenizer([UNSEEN])
+    ids = script.encode(tokenizer, [UNSEEN] * 4)
+
+    def run(checkpoint: Path, seed: int = 0) -> tuple[LlamaForCausalLM, int]:
+        torch.manual_seed(seed)
+        model = script.new_model(tokenizer)
+        return model, script.train(model, ids, 1.0, 5, seed, checkpoint).step
+
+    whole, _ = run(tmp_path / "whole.pt")
+    with monkeypatch.context() as broken:
+        losses = iter([script.mean_loss] * 3)
+        broken.setattr(script, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        broken.setattr(script, "mean_loss", lambda *given: next(losses)(*given))
+        with pytest.raises(StopIteration):
+            run(tmp_path / "broken.pt")
+    continued, steps = run(tmp_path / "broken.pt")
+    assert steps == 5 and next(losses, None) is None
+    for (name, expected), (_, found) in zip(whole.named_parameters(), continued.named_parameters(), strict=True):
+        assert torch.equal(expected, found), name
+    with pytest.raises(typer.BadParameter, match="another seed"):
+        run(tmp_path / "broken.pt", seed=1)
