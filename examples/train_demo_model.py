@@ -163,7 +163,7 @@ def random_windows(ids: torch.Tensor, window_tokens: int, generator: torch.Gener
 
 
 def with_stutters(windows: torch.Tensor, share: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, both `(B, T - 1)`, of `windows` `(B, T)`, where about `share` of the rows repeat a piece of text.
+    """Inputs and targets, both `(B, T - 1)`, of `windows` `(B, T)`, where a `share` of the rows repeats some text.
 
     A small model that decodes greedily soon repeats itself without end. So some rows show a piece several times over,
     with the text that truly follows it as the target after *each* copy; what happens inside the copies is not scored.

@@ -10,7 +10,7 @@ import torch
 
 from hf_accel.core.anatomy import Anatomy, unwrap
 from hf_accel.core.config import Config
-from hf_accel.core.hosting import Host, host_of
+from hf_accel.core.hosting import CallLog, Host, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.plan import Plan, new_report
 from hf_accel.core.report import Report
@@ -131,7 +131,12 @@ def _plan(anatomy: Anatomy, goal_or_configs: Goal) -> Plan:
 
 def _verify(reference: Reference, host: Host) -> None:
     bound = TOLERANCES.get(reference.model.dtype, 1e-3)
-    difference = reference.difference()
+    try:
+        difference = reference.difference()
+    except BaseException:
+        host.journal.undo()
+        raise
+    host.calls = host.report.calls = CallLog()  # the calls that verified are none of the user's
     if not difference <= bound:
         host.journal.undo()
         raise VerificationError(

@@ -27,7 +27,7 @@ def hooks(module: torch.nn.Module) -> dict[str, list[int]]:
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Return a comparable description of `model`: weights bit for bit, classes, attributes, configs, hooks."""
     found: dict[str, Any] = {
-        "generation_config": model.generation_config.to_dict(),
+        "generation_config": model.generation_config.to_dict() if hasattr(model, "generation_config") else None,
         "state_dict": {name: bits(tensor) for name, tensor in model.state_dict().items()},
         "buffers": {name: bits(tensor) for name, tensor in model.named_buffers()},
         "parameters": {name: (id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)},

@@ -3,20 +3,24 @@
 import importlib.util
 import logging
 import math
+import re
 import subprocess
 import sys
 import warnings
-from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-FOLDER = Path(str(files("hf_accel.assets"))) / "demo"
+from hf_accel.assets import demo_path
+
+FOLDER = demo_path()
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_demo_model.py"
 PROMPT = "def fibonacci(n):\n"
 # Written for this test, so it is in no training set.
@@ -44,33 +48,44 @@ UNSEEN = '''class Ledger:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(FOLDER, local_files_only=True).eval()
 
 
-def nats_per_token(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # Its dataclass looks its own module up.
+    spec.loader.exec_module(script)
+    return script
+
+
+def nats_per_token(model: Any, ids: torch.Tensor) -> float:
     with torch.inference_mode():
         return model(input_ids=ids, labels=ids).loss.item()
 
 
-def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, new_tokens: int) -> list[int]:
+def greedy(model: Any, tokenizer: Any, new_tokens: int) -> list[int]:
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=new_tokens)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_the_folder_fits_in_four_million_bytes_and_has_its_card():
+def test_the_folder_fits_in_four_million_bytes_and_has_its_card() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 4_000_000
     assert (FOLDER / "README.md").stat().st_size > 0
 
 
-def test_it_is_a_bf16_llama_with_grouped_heads_and_tied_embeddings(model, tokenizer):
-    assert isinstance(model, LlamaForCausalLM)
+def test_it_is_a_bf16_llama_with_grouped_heads_and_tied_embeddings(model: Any, tokenizer: Any) -> None:
+    assert model.config.architectures == ["LlamaForCausalLM"]
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config.num_attention_heads > model.config.num_key_value_heads > 1
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -79,20 +94,20 @@ def test_it_is_a_bf16_llama_with_grouped_heads_and_tied_embeddings(model, tokeni
 
 
 @pytest.mark.parametrize("text", [UNSEEN, "\tnaïve = '∑ 🙂'\r\n\x00 ", PROMPT])
-def test_any_text_survives_the_tokenizer(tokenizer, text):
+def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_predicts_unseen_python_far_better_than_chance_and_better_than_shuffled(model, tokenizer):
+def test_it_predicts_unseen_python_far_better_than_chance_and_better_than_shuffled(model: Any, tokenizer: Any) -> None:
     ids = tokenizer(UNSEEN, return_tensors="pt")["input_ids"]
     loss = nats_per_token(model, ids)
     shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
-    assert loss < BOUND
+    assert loss < UNSEEN_BOUND
     assert loss < 0.5 * math.log(len(tokenizer))
     assert nats_per_token(model, shuffled) > loss + 2.0
 
 
-def test_greedy_text_repeats_itself_between_calls_but_not_within_one(model, tokenizer):
+def test_greedy_text_repeats_itself_between_calls_but_not_within_one(model: Any, tokenizer: Any) -> None:
     ids = greedy(model, tokenizer, 160)
     assert ids == greedy(model, tokenizer, 160)
     assert len(ids) == 160, "the end token came early"
@@ -100,7 +115,7 @@ def test_greedy_text_repeats_itself_between_calls_but_not_within_one(model, toke
     assert "\n    " in tokenizer.decode(ids)
 
 
-def test_generate_warns_of_nothing(model, tokenizer, caplog):
+def test_generate_warns_of_nothing(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     transformers_logging.enable_propagation()
     try:
         with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
@@ -113,7 +128,7 @@ def test_generate_warns_of_nothing(model, tokenizer, caplog):
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_the_training_script_makes_a_folder_that_loads(tmp_path):
+def test_the_training_script_makes_a_folder_that_loads(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for number in range(3):
@@ -122,7 +137,7 @@ def test_the_training_script_makes_a_folder_that_loads(tmp_path):
     options = ["--out", out, "--text", text, "--steps", 4, "--held-out-tokens", 200]
     done = subprocess.run([sys.executable, SCRIPT, *map(str, options)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "held out:" in done.stdout and "nats per token" in done.stdout
+    assert re.search(r"held out: \d+\.\d+ nats per token over 199 tokens", done.stdout)
     assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == []
     tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
@@ -131,11 +146,23 @@ def test_the_training_script_makes_a_folder_that_loads(tmp_path):
     assert {name: tensor.shape[1:] for name, tensor in load_file(out / "model.safetensors").items()} == shipped
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)  # Its dataclass looks its own module up.
-    spec.loader.exec_module(script)
+@pytest.mark.parametrize("window_tokens", [4, 5, 24, 256])
+def test_stutters_score_only_the_text_that_truly_follows(script: ModuleType, window_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.arange(window_tokens).repeat(200, 1)  # Counting up: what follows any token is that token plus one.
+    inputs, targets = script.with_stutters(windows, 1.0, generator)
+    assert inputs.shape == targets.shape == (200, window_tokens - 1)
+    scored = targets != script.IGNORED_TARGET
+    assert torch.equal(targets[scored], inputs[scored] + 1)
+    assert (inputs.diff() < 1).any(dim=1).all(), "a row without a repeated piece"
+    plain, following = script.with_stutters(windows, 0.0, generator)
+    assert torch.equal(plain, windows[:, :-1])
+    assert torch.equal(following, windows[:, 1:])
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(script, "BATCH_TOKENS", 512)
     tokenizer = script.train_tokenizer([UNSEEN])
     ids = script.encode(tokenizer, [UNSEEN] * 4)
@@ -153,7 +180,8 @@ def test_an_interrupted_run_continues_to_the_same_weights(tmp_path, monkeypatch)
         with pytest.raises(StopIteration):
             run(tmp_path / "broken.pt")
     continued, steps = run(tmp_path / "broken.pt")
-    assert steps == 5 and next(losses, None) is None
+    assert steps == 5
+    assert next(losses, None) is None
     for (name, expected), (_, found) in zip(whole.named_parameters(), continued.named_parameters(), strict=True):
         assert torch.equal(expected, found), name
     with pytest.raises(typer.BadParameter, match="another seed"):

@@ -20,8 +20,7 @@ from hf_accel.cli.models import (
 )
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.cli.tables import footer, speed_table
-from hf_accel.measure import Workload
-from hf_accel.measure import bench as measure
+from hf_accel.measure import Workload, run_bench
 
 
 def bench(
@@ -57,7 +56,7 @@ def bench(
     loaded = load_model(model, dtype.torch, device)
     plan = make_plan(loaded, goal)
     with progress("stock and optimised in alternation", 2 * rounds) as step:
-        result = measure(loaded, plan, workload, name=model, progress=step)
+        result = run_bench(loaded, plan, workload, name=model, progress=step)
     if as_json:
         write_json(result.to_dict())
         return

@@ -52,8 +52,8 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_model(name: str, dtype: torch.dtype | None, device: str = "cpu") -> PreTrainedModel:
-    """Return the model that `name` stands for, ready to generate; `dtype` None keeps that of the checkpoint.
+def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Return the model that `name` stands for, ready to generate.
 
     Raises:
         ConfigError: there is no such shape, folder or hub model, or no such device.
@@ -63,11 +63,9 @@ def load_model(name: str, dtype: torch.dtype | None, device: str = "cpu") -> Pre
     transformers_logging.disable_progress_bar()
     with progress(f"loading {name}"):
         if name in SHAPES:
-            return build_shape(name, dtype or torch.bfloat16, device)
+            return build_shape(name, dtype, device)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", local_files_only=Path(name).is_dir()
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=Path(name).is_dir())
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(

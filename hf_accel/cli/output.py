@@ -26,11 +26,14 @@ class Step(Protocol):
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Step]:
-    """Show a bar for the length of the block; without `total` it only shows that work goes on, and for how long."""
+    """Show a bar for the length of the block; without `total` it only shows that work goes on, and for how long.
+
+    Where standard error is not a terminal nothing is shown.
+    """
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30)]
     if total is not None:
         columns.append(MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True) as bar:
+    with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
 

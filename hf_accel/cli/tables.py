@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from rich.table import Table
 
 from hf_accel.measure import Bench
@@ -29,6 +31,9 @@ def speed_table(result: Bench) -> Table:
     rates = [result.achieved_bytes_per_s(side) for side in sides]
     table.add_row("weights read, GB/s", *(f"{rate / 1e9:.1f}" for rate in rates))
     table.add_row("share of bandwidth", *(f"{100 * rate / result.read_bandwidth_bytes_per_s:.0f} %" for rate in rates))
+    if all(side.resident_bytes for side in sides):
+        held = [statistics.median(side.resident_bytes) for side in sides]
+        table.add_row("memory held, MB", *(f"{count / 1e6:.0f}" for count in held), f"{held[1] / held[0]:.3f} x")
     return table
 
 
@@ -42,7 +47,7 @@ def describe(result: Bench) -> str:
         named = {"top-k": work.top_k, "top-p": work.top_p, "temperature": work.temperature}
         chosen = [f"{name} {value:g}" for name, value in named.items() if value is not None]
         words.append(" ".join(["sampling", *chosen]))
-    return ", ".join([*words, f"{work.rounds} rounds"])
+    return ", ".join([*words, f"{result.rounds} rounds"])
 
 
 def footer(result: Bench) -> str:

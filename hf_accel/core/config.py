@@ -18,6 +18,17 @@ class Config:
         super().__init_subclass__(**kwargs)
         Config.types[cls.__name__] = cls
 
+    def check_integer(self, name: str, lowest: int, highest: int | None = None) -> None:
+        """Check that the field `name` is a whole number (no bool) in [lowest, highest].
+
+        Raises:
+            ConfigError: it is not.
+        """
+        value = getattr(self, name)
+        if type(value) is not int or value < lowest or (highest is not None and value > highest):
+            bounds = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
+            raise ConfigError(f"{type(self).__name__}.{name} is a whole number, {bounds}; {value!r} was given.")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON values; `type` names the class."""
         return {"type": type(self).__name__, **dataclasses.asdict(self)}
@@ -29,9 +40,11 @@ class Config:
         Raises:
             ConfigError: the type or one of the fields does not exist.
         """
+        if not isinstance(data, dict):
+            raise ConfigError(f"A config is described by a dictionary; {data!r} was given.")
         values = dict(data)
         name = values.pop("type", cls.__name__)
-        found = Config.types.get(name)
+        found = Config.types.get(name) if isinstance(name, str) else None
         if found is None or not issubclass(found, cls):
             known = ", ".join(sorted(k for k, v in Config.types.items() if issubclass(v, cls)))
             raise ConfigError(f"There is no config called {name!r}. Known: {known}.")

@@ -25,7 +25,8 @@ def subclass(mixin: type, original: type, **attributes: Any) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = object.__reduce_ex__(self, max(2, protocol))
-        return (copyreg.__newobj__, (original, *state[1][1:]), *state[2:])  # type: ignore[attr-defined]
+        # not `copyreg.__newobj__`: pickle insists that its class is the object's own
+        return (copyreg._reconstructor, (original, object, None), *state[2:])  # type: ignore[attr-defined]
 
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(original.__name__, (mixin, original), {**names, **attributes, "__reduce_ex__": __reduce_ex__})

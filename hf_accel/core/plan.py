@@ -65,18 +65,32 @@ class Plan:
         """Build the plan that `to_dict` described.
 
         Raises:
-            ConfigError: a config does not exist or does not fit.
+            ConfigError: it does not describe a plan, or a config does not exist or does not fit.
         """
-        steps = [Step(Config.from_dict(step["config"]), step.get("gain")) for step in data.get("steps", [])]
-        skipped = [Skip(**skip) for skip in data.get("skipped", [])]
-        return cls(goal=data.get("goal", "configs"), steps=steps, skipped=skipped)
+        try:
+            steps = [Step(Config.from_dict(step["config"]), step.get("gain")) for step in data.get("steps", [])]
+            skipped = [Skip(**skip) for skip in data.get("skipped", [])]
+            return cls(goal=data.get("goal", "configs"), steps=steps, skipped=skipped)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"This does not describe a plan ({error!r}). A plan is what `Plan.to_dict` or `Plan.to_json` returned."
+            ) from error
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        return cls.from_dict(json.loads(text))
+        """Build the plan that `to_json` wrote.
+
+        Raises:
+            ConfigError: the text is no JSON, or does not describe a plan.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"A plan is read from JSON; the text given is none ({error}).") from error
+        return cls.from_dict(data)
 
     def __str__(self) -> str:
         lines = [f"plan for goal {self.goal}:"]

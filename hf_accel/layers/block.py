@@ -18,7 +18,7 @@ from hf_accel.core.anatomy import Anatomy, DecoderBlock, LinearSlice
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.errors import ConfigError, VerificationError
+from hf_accel.errors import VerificationError
 from hf_accel.kernels import native
 from hf_accel.layers.audit import evaluating, record
 from hf_accel.layers.guard import Guard
@@ -40,8 +40,7 @@ class DecoderBlockConfig(Config):
     max_rows: int = 16
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_rows <= native.MAX_ROWS:
-            raise ConfigError(f"max_rows is 1 to {native.MAX_ROWS}; {self.max_rows} was given.")
+        self.check_integer("max_rows", 1, native.MAX_ROWS)
 
 
 class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig):

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.errors import ConfigError
 from hf_accel.kernels import native
 
 
@@ -31,8 +31,7 @@ class NativeLinearConfig(Config):
     max_rows: int = 16
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_rows <= native.MAX_ROWS:
-            raise ConfigError(f"max_rows is 1 to {native.MAX_ROWS}; {self.max_rows} was given.")
+        self.check_integer("max_rows", 1, native.MAX_ROWS)
 
 
 class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig):
@@ -81,7 +80,8 @@ def native_obstacles(anatomy: Anatomy) -> list[str]:
 def _fits(module: Any) -> bool:
     weight, bias = module.weight, module.bias
     return (
-        weight.device.type == "cpu"
+        type(weight) is Parameter  # others (quantized, distributed) hold no plain memory
+        and weight.device.type == "cpu"
         and weight.dtype in native.DTYPES
         and weight.dim() == 2
         and weight.stride(1) == 1
@@ -97,11 +97,12 @@ class NativeProduct:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         parameters = self._parameters  # type: ignore[attr-defined]
-        weight = parameters.get("weight")
+        weight, bias = parameters.get("weight"), parameters.get("bias")
         if (
-            weight is None
+            type(weight) is not Parameter
             or type(input) is not torch.Tensor
             or input.dtype is not weight.dtype
+            or input.dtype not in native.DTYPES
             or not 0 < input.numel() <= self.max_rows * input.shape[-1]
             or input.shape[-1] != weight.shape[0 if self.transposed else 1]
             or not weight.is_cpu
@@ -110,6 +111,18 @@ class NativeProduct:
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
             or weight.stride(1) != 1
+            or (bias is not None and not _bias_fits(bias, weight, self.transposed))
         ):
             return super().forward(input)  # type: ignore[misc]
-        return native.linear(input, weight, parameters.get("bias"), transposed=self.transposed)
+        return native.linear(input, weight, bias, transposed=self.transposed)
+
+
+def _bias_fits(bias: torch.Tensor, weight: torch.Tensor, transposed: bool) -> bool:
+    """Return whether a bias, which may have been exchanged, is one plain row of memory for the product."""
+    return (
+        type(bias) is Parameter
+        and bias.dtype is weight.dtype
+        and bias.is_cpu
+        and bias.numel() == weight.shape[1 if transposed else 0]
+        and bias.is_contiguous()
+    )

@@ -30,6 +30,9 @@ class SharedProjectionConfig(Config):
 
     max_rows: int = 16
 
+    def __post_init__(self) -> None:
+        self.check_integer("max_rows", 1)
+
 
 class SharedProjectionPatcher(Patcher[SharedProjectionConfig], config=SharedProjectionConfig):
     stage = Stage.WEIGHTS
@@ -92,12 +95,20 @@ class Group:
 
     def is_joined(self) -> bool:
         """Return whether every weight still is its view: `.to`, `load_state_dict(assign=True)` and others end it."""
-        offset = self.weight.data_ptr()
+        return self._holds("weight", self.weight) and self._holds("bias", self.bias)
+
+    def _holds(self, name: str, joined: torch.Tensor | None) -> bool:
+        offset = 0 if joined is None else joined.data_ptr()
         for module, rows in zip(self.modules, self.rows, strict=True):
-            weight = module._parameters.get("weight")
-            if weight is None or weight.data_ptr() != offset or weight.dtype is not self.weight.dtype:
+            parameter = module._parameters.get(name)
+            if parameter is None or joined is None:
+                if parameter is not joined or name not in module._parameters:
+                    return False
+                continue
+            size = rows * joined.stride(0)
+            if parameter.data_ptr() != offset or parameter.numel() != size or parameter.dtype is not joined.dtype:
                 return False
-            offset += rows * self.weight.stride(0) * self.weight.element_size()
+            offset += size * joined.element_size()
         return True
 
     def split(self) -> None:
@@ -135,6 +146,7 @@ class SharedProduct:
             and not torch.is_grad_enabled()
             and not torch.is_inference(input)
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled(input.device.type)
             and input.dtype is group.weight.dtype
             and group.is_joined()

@@ -1,7 +1,7 @@
 """Measuring speed, as ratios in one run: stock and patched in alternation, medians, bytes per second beside tokens."""
 
 from hf_accel.measure.bandwidth import read_bandwidth
-from hf_accel.measure.bench import Bench, Workload, bench
+from hf_accel.measure.bench import Bench, Workload, run_bench
 from hf_accel.measure.difference import Difference
 from hf_accel.measure.latency import Run, Timing, alternate, timed_generate
 from hf_accel.measure.machine import Machine, versions
@@ -16,10 +16,10 @@ __all__ = [
     "Timing",
     "Workload",
     "alternate",
-    "bench",
     "build_shape",
     "random_prompt",
     "read_bandwidth",
+    "run_bench",
     "timed_generate",
     "versions",
 ]

@@ -6,6 +6,7 @@ and their share of the rate at which this machine reads memory.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,13 +25,14 @@ from hf_accel.errors import ConfigError
 from hf_accel.measure.bandwidth import read_bandwidth
 from hf_accel.measure.difference import Difference, explain
 from hf_accel.measure.latency import Run, Timing, alternate, timed_generate
-from hf_accel.measure.machine import Machine, versions
+from hf_accel.measure.machine import Machine, resident_bytes, versions
 from hf_accel.measure.overhead import CallCost, call_cost
 from hf_accel.measure.workload import random_prompt
 
 WARM_UP_TOKENS = 3
 CALLS = 5  # one-token calls per round
 SHORT_PROMPT_TOKENS = 8
+QUANTITIES = ("prefill", "token", "whole", "one_token_call", "fixed")  # the timings of a Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +87,17 @@ class Side:
     whole: Timing = field(default_factory=Timing)
     one_token_call: Timing = field(default_factory=Timing)
     fixed: Timing = field(default_factory=Timing)
+    resident_bytes: list[int] = field(default_factory=list)  # after generating; empty without psutil
 
-    def add(self, run: Run, costs: list[CallCost]) -> None:
+    def add(self, sample: _Sample) -> None:
+        run, costs = sample.run, sample.costs
         self.prefill.seconds.append(run.prefill_s)
         self.token.seconds.append(run.token_s)
         self.whole.seconds.append(run.prefill_s + sum(run.tokens_s))
         self.one_token_call.seconds.append(statistics.median(cost.whole_s for cost in costs))
         self.fixed.seconds.append(statistics.median(cost.fixed_s for cost in costs))
+        if sample.resident_bytes is not None:
+            self.resident_bytes.append(sample.resident_bytes)
 
 
 @dataclass
@@ -113,6 +119,11 @@ class Bench:
     versions: dict[str, str]
     date: str
 
+    @property
+    def rounds(self) -> int:
+        """The rounds that were made; fewer than asked for if the time was up."""
+        return len(self.stock.token.seconds)
+
     def achieved_bytes_per_s(self, side: Side) -> float:
         """Weight bytes (each parameter once) over the median time per token."""
         return self.weight_bytes / side.token.median
@@ -128,15 +139,15 @@ class Bench:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; times in milliseconds."""
-        quantities = ("prefill", "token", "whole", "one_token_call", "fixed")
         return {
             "model": self.model,
             "dtype": self.dtype,
             "workload": asdict(self.workload),
+            "rounds": self.rounds,
             "stock": self._side(self.stock),
             "patched": self._side(self.patched),
-            "ratio": {name: self.ratio(name) for name in quantities},
-            "pairwise_ratio": {name: self.pairwise_ratio(name) for name in quantities},
+            "ratio": {name: self.ratio(name) for name in QUANTITIES},
+            "pairwise_ratio": {name: self.pairwise_ratio(name) for name in QUANTITIES},
             "same_ids": self.difference is None,
             "difference": self.difference and self.difference.to_dict(),
             "weight_bytes": self.weight_bytes,
@@ -150,9 +161,11 @@ class Bench:
 
     def _side(self, side: Side) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for name, timing in vars(side).items():
+        for name in QUANTITIES:
+            timing = getattr(side, name)
             values[f"{name}_ms"] = 1e3 * timing.median
             values[f"{name}_spread"] = timing.spread
+        values["resident_bytes"] = statistics.median(side.resident_bytes) if side.resident_bytes else None
         achieved = self.achieved_bytes_per_s(side)
         return values | {
             "tokens_per_s": self.workload.batch / side.token.median,
@@ -161,7 +174,7 @@ class Bench:
         }
 
 
-def bench(
+def run_bench(
     model: PreTrainedModel,
     plan: Plan,
     workload: Workload,
@@ -169,6 +182,7 @@ def bench(
     name: str | None = None,
     inputs: Mapping[str, torch.Tensor] | None = None,
     progress: Callable[[], None] | None = None,
+    budget_s: float = math.inf,
 ) -> Bench:
     """Measure `model` as it is and with `plan` applied, in alternation; it is left as it was.
 
@@ -179,6 +193,7 @@ def bench(
         name: how to call the model in the result; by default its class.
         inputs: `input_ids` and `attention_mask` [B, T] instead of the workload's random ones.
         progress: called after each of the 2 x rounds measurements.
+        budget_s: no further round begins once this time is spent, but two are always made.
 
     Raises:
         UnsupportedModelError: the model cannot be optimised, or not by this plan.
@@ -188,12 +203,12 @@ def bench(
     given = dict(inputs) if inputs is not None else workload.inputs(model)
     bandwidth = read_bandwidth(anatomy.device)
     ways = {"stock": _Way(anatomy, None, workload, given), "patched": _Way(anatomy, plan, workload, given)}
-    runs = alternate(ways, workload.rounds, progress)
+    runs = alternate(ways, workload.rounds, progress, budget_s)
     sides = {"stock": Side(), "patched": Side()}
     for state, side in sides.items():
-        for run, costs in runs[state]:
-            side.add(run, costs)
-    pairs = [(stock.ids, patched.ids) for (stock, _), (patched, _) in zip(runs["stock"], runs["patched"], strict=True)]
+        for sample in runs[state]:
+            side.add(sample)
+    pairs = [(stock.run.ids, patched.run.ids) for stock, patched in zip(runs["stock"], runs["patched"], strict=True)]
     stock_ids, patched_ids = next((pair for pair in pairs if not torch.equal(*pair)), pairs[0])
     torch.manual_seed(0)
     return Bench(
@@ -214,6 +229,15 @@ def bench(
     )
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What one round measured of one state."""
+
+    run: Run
+    costs: list[CallCost]
+    resident_bytes: int | None
+
+
 class _Way:
     """One state of the model to measure; `report` is that of the latest round."""
 
@@ -223,7 +247,7 @@ class _Way:
         self.anatomy, self.plan, self.workload, self.inputs = anatomy, plan, workload, inputs
         self.report = new_report(anatomy, plan or Plan())
 
-    def __call__(self) -> tuple[Run, list[CallCost]]:
+    def __call__(self) -> _Sample:
         model, journal = self.anatomy.model, Journal()
         arguments = self.workload.arguments(model)
         short = {key: tensor[:1, -SHORT_PROMPT_TOKENS:] for key, tensor in self.inputs.items()}
@@ -236,6 +260,7 @@ class _Way:
             timed_generate(model, short, WARM_UP_TOKENS, **arguments)
             costs = [call_cost(model, short, **arguments) for _ in range(CALLS)]
             torch.manual_seed(0)
-            return timed_generate(model, self.inputs, self.workload.new_tokens, **arguments), costs
+            run = timed_generate(model, self.inputs, self.workload.new_tokens, **arguments)
+            return _Sample(run, costs, resident_bytes())
         finally:
             journal.undo()

@@ -16,6 +16,19 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+# a model's own generation_config may ask for what cannot be timed token by token, or compared
+PLAIN: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+    "cache_implementation": None,
+    "prompt_lookup_num_tokens": None,
+    "stop_strings": None,
+    "max_time": None,
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -69,7 +82,7 @@ class _Clock(BaseStreamer):
 def timed_generate(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int, **arguments: Any) -> Run:
     """Generate exactly `new_tokens` tokens (at least 2) and return their times. Greedy unless told otherwise."""
     clock = _Clock(model.device)
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    options = PLAIN | {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     start = time.perf_counter()
     ids = model.generate(**inputs, **(options | arguments), streamer=clock)  # type: ignore[operator]
     arrivals = clock.times[1:]

@@ -50,6 +50,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def resident_bytes() -> int | None:
+    """Return the memory this process holds now; None without psutil (extra: bench)."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.Process().memory_info().rss
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from hf_accel.measure.latency import PLAIN
+
 NEW_TOKENS = 4
 # relative difference of logits (Frobenius) that is accepted of steps that promise exactness
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -40,11 +42,16 @@ class Reference:
         self.sequences, self.logits = self._generate([])
 
     def _generate(self, processors: list[LogitsProcessor]) -> tuple[torch.Tensor, torch.Tensor]:
+        options = PLAIN | {
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+            "pad_token_id": 0,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
         output = self.model.generate(  # type: ignore[operator]
-            **self.inputs, logits_processor=LogitsProcessorList(processors), do_sample=False, num_beams=1,
-            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            **self.inputs, logits_processor=LogitsProcessorList(processors), **options
+        )
         return output.sequences, torch.stack(output.logits).double()
 
     def difference(self) -> float:

@@ -38,8 +38,16 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
-def random_block(shape: BlockShape, dtype: torch.dtype, *, bias: bool = False, head_norms: bool = False, out_norms: bool = False,
-                 fused: bool = False, seed: int = 0) -> NativeBlock:  # fmt: skip
+def random_block(
+    shape: BlockShape,
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    head_norms: bool = False,
+    out_norms: bool = False,
+    fused: bool = False,
+    seed: int = 0,
+) -> NativeBlock:
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*size: int, scale: float = 0.2) -> Tensor:
@@ -80,8 +88,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos[:, :, None] + half * sin[:, :, None], rest), -1)
 
 
-def twin(block: NativeBlock, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, past: int, first: int = 0,
-         mask: Tensor | None = None) -> Tensor:  # fmt: skip
+def twin(
+    block: NativeBlock,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    first: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
     """The same layer as a textbook writes it: one query at a time, explicit softmax. Writes keys and values."""
     shape, w = block.shape, block.weights
     batch, tokens, _ = hidden.shape
@@ -117,7 +134,9 @@ def twin(block: NativeBlock, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Ten
     return hidden + rms_norm(out, w.mlp_out_norm, shape)
 
 
-def inputs(shape: BlockShape, dtype: torch.dtype, batch: int, tokens: int, past: int, rotary: int | None = None) -> dict[str, Any]:
+def inputs(
+    shape: BlockShape, dtype: torch.dtype, batch: int, tokens: int, past: int, rotary: int | None = None
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(batch + 10 * tokens + past)
     size = (batch, shape.kv_heads, past + tokens + 5, shape.head_dim)
     angles = torch.rand(batch, tokens, (rotary or shape.head_dim) // 2, generator=generator).mul(6).repeat(1, 1, 2)
@@ -144,14 +163,25 @@ def check(block: NativeBlock, arguments: dict[str, Any]) -> None:
         assert torch.equal(mine[name][:, :, untouched], arguments[name][:, :, untouched])
 
 
-SMALL = BlockShape(hidden=72, heads=6, kv_heads=2, head_dim=32, inner=100, activation="silu", norm_eps=1e-6, norm_style="llama",
-                   scale=32**-0.5)  # fmt: skip
+SMALL = BlockShape(
+    hidden=72,
+    heads=6,
+    kv_heads=2,
+    head_dim=32,
+    inner=100,
+    activation="silu",
+    norm_eps=1e-6,
+    norm_style="llama",
+    scale=32**-0.5,
+)
 SHAPES = {
     "gqa 3": SMALL,
     "mha, odd sizes": replace(SMALL, hidden=37, heads=2, kv_heads=2, head_dim=10, inner=23, scale=0.3),
     "gqa 4, D 64, gelu_tanh": replace(SMALL, hidden=96, heads=8, head_dim=64, activation="gelu_tanh", scale=0.125),
     "gqa 8, D 80, gelu": replace(SMALL, heads=8, kv_heads=1, head_dim=80, activation="gelu", scale=0.11),
-    "gemma, D 256": replace(SMALL, heads=4, head_dim=256, norm_style="gemma", activation="gelu_tanh", scale=0.0625, softcap=5.0),
+    "gemma, D 256": replace(
+        SMALL, heads=4, head_dim=256, norm_style="gemma", activation="gelu_tanh", scale=0.0625, softcap=5.0
+    ),
     "D 128, relu": replace(SMALL, heads=2, kv_heads=1, head_dim=128, activation="relu", scale=0.09),
 }
 
@@ -161,7 +191,9 @@ SHAPES = {
 def test_equals_the_textbook_layer(isa: str, name: str, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
     gemma = shape.norm_style == "gemma"
-    block = random_block(shape, dtype, bias="odd" in name, head_norms=gemma or "D 128" in name, out_norms=gemma, fused="gqa" in name)
+    block = random_block(
+        shape, dtype, bias="odd" in name, head_norms=gemma or "D 128" in name, out_norms=gemma, fused="gqa" in name
+    )
     for batch, tokens, past in ((1, 1, 0), (1, 1, 300), (2, 3, 17), (3, 1, 140)):
         check(block, inputs(shape, dtype, batch, tokens, past, rotary=6 if "odd" in name else None))
 
@@ -185,6 +217,27 @@ def test_masks_windows_and_many_rows(isa: str, dtype: torch.dtype) -> None:
         check(block, {**arguments, "mask": finite[:, :, :, :]})
         bias = torch.randn(1, 1, tokens, length, generator=generator).to(dtype)
         check(block, {**arguments, "mask": bias})
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_tokens_together_equal_tokens_one_by_one(isa: str, dtype: torch.dtype) -> None:
+    """To the last bit, for any number of threads: what makes verification of drafts lossless."""
+    shape = replace(SMALL, hidden=200, inner=333, softcap=4.0)
+    block = random_block(shape, dtype, head_norms=True)
+    before = torch.get_num_threads()
+    for batch, tokens, past in ((1, 4, 0), (2, 5, 250), (1, 16, 505)):
+        arguments = inputs(shape, dtype, batch, tokens, past)
+        torch.set_num_threads(1)
+        mine, single = copy.deepcopy(arguments), copy.deepcopy(arguments)
+        together = block(**mine)
+        torch.set_num_threads(3)
+        for b in range(batch):
+            for t in range(tokens):
+                part = {name: single[name][b : b + 1] for name in ("keys", "values")}
+                part |= {name: single[name][b : b + 1, t : t + 1].contiguous() for name in ("hidden", "cos", "sin")}
+                assert torch.equal(block(**part, past=past + t)[0, 0], together[b, t])
+        torch.set_num_threads(before)
+        assert torch.equal(mine["keys"], single["keys"])
 
 
 def test_buffers_may_be_strided_and_angles_shared() -> None:
@@ -223,6 +276,7 @@ def test_many_threads_give_the_result_of_one() -> None:
     expected = [block(**copy.deepcopy(case)) for case in cases]
     torch.set_num_threads(4)
     try:
+
         def repeat(index: int) -> bool:
             return all(torch.equal(block(**copy.deepcopy(cases[index])), expected[index]) for _ in range(6))
 

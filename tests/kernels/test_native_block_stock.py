@@ -13,8 +13,17 @@ from hf_accel.kernels import native
 from hf_accel.kernels.native import BlockShape, BlockWeights, NativeBlock, Projection
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status().reason)
-SIZES = {"hidden_size": 60, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
-         "num_hidden_layers": 1, "vocab_size": 50, "initializer_range": 0.2, "max_position_embeddings": 512}  # fmt: skip
+SIZES = {
+    "hidden_size": 60,
+    "intermediate_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 1,
+    "vocab_size": 50,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 512,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {},
@@ -55,22 +64,39 @@ def native_twin(layer: Any, config: Any, kind: str) -> NativeBlock:
 
     if kind == "phi3":
         fused, i = attention.qkv_proj, config.intermediate_size
-        parts = {"q": projection(fused, 0, q), "k": projection(fused, q, q + kv), "v": projection(fused, q + kv),
-                 "gate": projection(mlp.gate_up_proj, 0, i), "up": projection(mlp.gate_up_proj, i)}  # fmt: skip
+        parts = {
+            "q": projection(fused, 0, q),
+            "k": projection(fused, q, q + kv),
+            "v": projection(fused, q + kv),
+            "gate": projection(mlp.gate_up_proj, 0, i),
+            "up": projection(mlp.gate_up_proj, i),
+        }
     else:
         parts = {name: projection(getattr(attention, f"{name}_proj")) for name in "qkv"}
         parts |= {name: projection(getattr(mlp, f"{name}_proj")) for name in ("gate", "up")}
     weights = BlockWeights(
-        **parts, o=projection(attention.o_proj), down=projection(mlp.down_proj), input_norm=norm(layer, "input_layernorm"),
+        **parts,
+        o=projection(attention.o_proj),
+        down=projection(mlp.down_proj),
+        input_norm=norm(layer, "input_layernorm"),
         mlp_norm=norm(layer, "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"),
         attention_out_norm=norm(layer, "post_attention_layernorm") if gemma else None,
-        mlp_out_norm=norm(layer, "post_feedforward_layernorm"), q_norm=norm(attention, "q_norm"), k_norm=norm(attention, "k_norm"),
-    )  # fmt: skip
+        mlp_out_norm=norm(layer, "post_feedforward_layernorm"),
+        q_norm=norm(attention, "q_norm"),
+        k_norm=norm(attention, "k_norm"),
+    )
     shape = BlockShape(
-        hidden=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=d,
-        inner=config.intermediate_size, activation="gelu_tanh" if gemma else "silu", norm_eps=config.rms_norm_eps,
-        norm_style="gemma" if gemma else "llama", scale=attention.scaling, softcap=getattr(config, "attn_logit_softcapping", None),
-    )  # fmt: skip
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=d,
+        inner=config.intermediate_size,
+        activation="gelu_tanh" if gemma else "silu",
+        norm_eps=config.rms_norm_eps,
+        norm_style="gemma" if gemma else "llama",
+        scale=attention.scaling,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+    )
     return NativeBlock(shape, weights)
 
 
@@ -98,8 +124,14 @@ def test_equals_the_layer_of_transformers(kind: str, dtype: torch.dtype) -> None
             stock_mask = mask
             if config._attn_implementation == "eager":
                 stock_mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-            expected = layer(hidden, attention_mask=stock_mask, position_embeddings=(cos, sin), position_ids=positions,
-                             past_key_values=cache, use_cache=True)  # fmt: skip
+            expected = layer(
+                hidden,
+                attention_mask=stock_mask,
+                position_embeddings=(cos, sin),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
             expected = expected[0] if isinstance(expected, tuple) else expected
             for given in (mask, stock_mask, None) if batch == 1 else (mask, stock_mask):
                 found = block(hidden, cos, sin, *buffers, past, 0, given)
@@ -120,8 +152,13 @@ def test_greedy_text_in_bf16_is_that_of_stock() -> None:
         hidden = torch.randn(1, 8, config.hidden_size).bfloat16()
         cos, sin = model.rotary_emb(hidden, torch.arange(8)[None])
         head = torch.randn(50, config.hidden_size).bfloat16()
-        expected = layer(hidden, position_embeddings=(cos, sin), past_key_values=DynamicCache(), use_cache=True,
-                         attention_mask=torch.ones(8, 8, dtype=torch.bool).tril()[None, None])  # fmt: skip
+        expected = layer(
+            hidden,
+            position_embeddings=(cos, sin),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            attention_mask=torch.ones(8, 8, dtype=torch.bool).tril()[None, None],
+        )
         expected = expected[0] if isinstance(expected, tuple) else expected
         buffers = [torch.zeros(1, block.shape.kv_heads, 8, block.shape.head_dim).bfloat16() for _ in range(2)]
         found = block(hidden, cos, sin, *buffers, 0)

@@ -53,6 +53,23 @@ def test_no_less_exact_than_aten(isa: str, dtype: torch.dtype, transposed: bool)
     assert sum(ours) <= 1.02 * sum(atens)
 
 
+def test_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
+    """To the last bit: a token verified among others, or batched, gets what it gets alone."""
+    for dtype in native.DTYPES:
+        for k, n in ((64, 64), (577, 131), (3000, 37)):
+            weight, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+            conv1d = weight.T.contiguous()
+            for rows in (2, 3, 4, 5, 7, 8, 11, 16):
+                x = torch.randn(rows, k).to(dtype)
+                together = native.linear(x, weight, bias)
+                assert torch.equal(together, torch.cat([native.linear(row[None], weight, bias) for row in x]))
+                assert torch.equal(together[:, 5:9], native.linear(x, weight[5:9], bias[5:9]))
+                together = native.linear(x, conv1d, bias, transposed=True)
+                assert torch.equal(
+                    together, torch.cat([native.linear(row[None], conv1d, bias, transposed=True) for row in x])
+                )
+
+
 def test_batch_dimensions_and_strided_activations() -> None:
     weight = torch.randn(20, 12)
     x = torch.randn(2, 3, 24)[..., ::2]
@@ -129,7 +146,9 @@ def test_the_operator_is_sound_and_traces(transposed: bool) -> None:
         torch.library.opcheck(operator, (x, weight, b, transposed))
 
     def function(x: Tensor) -> Tensor:
-        return native.linear(x, weight, bias, transposed=transposed).relu() + native.linear_group(x, [weight, weight])[1]
+        return (
+            native.linear(x, weight, bias, transposed=transposed).relu() + native.linear_group(x, [weight, weight])[1]
+        )
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), function(x))

@@ -88,7 +88,9 @@ def _check_tensor(name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} lies on {tensor.device}; the native block runs on the CPU")
     if tensor.dtype != dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}, the other weights {dtype}: the native block takes one dtype")
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}, the other weights {dtype}: the native block takes one dtype"
+        )
     if tuple(tensor.shape) != size:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the block's sizes ask for {size}")
     if tensor.stride(-1) != 1:

@@ -131,7 +131,9 @@ def supported_isas() -> tuple[str, ...]:
 def set_isa(name: str) -> None:
     """Use this instruction set from now on, in the whole process. Raises: ValueError when the machine lacks it."""
     if name not in supported_isas():
-        raise ValueError(f"instruction set {name!r} was asked for; this machine has {', '.join(supported_isas()) or 'none'}")
+        raise ValueError(
+            f"instruction set {name!r} was asked for; this machine has {', '.join(supported_isas()) or 'none'}"
+        )
     library().hfa_set_isa(ISAS.index(name))
 
 

@@ -23,43 +23,41 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _TRANSPOSED = 1 << 8
-_GROUP = struct.Struct("=Qqqqq" + "QQqqq" * MAX_GROUP + "Q" * MAX_GROUP)
+_GROUPS = [struct.Struct("=Qqqqqq" + "QQQqq" * count) for count in range(MAX_GROUP + 1)]
 
 _is_compiling = torch.compiler.is_compiling
 _get_num_threads = torch.get_num_threads
-_empty = torch.empty
-_function: Any = None
+_function: Any = None  # set at the first call; a module global is the cheapest lookup
+_group_function: Any = None
 
 
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    # one frame, no slicing of shapes where it can be avoided: a small model makes two hundred of these calls per token
     global _function
     if _function is None:
         _function = _library.library().hfa_linear
     if not x.is_contiguous():
         x = x.contiguous()
     shape = x.shape
-    k = shape[-1]
-    dtype = x.dtype
+    flags = DTYPE_CODES[x.dtype] | _get_num_threads() << 16
     if transposed:
         n = weight.shape[1]
-        flags = DTYPE_CODES[dtype] | _TRANSPOSED | _get_num_threads() << 16
+        flags |= _TRANSPOSED
     else:
         n = weight.shape[0]
-        flags = DTYPE_CODES[dtype] | _get_num_threads() << 16
-    y = _empty((*shape[:-1], n), dtype=dtype)
-    rows = x.numel() // k
-    if _function(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        rows,
-        k,
-        n,
-        weight.stride(0),
-        flags,
-    ):
-        raise ValueError(f"native linear takes 1 to {MAX_ROWS} rows, got {rows} of {k} for a weight {tuple(weight.shape)}")
+    if len(shape) == 3:
+        batch, tokens, k = shape
+        rows = batch * tokens
+        y = x.new_empty((batch, tokens, n))
+    else:
+        k = shape[-1]
+        rows = x.numel() // k
+        y = x.new_empty((*shape[:-1], n))
+    bias_pointer = None if bias is None else bias.data_ptr()
+    if _function(x.data_ptr(), weight.data_ptr(), bias_pointer, y.data_ptr(), rows, k, n, weight.stride(0), flags):
+        raise ValueError(
+            f"native linear takes 1 to {MAX_ROWS} rows, got {rows} of {k} for a weight {tuple(weight.shape)}"
+        )
     return y
 
 
@@ -95,26 +93,26 @@ def linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         biases = (None,) * len(weights)
     if _is_compiling():
         return [_operator(x, weight, bias, False) for weight, bias in zip(weights, biases, strict=True)]
-    x = x.contiguous()
-    k = x.shape[-1]
-    outputs = [_empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype) for weight in weights]
-    missing = MAX_GROUP - len(weights)
-    fields: list[int] = []
-    for weight, bias in zip(weights, biases, strict=True):
-        fields += (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.stride(0), weight.shape[0], k)
+    global _group_function
+    if _group_function is None:
+        _group_function = _library.library().hfa_linear_group
+    if not x.is_contiguous():
+        x = x.contiguous()
+    *lead, k = x.shape
     rows = x.numel() // k
-    if missing < 0 or _library.library().hfa_linear_group(
-        _GROUP.pack(
-            x.data_ptr(),
-            DTYPE_CODES[x.dtype],
-            rows,
-            _get_num_threads(),
-            len(weights),
-            *fields,
-            *(0,) * (5 * missing),
-            *(output.data_ptr() for output in outputs),
-            *(0,) * missing,
-        )
+    count = len(weights)
+    outputs: list[Tensor] = []
+    fields: list[int] = []
+    for weight, bias in zip(weights, biases):
+        n = weight.shape[0]
+        y = x.new_empty((*lead, n))
+        outputs.append(y)
+        bias_pointer = 0 if bias is None else bias.data_ptr()
+        fields += (weight.data_ptr(), bias_pointer, y.data_ptr(), weight.stride(0), n)
+    if count > MAX_GROUP or _group_function(
+        _GROUPS[count].pack(x.data_ptr(), DTYPE_CODES[x.dtype], rows, k, _get_num_threads(), count, *fields)
     ):
-        raise ValueError(f"native linear_group takes 1 to {MAX_ROWS} rows and {MAX_GROUP} weights, got {rows} and {len(weights)}")
+        raise ValueError(
+            f"native linear_group takes 1 to {MAX_ROWS} rows and {MAX_GROUP} weights, got {rows} and {count}"
+        )
     return outputs

@@ -25,9 +25,9 @@ static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_
     mine->wide = carve_floats(&c, run->rows * wide);
     mine->packed = carve(&c, hfa_packed_bytes(run->kernels, run->rows, larger(wide, block->inner)));
     mine->queries = carve_floats(&c, HFA_QUERY_GROUP * block->head_dim);
-    mine->score_stride = run->piece + HFA_MAX_ROWS;
-    mine->scores = carve_floats(&c, HFA_QUERY_GROUP * mine->score_stride);
+    mine->scores = carve_floats(&c, HFA_QUERY_GROUP * HFA_PIECE);
     mine->packed_queries = carve(&c, hfa_packed_bytes(run->kernels, HFA_QUERY_GROUP, block->head_dim));
+    mine->ready = -1;
     mine->angles = carve_floats(&c, 3 * HFA_MAX_HEAD_DIM);
     return c.used;
 }
@@ -71,7 +71,10 @@ static void run_gate_up(const hfa_block_run *run, const void *packed, int self) 
                 float *gm = g + m * HFA_TILE, *um = u + m * HFA_TILE;
                 kernels->finish_f32(gm, gate->bias ? (const char *)gate->bias + row * size : NULL, n, gm);
                 kernels->finish_f32(um, up->bias ? (const char *)up->bias + row * size : NULL, n, um);
-                kernels->gate((int)run->block->activation, gm, um, n, run->inner + m * padded(run->block->inner) + row);
+                memset(gm + n, 0, (size_t)(padded(n) - n) * sizeof(float)); /* whole vectors: no tail with other rounding */
+                memset(um + n, 0, (size_t)(padded(n) - n) * sizeof(float));
+                kernels->gate((int)run->block->activation, gm, um, padded(n), gm);
+                memcpy(run->inner + m * padded(run->block->inner) + row, gm, (size_t)n * sizeof(float));
             }
         }
     }
@@ -144,7 +147,7 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     int64_t bytes = kernels->element * (block->hidden * (2 * q_size + 2 * kv_size + 3 * block->inner)
                                         + 2 * call->batch * kv_size * cached);
     run.threads = hfa_useful_threads(bytes, call->threads);
-    hfa_attention_plan(&run, run.threads);
+    hfa_attention_plan(&run);
     size_t shared_bytes = lay_out_shared(&run, NULL);
     hfa_block_private unused;
     run.private_bytes = (lay_out_private(&run, NULL, &unused) + 4095) / 4096 * 4096;

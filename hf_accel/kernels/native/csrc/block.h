@@ -3,6 +3,7 @@
 #define HFA_BLOCK_H
 #include "product.h"
 
+#define HFA_PIECE 256 /* positions of K and V per attention task: 64 KB at D = 64 in 16 bits */
 #define HFA_QUERY_GROUP HFA_MAX_ROWS /* queries that go over a piece of K and V together */
 
 typedef struct {
@@ -17,7 +18,7 @@ typedef struct {
     float *projected; int64_t projected_stride; /* [R, (H + 2G) D]: q, k, v of a row, rounded, before norm and rotary */
     float *summand;                      /* [R, E]: output of o, later of down, rounded */
     float *inner;                        /* [R, I]: activation(gate) * up, rounded */
-    int64_t piece, pieces;               /* positions of K and V per attention task; tasks per kv head */
+    int64_t first_piece, pieces;         /* of HFA_PIECE positions each: attention tasks of a kv head */
     float *partial, *partial_max, *partial_sum; /* per task and query: [D] weighted values, maximum score, sum */
     char *private_memory; size_t private_bytes;
 } hfa_block_run;
@@ -27,13 +28,13 @@ typedef struct {
     float *wide;      /* [R, max(E, H D)]: what is packed next */
     void *packed;
     float *queries;   /* [HFA_QUERY_GROUP, D] */
-    float *scores;    /* [HFA_QUERY_GROUP, score_stride] */
-    int64_t score_stride;
+    float *scores;    /* [HFA_QUERY_GROUP, HFA_PIECE] */
     void *packed_queries;
+    int64_t ready;    /* which sequence and kv head packed_queries is for, -1: none */
     float *angles;    /* cos, sin, scratch: 3 * HFA_MAX_HEAD_DIM */
 } hfa_block_private;
 
-void hfa_attention_plan(hfa_block_run *run, int threads); /* piece, pieces */
+void hfa_attention_plan(hfa_block_run *run);
 void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self);
 void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride); /* out[R][stride], rounded */
 #endif

@@ -5,12 +5,12 @@
 #include <string.h>
 #include "block.h"
 
-void hfa_attention_plan(hfa_block_run *run, int threads) {
+/* Pieces end at fixed positions and not where threads or tokens would have them, so that a token's result does not
+ * depend, to the last bit, on how many others are computed with it. */
+void hfa_attention_plan(hfa_block_run *run) {
     const hfa_block_call *call = run->call;
-    int64_t past = call->past - call->first, heads = call->batch * run->block->kv_heads;
-    /* four tasks a thread even out the ends; below 128 positions a task costs more than it shares out */
-    for (run->piece = 512; run->piece > 128 && heads * ((past + run->piece - 1) / run->piece) < 4 * threads;) run->piece /= 2;
-    run->pieces = past > run->piece ? (past + run->piece - 1) / run->piece : 1;
+    run->first_piece = call->first / HFA_PIECE;
+    run->pieces = (call->past + call->tokens - 1) / HFA_PIECE - run->first_piece + 1;
 }
 
 /* Norm over the head (where there is one) and rotary, in place. */
@@ -29,24 +29,26 @@ static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *a
                        angles + HFA_MAX_HEAD_DIM, call->rotary);
 }
 
-static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g) {
+/* Keys and values of the new positions within [from, to) of sequence b, kv head g. */
+static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t from, int64_t to) {
     const hfa_block *block = run->block;
     const hfa_block_call *call = run->call;
     const hfa_kernels *kernels = run->kernels;
     int64_t d = block->head_dim, size = kernels->element;
-    for (int64_t t = 0; t < call->tokens; t++) {
+    char *keys = (char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g) * size;
+    char *values = (char *)call->values + (b * call->value_stride_b + g * call->value_stride_g) * size;
+    for (int64_t at = from > call->past ? from : call->past; at < to; at++) {
+        int64_t t = at - call->past;
         const float *row = run->projected + (b * call->tokens + t) * run->projected_stride;
-        int64_t at = call->past + t;
         memcpy(mine->queries, row + (block->heads + g) * d, (size_t)d * sizeof(float));
         load_angles(run, b, t, mine->angles);
         prepare_head(run, mine->queries, block->k_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
-        kernels->store(mine->queries, (char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g + at * call->key_stride_s) * size, d);
-        kernels->store(row + (block->heads + block->kv_heads + g) * d,
-                       (char *)call->values + (b * call->value_stride_b + g * call->value_stride_g + at * call->value_stride_s) * size, d);
+        kernels->store(mine->queries, keys + at * call->key_stride_s * size, d);
+        kernels->store(row + (block->heads + block->kv_heads + g) * d, values + at * call->value_stride_s * size, d);
     }
 }
 
-/* scores [n] of query token t against positions start.. (counted from `first`): mask them */
+/* scores [n] of query token t against positions start.. (counted from `first`): hide what the mask or causality hides */
 static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64_t start, int64_t b, int64_t t) {
     const hfa_block_call *call = run->call;
     int64_t at = b * call->mask_stride_b + t * call->mask_stride_t + start;
@@ -67,46 +69,53 @@ static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64
     }
 }
 
+/* Queries q0.. of a sequence and kv head, normed, rotated and packed; query i is head i % group of token i / group. */
+static void prepare_queries(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t q0, int count) {
+    int64_t d = run->block->head_dim, group = run->block->heads / run->block->kv_heads, loaded = -1;
+    for (int i = 0; i < count; i++) {
+        int64_t t = (q0 + i) / group, h = g * group + (q0 + i) % group;
+        float *query = mine->queries + i * d;
+        if (t != loaded) load_angles(run, b, loaded = t, mine->angles);
+        memcpy(query, run->projected + (b * run->call->tokens + t) * run->projected_stride + h * d, (size_t)d * sizeof(float));
+        prepare_head(run, query, run->block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+    }
+    run->kernels->pack_f32(mine->queries, d, count, d, mine->packed_queries);
+}
+
 static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
     const hfa_block *block = run->block;
     const hfa_block_call *call = run->call;
     const hfa_kernels *kernels = run->kernels;
     int64_t d = block->head_dim, group = block->heads / block->kv_heads, queries = group * call->tokens;
-    int64_t piece = task % run->pieces, head = task / run->pieces, b = head / block->kv_heads, g = head % block->kv_heads;
-    int64_t start = piece * run->piece, n = run->piece, size = kernels->element;
-    if (piece == run->pieces - 1) { /* the last piece always holds all new positions */
-        n = call->past - call->first + call->tokens - start;
-        write_cache(run, mine, b, g);
-    }
-    const char *keys = (const char *)call->keys
-        + (b * call->key_stride_b + g * call->key_stride_g + (call->first + start) * call->key_stride_s) * size;
+    int64_t piece = run->first_piece + task % run->pieces, head = task / run->pieces, b = head / block->kv_heads,
+            g = head % block->kv_heads, size = kernels->element;
+    int64_t from = piece * HFA_PIECE, to = from + HFA_PIECE;
+    if (from < call->first) from = call->first;
+    if (to > call->past + call->tokens) to = call->past + call->tokens;
+    int64_t n = to - from, padded = (n + 15) / 16 * 16;
+    write_cache(run, mine, b, g, from, to);
+    const char *keys = (const char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g + from * call->key_stride_s) * size;
     const char *values = (const char *)call->values
-        + (b * call->value_stride_b + g * call->value_stride_g + (call->first + start) * call->value_stride_s) * size;
+        + (b * call->value_stride_b + g * call->value_stride_g + from * call->value_stride_s) * size;
     for (int64_t q0 = 0; q0 < queries; q0 += HFA_QUERY_GROUP) {
         int count = (int)(queries - q0 < HFA_QUERY_GROUP ? queries - q0 : HFA_QUERY_GROUP);
-        int64_t loaded = -1;
-        for (int i = 0; i < count; i++) { /* query q0 + i is head (q0 + i) % group of token (q0 + i) / group */
-            int64_t t = (q0 + i) / group, h = g * group + (q0 + i) % group;
-            float *query = mine->queries + i * d;
-            if (t != loaded) load_angles(run, b, loaded = t, mine->angles);
-            memcpy(query, run->projected + (b * call->tokens + t) * run->projected_stride + h * d, (size_t)d * sizeof(float));
-            prepare_head(run, query, block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
-        }
-        kernels->pack_f32(mine->queries, d, count, d, mine->packed_queries);
-        kernels->dot(keys, call->key_stride_s, n, d, mine->packed_queries, count, mine->scores, mine->score_stride);
+        if (mine->ready != head || queries > HFA_QUERY_GROUP) prepare_queries(run, mine, b, g, q0, count);
+        mine->ready = head;
+        kernels->dot(keys, call->key_stride_s, n, d, mine->packed_queries, count, mine->scores, HFA_PIECE);
         float *partial = run->partial + (task * queries + q0) * d;
         for (int i = 0; i < count; i++) {
-            float *scores = mine->scores + i * mine->score_stride;
+            float *scores = mine->scores + i * HFA_PIECE;
             kernels->scale_scores(scores, n, (float)block->scale, (float)block->softcap);
-            apply_mask(run, scores, n, start, b, (q0 + i) / group);
-            float top = kernels->maximum(scores, n), sum = 0.0f;
+            apply_mask(run, scores, n, from - call->first, b, (q0 + i) / group);
+            for (int64_t j = n; j < padded; j++) scores[j] = -INFINITY; /* whole vectors: no tail with other rounding */
+            float top = kernels->maximum(scores, padded), sum = 0.0f;
             if (top == -INFINITY) memset(scores, 0, (size_t)n * sizeof(float)); /* nothing visible here */
-            else sum = kernels->exponentials(scores, n, top);
+            else sum = kernels->exponentials(scores, padded, top);
             run->partial_max[task * queries + q0 + i] = top;
             run->partial_sum[task * queries + q0 + i] = sum;
         }
         memset(partial, 0, (size_t)(count * d) * sizeof(float));
-        kernels->axpy(values, call->value_stride_s, n, d, mine->scores, mine->score_stride, count, partial, d);
+        kernels->axpy(values, call->value_stride_s, n, d, mine->scores, HFA_PIECE, count, partial, d);
     }
 }
 

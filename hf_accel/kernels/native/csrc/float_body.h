@@ -30,6 +30,8 @@ HFA_INLINE vf vf_tanh(vf x) {
     return vf_select_lt(vf_abs(x), vf_set1(0.625f), small, large);
 }
 
+/* The tail goes through a padded vector: an element's result never depends on where
+ * the end is. */
 static void scale_scores(float *s, int64_t n, float scale, float softcap) {
     int64_t i = 0;
     vf k = vf_set1(scale), cap = vf_set1(softcap);
@@ -37,9 +39,12 @@ static void scale_scores(float *s, int64_t n, float scale, float softcap) {
         vf v = vf_mul(vf_load(s + i), k);
         vf_store(s + i, softcap > 0 ? vf_mul(cap, vf_tanh(vf_div(v, cap))) : v);
     }
-    for (; i < n; i++) {
-        float v = s[i] * scale;
-        s[i] = softcap > 0 ? softcap * tanhf(v / softcap) : v;
+    if (i < n) {
+        float tail[VW] = {0};
+        memcpy(tail, s + i, (size_t)(n - i) * sizeof(float));
+        vf v = vf_mul(vf_load(tail), k);
+        vf_store(tail, softcap > 0 ? vf_mul(cap, vf_tanh(vf_div(v, cap))) : v);
+        memcpy(s + i, tail, (size_t)(n - i) * sizeof(float));
     }
 }
 
@@ -56,14 +61,11 @@ static float maximum(const float *s, int64_t n) {
 }
 
 static float exponentials(float *s, int64_t n, float top) {
-    float sum = 0.0f;
-    int64_t i = 0;
     vf total = vf_set1(0.0f), shift = vf_set1(top);
-    for (; i + VW <= n; i += VW) {
+    for (int64_t i = 0; i < n; i += VW) {
         vf e = vf_exp(vf_sub(vf_load(s + i), shift));
         vf_store(s + i, e);
         total = vf_add(total, e);
     }
-    for (; i < n; i++) sum += s[i] = expf(s[i] - top);
-    return sum + vf_sum(total);
+    return vf_sum(total);
 }

@@ -1,4 +1,4 @@
-/* bf16 products of 5 to 16 rows on AMX tiles; everything else as AVX-512 with bf16 dot products does it.
+/* bf16 products of 1 to 16 rows on AMX tiles; everything else as AVX-512 with bf16 dot products does it.
  *
  * A tile of weights is 16 rows x 32 columns, loaded straight from memory with the row stride of W. The activations are
  * packed as the other operand wants them: per 32 columns of x, 16 pairs of columns, each pair for all m rows,
@@ -18,7 +18,9 @@
 #endif
 #include "scalar.h"
 
-enum { ROWS = 16, STEP = 32, LEAST_ROWS_OF_X = 5 };
+/* Short rows (heads, tiny models) do not repay the set-up of tiles. The rule looks at k alone: if it looked at m, a row of x would
+ * get other roundings among others than alone. */
+enum { ROWS = 16, STEP = 32, LEAST_K = 512 };
 
 /* Linux hands out the tile registers only on request, once per process. */
 int hfa_amx_permitted(void) {
@@ -46,6 +48,17 @@ HFA_INLINE void configure(int rows, int m) {
     _tile_loadconfig(&config);
 }
 
+/* sums and more [rows][m] added and transposed: out[j * ldo + r] */
+HFA_INLINE void store_sums(const float *sums, const float *more, int rows, int m, float *out, int64_t ldo) {
+    const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32(m), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __mmask16 inside = (__mmask16)((1u << rows) - 1);
+    for (int j = 0; j < m; j++) {
+        __m512 a = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, column, sums + j, 4);
+        __m512 b = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, column, more + j, 4);
+        _mm512_mask_storeu_ps(out + j * ldo, inside, _mm512_add_ps(a, b));
+    }
+}
+
 /* `rows` rows of W (at most 16, as configured) against all of x. Even and odd steps sum into two tiles, because a tile
  * product takes 52 cycles and the next one on the same sums waits for it. */
 HFA_INLINE void dot_tile(const uint16_t *w, int64_t stride, int rows, int64_t k, const uint16_t *x, int m, float *out,
@@ -56,8 +69,8 @@ HFA_INLINE void dot_tile(const uint16_t *w, int64_t stride, int rows, int64_t k,
     _tile_zero(0);
     _tile_zero(1);
     for (; i + 2 * STEP <= k; i += 2 * STEP, x += 2 * STEP * m) {
-        UNROLL(32)
-        for (int line = 0; line < 2 * ROWS; line++) __builtin_prefetch(ahead + line * 64, 0, HFA_PREFETCH_LEVEL);
+        UNROLL(4) /* every eighth line is enough: it starts the hardware prefetcher there */
+        for (int line = 0; line < 2 * ROWS; line += 8) __builtin_prefetch(ahead + line * 64, 0, HFA_PREFETCH_LEVEL);
         ahead += 2 * ROWS * 64;
         _tile_loadd(4, x, m * 4);
         _tile_loadd(2, w + i, stride * 2);
@@ -82,13 +95,12 @@ HFA_INLINE void dot_tile(const uint16_t *w, int64_t stride, int rows, int64_t k,
     _tile_stored(0, sums, m * 4);
     _tile_stored(1, more, m * 4);
     publish(sums);
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < m; j++) out[j * ldo + r] = sums[r * m + j] + more[r * m + j];
+    store_sums(sums, more, rows, m, out, ldo);
 }
 
 static void dot(const void *weight, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out, int64_t ldo) {
     const uint16_t *w = weight;
-    if (m < LEAST_ROWS_OF_X) {
+    if (k < LEAST_K) {
         hfa_kernels_avx512_bf16[HFA_BF16].dot(weight, stride, rows, k, packed, m, out, ldo);
         return;
     }
@@ -116,7 +128,7 @@ static void dot(const void *weight, int64_t stride, int64_t rows, int64_t k, con
 
 static void pack(const void *rows, int64_t stride, int m, int64_t k, void *packed) {
     const uint16_t *x = rows;
-    if (m < LEAST_ROWS_OF_X) {
+    if (k < LEAST_K) {
         hfa_kernels_avx512_bf16[HFA_BF16].pack(rows, stride, m, k, packed);
         return;
     }
@@ -124,7 +136,7 @@ static void pack(const void *rows, int64_t stride, int m, int64_t k, void *packe
 }
 
 static void pack_f32(const float *x, int64_t stride, int m, int64_t k, void *packed) {
-    if (m < LEAST_ROWS_OF_X) {
+    if (k < LEAST_K) {
         hfa_kernels_avx512_bf16[HFA_BF16].pack_f32(x, stride, m, k, packed);
         return;
     }

@@ -40,7 +40,7 @@ typedef struct {
     /* scores -> scores * scale, soft-capped */
     void (*scale_scores)(float *s, int64_t n, float scale, float softcap);
     float (*maximum)(const float *s, int64_t n);
-    float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place; their sum */
+    float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

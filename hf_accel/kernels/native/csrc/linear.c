@@ -94,16 +94,18 @@ int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int
 }
 
 int hfa_linear_group(const hfa_group *g) {
-    if (g->m < 1 || g->m > HFA_MAX_ROWS || g->count < 1 || g->count > HFA_MAX_GROUP || (uint64_t)g->dtype >= HFA_DTYPES)
+    if (g->m < 1 || g->m > HFA_MAX_ROWS || g->k < 1 || g->count < 1 || g->count > HFA_MAX_GROUP || (uint64_t)g->dtype >= HFA_DTYPES)
         return -1;
     const hfa_kernels *kernels = hfa_active_kernels((int)g->dtype);
     linear_call call = {.products = {.kernels = kernels, .count = (int)g->count, .m = (int)g->m}};
-    int64_t bytes = 0, k = g->weights[0].inner;
+    hfa_matrix weights[HFA_MAX_GROUP];
+    int64_t bytes = 0;
     for (int i = 0; i < g->count; i++) {
-        const hfa_matrix *w = &g->weights[i];
-        if (w->inner != k || k < 1 || w->rows < 1) return -1;
-        call.products.item[i] = (hfa_product){w, g->out[i], w->rows};
-        bytes += w->rows * k * kernels->element;
+        const hfa_group_item *item = &g->item[i];
+        if (item->rows < 1) return -1;
+        weights[i] = (hfa_matrix){item->weight, item->bias, item->stride, item->rows, g->k};
+        call.products.item[i] = (hfa_product){&weights[i], item->out, item->rows};
+        bytes += item->rows * g->k * kernels->element;
     }
-    return run_products(&call, g->x, k, bytes, g->threads);
+    return run_products(&call, g->x, g->k, bytes, g->threads);
 }

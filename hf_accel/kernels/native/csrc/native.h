@@ -49,8 +49,9 @@ typedef struct {
     int64_t mask_kind, mask_stride_b, mask_stride_t;
 } hfa_block_call;
 
-/* x [rows, inner] contiguous times `count` weights; out[i] [rows, weights[i].rows] contiguous. */
-typedef struct { const void *x; int64_t dtype, m, threads, count; hfa_matrix weights[HFA_MAX_GROUP]; void *out[HFA_MAX_GROUP]; } hfa_group;
+/* x [m, k] contiguous times `count` weights of one inner size k; out [m, rows] contiguous. Only `count` items are read. */
+typedef struct { const void *weight, *bias; void *out; int64_t stride, rows; } hfa_group_item;
+typedef struct { const void *x; int64_t dtype, m, k, threads, count; hfa_group_item item[HFA_MAX_GROUP]; } hfa_group;
 
 HFA_EXPORT int hfa_abi_version(void);
 HFA_EXPORT int hfa_isa_supported(int isa); /* compiled in, and this CPU and operating system have it */

@@ -3,23 +3,25 @@
 #include "kernels.h"
 #include "threads.h"
 
-typedef uint64_t line __attribute__((vector_size(64), aligned(64)));
 typedef struct { const char *data; int64_t bytes; hfa_range *ranges; int threads; _Atomic uint64_t sum; } stream_call;
 
 enum { CHUNK = 1 << 20 };
 
 static void stream_task(void *arg, int thread, int team) {
     stream_call *call = arg;
-    line sum = {0};
+    uint64_t sums[4] = {0};
     (void)team;
     for (int64_t chunk; (chunk = hfa_ranges_take(call->ranges, call->threads, thread)) >= 0;) {
         const char *p = call->data + chunk * CHUNK;
-        for (int64_t i = 0; i < CHUNK; i += 64) {
-            __builtin_prefetch(p + i + HFA_PREFETCH_BYTES, 0, HFA_PREFETCH_LEVEL);
-            sum += *(const line *)(p + i);
+        for (int64_t i = 0; i < CHUNK; i += 256) {
+#pragma GCC unroll 4
+            for (int line = 0; line < 4; line++) { /* one word brings in its whole line */
+                __builtin_prefetch(p + i + 64 * line + HFA_PREFETCH_BYTES, 0, HFA_PREFETCH_LEVEL);
+                sums[line] += *(const uint64_t *)(p + i + 64 * line);
+            }
         }
     }
-    for (int i = 0; i < 8; i++) call->sum += sum[i]; /* used, so that the reads are not optimised away */
+    call->sum += sums[0] + sums[1] + sums[2] + sums[3]; /* used, so that the reads are not optimised away */
 }
 
 /* data aligned to 64 bytes; returns a sum over the whole mebibytes of it */

@@ -1,0 +1,230 @@
+"""The command line: output for people and for programs, exit codes, errors as one message."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner, Result
+
+import hf_accel
+from hf_accel.cli import app
+from hf_accel.core.plan import Plan
+from hf_accel.kernels import native
+from hf_accel.measure import difference
+
+BENCH = ("--dtype", "float32", "--prompt", "12", "--new", "6", "--rounds", "2", "--threads", "1")
+
+
+@pytest.fixture(autouse=True)
+def _offline_and_threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny saved model in fp32."""
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def test_version() -> None:
+    assert succeed("--version").stdout.strip() == f"hf-accel {hf_accel.__version__}"
+
+
+def test_help_names_every_command() -> None:
+    shown = succeed("--help").stdout
+    assert all(command in shown for command in ("demo", "plan", "bench", "doctor"))
+
+
+@pytest.mark.parametrize("command", ["demo", "plan", "bench", "doctor"])
+def test_help_of_a_command(command: str) -> None:
+    assert "--json" in succeed(command, "--help").stdout
+
+
+def test_doctor_says_what_is_there_and_what_to_do() -> None:
+    found = json.loads(succeed("doctor", "--json", "--threads", "1").stdout)
+    assert found["machine"]["threads"] == 1
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["read_bandwidth_bytes_per_s"] > 1e8
+    assert found["native"]["available"] == native.is_available()
+    assert found["native"]["isa"] == native.status().isa
+    text = succeed("doctor", "--threads", "1").stdout
+    for extra, packages in found["extras"].items():
+        # rich wraps lines, so the pip line is compared without white space
+        offers = f"pipinstall'hf-accel[{extra}]'" in "".join(text.split())
+        assert offers == (None in packages.values())
+
+
+def test_doctor_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = native.NativeStatus(False, "the library was not built: install gcc [or clang]", "none", "none", None)
+    monkeypatch.setattr(native, "status", lambda: missing)
+    text = " ".join(succeed("doctor", "--threads", "1").stdout.split())
+    assert "not in use" in text
+    assert "install gcc [or clang]" in text
+
+
+def test_plan_is_shown_and_can_be_read_back(folder: Path) -> None:
+    shown = succeed("plan", folder, "--dtype", "float32", "--threads", "1").stdout
+    assert "plan for goal exact" in shown
+    data = json.loads(succeed("plan", folder, "--dtype", "float32", "--threads", "1", "--json").stdout)
+    decided = {step["config"]["type"] for step in data["steps"]} | {skip["what"] for skip in data["skipped"]}
+    assert decided >= {"KVCacheConfig", "DecodingConfig", "SharedProjectionConfig"}
+    assert Plan.from_dict(data).goal == "exact"
+
+
+def test_bench_measures_both_and_compares_the_tokens(folder: Path) -> None:
+    data = json.loads(succeed("bench", folder, *BENCH, "--json").stdout)
+    assert data["same_ids"] is True
+    assert data["difference"] is None
+    assert data["rounds"] == 2
+    weight_bytes = sum(p.numel() * 4 for p in LlamaForCausalLM.from_pretrained(folder).parameters())
+    assert data["weight_bytes"] == weight_bytes
+    for side in (data["stock"], data["patched"]):
+        assert 0 < side["token_ms"] < side["whole_ms"]
+        assert 0 < side["fixed_ms"] < side["one_token_call_ms"]
+        assert side["resident_bytes"] is None or side["resident_bytes"] > weight_bytes
+        assert side["tokens_per_s"] == pytest.approx(1e3 / side["token_ms"])
+        assert side["achieved_bytes_per_s"] == pytest.approx(weight_bytes * side["tokens_per_s"])
+        assert side["share_of_bandwidth"] * data["read_bandwidth_bytes_per_s"] == pytest.approx(
+            side["achieved_bytes_per_s"]
+        )
+    assert data["ratio"]["token"] == pytest.approx(data["stock"]["token_ms"] / data["patched"]["token_ms"])
+    assert data["machine"]["threads"] == 1
+    assert {"python", "torch", "transformers", "hf_accel"} == data["versions"].keys()
+
+
+def test_bench_for_people(folder: Path) -> None:
+    shown = succeed("bench", folder, *BENCH, "--batch", "3", "--left-padding").stdout
+    assert "The generated tokens are the same." in shown
+    assert "decode, ms per token" in shown
+    assert "left padding" in " ".join(shown.split())
+    assert "hf_accel report" in shown
+
+
+def test_bench_samples_the_same_draws(folder: Path) -> None:
+    options = ("--sample", "--top-k", "20", "--top-p", "0.9", "--temperature", "1.3", "--batch", "2")
+    data = json.loads(succeed("bench", folder, *BENCH, *options, "--json").stdout)
+    assert data["same_ids"] is True
+    assert data["workload"]["samples"] is True
+    assert (data["workload"]["top_k"], data["workload"]["top_p"], data["workload"]["temperature"]) == (20, 0.9, 1.3)
+
+
+def test_bench_builds_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": True}  # fmt: skip
+    monkeypatch.setitem(hf_accel.measure.workload.SHAPES, "tiny", tiny)
+    data = json.loads(succeed("bench", "tiny", *BENCH[2:], "--json").stdout)
+    assert (data["model"], data["dtype"]) == ("tiny", "bfloat16")
+
+
+def test_bench_shows_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    select = hf_accel.decoding.loop.TokenLoop.select
+
+    def second_best(scores: torch.Tensor, samples: bool) -> torch.Tensor:
+        return select(scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf), samples)
+
+    from hf_accel.cli import models
+
+    plan = Plan.of([hf_accel.DecodingConfig()])
+    monkeypatch.setattr(models, "plan_goal", lambda *_: plan)
+    monkeypatch.setattr(hf_accel.decoding.loop.TokenLoop, "select", staticmethod(second_best))
+    data = json.loads(succeed("bench", folder, *BENCH, "--json").stdout)
+    assert data["same_ids"] is False
+    assert (data["difference"]["row"], data["difference"]["new_token"]) == (0, 0)
+    assert data["difference"]["margin"] > 0
+    assert "The generated tokens differ." in succeed("bench", folder, *BENCH).stdout
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_demo_writes_the_same_text(as_json: bool) -> None:
+    arguments = ["demo", "--new-tokens", "12", "--rounds", "2", "--threads", "1", "--prompt", "def add(a, b):"]
+    result = succeed(*arguments, *(["--json"] if as_json else []))
+    if as_json:
+        data = json.loads(result.stdout)
+        assert data["same_ids"] is True
+        assert data["stock_text"] == data["patched_text"] != ""
+        assert data["prompt"] == "def add(a, b):"
+        assert data["report"]["calls"]["served"] + data["report"]["calls"]["delegated"] > 0
+    else:
+        assert "The same text: all 12 tokens are equal." in result.stdout
+        assert "hf_accel report" in result.stdout
+
+
+def test_demo_shows_a_difference_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = difference.Difference(row=0, new_token=3, stock_id=1, patched_id=2, margin=0.5, rounding=1e-6)
+    monkeypatch.setattr("hf_accel.measure.bench.explain", lambda *_, **__: found)
+    result = run("demo", "--new-tokens", "4", "--rounds", "2", "--threads", "1")
+    assert result.exit_code == 1
+    assert "stock wrote" in result.stdout
+    assert "optimised wrote" in result.stdout
+    assert "The texts differ. row 0, new token 4" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("bench", "no/such-model"), "'no/such-model' is not a shape"),
+        (("plan", "{folder}", "--goal", "warp"), "There is no goal called 'warp'"),
+        (("bench", "{folder}", "--left-padding"), "give a batch of at least 2"),
+        (("bench", "{folder}", "--top-k", "5"), "belong to sampling"),
+        (("demo", "--new-tokens", "100000"), "has room for"),
+        (("bench", "{t5}"), "no causal language model could be loaded"),
+    ],
+)
+def test_errors_are_one_message(
+    arguments: tuple[str, ...], words: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    if "{t5}" in arguments:
+        config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    result = run(*(argument.format(folder=folder, t5=tmp_path) for argument in arguments))
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_unknown_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_accel.cli.doctor.examine", lambda: 1 / 0)
+    assert isinstance(run("doctor").exception, ZeroDivisionError)
+
+
+def test_wrong_options_are_refused() -> None:
+    assert run("bench", "llama-1b", "--new", "1").exit_code == 2
+    assert run("bench", "llama-1b", "--dtype", "int3").exit_code == 2
+
+
+def test_first_difference_is_the_earliest() -> None:
+    stock = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    patched = torch.tensor([[1, 2, 3, 9], [1, 2, 9, 4]])
+    assert difference.first_difference(stock, stock, 1) is None
+    assert difference.first_difference(stock, patched, 1) == (1, 1)
+    assert difference.first_difference(stock, stock[:, :3], 1) == (0, 2)
