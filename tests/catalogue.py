@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from hf_accel import AttentionConfig, DecoderBlockConfig, DecodingConfig, KVCacheConfig
-from hf_accel import NativeLinearConfig, SharedProjectionConfig
+from hf_accel import (
+    AttentionConfig,
+    DecoderBlockConfig,
+    DecodingConfig,
+    KVCacheConfig,
+    NativeLinearConfig,
+    SharedProjectionConfig,
+)
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.patcher import Patcher

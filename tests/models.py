@@ -50,7 +50,9 @@ class Tiny:
 
 TINY: dict[str, Tiny] = {
     # head size 10 and inner size 67: no multiple of any vector width
-    "llama": Tiny("llama", SMALL | {"hidden_size": 52, "head_dim": 10, "intermediate_size": 67, "num_hidden_layers": 3}),
+    "llama": Tiny(
+        "llama", SMALL | {"hidden_size": 52, "head_dim": 10, "intermediate_size": 67, "num_hidden_layers": 3}
+    ),
     "mistral": Tiny("mistral", SMALL | {"sliding_window": 8, "head_dim": 16}),
     "qwen2": Tiny("qwen2", SMALL | {"tie_word_embeddings": True}, 0.35, 0.1),
     "qwen3": Tiny("qwen3", SMALL | {"head_dim": 16}),

@@ -69,7 +69,9 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
 def test_every_place_has_a_floor() -> None:
     for path in FILES:
         if path != PACKAGE / "__init__.py":
-            assert place_of(path) in FLOORS, f"{name_of(path)}: add {place_of(path)!r} to FLOORS in {Path(__file__).name}"
+            assert place_of(path) in FLOORS, (
+                f"{name_of(path)}: add {place_of(path)!r} to FLOORS in {Path(__file__).name}"
+            )
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path != PACKAGE / "__init__.py"], ids=name_of)
@@ -117,7 +119,9 @@ def test_only_the_anatomy_knows_architectures(path: Path) -> None:
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Compare):
-            assert "model_type" not in ast.unparse(node), f"{name_of(path)}:{node.lineno}: architectures belong in anatomy"
+            assert "model_type" not in ast.unparse(node), (
+                f"{name_of(path)}:{node.lineno}: architectures belong in anatomy"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -137,7 +141,9 @@ def test_public_names() -> None:
         value = getattr(hf_accel, name)
         assert value.__doc__, f"hf_accel.{name} has no docstring"
         assert not (value.__doc__ or "").startswith(f"{name}("), f"hf_accel.{name}: only the dataclass's own signature"
-    public = {name for name, value in vars(hf_accel).items() if not name.startswith("_") and not hasattr(value, "__path__")}
+    public = {
+        name for name, value in vars(hf_accel).items() if not name.startswith("_") and not hasattr(value, "__path__")
+    }
     modules = {path.stem for path in PACKAGE.glob("*.py")}
     assert public - modules == set(hf_accel.__all__), "list it in hf_accel.__all__, or do not import it there"
 

@@ -92,7 +92,9 @@ class Twins(RuleBasedStateMachine):
     @precondition(lambda self: self.stock.is_initialized)
     @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
-        order = torch.tensor(data.draw(st.lists(st.integers(0, self.batch - 1), min_size=self.batch, max_size=self.batch)))
+        order = torch.tensor(
+            data.draw(st.lists(st.integers(0, self.batch - 1), min_size=self.batch, max_size=self.batch))
+        )
         self.both(lambda layer: layer.reorder_cache(order))
 
     @precondition(lambda self: self.batch <= 4)
@@ -206,7 +208,11 @@ def test_what_does_not_fit_fails_or_joins_as_in_stock(make: Any) -> None:
     first = torch.randn(2, HEADS, 3, SIZE)
     for layer in (stock, ours):
         layer.update(first, first)
-    for other in (torch.randn(1, HEADS, 1, SIZE), torch.randn(2, HEADS + 1, 1, SIZE), torch.randn(2, HEADS, 1, SIZE + 1)):
+    for other in (
+        torch.randn(1, HEADS, 1, SIZE),
+        torch.randn(2, HEADS + 1, 1, SIZE),
+        torch.randn(2, HEADS, 1, SIZE + 1),
+    ):
         for layer in (stock, ours):
             with pytest.raises(RuntimeError):
                 layer.update(other, other)

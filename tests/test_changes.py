@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from typing import Any
 
@@ -244,7 +243,9 @@ def test_hidden_states_after_optimising(name: str) -> None:
     def call(model: Any) -> Any:
         with torch.no_grad():
             first = model(prompt()[:, :5], use_cache=True)
-            return model(prompt()[:, 5:6], past_key_values=first.past_key_values, output_hidden_states=True).hidden_states
+            return model(
+                prompt()[:, 5:6], past_key_values=first.past_key_values, output_hidden_states=True
+            ).hidden_states
 
     stock = build(name)
     for patched in variants(name):
@@ -357,5 +358,3 @@ def test_two_models_in_two_threads(config: Any) -> None:
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a, b)
     assert hf_accel.report(patched).to_dict()["calls"]["served"] in (0, 8)
-
-

@@ -13,7 +13,9 @@ import hf_accel
 from hf_accel.cli import app
 from hf_accel.core.plan import Plan
 from hf_accel.kernels import native
-from hf_accel.measure import difference
+from hf_accel.measure import Run, difference
+from hf_accel.measure.overhead import CallCost
+from hf_accel.measure.result import Sample, Side
 
 BENCH = ("--dtype", "float32", "--prompt", "12", "--new", "6", "--rounds", "2", "--threads", "1")
 
@@ -109,6 +111,7 @@ def test_bench_measures_both_and_compares_the_tokens(folder: Path) -> None:
     assert data["weight_bytes"] == weight_bytes
     for side in (data["stock"], data["patched"]):
         assert 0 < side["token_ms"] < side["whole_ms"]
+        assert side["whole_ms"] == pytest.approx(side["prefill_ms"] + 5 * side["token_ms"], rel=0.5)
         assert 0 < side["fixed_ms"] < side["one_token_call_ms"]
         assert side["resident_bytes"] is None or side["resident_bytes"] > weight_bytes
         assert side["tokens_per_s"] == pytest.approx(1e3 / side["token_ms"])
@@ -220,6 +223,22 @@ def test_unknown_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
 def test_wrong_options_are_refused() -> None:
     assert run("bench", "llama-1b", "--new", "1").exit_code == 2
     assert run("bench", "llama-1b", "--dtype", "int3").exit_code == 2
+
+
+def test_time_per_token_counts_every_token() -> None:
+    def side(seconds: list[float]) -> Side:
+        side = Side()
+        for _ in range(3):
+            run = Run(prefill_s=0.5, tokens_s=seconds, ids=torch.zeros(1, 5))
+            side.add(Sample(run, [CallCost(0.2, 0.1)], None))
+        return side
+
+    quiet, interrupted = side([0.1] * 5), side([0.1, 0.1, 0.1, 0.4, 0.4])
+    assert interrupted.token.median == pytest.approx(0.22)
+    assert interrupted.median_token.median == pytest.approx(0.1)
+    assert interrupted.whole.median == pytest.approx(1.6)
+    assert interrupted.is_disturbed
+    assert not quiet.is_disturbed
 
 
 def test_first_difference_is_the_earliest() -> None:

@@ -27,7 +27,13 @@ from hf_accel import (
     UnsupportedModelError,
 )
 
-TINY_BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+TINY_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+}
 
 
 def base_model() -> Any:
@@ -80,7 +86,10 @@ UNSUPPORTED = {
 def state(model: Any) -> Any:
     """Return the fingerprint, of weights on the meta device only their identity."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        return {name: (id(p), p.dtype, type(m)) for (name, p), m in zip(model.named_parameters(), model.modules(), strict=False)}
+        return {
+            name: (id(p), p.dtype, type(m))
+            for (name, p), m in zip(model.named_parameters(), model.modules(), strict=False)
+        }
     return fingerprint(model)
 
 
@@ -206,7 +215,8 @@ def test_values_out_of_range(config: Any, rows: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [{"type": "NoConfig"}, {"type": "DecodingConfig", "speed": 3}, {"type": 3}, {"type": None}, {}, {"type": []}]
+    "data",
+    [{"type": "NoConfig"}, {"type": "DecodingConfig", "speed": 3}, {"type": 3}, {"type": None}, {}, {"type": []}],
 )
 def test_damaged_descriptions(data: Any) -> None:
     with pytest.raises(ConfigError):
@@ -246,7 +256,9 @@ def test_the_tree() -> None:
     errors = [value for value in vars(hf_accel.errors).values() if isinstance(value, type)]
     assert all(issubclass(error, HfAccelError) for error in errors)
     for error in errors:
-        assert error.__name__ in str(hf_accel.errors.__doc__), f"draw {error.__name__} in the tree at the top of errors.py"
+        assert error.__name__ in str(hf_accel.errors.__doc__), (
+            f"draw {error.__name__} in the tree at the top of errors.py"
+        )
         assert error is getattr(hf_accel, error.__name__)
 
 

@@ -143,7 +143,9 @@ def test_cache_implementations(name: str, models: Any) -> None:
 def test_positions_of_the_callers(name: str, models: Any) -> None:
     positions = torch.arange(11)[None] * 2 + 1
     for arguments in ({}, {"do_sample": True}, {"use_cache": False, "max_new_tokens": 4}):
-        call = generate(prompt(), position_ids=positions, attention_mask=torch.ones(1, 11, dtype=torch.long), **arguments)
+        call = generate(
+            prompt(), position_ids=positions, attention_mask=torch.ones(1, 11, dtype=torch.long), **arguments
+        )
         assert_equal_calls(*models(name), call)
 
 

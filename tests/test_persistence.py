@@ -63,7 +63,7 @@ def test_save_pretrained_writes_the_vanilla_layout(name: str, model_name: str, t
     written = []
     for folder in ("stock", "patched"):
         with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
-            written.append({key: file.get_tensor(key) for key in sorted(file.keys())})  # noqa: SIM118
+            written.append({key: file.get_tensor(key) for key in sorted(file.keys())})
         written.append(json.loads((tmp_path / folder / "config.json").read_text()))
     assert written[0].keys() == written[2].keys()
     assert all(torch.equal(written[0][key], written[2][key]) for key in written[0])

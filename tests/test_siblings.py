@@ -138,7 +138,9 @@ def test_one_sibling_alone_or_out_of_order() -> None:
             for name in order:
                 given = other if name == "other" else hidden
                 name = "q_proj" if name == "other" else name
-                torch.testing.assert_close(getattr(model, name)(given), getattr(stock, name)(given), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    getattr(model, name)(given), getattr(stock, name)(given), atol=1e-5, rtol=1e-5
+                )
 
 
 def test_an_input_changed_in_place_between_siblings() -> None:

@@ -30,7 +30,9 @@ def add_adapter(model: Any, name: str) -> Any:
     """Wrap `model` by PEFT with one adapter that changes the text."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS.get(name, ["q_proj", "v_proj"]), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=TARGETS.get(name, ["q_proj", "v_proj"]), task_type="CAUSAL_LM"
+    )
     if name == "deepseek_v3":
         config.target_modules = {"kv_b_proj", "o_proj"}
     wrapped = get_peft_model(model, config)

@@ -29,7 +29,7 @@ class Buffers:
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return None if self._keys is None else self._keys[:, :, self._start : self._stop]
+        return None if self._keys is None else self._keys.narrow(2, self._start, self._stop - self._start)
 
     @keys.setter
     def keys(self, tensor: torch.Tensor | None) -> None:
@@ -39,14 +39,15 @@ class Buffers:
 
     @property
     def values(self) -> torch.Tensor | None:
-        return None if self._values is None else self._values[:, :, self._start : self._stop]
+        return None if self._values is None else self._values.narrow(2, self._start, self._stop - self._start)
 
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
         self._values = tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)  # type: ignore[misc]
+        # as stock, but without its two empty tensors: they cost as much as an append
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._keys = self._values = None
         self._start = self._stop = 0
 
@@ -60,12 +61,13 @@ class Buffers:
     def _move(self, keys_like: torch.Tensor, values_like: torch.Tensor, tokens: int) -> None:
         """Move what is in use to the front of buffers with room for `tokens` more, shaped like the new states."""
         used = self._stop - self._start
+        room = self._room(used + tokens)
         for name, like in (("_keys", keys_like), ("_values", values_like)):
             before = getattr(self, name)
-            shape = (*like.shape[:2], self._room(used + tokens), like.shape[3])
-            buffer = like.new_empty(shape)
+            batch, heads, _, size = like.shape
+            buffer = like.new_empty((batch, heads, room, size))
             if used:
-                buffer[:, :, :used].copy_(before[:, :, self._start : self._stop])
+                buffer.narrow(2, 0, used).copy_(before.narrow(2, self._start, used))
             setattr(self, name, buffer)
         self._start, self._stop = 0, used
 
@@ -79,6 +81,7 @@ class Buffers:
         return (
             key_states.shape[:2] == self._keys.shape[:2]
             and key_states.shape[3] == self._keys.shape[3]
+            and value_states.shape[:2] == self._values.shape[:2]  # type: ignore[union-attr]
             and value_states.shape[3] == self._values.shape[3]  # type: ignore[union-attr]
             and key_states.dtype == self._keys.dtype
             and key_states.device == self._keys.device
@@ -89,10 +92,9 @@ class Buffers:
         tokens = key_states.shape[2]
         if not self._has_room(tokens) or self._is_frozen():
             self._move(key_states, value_states, tokens)
-        stop = self._stop + tokens
-        self._keys[:, :, self._stop : stop].copy_(key_states)  # type: ignore[index]
-        self._values[:, :, self._stop : stop].copy_(value_states)  # type: ignore[index]
-        self._stop = stop
+        self._keys.narrow(2, self._stop, tokens).copy_(key_states)  # type: ignore[union-attr]
+        self._values.narrow(2, self._stop, tokens).copy_(value_states)  # type: ignore[union-attr]
+        self._stop += tokens
 
     def _is_frozen(self) -> bool:
         """Inference tensors cannot be written outside `torch.inference_mode`; `torch.cat` never minded."""
@@ -175,6 +177,10 @@ class GrowingSlidingLayer(Buffers, DynamicSlidingWindowLayer):
     def __init__(self, sliding_window: int, expected_tokens: int = 0) -> None:
         self.expected_tokens = min(expected_tokens, 2 * sliding_window)
         super().__init__(sliding_window)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
 
     def get_seq_length(self) -> int:
         return self.cumulative_length

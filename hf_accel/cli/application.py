@@ -24,7 +24,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except HfAccelError as error:
+        except KeyError as error:
             errors.print(f"{type(error).__name__}: {error}", style="bold red", markup=False, highlight=False)
             raise typer.Exit(ERROR_CODE) from error
 

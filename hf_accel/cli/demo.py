@@ -11,15 +11,16 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from hf_accel.assets import demo_path
-from hf_accel.cli.models import AsJson, Threads, load_model, make_plan, use_threads
+from hf_accel.cli.models import AsJson, load_model, make_plan, use_threads
 from hf_accel.cli.output import errors, progress, results, write_json
 from hf_accel.cli.tables import footer, speed_table
 from hf_accel.errors import CheckpointError, ConfigError
 from hf_accel.measure import Bench, Workload, run_bench
 
-PROMPT = '''def join(parts):
-    """Join the parts of a path."""
-    if not'''
+PROMPT = '''import os
+
+def find_files(folder, suffix):
+    """Return the files in a folder.'''
 BUDGET_S = 20.0  # on a busy machine fewer rounds are made, so that the demo stays under a minute
 DIFFERENT_TEXT_CODE = 1
 
@@ -28,7 +29,7 @@ def demo(
     prompt: Annotated[str, typer.Option(help="The text to continue; the model has learned Python.")] = PROMPT,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 120,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each state, in alternation.")] = 5,
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads torch computes with; so small a model needs one.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Generate with the embedded model, stock and optimised, and compare the texts and the speeds. Needs no network."""

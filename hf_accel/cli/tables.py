@@ -17,6 +17,7 @@ def speed_table(result: Bench) -> Table:
     rows = {
         "prefill, ms": "prefill",
         "decode, ms per token": "token",
+        "median token, ms": "median_token",
         "whole call, ms": "whole",
         "call for 1 new token, ms": "one_token_call",
         "fixed cost of a call, ms": "fixed",
@@ -61,4 +62,8 @@ def footer(result: Bench) -> str:
         f"{result.read_bandwidth_bytes_per_s / 1e9:.1f} GB/s\n"
         f"{where}, {machine.cores} cores, {machine.threads} threads; torch {versions['torch']}, "
         f"transformers {versions['transformers']}, Python {versions['python']}; {result.date}"
+        + (
+            "\n[yellow]Other programs disturbed the measurement; measure again on a quieter machine.[/]"
+            * result.is_disturbed
+        )
     )

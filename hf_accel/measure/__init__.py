@@ -1,11 +1,12 @@
 """Measuring speed, as ratios in one run: stock and patched in alternation, medians, bytes per second beside tokens."""
 
 from hf_accel.measure.bandwidth import read_bandwidth
-from hf_accel.measure.bench import Bench, Workload, run_bench
+from hf_accel.measure.bench import run_bench
 from hf_accel.measure.difference import Difference
 from hf_accel.measure.latency import Run, Timing, alternate, timed_generate
 from hf_accel.measure.machine import Machine, versions
-from hf_accel.measure.workload import SHAPES, build_shape, random_prompt
+from hf_accel.measure.result import Bench
+from hf_accel.measure.workload import SHAPES, Workload, build_shape, random_prompt
 
 __all__ = [
     "SHAPES",

