@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,7 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _repeatable() -> None:
-    """Each test starts from the same random state, and transformers' advice stays out of the output."""
+def _repeatable() -> Iterator[None]:
+    """Each test starts from the same random state; transformers' advice stays out of the output.
+
+    Tiny models run on one thread: more gain nothing, and wait for one another where cores are shared.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    yield
+    torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The space of `generate` calls: strategies, processors, lengths, masks, keywords, caches, nested use as an assistant."""
+"""The space of `generate` calls: strategies, processors, lengths, masks, keywords, caches, use as an assistant."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_hooks_on_inner_modules_are_called(name: str) -> None:
         handles = []
         for path, module in model.named_modules():
             if not list(module.children()):
-                note = lambda m, args, output, path=path: calls.append(path)  # noqa: E731
+                note = lambda m, args, output, path=path, calls=calls: calls.append(path)  # noqa: E731
                 handles.append(module.register_forward_hook(note))
         during = text(model)
         counts.append((sorted(calls), during.tolist()))

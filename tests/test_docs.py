@@ -135,6 +135,14 @@ def test_extras_are_those_of_the_package() -> None:
     assert declared == EXTRAS
 
 
+def test_extras_that_are_named_exist() -> None:
+    # pip only warns about an unknown extra, and then installs too little
+    pages = "".join(page.read_text() for page in [*PAGES, ROOT / ".github" / "workflows" / "tests.yml"])
+    named = set(re.findall(r"(?:\.|hf-accel)\[(\w+)\]", pages))
+    assert "test" in named
+    assert named <= EXTRAS.keys()
+
+
 def test_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == hf_accel.__version__

@@ -156,8 +156,8 @@ def test_unknown_goals(goal: str) -> None:
 
 @pytest.mark.parametrize(
     "configs",
-    [3, None, object(), [3], ["exact"], [None], [DecodingConfig], DecodingConfig, [DecodingConfig(), "x"], {"type": "x"},
-     [{"type": "DecodingConfig"}]],
+    [3, None, object(), [3], ["exact"], [None], [DecodingConfig], DecodingConfig, [DecodingConfig(), "x"],
+     {"type": "x"}, [{"type": "DecodingConfig"}]],
 )  # fmt: skip
 def test_what_is_no_config(configs: Any) -> None:
     model = build("llama")

@@ -258,7 +258,7 @@ def test_optimized_undoes_after_an_exception() -> None:
     model = build("llama")
     expected = text(model)
     before = fingerprint(model)
-    with pytest.raises(KeyError, match="planted"), hf_accel.optimized(model, exact(model)) as same:
+    with pytest.raises(KeyError, match="planted"), hf_accel.optimized(model, exact(model)) as same:  # noqa: PT012
         assert same is model
         assert torch.equal(text(model), expected)
         raise KeyError("planted")

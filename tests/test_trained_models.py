@@ -82,7 +82,8 @@ def test_differences_in_half_precision_are_near_ties(text: str, dtype: torch.dty
         logits = model(expected[:, :first]).logits[0, -1].float()
     chosen, other = logits[expected[0, first]], logits[found[0, first]]
     top = logits.topk(2).values
-    message = f"token {first}: stock {float(chosen):.3f}, ours {float(other):.3f}, stock's margin {float(top[0] - top[1]):.3f}"
+    margin = float(top[0] - top[1])
+    message = f"token {first}: stock {float(chosen):.3f}, ours {float(other):.3f}, stock's margin {margin:.3f}"
     assert float(top[0] - other) <= NEAR_TIE, message
 
 

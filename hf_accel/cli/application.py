@@ -24,7 +24,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyError as error:
+        except HfAccelError as error:
             errors.print(f"{type(error).__name__}: {error}", style="bold red", markup=False, highlight=False)
             raise typer.Exit(ERROR_CODE) from error
 

@@ -34,6 +34,8 @@ def doctor(threads: Threads = None, as_json: AsJson = False) -> None:
         write_json(found)
         return
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a path is needed in full
     for label, value in _rows(found):
         table.add_row(f"[bold]{label}", value)
     results.print(table, highlight=False)

@@ -199,15 +199,16 @@ def test_equals_the_textbook_layer(isa: str, name: str, dtype: torch.dtype) -> N
 
 
 def test_rounds_where_the_eager_layer_rounds(isa: str) -> None:
-    """Most values come out bit-equal in 16 bits; one rounding more or less on the way would change half of them."""
+    """Most values come out bit-equal in 16 bits; one rounding more or less on the way would change a third."""
     for dtype in (torch.float16, torch.bfloat16):
         for gemma in (False, True):
-            shape = replace(SMALL, norm_style="gemma" if gemma else "llama", activation="gelu_tanh" if gemma else "silu")
+            shape = replace(
+                SMALL, norm_style="gemma" if gemma else "llama", activation="gelu_tanh" if gemma else "silu"
+            )
             block = random_block(shape, dtype, bias=True, head_norms=gemma, out_norms=gemma)
             arguments = inputs(shape, dtype, 1, 16, 0)
             found, expected = block(**copy.deepcopy(arguments)), twin(block, **copy.deepcopy(arguments))
-            print(isa,dtype,gemma,(found != expected).float().mean().item())
-            assert (found != expected).float().mean() < 0.1
+            assert (found != expected).float().mean() < 0.15  # 0 to 0.09 seen; 0.3 with one rounding left out
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)

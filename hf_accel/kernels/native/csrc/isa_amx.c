@@ -120,7 +120,7 @@ static void dot(const void *weight, int64_t stride, int64_t rows, int64_t k, con
 /* x [m, k] -> [K/32][16][m][2]; `element` reads one bf16 of x */
 #define PACK(ELEMENT)                                                                                                 \
     uint16_t *out = packed;                                                                                           \
-    memset(out, 0, (size_t)((k + STEP - 1) / STEP * STEP * m) * 2);                                          \
+    memset(out, 0, (size_t)((k + STEP - 1) / STEP * STEP * m) * 2);                                                   \
     for (int r = 0; r < m; r++)                                                                                       \
         for (int64_t i = 0; i < k; i++) out[(i / 2 * m + r) * 2 + i % 2] = ELEMENT(x[r * stride + i]);
 
