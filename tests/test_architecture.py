@@ -175,7 +175,8 @@ from transformers.integrations import sdpa_attention
 def state():
     return {
         "classes": {c.__qualname__: dict(vars(c)) for c in (PreTrainedModel, GenerationMixin, DynamicCache,
-                    torch.nn.Module, torch.nn.Linear, torch.Tensor, modeling_llama.LlamaAttention, modeling_llama.LlamaDecoderLayer)},
+                    torch.nn.Module, torch.nn.Linear, torch.Tensor, modeling_llama.LlamaAttention,
+                    modeling_llama.LlamaDecoderLayer)},
         "modules": {m.__name__: dict(vars(m)) for m in (modeling_llama, sdpa_attention, torch.nn.functional)},
         "attention": dict(AttentionInterface._global_mapping), "masks": dict(AttentionMaskInterface._global_mapping),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()), "random": torch.get_rng_state().tolist(),

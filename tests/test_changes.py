@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_accel
 from hf_accel import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 
-DEFAULTS = {"max_new_tokens": 16, "do_sample": False}
+DEFAULTS = {"max_new_tokens": 10, "do_sample": False}
 
 
 def text(model: Any, **arguments: Any) -> torch.Tensor:
@@ -296,7 +296,7 @@ def test_autocast(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_torch_compile(name: str) -> None:
     """Compiled by dynamo, run as they are: products appear as operators, results stay stock's."""
     stock, patched = build(name), optimised(build(name))

@@ -45,7 +45,7 @@ def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 def greedy(model, **inputs: torch.Tensor) -> torch.Tensor:
     arguments = inputs or {"input_ids": prompt(), "attention_mask": torch.ones_like(prompt())}
-    return model.generate(**arguments, max_new_tokens=20, do_sample=False)
+    return model.generate(**arguments, max_new_tokens=14, do_sample=False)
 
 
 def test_every_registered_config_is_in_the_catalogue() -> None:

@@ -60,14 +60,14 @@ def plain(**arguments: Any) -> Callable[[Any], Any]:
         ids = prompt()
         given = {name.removeprefix("make_"): value() if name.startswith("make_") else value
                  for name, value in arguments.items()}  # fmt: skip
-        given = {"max_new_tokens": 20, "attention_mask": torch.ones_like(ids)} | given
+        given = {"max_new_tokens": 14, "attention_mask": torch.ones_like(ids)} | given
         return model.generate(ids, **given)
 
     return call
 
 
 def batch(**arguments: Any) -> Callable[[Any], Any]:
-    return lambda model: model.generate(**padded([3, 11, 8]), **({"max_new_tokens": 20} | arguments))
+    return lambda model: model.generate(**padded([3, 11, 8]), **({"max_new_tokens": 14} | arguments))
 
 
 def sample(**arguments: Any) -> Callable[[Any], Any]:
@@ -204,7 +204,7 @@ def test_stop_strings(name: str, models: Any) -> None:
     full = plain(do_sample=False)(stock)[0, 11:]
     stop = tokenizer().decode(full[6:8])
     result = assert_equal_calls(stock, patched, plain(stop_strings=[stop], tokenizer=tokenizer(), do_sample=False))
-    assert result.shape[1] < 11 + 20, "the stop string never appeared"
+    assert result.shape[1] < 11 + 14, "the stop string never appeared"
 
 
 @pytest.mark.parametrize("name", NAMES)

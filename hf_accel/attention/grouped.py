@@ -107,6 +107,17 @@ def own_configs(model: Any, journal: Journal) -> list[Any]:
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = vars(module).get("config")
-        if config is not None:
-            journal.set_attribute(module, "config", copies.setdefault(id(config), copy.deepcopy(config)))
+        if config is None:
+            continue
+        if id(config) not in copies:
+            copies[id(config)] = own = copy.deepcopy(config)
+            journal.did(partial(_carry_over, own, dict(vars(own)), config))
+        journal.set_attribute(module, "config", copies[id(config)])
     return list(copies.values())
+
+
+def _carry_over(own: Any, before: dict[str, Any], original: Any) -> None:
+    """Write what the user changed in the model's own config (a resized vocabulary, say) into the original."""
+    for name, value in vars(own).items():
+        if name != "_attn_implementation_internal" and (name not in before or before[name] is not value):
+            vars(original)[name] = value

@@ -8,6 +8,7 @@ goes on to stock, with every argument intact, and is counted.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.core.journal import Journal, subclass
@@ -136,6 +137,7 @@ _MODE_REASONS = {
 class Hosted:
     """The methods of an optimised model. Mixed over the model's own class by `open_host`."""
 
+    @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         host = host_of(self)
         if host is None:

@@ -81,13 +81,18 @@ static void NAME(pack)(const void *x, int64_t stride, int m, int64_t k, void *pa
 
 #undef AT
 #define AT(e) ((e) < R * M ? (e) : 0)
+/* A single row of fp32 streams better by plain loads (27 GB/s against 26, medians of one run); all else by prefetch. */
+#undef PREFETCHES
+#define PREFETCHES(M) (DTYPE != 2 || (M) > 1)
 /* One pass of dot_tile over the columns from i to END. */
 #undef ACCUMULATE
 #define ACCUMULATE(END)                                                                                               \
     for (; i < (END); i += STEP, x += M * STEP) {                                                                     \
-        UNROLL(8)                                                                                                     \
-        for (size_t line = 0; line < R * STEP * sizeof(T); line += 64)                                                \
-            __builtin_prefetch(ahead + line, 0, HFA_PREFETCH_LEVEL);                                                  \
+        if (PREFETCHES(M)) {                                                                                          \
+            UNROLL(8)                                                                                                 \
+            for (size_t line = 0; line < R * STEP * sizeof(T); line += 64)                                            \
+                __builtin_prefetch(ahead + line, 0, HFA_PREFETCH_LEVEL);                                              \
+        }                                                                                                             \
         ahead += R * STEP * sizeof(T);                                                                                \
         UNROLL(4)                                                                                                     \
         for (int r = 0; r < R; r++) {                                                                                 \
