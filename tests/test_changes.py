@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_accel
 from hf_accel import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 
-DEFAULTS = {"max_new_tokens": 10, "do_sample": False}
+DEFAULTS = {"max_new_tokens": 14, "do_sample": False}
 
 
 def text(model: Any, **arguments: Any) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Side:
         run, costs = sample.run, sample.costs
         self.prefill.seconds.append(run.prefill_s)
         self.token.seconds.append(statistics.fmean(run.tokens_s))
-        self.median_token.seconds.append(run.token_s)
+        self.median_token.seconds.append(statistics.median(run.tokens_s))
         self.whole.seconds.append(run.prefill_s + sum(run.tokens_s))
         self.one_token_call.seconds.append(statistics.median(cost.whole_s for cost in costs))
         self.fixed.seconds.append(statistics.median(cost.fixed_s for cost in costs))
