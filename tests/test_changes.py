@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_accel
 from hf_accel import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.kernels.native import NativeBlock
 
 DEFAULTS = {"max_new_tokens": 14, "do_sample": False}
 
@@ -358,3 +359,21 @@ def test_two_models_in_two_threads(config: Any) -> None:
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a, b)
     assert hf_accel.report(patched).to_dict()["calls"]["served"] in (0, 8)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("recorded", ["output_hidden_states", "output_attentions"])
+def test_native_layers_return_after_recording(recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers leaves its recording hooks on the modules for good; once idle they must not cost the native call."""
+    calls: list[int] = []
+    call = NativeBlock.__call__
+    monkeypatch.setattr(NativeBlock, "__call__", lambda self, *args: calls.append(1) or call(self, *args))
+    model = optimised(build("llama"))
+    calls.clear()  # the audit's
+    text(model)
+    at_first = len(calls)
+    calls.clear()
+    text(model, **{recorded: True, "return_dict_in_generate": True})
+    assert not calls, "a recorded layer runs its own modules"
+    text(model)
+    assert len(calls) == at_first > 0

@@ -57,6 +57,6 @@ class Guard:
 
 def _are_idle_recorders(hooks: Any) -> bool:
     """transformers leaves its recording hooks on for good; they do nothing unless outputs are being recorded."""
-    if output_capturing._active_collector.get() is not None:
+    if output_capturing._active_collector.get():  # None outside a forward, empty in one that records nothing
         return False
     return all(getattr(hook, "__module__", "") == output_capturing.__name__ for hook in hooks.values())
