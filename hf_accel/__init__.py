@@ -18,6 +18,7 @@ from hf_accel.errors import (
     VerificationError,
 )
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.quantization import WeightOnlyConfig
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "SharedProjectionConfig",
     "UnsupportedModelError",
     "VerificationError",
+    "WeightOnlyConfig",
     "optimize",
     "optimized",
     "plan",

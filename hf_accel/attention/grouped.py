@@ -7,7 +7,6 @@ temporary memory of attention on K and V as they are.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, SupportsIndex
@@ -19,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
+from hf_accel.core.configs import own_configs
 from hf_accel.core.hosting import host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
@@ -100,24 +100,3 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
         select_stock = partial(select, "sdpa")
         journal.set_attribute(host_of(anatomy.model), "select_stock_attention", select_stock)
         return Change(f"attention of up to {MAX_QUERIES} queries reads grouped keys and values without expanding them")
-
-
-def own_configs(model: Any, journal: Journal) -> list[Any]:
-    """Give the model configs of its own and return them: models built from one config object share it."""
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        config = vars(module).get("config")
-        if config is None:
-            continue
-        if id(config) not in copies:
-            copies[id(config)] = own = copy.deepcopy(config)
-            journal.did(partial(_carry_over, own, dict(vars(own)), config))
-        journal.set_attribute(module, "config", copies[id(config)])
-    return list(copies.values())
-
-
-def _carry_over(own: Any, before: dict[str, Any], original: Any) -> None:
-    """Write what the user changed in the model's own config (a resized vocabulary, say) into the original."""
-    for name, value in vars(own).items():
-        if name != "_attn_implementation_internal" and (name not in before or before[name] is not value):
-            vars(original)[name] = value

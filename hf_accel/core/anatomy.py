@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_accel.core.contracts import PackedProduct
 from hf_accel.errors import UnsupportedModelError
 
 ACTIVATIONS = {
@@ -125,6 +126,8 @@ SIBLING_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Anatomy:
     """A causal language model as the patchers see it."""
 
+    PRODUCTS: ClassVar[tuple[type, ...]] = (nn.Linear, Conv1D)  # exactly these; subclasses compute something else
+
     model: Any  # a PreTrainedModel; its methods are typed too loosely to be checked
     device: torch.device
     dtype: torch.dtype
@@ -147,16 +150,36 @@ class Anatomy:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters, tied ones counted once."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Bytes of all parameters and packed weights, tied ones counted once."""
+        return self._bytes(self.model.modules())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of weights that a token reads: all but a table of embeddings that is not the head's weight, too."""
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        total = self._bytes(self.model.modules())
+        own = self._bytes([table])
+        both = self._bytes([table, head]) if head is not None else 0
+        is_tied = head is not None and both < own + self._bytes([head])
+        return total if is_tied or head is None else total - own
+
+    @staticmethod
+    def _bytes(modules: Any) -> int:
+        tensors: dict[int, torch.Tensor] = {}
+        for module in modules:
+            found = [p for p in module._parameters.values() if p is not None]
+            if isinstance(module, PackedProduct):
+                found += [b for b in module._buffers.values() if b is not None]
+            tensors |= {id(tensor): tensor for tensor in found}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
 
     @property
     def architecture(self) -> str:
         return str(self.model.config.model_type)
 
     def products(self) -> list[nn.Module]:
-        """Modules that are exactly `nn.Linear` or GPT-2's `Conv1D`; subclasses compute something else."""
-        return [module for module in self.model.modules() if type(module) in (nn.Linear, Conv1D)]
+        """Modules that are exactly `nn.Linear` or GPT-2's `Conv1D`."""
+        return [module for module in self.model.modules() if type(module) in self.PRODUCTS]
 
     def siblings(self) -> list[Siblings]:
         """Groups of plain `nn.Linear` without adapters that read one input."""
@@ -236,7 +259,7 @@ def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBl
     q_rows, kv_rows, inner = heads * head_dim, kv_heads * head_dim, config.intermediate_size
 
     def rows(parent: nn.Module, name: str, start: int, stop: int) -> LinearSlice:
-        if type(parent._modules[name]) is not nn.Linear:
+        if type(parent._modules[name]) is not nn.Linear and not isinstance(parent._modules[name], PackedProduct):
             raise TypeError(f"{name} is a {type(parent._modules[name]).__name__}, not a plain nn.Linear")
         return LinearSlice(parent, name, start, stop)
 

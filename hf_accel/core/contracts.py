@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
+
+if TYPE_CHECKING:
+    from hf_accel.kernels.packed import PackedWeight
 
 
 class AppendableLayer(Protocol):
@@ -20,3 +23,11 @@ class AppendableLayer(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, int, int] | None: ...
 
     def commit(self, tokens: int) -> None: ...
+
+
+@runtime_checkable
+class PackedProduct(Protocol):
+    """A linear product whose weight [N, K] is stored in few bits, in the layout of the native kernels."""
+
+    @property
+    def packed(self) -> PackedWeight: ...

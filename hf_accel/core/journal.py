@@ -9,8 +9,12 @@ import copyreg
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from hf_accel.errors import ConfigError, IrreversibleError
+
+ORIGINALS = ("keep", "cpu", "drop")
 _MISSING = object()
 
 
@@ -33,9 +37,17 @@ def subclass(mixin: type, original: type, **attributes: Any) -> type:
 
 
 class Journal:
-    """The undo stack of one model."""
+    """The undo stack of one model.
 
-    def __init__(self) -> None:
+    originals: what becomes of modules that lossy steps replace. "keep": they stay where they are, beside the
+    replacement; "cpu": they wait in main memory; "drop": they are given up, and nothing can be undone any more.
+    """
+
+    def __init__(self, originals: str = "keep") -> None:
+        if originals not in ORIGINALS:
+            raise ConfigError(f"originals is one of {', '.join(ORIGINALS)}; {originals!r} was given.")
+        self.originals = originals
+        self.given_up: list[str] = []
         self._undo: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
@@ -52,14 +64,27 @@ class Journal:
         self.did(lambda: delattr(owner, name) if before is _MISSING else setattr(owner, name, before))
 
     def swap_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        """Replace the child `name` of `parent`."""
+        """Replace the child `name` of `parent`; what becomes of it is said by `originals`."""
         before = parent._modules[name]
         parent._modules[name] = module
+        if self.originals == "drop":
+            self.given_up.append(name)
+            return
+        homes = self._move_to_cpu(before) if self.originals == "cpu" and before is not None else {}
 
         def undo() -> None:
+            for parameter, device in homes.items():
+                parameter.data = parameter.data.to(device)
             parent._modules[name] = before
 
         self.did(undo)
+
+    @staticmethod
+    def _move_to_cpu(module: nn.Module) -> dict[nn.Parameter, torch.device]:
+        homes = {p: p.device for p in module.parameters() if p.device.type != "cpu"}
+        for parameter in homes:
+            parameter.data = parameter.data.cpu()
+        return homes
 
     def swap_class(self, instance: Any, cls: type) -> None:
         """Give `instance` the class `cls`, a `subclass` of its own."""
@@ -72,6 +97,15 @@ class Journal:
         self.did(undo)
 
     def undo(self, down_to: int = 0) -> None:
-        """Take back every write after the first `down_to`, the latest first."""
+        """Take back every write after the first `down_to`, the latest first.
+
+        Raises:
+            IrreversibleError: originals were given up; nothing was undone.
+        """
+        if self.given_up:
+            raise IrreversibleError(
+                f'{len(self.given_up)} original modules were given up (originals="drop"), so the model cannot be '
+                'restored. Load it anew, or optimise with originals="keep" or "cpu".'
+            )
         while len(self._undo) > down_to:
             self._undo.pop()()

@@ -19,11 +19,12 @@ class Stage(enum.IntEnum):
     """The order in which steps are applied."""
 
     ARCHITECTURE = 0
-    WEIGHTS = 1
-    ATTENTION = 2
-    CACHE = 3
-    DECODING = 4
-    COMPILATION = 5
+    WEIGHTS = 1  # what the weights are
+    PRODUCTS = 2  # how they are multiplied
+    ATTENTION = 3
+    CACHE = 4
+    DECODING = 5
+    COMPILATION = 6
 
 
 class Fidelity(enum.Enum):
@@ -40,11 +41,16 @@ class Fidelity(enum.Enum):
 
 @dataclass(frozen=True)
 class Change:
-    """What one step did: a sentence, the bytes it keeps beside the weights, and what it left out and why."""
+    """What one step did: a sentence, the bytes it keeps beside the weights, and what it left out and why.
+
+    weight_bytes, read_bytes: of all weights and of those a token reads, where the step changed them.
+    """
 
     summary: str
     extra_bytes: int = 0
     left_out: tuple[str, ...] = field(default=())
+    weight_bytes: int | None = None
+    read_bytes: int | None = None
 
 
 class Patcher(ABC, Generic[C]):

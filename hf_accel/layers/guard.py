@@ -19,10 +19,11 @@ class Guard:
 
     def __init__(self, layer: nn.Module, modules: list[nn.Module]) -> None:
         self._parameters = [
-            (module._parameters, name, parameter, parameter.data_ptr())
+            (own, name, tensor, tensor.data_ptr())
             for module in modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None
+            for own in (module._parameters, module._buffers)
+            for name, tensor in own.items()
+            if tensor is not None
         ]
         self._children = [(module._modules, dict(module._modules)) for module in (layer, *modules)]
         self._classes = [(module, type(module)) for module in modules]

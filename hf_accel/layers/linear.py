@@ -35,7 +35,7 @@ class NativeLinearConfig(Config):
 
 
 class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig):
-    stage = Stage.WEIGHTS
+    stage = Stage.PRODUCTS
     fidelity = Fidelity.EXACT
     occupies = "linear products"
 

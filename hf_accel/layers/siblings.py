@@ -35,7 +35,7 @@ class SharedProjectionConfig(Config):
 
 
 class SharedProjectionPatcher(Patcher[SharedProjectionConfig], config=SharedProjectionConfig):
-    stage = Stage.WEIGHTS
+    stage = Stage.PRODUCTS
     fidelity = Fidelity.EXACT
     occupies = "linear products"  # a sibling's forward is one product: natively alone, or joined, not both
 

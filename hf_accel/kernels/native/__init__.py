@@ -6,6 +6,7 @@ Optional: where the library was not built, `is_available()` is false and `status
 from hf_accel.kernels.native.block import BlockShape, BlockWeights, NativeBlock, Projection
 from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
 from hf_accel.kernels.native.linear import DTYPES, MAX_ROWS, linear, linear_group
+from hf_accel.kernels.native.packed import packed_linear
 from hf_accel.kernels.native.stream import stream
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "is_available",
     "linear",
     "linear_group",
+    "packed_linear",
     "set_isa",
     "status",
     "stream",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,17 +21,30 @@ MAX_HEAD_DIM = 256
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 NORM_STYLES = {"llama": 0, "gemma": 1}
 
-_BLOCK = struct.Struct("=8q3d" + "QQqqq" * 7 + "6Q")
+_HEAD = struct.Struct("=8q3d")
+_MATRIX = struct.Struct("=QQqqqQQqq")
+_NORMS = struct.Struct("=6Q")
 _CALL = struct.Struct("=7Q19q")
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
 
+class PackedMatrix(Protocol):
+    """A weight of 8 or 4 bits that can describe itself to C."""
+
+    codes: Tensor
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def matrix(self, bias: Tensor | None = None) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Projection:
-    """One linear map: weight [N, K], possibly a slice of rows of a fused weight; bias [N] or None."""
+    """One linear map: weight [N, K], possibly a slice of rows of a fused or packed weight; bias [N] or None."""
 
-    weight: Tensor
+    weight: Tensor | PackedMatrix
     bias: Tensor | None = None
 
 
@@ -98,7 +111,7 @@ def _check_tensor(name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch
 
 
 def _check(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
-    dtype = weights.q.weight.dtype
+    dtype = weights.input_norm.dtype
     if dtype not in DTYPE_CODES:
         raise ValueError(f"weights have dtype {dtype}; the native block takes bfloat16, float16 and float32")
     if shape.activation not in ACTIVATIONS:
@@ -114,7 +127,10 @@ def _check(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
     for name, size in _sizes(shape).items():
         value = getattr(weights, name)
         if isinstance(value, Projection):
-            _check_tensor(f"{name}.weight", value.weight, size, dtype)
+            if isinstance(value.weight, Tensor):
+                _check_tensor(f"{name}.weight", value.weight, size, dtype)
+            elif tuple(value.weight.shape) != size:
+                raise ValueError(f"{name}.weight has shape {tuple(value.weight.shape)}; the block asks for {size}")
             if value.bias is not None:
                 _check_tensor(f"{name}.bias", value.bias, size[:1], dtype)
         elif value is not None:
@@ -122,9 +138,12 @@ def _check(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
     return dtype
 
 
-def _matrix_fields(projection: Projection) -> tuple[int, int, int, int, int]:
+def _matrix(projection: Projection) -> bytes:
     weight, bias = projection.weight, projection.bias
-    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.stride(0), weight.shape[0], weight.shape[1]
+    if not isinstance(weight, Tensor):
+        return weight.matrix(bias)
+    pointer = 0 if bias is None else bias.data_ptr()
+    return _MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), *weight.shape, 0, 0, 0, 0)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -146,7 +165,7 @@ class NativeBlock:
         w = weights
         matrices = (w.q, w.k, w.v, w.o, w.gate, w.up, w.down)
         norms = (w.input_norm, w.attention_out_norm, w.mlp_norm, w.mlp_out_norm, w.q_norm, w.k_norm)
-        self._packed = _BLOCK.pack(
+        head = _HEAD.pack(
             DTYPE_CODES[self.dtype],
             shape.hidden,
             shape.heads,
@@ -158,9 +177,8 @@ class NativeBlock:
             shape.norm_eps,
             shape.scale,
             shape.softcap or 0.0,
-            *(field for matrix in matrices for field in _matrix_fields(matrix)),
-            *map(_pointer, norms),
         )
+        self._packed = b"".join((head, *map(_matrix, matrices), _NORMS.pack(*map(_pointer, norms))))
 
     def __reduce__(self) -> tuple[type[NativeBlock], tuple[BlockShape, BlockWeights]]:
         return NativeBlock, (self.shape, self.weights)
@@ -170,7 +188,10 @@ class NativeBlock:
         found: list[Tensor | None] = []
         for field in fields(self.weights):
             value = getattr(self.weights, field.name)
-            found += [value.weight, value.bias] if isinstance(value, Projection) else [value]
+            if isinstance(value, Projection):
+                found += [value.weight if isinstance(value.weight, Tensor) else value.weight.codes, value.bias]
+            else:
+                found.append(value)
         return [tensor for tensor in found if tensor is not None]
 
     def __call__(

@@ -23,7 +23,15 @@ static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_
     int64_t attention = block->heads * block->head_dim, wide = padded(larger(block->hidden, attention));
     mine->residual = carve_floats(&c, run->rows * padded(block->hidden));
     mine->wide = carve_floats(&c, run->rows * wide);
-    mine->packed = carve(&c, hfa_packed_bytes(run->kernels, run->rows, larger(wide, block->inner)));
+    hfa_activations any;
+    size_t most = 0;
+    const struct { const hfa_products *products; int64_t k; } packs[] = {{&run->qkv, block->hidden}, {&run->output, attention},
+                                                                         {&run->gate_up, block->hidden}, {&run->down, block->inner}};
+    for (int i = 0; i < 4; i++) {
+        size_t bytes = hfa_activations_lay_out(packs[i].products, packs[i].k, NULL, &any);
+        if (bytes > most) most = bytes;
+    }
+    mine->packed = carve(&c, most);
     mine->queries = carve_floats(&c, HFA_QUERY_GROUP * block->head_dim);
     mine->scores = carve_floats(&c, HFA_QUERY_GROUP * HFA_PIECE);
     mine->packed_queries = carve(&c, hfa_packed_bytes(run->kernels, HFA_QUERY_GROUP, block->head_dim));
@@ -56,7 +64,7 @@ static void norm_rows(const hfa_block_run *run, const float *x, const void *weig
 }
 
 /* gate and up for the same rows, then activation(gate) * up */
-static void run_gate_up(const hfa_block_run *run, const void *packed, int self) {
+static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int self) {
     const hfa_kernels *kernels = run->kernels;
     const hfa_matrix *gate = &run->block->gate, *up = &run->block->up;
     int64_t size = kernels->element;
@@ -65,8 +73,8 @@ static void run_gate_up(const hfa_block_run *run, const void *packed, int self) 
         int64_t row = chunk * run->gate_rows, end = row + run->gate_rows < gate->rows ? row + run->gate_rows : gate->rows;
         for (; row < end; row += HFA_TILE) {
             int64_t n = end - row < HFA_TILE ? end - row : HFA_TILE;
-            kernels->dot((const char *)gate->weight + row * gate->stride * size, gate->stride, n, gate->inner, packed, run->rows, g, HFA_TILE);
-            kernels->dot((const char *)up->weight + row * up->stride * size, up->stride, n, up->inner, packed, run->rows, u, HFA_TILE);
+            hfa_product_tile(kernels, gate, row, n, x, run->rows, g);
+            hfa_product_tile(kernels, up, row, n, x, run->rows, u);
             for (int m = 0; m < run->rows; m++) {
                 float *gm = g + m * HFA_TILE, *um = u + m * HFA_TILE;
                 kernels->finish_f32(gm, gate->bias ? (const char *)gate->bias + row * size : NULL, n, gm);
@@ -92,6 +100,11 @@ static void add_summand(const hfa_block_run *run, const void *norm, float *resid
     run->kernels->add(residual, summand, block->hidden, residual);
 }
 
+static void pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, hfa_block_private *mine) {
+    hfa_activations_lay_out(products, k, mine->packed, &mine->x);
+    hfa_activations_pack(products, rows, stride, k, &mine->x);
+}
+
 static void block_task(void *arg, int self, int team) {
     hfa_block_run *run = arg;
     const hfa_block *block = run->block;
@@ -103,26 +116,26 @@ static void block_task(void *arg, int self, int team) {
     for (int r = 0; r < run->rows; r++)
         kernels->load((const char *)run->call->hidden + r * block->hidden * kernels->element, mine.residual + r * hidden, block->hidden);
     norm_rows(run, mine.residual, block->input_norm, mine.wide, wide);
-    kernels->pack_f32(mine.wide, wide, run->rows, block->hidden, mine.packed);
-    hfa_products_run(&run->qkv, mine.packed, run->ranges[0], run->threads, self);
+    pack(&run->qkv, mine.wide, wide, block->hidden, &mine);
+    hfa_products_run(&run->qkv, &mine.x, run->ranges[0], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
 
     hfa_attention_run(run, &mine, self);
     hfa_barrier_wait(run->barrier, team);
 
     hfa_attention_merge(run, mine.wide, wide);
-    kernels->pack_f32(mine.wide, wide, run->rows, block->heads * block->head_dim, mine.packed);
-    hfa_products_run(&run->output, mine.packed, run->ranges[2], run->threads, self);
+    pack(&run->output, mine.wide, wide, block->heads * block->head_dim, &mine);
+    hfa_products_run(&run->output, &mine.x, run->ranges[2], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
 
     for (int r = 0; r < run->rows; r++) add_summand(run, block->attention_out_norm, mine.residual, mine.wide, r);
     norm_rows(run, mine.residual, block->mlp_norm, mine.wide, wide);
-    kernels->pack_f32(mine.wide, wide, run->rows, block->hidden, mine.packed);
-    run_gate_up(run, mine.packed, self);
+    pack(&run->gate_up, mine.wide, wide, block->hidden, &mine);
+    run_gate_up(run, &mine.x, self);
     hfa_barrier_wait(run->barrier, team);
 
-    kernels->pack_f32(run->inner, padded(block->inner), run->rows, block->inner, mine.packed);
-    hfa_products_run(&run->down, mine.packed, run->ranges[4], run->threads, self);
+    pack(&run->down, run->inner, padded(block->inner), block->inner, &mine);
+    hfa_products_run(&run->down, &mine.x, run->ranges[4], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
 
     for (int r = self; r < run->rows; r += team) {
@@ -144,8 +157,15 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32),
                          .rows = (int)(call->batch * call->tokens)};
     int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past - call->first;
-    int64_t bytes = kernels->element * (block->hidden * (2 * q_size + 2 * kv_size + 3 * block->inner)
-                                        + 2 * call->batch * kv_size * cached);
+    run.qkv = (hfa_products){.kernels = kernels, .count = 3, .m = run.rows, .keeps_f32 = 1,
+                             .item = {{.matrix = &block->q}, {.matrix = &block->k}, {.matrix = &block->v}}};
+    run.output = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->o}}};
+    run.gate_up = (hfa_products){.kernels = kernels, .count = 2, .m = run.rows, .item = {{.matrix = &block->gate}, {.matrix = &block->up}}};
+    run.down = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->down}}};
+    int64_t gate_row_bytes = hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
+    int64_t bytes = q_size * hfa_row_bytes(kernels, &block->q) + 2 * kv_size * hfa_row_bytes(kernels, &block->k)
+                    + block->hidden * (hfa_row_bytes(kernels, &block->o) + hfa_row_bytes(kernels, &block->down))
+                    + block->inner * gate_row_bytes + 2 * call->batch * kv_size * cached * kernels->element;
     run.threads = hfa_useful_threads(bytes, call->threads);
     hfa_attention_plan(&run);
     size_t shared_bytes = lay_out_shared(&run, NULL);
@@ -157,15 +177,15 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     run.private_memory = memory + (shared_bytes + 4095) / 4096 * 4096;
     memset(run.barrier, 0, sizeof *run.barrier);
 
-    int64_t stride = run.projected_stride;
-    run.qkv = (hfa_products){.kernels = kernels, .count = 3, .m = run.rows, .keeps_f32 = 1,
-                             .item = {{&block->q, run.projected, stride}, {&block->k, run.projected + q_size, stride},
-                                      {&block->v, run.projected + q_size + kv_size, stride}}};
-    run.output = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1,
-                                .item = {{&block->o, run.summand, padded(block->hidden)}}};
-    run.down = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1,
-                              .item = {{&block->down, run.summand, padded(block->hidden)}}};
-    run.gate_rows = hfa_chunk_rows(kernels, 2 * block->gate.inner * kernels->element, 2 * block->inner * block->hidden * kernels->element, run.threads);
+    float *outputs[] = {run.projected, run.projected + q_size, run.projected + q_size + kv_size};
+    for (int i = 0; i < 3; i++) {
+        run.qkv.item[i].out = outputs[i];
+        run.qkv.item[i].ldo = run.projected_stride;
+    }
+    run.output.item[0].out = run.down.item[0].out = run.summand;
+    run.output.item[0].ldo = run.down.item[0].ldo = padded(block->hidden);
+    int64_t together = larger(hfa_rows_together(kernels, &block->gate), hfa_rows_together(kernels, &block->up));
+    run.gate_rows = hfa_chunk_rows(together, gate_row_bytes, block->inner * gate_row_bytes, run.threads);
     hfa_ranges_deal(run.ranges[0], run.threads, hfa_products_plan(&run.qkv, run.threads));
     hfa_ranges_deal(run.ranges[1], run.threads, call->batch * block->kv_heads * run.pieces);
     hfa_ranges_deal(run.ranges[2], run.threads, hfa_products_plan(&run.output, run.threads));

@@ -13,7 +13,7 @@ typedef struct {
     int rows, threads;                   /* R = B * T; ranges dealt out */
     hfa_barrier *barrier;
     hfa_range *ranges[5];                /* q/k/v, attention, o, gate/up, down */
-    hfa_products qkv, output, down;
+    hfa_products qkv, output, gate_up, down; /* gate_up: only to pack for */
     int64_t gate_rows;                   /* rows of gate (and of up) in a chunk */
     float *projected; int64_t projected_stride; /* [R, (H + 2G) D]: q, k, v of a row, rounded, before norm and rotary */
     float *summand;                      /* [R, E]: output of o, later of down, rounded */
@@ -26,7 +26,7 @@ typedef struct {
 typedef struct {
     float *residual;  /* [R, E] */
     float *wide;      /* [R, max(E, H D)]: what is packed next */
-    void *packed;
+    char *packed; hfa_activations x; /* of the product at hand, laid out in `packed` */
     float *queries;   /* [HFA_QUERY_GROUP, D] */
     float *scores;    /* [HFA_QUERY_GROUP, HFA_PIECE] */
     void *packed_queries;

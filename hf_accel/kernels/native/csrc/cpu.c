@@ -28,7 +28,8 @@ static int supported(int isa) {
     if ((b7 & wanted) != wanted) return 0;
     if (isa == HFA_AVX512) return 1;
     if (a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
-    if (!((a71 >> 5) & 1) || isa == HFA_AVX512_BF16) return (a71 >> 5) & 1;
+    int dots = (a71 >> 5) & 1 && (c7 >> 11) & 1; /* BF16 and VNNI: every CPU with the first has the second */
+    if (!dots || isa == HFA_AVX512_BF16) return dots;
 #if HFA_HAS_AMX
     wanted = 1u << 22 | 1u << 24; /* AMX-BF16, AMX-TILE */
     return (d7 & wanted) == wanted && (saved_state() & 0x60000) == 0x60000 && hfa_amx_permitted();

@@ -1,15 +1,16 @@
-/* Kernels for AVX-512 with bf16 dot products. */
+/* Kernels for AVX-512 with bf16 and 8-bit dot products. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
 #include "kernels.h"
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")
 #endif
 #include "scalar.h"
+#define HFA_DOT_VNNI
 #include "vec_avx512.h"
 #define TABLE hfa_kernels_avx512_bf16
 #define HFA_DOT_BF16

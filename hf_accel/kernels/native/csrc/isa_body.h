@@ -1,6 +1,7 @@
 /* All kernels of one instruction set: an isa_*.c file includes its vec_*.h, then this, between target pragmas,
  * having defined TABLE (the name of the table) and ROWS_FOR(M) (rows of W computed together for M rows of x). */
 #include "float_body.h"
+#include "packed_body.h"
 
 #define DTYPE 0
 #include "dtype_body.h"
@@ -15,6 +16,7 @@
      .pack_f32 = pack_f32_##N, .dot = dot_##N, .axpy = axpy_##N, .load = load_##N, .store = store_##N,                \
      .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .rms_norm = rms_norm_##N,                \
      .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \
-     .exponentials = exponentials}
+     .exponentials = exponentials, .pack_int4 = pack_int4, .pack_int8 = pack_int8, .dot_int4 = dot_int4,                \
+     .dot_int8 = dot_int8}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "scalar.h"
 #include "vec_neon.h"
+#include "vec_int.h"
 #define TABLE hfa_kernels_neon
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
 #include "isa_body.h"

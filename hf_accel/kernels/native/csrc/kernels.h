@@ -40,6 +40,13 @@ typedef struct {
     /* scores -> scores * scale, soft-capped */
     void (*scale_scores)(float *s, int64_t n, float scale, float softcap);
     float (*maximum)(const float *s, int64_t n);
+    /* Packed weights. Rows of x are rounded to 8 bits (for int4) or 16 bits (for int8) in blocks of HFA_QUANTUM columns
+     * with a scale each, in groups of up to HFA_ROUNDED_ROWS rows: see packed_body.h. x is fp32 [m, k]. */
+    void (*pack_int4)(const float *x, int64_t stride, int m, int64_t k, void *packed);
+    void (*pack_int8)(const float *x, int64_t stride, int m, int64_t k, void *packed);
+    /* out[m * ldo + n] for rows n of W from row `row`, a multiple of HFA_LANES */
+    void (*dot_int4)(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo);
+    void (*dot_int8)(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo);
     float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
 } hfa_kernels;
 
@@ -56,6 +63,15 @@ int hfa_amx_permitted(void);
 extern const hfa_kernels hfa_kernels_neon[HFA_DTYPES];
 #endif
 const hfa_kernels *hfa_active_kernels(int dtype);
+
+#define HFA_ROUNDED_ROWS 4 /* rows of x that meet a packed weight together: what 16 vector registers hold */
+
+static inline int64_t hfa_padded(int64_t k) { return (k + HFA_QUANTUM - 1) / HFA_QUANTUM * HFA_QUANTUM; }
+
+/* Bytes of m rows of x rounded for a packed format: codes, then per block of columns start, scale and sum. */
+static inline size_t hfa_rounded_bytes(int64_t format, int64_t m, int64_t k) {
+    return (size_t)(m * hfa_padded(k) * (format == HFA_INT8 ? 2 : 1) + m * hfa_padded(k) / HFA_QUANTUM * 12 + 63) / 64 * 64;
+}
 
 /* Bytes of m rows of k elements once packed (64-byte aligned size). */
 static inline size_t hfa_packed_bytes(const hfa_kernels *kernels, int m, int64_t k) {

@@ -2,12 +2,12 @@
 #include <string.h>
 #include "product.h"
 
-typedef struct { hfa_products products; const void *packed; hfa_range *ranges; int threads; } linear_call;
+typedef struct { hfa_products products; hfa_activations x; hfa_range *ranges; int threads; } linear_call;
 
 static void linear_task(void *arg, int thread, int team) {
     linear_call *call = arg;
     (void)team; /* every range is emptied whatever the size of the team */
-    hfa_products_run(&call->products, call->packed, call->ranges, call->threads, thread);
+    hfa_products_run(&call->products, &call->x, call->ranges, call->threads, thread);
 }
 
 /* ranges, then x packed, in one piece of scratch */
@@ -19,7 +19,7 @@ static int run_products(linear_call *call, const void *x, int64_t k, int64_t byt
     char *scratch = hfa_scratch(range_bytes + hfa_packed_bytes(kernels, m, k));
     if (!scratch) return -1;
     call->ranges = (hfa_range *)scratch;
-    call->packed = scratch + range_bytes;
+    call->x.packed[HFA_DENSE] = scratch + range_bytes;
     kernels->pack(x, k, m, k, scratch + range_bytes);
     hfa_ranges_deal(call->ranges, call->threads, hfa_products_plan(&call->products, call->threads));
     hfa_parallel(linear_task, call, call->threads);
@@ -86,7 +86,7 @@ int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int
                int64_t flags) {
     int64_t dtype = flags & 0xff, threads = flags >> 16;
     if (m < 1 || m > HFA_MAX_ROWS || k < 1 || n < 1 || dtype >= HFA_DTYPES) return -1;
-    hfa_matrix w = {weight, bias, stride, n, k};
+    hfa_matrix w = {.weight = weight, .bias = bias, .stride = stride, .rows = n, .inner = k};
     const hfa_kernels *kernels = hfa_active_kernels((int)dtype);
     if (flags >> 8 & 1) return run_transposed(kernels, x, &w, y, (int)m, threads);
     linear_call call = {.products = {.kernels = kernels, .count = 1, .m = (int)m, .item = {{&w, y, n}}}};
@@ -103,7 +103,7 @@ int hfa_linear_group(const hfa_group *g) {
     for (int i = 0; i < g->count; i++) {
         const hfa_group_item *item = &g->item[i];
         if (item->rows < 1) return -1;
-        weights[i] = (hfa_matrix){item->weight, item->bias, item->stride, item->rows, g->k};
+        weights[i] = (hfa_matrix){.weight = item->weight, .bias = item->bias, .stride = item->stride, .rows = item->rows, .inner = g->k};
         call.products.item[i] = (hfa_product){&weights[i], item->out, item->rows};
         bytes += item->rows * g->k * kernels->element;
     }

@@ -6,6 +6,7 @@
  *   cpu.c         which instruction sets this machine has, and which one is in use
  *   threads.c/.h  parallel regions in the OpenMP pool handed over by Python, barrier, chunk hand-out, scratch memory
  *   linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
+ *   packed.c      the same for weights of 8 and 4 bits and any number of rows of x
  *   block.c, block_attention.c   a whole pre-norm gated decoder layer in one call
  *   vec_*.h       one fp32 vector type per instruction set; *_body.h: the kernels written once over that type
  *   isa_*.c       compile the bodies for one instruction set (by target pragmas, so no per-file compiler flags)
@@ -17,19 +18,31 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 1
+#define HFA_ABI_VERSION 2
 #define HFA_MAX_ROWS 16     /* activation rows of one call */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
+#define HFA_LANES 16         /* rows of a packed weight that lie interleaved */
+#define HFA_QUANTUM 32       /* columns of a packed weight come in multiples of this; activations are scaled per as many */
 
 enum hfa_dtype { HFA_BF16 = 0, HFA_F16 = 1, HFA_F32 = 2, HFA_DTYPES = 3 };
 enum hfa_isa { HFA_PORTABLE = 0, HFA_NEON = 1, HFA_AVX2 = 2, HFA_AVX512 = 3, HFA_AVX512_BF16 = 4, HFA_AMX = 5, HFA_ISAS = 6 };
+enum hfa_format { HFA_DENSE = 0, HFA_INT8 = 1, HFA_INT4 = 2, HFA_FORMATS = 3 };
 enum hfa_activation { HFA_SILU = 0, HFA_GELU_TANH = 1, HFA_GELU = 2, HFA_RELU = 3 };
 enum hfa_norm_style { HFA_NORM_LLAMA = 0, HFA_NORM_GEMMA = 1 };
 enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
 
-/* W [rows, inner], row stride in elements; bias [rows] or NULL. */
-typedef struct { const void *weight; const void *bias; int64_t stride; int64_t rows; int64_t inner; } hfa_matrix;
+/* W [rows, inner], bias [rows] or NULL.
+ * Dense: elements of the dtype, row stride in elements; the last four fields are not read.
+ * Packed, R = ceil(rows / 16), Kp = inner rounded up to 32, missing rows and columns zero:
+ *   HFA_INT8  int8  [R, Kp / 2, 16, 2]: pairs of columns of 16 rows
+ *   HFA_INT4  uint8 [R, Kp / 8, 16, 4]: byte j of a row holds column j in its low and column 4 + j in its high half, plus 8
+ *   scales [R, groups, 16], bf16 (stride 0) or fp32 (stride 1); offsets fp32 of the same shape, or NULL; `group` columns
+ *   share a scale: W = code * scale + offset. */
+typedef struct {
+    const void *weight; const void *bias; int64_t stride, rows, inner;
+    const void *scales; const float *offsets; int64_t format, group;
+} hfa_matrix;
 
 /* One decoder layer: constant over its life. All fields are 8 bytes wide so that Python can pack them blindly. */
 typedef struct {
@@ -63,6 +76,8 @@ HFA_EXPORT void hfa_set_threading(void *parallel, void *thread_num, void *num_th
 HFA_EXPORT int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int64_t m, int64_t k, int64_t n,
                           int64_t stride, int64_t flags);
 HFA_EXPORT int hfa_linear_group(const hfa_group *group);
+/* y [m, rows] = x [m, inner] W^T + bias for a packed W and any m >= 1. flags: dtype of x, y and bias | threads << 16. */
+HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *y, int64_t m, int64_t flags);
 /* Reads `bytes` (whole mebibytes, 64-byte aligned) with `threads` threads; for measuring the memory. */
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);

@@ -1,12 +1,22 @@
 /* See product.h. Chunks lie in address order and each thread takes a run of them: one sequential stream per thread. */
 #include "product.h"
 
-int64_t hfa_chunk_rows(const hfa_kernels *kernels, int64_t row_bytes, int64_t total_bytes, int threads) {
+int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
+    int64_t padded = hfa_padded(w->inner), scale = w->stride ? 4 : 2;
+    if (w->format == HFA_DENSE) return w->inner * kernels->element;
+    return (w->format == HFA_INT8 ? padded : padded / 2) + (padded + w->group - 1) / w->group * (scale + (w->offsets ? 4 : 0));
+}
+
+int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w) {
+    return w->format == HFA_DENSE ? kernels->rows_together : HFA_LANES;
+}
+
+int64_t hfa_chunk_rows(int64_t together, int64_t row_bytes, int64_t total_bytes, int threads) {
     int64_t target = total_bytes / (threads * 8); /* at least eight turns each, to even out the ends */
     if (target < 8 << 10) target = 8 << 10;
     if (target > 128 << 10) target = 128 << 10;
-    int64_t step = kernels->rows_together, rows = (target / row_bytes + step - 1) / step * step;
-    return rows < step ? step : rows;
+    int64_t rows = (target / row_bytes + together - 1) / together * together;
+    return rows < together ? together : rows;
 }
 
 int hfa_useful_threads(int64_t bytes, int64_t threads) {
@@ -16,19 +26,44 @@ int hfa_useful_threads(int64_t bytes, int64_t threads) {
     return threads < 1 ? 1 : (int)threads;
 }
 
+size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, hfa_activations *x) {
+    size_t used = 0;
+    for (int f = 0; f < HFA_FORMATS; f++) x->packed[f] = NULL;
+    for (int i = 0; i < p->count; i++) {
+        int64_t format = p->item[i].matrix->format;
+        if (x->packed[format]) continue;
+        x->packed[format] = memory ? memory + used : (char *)64; /* only counting: any address marks it as seen */
+        used += format == HFA_DENSE ? hfa_packed_bytes(p->kernels, p->m, k) : hfa_rounded_bytes(format, p->m, k);
+    }
+    return used;
+}
+
+void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stride, int64_t k, const hfa_activations *x) {
+    if (x->packed[HFA_DENSE]) p->kernels->pack_f32(rows, stride, p->m, k, x->packed[HFA_DENSE]);
+    if (x->packed[HFA_INT8]) p->kernels->pack_int8(rows, stride, p->m, k, x->packed[HFA_INT8]);
+    if (x->packed[HFA_INT4]) p->kernels->pack_int4(rows, stride, p->m, k, x->packed[HFA_INT4]);
+}
+
+void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m, float *acc) {
+    const void *packed = x->packed[w->format];
+    if (w->format == HFA_INT4) kernels->dot_int4(w, row, rows, packed, m, acc, HFA_TILE);
+    else if (w->format == HFA_INT8) kernels->dot_int8(w, row, rows, packed, m, acc, HFA_TILE);
+    else kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner, packed, m, acc, HFA_TILE);
+}
+
 int64_t hfa_products_plan(hfa_products *p, int threads) {
     int64_t total = 0;
-    for (int i = 0; i < p->count; i++) total += p->item[i].matrix->rows * p->item[i].matrix->inner * p->kernels->element;
+    for (int i = 0; i < p->count; i++) total += p->item[i].matrix->rows * hfa_row_bytes(p->kernels, p->item[i].matrix);
     p->first_chunk[0] = 0;
     for (int i = 0; i < p->count; i++) {
         const hfa_matrix *w = p->item[i].matrix;
-        p->chunk_rows[i] = hfa_chunk_rows(p->kernels, w->inner * p->kernels->element, total, threads);
+        p->chunk_rows[i] = hfa_chunk_rows(hfa_rows_together(p->kernels, w), hfa_row_bytes(p->kernels, w), total, threads);
         p->first_chunk[i + 1] = p->first_chunk[i] + (w->rows + p->chunk_rows[i] - 1) / p->chunk_rows[i];
     }
     return p->first_chunk[p->count];
 }
 
-void hfa_products_run(const hfa_products *p, const void *packed, hfa_range *ranges, int threads, int self) {
+void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range *ranges, int threads, int self) {
     const hfa_kernels *kernels = p->kernels;
     float acc[HFA_MAX_ROWS * HFA_TILE];
     for (int64_t chunk; (chunk = hfa_ranges_take(ranges, threads, self)) >= 0;) {
@@ -41,8 +76,7 @@ void hfa_products_run(const hfa_products *p, const void *packed, hfa_range *rang
         for (; row < end; row += HFA_TILE) {
             int64_t n = end - row < HFA_TILE ? end - row : HFA_TILE;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
-            kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, n, w->inner, packed, p->m,
-                         acc, HFA_TILE);
+            hfa_product_tile(kernels, w, row, n, x, p->m, acc);
             for (int m = 0; m < p->m; m++) {
                 int64_t at = m * item->ldo + row;
                 if (p->keeps_f32) kernels->finish_f32(acc + m * HFA_TILE, bias, n, (float *)item->out + at);

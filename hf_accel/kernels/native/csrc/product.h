@@ -6,6 +6,9 @@
 
 #define HFA_TILE 64 /* rows of W whose results wait in fp32 before bias and rounding */
 
+/* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. */
+typedef struct { void *packed[HFA_FORMATS]; } hfa_activations;
+
 /* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. */
 typedef struct { const hfa_matrix *matrix; void *out; int64_t ldo; } hfa_product;
 typedef struct {
@@ -15,11 +18,21 @@ typedef struct {
     int64_t chunk_rows[HFA_MAX_GROUP], first_chunk[HFA_MAX_GROUP + 1];
 } hfa_products;
 
+/* Bytes of a row of W, scales included; rows of W that are computed together. */
+int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w);
+int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w);
+/* Bytes of the activations for m rows of x and all weights; lays them out in `memory` when it is not NULL. */
+size_t hfa_activations_lay_out(const hfa_products *products, int64_t k, char *memory, hfa_activations *x);
+/* Packs fp32 rows that hold values of the dtype. */
+void hfa_activations_pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, const hfa_activations *x);
+/* acc[m * HFA_TILE + n] for n < rows <= HFA_TILE rows of W from `row` on */
+void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m, float *acc);
+
 /* Chooses the chunks; returns their number. */
 int64_t hfa_products_plan(hfa_products *products, int threads);
-void hfa_products_run(const hfa_products *products, const void *packed, hfa_range *ranges, int threads, int self);
-/* Rows of a chunk for a weight with `row_bytes` per row when `total_bytes` are read by `threads` in this phase. */
-int64_t hfa_chunk_rows(const hfa_kernels *kernels, int64_t row_bytes, int64_t total_bytes, int threads);
+void hfa_products_run(const hfa_products *products, const hfa_activations *x, hfa_range *ranges, int threads, int self);
+/* Rows of a chunk, a multiple of `together`, of `row_bytes` each when `total_bytes` are read by `threads` in this phase. */
+int64_t hfa_chunk_rows(int64_t together, int64_t row_bytes, int64_t total_bytes, int threads);
 /* Threads worth waking for so many bytes of weights. */
 int hfa_useful_threads(int64_t bytes, int64_t threads);
 #endif

@@ -57,3 +57,28 @@ HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000u)));
 }
+
+/* Integer products of packed weights, eight 32-bit lanes: one row of W each. */
+typedef __m256i vi;
+typedef __m256i v4; /* sums of int4 products: int16 pairs per lane */
+HFA_INLINE vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+HFA_INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
+HFA_INLINE vi vi_repeat(const void *p) { int32_t x; memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
+HFA_INLINE vi vi_low4(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+HFA_INLINE vi vi_high4(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+HFA_INLINE v4 v4_begin(vi pairs) { return pairs; }
+/* gcc would regroup such sums and run out of registers: KEEP makes it add in the order written */
+#define KEEP(sum) __asm__("" : "+x"(sum))
+HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+    KEEP(sum);
+    return sum;
+}
+HFA_INLINE vf v4_end(v4 sum) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
+HFA_INLINE vi vi_load_int8(const void *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+HFA_INLINE vi vi_dot16(vi sum, vi w, vi x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+    KEEP(sum);
+    return sum;
+}
+HFA_INLINE vf vi_float(vi a) { return _mm256_cvtepi32_ps(a); }

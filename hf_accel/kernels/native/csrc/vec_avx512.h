@@ -46,3 +46,34 @@ HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000u)));
 }
+
+/* Integer products of packed weights, sixteen 32-bit lanes: one row of W each. */
+typedef __m512i vi;
+typedef __m512i v4; /* sums of int4 products: int32 per lane with VNNI, int16 pairs without */
+HFA_INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
+HFA_INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
+HFA_INLINE vi vi_repeat(const void *p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
+HFA_INLINE vi vi_low4(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+HFA_INLINE vi vi_high4(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+HFA_INLINE vi vi_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+HFA_INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
+#ifdef HFA_DOT_VNNI
+HFA_INLINE v4 v4_begin(vi pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
+HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) { return _mm512_dpbusd_epi32(sum, w, x); }
+HFA_INLINE vf v4_end(v4 sum) { return _mm512_cvtepi32_ps(sum); }
+HFA_INLINE vi vi_dot16(vi sum, vi w, vi x) { return _mm512_dpwssd_epi32(sum, w, x); }
+#else
+#define KEEP(sum) __asm__("" : "+v"(sum)) /* see vec_avx2.h */
+HFA_INLINE v4 v4_begin(vi pairs) { return pairs; }
+HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) {
+    sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x));
+    KEEP(sum);
+    return sum;
+}
+HFA_INLINE vf v4_end(v4 sum) { return _mm512_cvtepi32_ps(_mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
+HFA_INLINE vi vi_dot16(vi sum, vi w, vi x) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
+    KEEP(sum);
+    return sum;
+}
+#endif

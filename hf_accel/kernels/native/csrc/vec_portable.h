@@ -1,7 +1,7 @@
 /* Four fp32 lanes in the compiler's own vector extension: any target; the reference for the other headers. */
 #define VW 4
 typedef float vf __attribute__((vector_size(16)));
-typedef int32_t vi __attribute__((vector_size(16)));
+typedef int32_t vbits __attribute__((vector_size(16)));
 
 HFA_INLINE vf vf_set1(float x) { return (vf){x, x, x, x}; }
 HFA_INLINE vf vf_load(const float *p) { vf v; memcpy(&v, p, 16); return v; }
@@ -11,10 +11,10 @@ HFA_INLINE vf vf_sub(vf a, vf b) { return a - b; }
 HFA_INLINE vf vf_mul(vf a, vf b) { return a * b; }
 HFA_INLINE vf vf_div(vf a, vf b) { return a / b; }
 HFA_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
-HFA_INLINE vf vf_select_lt(vf a, vf b, vf x, vf y) { vi m = a < b; return (vf)((m & (vi)x) | (~m & (vi)y)); }
+HFA_INLINE vf vf_select_lt(vf a, vf b, vf x, vf y) { vbits m = a < b; return (vf)((m & (vbits)x) | (~m & (vbits)y)); }
 HFA_INLINE vf vf_max(vf a, vf b) { return vf_select_lt(b, a, a, b); } /* b when either is NaN */
 HFA_INLINE vf vf_min(vf a, vf b) { return vf_select_lt(a, b, a, b); }
-HFA_INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+HFA_INLINE vf vf_abs(vf a) { return (vf)((vbits)a & 0x7fffffff); }
 HFA_INLINE vf vf_exp(vf a) { return (vf){expf(a[0]), expf(a[1]), expf(a[2]), expf(a[3])}; }
 #define HFA_OWN_EXP
 HFA_INLINE float vf_sum(vf a) { return (a[0] + a[1]) + (a[2] + a[3]); }
@@ -28,7 +28,7 @@ HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) { for (int i = 0; i < 4; i++) p
 HFA_INLINE void vf_store_f16(uint16_t *p, vf v) { for (int i = 0; i < 4; i++) p[i] = f32_to_f16(v[i]); }
 /* 8 bf16 values as two vectors: the even and the odd elements */
 HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
-    vi u; memcpy(&u, p, 16);
+    vbits u; memcpy(&u, p, 16);
     *even = (vf)(u << 16);
     *odd = (vf)(u & (int32_t)0xffff0000u);
 }

@@ -1,0 +1,229 @@
+/* Products with packed weights of 8 and 4 bits; included once per instruction set by isa_body.h.
+ *
+ * A lane is a row of W, so sums need no reduction over lanes and scales load as vectors. Per block of 32 columns the
+ * products are summed exactly in integers, then scaled and added in fp32; a row's result is therefore the same to the
+ * last bit however many rows of x there are. Rounded rows of x come in groups of g <= 4:
+ *   int4: int8  [Kp / 8][g][8], int8: int16 [Kp / 2][g][2];   then, Kp / 32 times g each:
+ *   int32 start (two int16: -8 times the sums of columns 0, 1 and 2, 3 of every four; undoes the 8 added to int4 codes),
+ *   fp32 scale, fp32 sum of x (for weights with offsets). */
+
+#define VECTORS (HFA_LANES / VW)
+enum { PER_BLOCK = HFA_QUANTUM / 8 };
+
+typedef struct { char *codes; int32_t *start; float *scale, *sum; } rounded;
+
+/* The parts of a group of g rows that begins at `packed`; `bytes` per code. */
+HFA_INLINE rounded rounded_parts(const void *packed, int g, int64_t k, int bytes) {
+    int64_t padded = hfa_padded(k), blocks = padded / HFA_QUANTUM;
+    rounded r = {.codes = (char *)packed};
+    r.start = (int32_t *)(r.codes + g * padded * bytes);
+    r.scale = (float *)(r.start + g * blocks);
+    r.sum = r.scale + g * blocks;
+    return r;
+}
+
+/* 32 values to integers in [-top, top]; returns the scale, NaN if a value is not finite. Adding 1.5 * 2^23 rounds to
+ * the nearest integer, ties to even, into the low bits. */
+HFA_INLINE float round_block(const float *x, float top, int32_t *codes) {
+    vf most = vf_set1(0.0f), strange = vf_set1(0.0f), zero = vf_set1(0.0f);
+    for (int i = 0; i < HFA_QUANTUM; i += VW) {
+        vf v = vf_load(x + i);
+        most = vf_max(most, vf_abs(v));
+        strange = vf_add(strange, vf_mul(v, zero));
+    }
+    float largest = vf_hmax(most), inverse = largest > 0.0f ? top / largest : 0.0f;
+    if (!(inverse <= 3.0e38f)) { /* below the normal numbers: nothing that a sum of products could show */
+        inverse = 0.0f;
+        largest = 0.0f;
+    }
+    for (int i = 0; i < HFA_QUANTUM; i++) codes[i] = (int32_t)(hfa_bits(x[i] * inverse + 12582912.0f) - 0x4b400000u);
+    return largest / top + vf_sum(strange);
+}
+
+HFA_INLINE void load_block(const float *x, int64_t k, int64_t i, float *block) {
+    int64_t n = k - i < HFA_QUANTUM ? k - i : HFA_QUANTUM;
+    memcpy(block, x + i, (size_t)n * sizeof(float));
+    for (; n < HFA_QUANTUM; n++) block[n] = 0.0f;
+}
+
+static void pack_int4(const float *x, int64_t stride, int m, int64_t k, void *packed) {
+    char *at = packed;
+    int64_t padded = hfa_padded(k);
+    for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
+        int g = m - m0 < HFA_ROUNDED_ROWS ? m - m0 : HFA_ROUNDED_ROWS;
+        rounded r = rounded_parts(at, g, k, 1);
+        for (int i = 0; i < g; i++)
+            for (int64_t b = 0; b < padded / HFA_QUANTUM; b++) {
+                float block[HFA_QUANTUM];
+                int32_t codes[HFA_QUANTUM], first = 0, second = 0;
+                int8_t bytes[HFA_QUANTUM];
+                load_block(x + (m0 + i) * stride, k, b * HFA_QUANTUM, block);
+                float scale = round_block(block, 127.0f, codes);
+                for (int j = 0; j < HFA_QUANTUM; j++) bytes[j] = (int8_t)codes[j];
+                for (int j = 0; j < HFA_QUANTUM; j += 4) {
+                    first += bytes[j] + bytes[j + 1];
+                    second += bytes[j + 2] + bytes[j + 3];
+                }
+                char *to = r.codes + b * HFA_QUANTUM * g + i * 8;
+                for (int j = 0; j < PER_BLOCK; j++) memcpy(to + j * 8 * g, bytes + j * 8, 8);
+                r.start[b * g + i] = (int32_t)((uint32_t)(uint16_t)(-8 * first) | (uint32_t)(-8 * second) << 16);
+                r.scale[b * g + i] = scale;
+                r.sum[b * g + i] = scale * (float)(first + second);
+            }
+        at = (char *)(r.sum + g * padded / HFA_QUANTUM);
+    }
+}
+
+static void pack_int8(const float *x, int64_t stride, int m, int64_t k, void *packed) {
+    char *at = packed;
+    int64_t padded = hfa_padded(k);
+    for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
+        int g = m - m0 < HFA_ROUNDED_ROWS ? m - m0 : HFA_ROUNDED_ROWS;
+        rounded r = rounded_parts(at, g, k, 2);
+        for (int i = 0; i < g; i++)
+            for (int64_t b = 0; b < padded / HFA_QUANTUM; b++) {
+                float block[HFA_QUANTUM];
+                int32_t codes[HFA_QUANTUM], sum = 0;
+                load_block(x + (m0 + i) * stride, k, b * HFA_QUANTUM, block);
+                float scale = round_block(block, 32767.0f, codes);
+                char *to = r.codes + b * HFA_QUANTUM * 2 * g + i * 4;
+                for (int j = 0; j < HFA_QUANTUM; j += 2) {
+                    int16_t pair[2] = {(int16_t)codes[j], (int16_t)codes[j + 1]};
+                    memcpy(to + j * 2 * g, pair, 4);
+                    sum += pair[0] + pair[1];
+                }
+                r.start[b * g + i] = 0;
+                r.scale[b * g + i] = scale;
+                r.sum[b * g + i] = scale * (float)sum;
+            }
+        at = (char *)(r.sum + g * padded / HFA_QUANTUM);
+    }
+}
+
+/* totals += sums * scale of W * scale of x, and + offset * sum of x */
+#define ADD_BLOCK(VALUE)                                                                                              \
+    UNROLL(4)                                                                                                         \
+    for (int v = 0; v < VECTORS; v++) {                                                                               \
+        UNROLL(4)                                                                                                     \
+        for (int m = 0; m < M; m++)                                                                                   \
+            total[m][v] = vf_fma(VALUE, vf_mul(scale[v], vf_set1(x.scale[b * M + m])), total[m][v]);                  \
+        if (offsets)                                                                                                  \
+            for (int m = 0; m < M; m++)                                                                               \
+                total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(x.sum[b * M + m]), total[m][v]);              \
+    }
+
+#define BEGIN_TILE(BYTES, ROW_BYTES)                                                                                  \
+    int64_t padded = hfa_padded(w->inner), part = row / HFA_LANES, groups = (padded + w->group - 1) / w->group;       \
+    const char *codes = (const char *)w->weight + row * padded * (ROW_BYTES) / 2;                                     \
+    const char *scales = (const char *)w->scales + part * groups * HFA_LANES * (w->stride ? 4 : 2);                   \
+    const float *offsets = w->offsets ? w->offsets + part * groups * HFA_LANES : NULL;                                \
+    rounded x = rounded_parts(packed, M, w->inner, BYTES);                                                            \
+    const char *xc = x.codes;                                                                                         \
+    vf total[HFA_ROUNDED_ROWS][VECTORS];                                                                              \
+    UNROLL(4)                                                                                                         \
+    for (int m = 0; m < M; m++)                                                                                       \
+        UNROLL(4)                                                                                                     \
+        for (int v = 0; v < VECTORS; v++) total[m][v] = vf_set1(0.0f);
+
+/* blocks b of every group, the group's scales at hand */
+#define FOR_BLOCKS                                                                                                    \
+    for (int64_t b = 0, end = 0; b < padded / HFA_QUANTUM; scales += HFA_LANES * (w->stride ? 4 : 2),                 \
+                 offsets += offsets ? HFA_LANES : 0) {                                                                \
+        vf scale[VECTORS];                                                                                            \
+        UNROLL(4)                                                                                                     \
+        for (int v = 0; v < VECTORS; v++)                                                                             \
+            scale[v] = w->stride ? vf_load((const float *)scales + v * VW) : vf_load_bf16((const uint16_t *)scales + v * VW); \
+        __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                  \
+        for (end += w->group / HFA_QUANTUM; b < end; b++)
+
+HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int64_t rows, float *out, int64_t ldo) {
+    for (int m = 0; m < M; m++) {
+        float values[HFA_LANES];
+        float *to = rows >= HFA_LANES ? out + m * ldo : values;
+        for (int v = 0; v < VECTORS; v++) vf_store(to + v * VW, total[m][v]);
+        if (rows < HFA_LANES) memcpy(out + m * ldo, values, (size_t)rows * sizeof(float));
+    }
+}
+
+HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
+    BEGIN_TILE(1, 1)
+    FOR_BLOCKS {
+        v4 sum[HFA_ROUNDED_ROWS][VECTORS];
+        UNROLL(4)
+        for (int m = 0; m < M; m++)
+            UNROLL(4)
+            for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_begin(vi_repeat(x.start + b * M + m));
+        UNROLL(4)
+        for (int i = 0; i < PER_BLOCK; i++, codes += 4 * HFA_LANES, xc += 8 * M) {
+            vi low[VECTORS], high[VECTORS];
+            __builtin_prefetch(codes + HFA_PREFETCH_BYTES / 4, 0, HFA_PREFETCH_LEVEL);
+            UNROLL(4)
+            for (int v = 0; v < VECTORS; v++) {
+                vi both = vi_load(codes + v * 4 * VW);
+                low[v] = vi_low4(both);
+                high[v] = vi_high4(both);
+            }
+            UNROLL(4)
+            for (int m = 0; m < M; m++) {
+                vi xl = vi_repeat(xc + 8 * m), xh = vi_repeat(xc + 8 * m + 4);
+                UNROLL(4)
+                for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_dot(v4_dot(sum[m][v], low[v], xl), high[v], xh);
+            }
+        }
+        ADD_BLOCK(v4_end(sum[m][v]))
+    }
+    } /* of the group */
+    store_tile(M, total, rows, out, ldo);
+}
+
+HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
+    BEGIN_TILE(2, 2)
+    FOR_BLOCKS {
+        vi sum[HFA_ROUNDED_ROWS][VECTORS];
+        UNROLL(4)
+        for (int m = 0; m < M; m++)
+            UNROLL(4)
+            for (int v = 0; v < VECTORS; v++) sum[m][v] = vi_zero();
+        UNROLL(16)
+        for (int i = 0; i < HFA_QUANTUM / 2; i++, codes += 2 * HFA_LANES, xc += 4 * M) {
+            vi wide[VECTORS];
+            if (i % 2 == 0) __builtin_prefetch(codes + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
+            UNROLL(4)
+            for (int v = 0; v < VECTORS; v++) wide[v] = vi_load_int8(codes + v * 2 * VW);
+            UNROLL(4)
+            for (int m = 0; m < M; m++) {
+                vi both = vi_repeat(xc + 4 * m);
+                UNROLL(4)
+                for (int v = 0; v < VECTORS; v++) sum[m][v] = vi_dot16(sum[m][v], wide[v], both);
+            }
+        }
+        ADD_BLOCK(vi_float(sum[m][v]))
+    }
+    } /* of the group */
+    store_tile(M, total, rows, out, ldo);
+}
+
+/* 16 rows of W at a time meet all rows of x, so that they are read from memory once */
+#define PACKED_DOT(NAME, TILE, BYTES)                                                                                 \
+    static void NAME(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo) { \
+        size_t group_bytes = (size_t)(hfa_padded(w->inner) * HFA_ROUNDED_ROWS * (BYTES)                               \
+                                      + hfa_padded(w->inner) / HFA_QUANTUM * 12 * HFA_ROUNDED_ROWS);                  \
+        for (int64_t n = 0; n < rows; n += HFA_LANES) {                                                               \
+            int64_t some = rows - n < HFA_LANES ? rows - n : HFA_LANES;                                               \
+            const char *x = packed;                                                                                   \
+            float *to = out + n;                                                                                      \
+            for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS, x += group_bytes, to += HFA_ROUNDED_ROWS * ldo)          \
+                switch (m - m0) {                                                                                     \
+                    case 1: TILE(1, w, row + n, some, x, to, ldo); break;                                             \
+                    case 2: TILE(2, w, row + n, some, x, to, ldo); break;                                             \
+                    case 3: TILE(3, w, row + n, some, x, to, ldo); break;                                             \
+                    default: TILE(4, w, row + n, some, x, to, ldo); break;                                            \
+                }                                                                                                     \
+        }                                                                                                             \
+    }
+PACKED_DOT(dot_int4, tile_int4, 1)
+PACKED_DOT(dot_int8, tile_int8, 2)
+#undef PACKED_DOT
+#undef BEGIN_TILE
+#undef FOR_BLOCKS
+#undef ADD_BLOCK

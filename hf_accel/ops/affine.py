@@ -1,0 +1,131 @@
+"""Affine quantization of weights, W = (code - zero) * scale, per output channel or per group of columns.
+
+Scales are chosen by squared error among a few candidates instead of from the largest value alone (as in llama.cpp's
+quantize_row_q4_0, whose choice is one of them); cost: one pass over the weight per candidate, one block of rows at a
+time, so that a few megabytes are all the memory it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (32, 64, 128)
+_BLOCK = 1 << 21  # elements that are quantized together: temporaries stay in the cache
+# scale candidates of a group: 1 / FACTOR of its largest value. A negative one gives that value the code -8 on the side
+# where it lies, so that all sixteen codes are used; smaller ones clip it for the sake of all others.
+_SYMMETRIC_4 = (-8.0, 7.5, -8.8, 7.0, -9.6, 8.3)
+_ASYMMETRIC_4 = (1.0, 0.95, 0.9, 0.85)  # of the range from smallest to largest value
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits per weight (8 or 4), columns that share a scale (None: the whole row), and whether zero is the code 0."""
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << self.bits - 1)
+
+    @property
+    def highest(self) -> int:
+        return (1 << self.bits - 1) - 1
+
+    def columns_per_scale(self, columns: int) -> int:
+        return columns if self.group_size is None else self.group_size
+
+    def bits_per_weight(self, columns: int, scale_bytes: int = 2) -> float:
+        """Bits that a weight takes, its share of the scale (and zero) included."""
+        shared = scale_bytes * 8 + (0 if self.symmetric else 32)
+        return self.bits + shared / self.columns_per_scale(columns)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A quantized matrix: codes int8 [N, K]; scales float [N, groups]; zeros int8 [N, groups], None if symmetric."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    scheme: Scheme
+
+
+def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Affine:
+    """Quantize weight [N, K] (any float dtype, finite); scales hold values of `scale_dtype`.
+
+    Raises:
+        ValueError: the group size does not divide K, or a value is not finite.
+    """
+    n, k = weight.shape
+    group = scheme.columns_per_scale(k)
+    if k % group:
+        raise ValueError(f"groups of {group} do not divide {k} columns")
+    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(n, k // group, dtype=scale_dtype, device=weight.device)
+    zeros = None if scheme.symmetric else torch.empty(n, k // group, dtype=torch.int8, device=weight.device)
+    step = max(1, _BLOCK // k)
+    for start in range(0, n, step):
+        rows = slice(start, min(n, start + step))
+        grouped = weight[rows].detach().float().reshape(-1, k // group, group)
+        if not bool(torch.isfinite(grouped.abs().sum())):
+            raise ValueError("a weight is NaN or infinite")
+        some_codes, some_scales, some_zeros = _quantize_groups(grouped, scheme, scale_dtype)
+        codes[rows] = some_codes.reshape(-1, k).to(torch.int8)
+        scales[rows] = some_scales.squeeze(-1).to(scale_dtype)
+        if zeros is not None and some_zeros is not None:
+            zeros[rows] = some_zeros.squeeze(-1).to(torch.int8)
+    return Affine(codes, scales, zeros, scheme)
+
+
+def _quantize_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zeros as floats for w [n, groups, group]."""
+    low, high = scheme.lowest, scheme.highest
+    smallest, largest = w.aminmax(dim=-1, keepdim=True)
+    if not scheme.symmetric:
+        smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
+        candidates = _ASYMMETRIC_4 if scheme.bits == 4 else (1.0,)
+        scales = [(largest - smallest) * (factor / (high - low)) for factor in candidates]
+    else:
+        extreme = torch.where(largest >= -smallest, largest, smallest)
+        if scheme.bits == 4:
+            scales = [extreme / factor if factor < 0 else extreme.abs() / factor for factor in _SYMMETRIC_4]
+        else:
+            scales = [extreme.abs() / high]
+    best: tuple[Tensor, Tensor, Tensor | None] | None = None
+    least: Tensor | None = None
+    for scale in scales:
+        scale = scale.to(dtype).float()
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a group of zeros has the codes 0
+        zero = None if scheme.symmetric else (low - smallest / scale).round_().clamp_(low, high)
+        codes = (w / scale).round_()
+        codes = (codes if zero is None else codes.add_(zero)).clamp_(low, high)
+        if len(scales) == 1:
+            return codes, scale, zero
+        found = codes if zero is None else codes - zero
+        error = torch.addcmul(w, found, scale, value=-1).square_().sum(dim=-1, keepdim=True)
+        if best is None or least is None:
+            best, least = (codes, scale, zero), error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (
+            torch.where(better, codes, best[0]),
+            torch.where(better, scale, best[1]),
+            None if zero is None or best[2] is None else torch.where(better, zero, best[2]),
+        )
+    return best  # type: ignore[return-value]
+
+
+def dequantize(quantized: Affine, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight [N, K] that the codes stand for, computed in fp32."""
+    n, k = quantized.codes.shape
+    groups = quantized.scales.shape[1]
+    codes = quantized.codes.reshape(n, groups, k // groups).float()
+    if quantized.zeros is not None:
+        codes = codes - quantized.zeros[..., None].float()
+    return (codes * quantized.scales[..., None].float()).reshape(n, k).to(dtype)

@@ -1,0 +1,43 @@
+"""Token embeddings stored in 8 bits; tied to an 8-bit head, both are one set of codes.
+
+A lookup gathers a row of codes out of the interleaved layout: some microseconds per token, and the memory of the
+original embedding (a fifth of a small model) is given back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_accel.kernels.packed import LANES, PackedWeight
+from hf_accel.quantization.linear import SealedWeight
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """Embedding [V, E] from 8-bit codes; `packed` may be the weight of the head."""
+
+    def __init__(self, packed: PackedWeight, original: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = packed.rows, packed.columns
+        self.padding_idx = original.padding_idx
+        self.scheme, self.dtype = packed.scheme, original.weight.dtype
+        self.register_buffer("codes", packed.codes)
+        self.register_buffer("scales", packed.scales)
+
+    @property
+    def packed(self) -> PackedWeight:
+        return PackedWeight(self.scheme, self.num_embeddings, self.embedding_dim, self.codes, self.scales)
+
+    @property
+    def weight(self) -> SealedWeight:  # type: ignore[override]
+        return SealedWeight(self.packed, self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        block, lane = input // LANES, input % LANES
+        codes = self.codes[block, :, lane].flatten(-2)[..., : self.embedding_dim]  # [..., E]
+        bits = self.scales[block, 0, lane]
+        scales = bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32).float()
+        return (codes.float() * scales[..., None]).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.scheme.bits}"
