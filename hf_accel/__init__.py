@@ -19,12 +19,16 @@ from hf_accel.errors import (
 )
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.quantization import WeightOnlyConfig
+from hf_accel.quantization.loading import from_pretrained
+from hf_accel.quantization.storage import save_pretrained
+from hf_accel.quantization.takeover import CompressedTensorsConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionConfig",
     "CheckpointError",
+    "CompressedTensorsConfig",
     "Config",
     "ConfigError",
     "ConflictError",
@@ -41,9 +45,11 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "WeightOnlyConfig",
+    "from_pretrained",
     "optimize",
     "optimized",
     "plan",
     "report",
     "restore",
+    "save_pretrained",
 ]

@@ -19,6 +19,7 @@ from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
+from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Host
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Patcher
@@ -125,7 +126,7 @@ class _Way:
             cache, seconds = DynamicCache(config=model.config.get_text_config(decoder=True)), []
             for start, stop in ((0, 32), (32, 40), (40, 48), (48, 56), (56, 64)):
                 begin = time.perf_counter()
-                model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+                model(ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **{CACHE: cache})
                 seconds.append(time.perf_counter() - begin)
             return statistics.median(seconds[1:])
 

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from hf_accel import (
     AttentionConfig,
+    CompressedTensorsConfig,
     DecoderBlockConfig,
     DecodingConfig,
     KVCacheConfig,
@@ -17,6 +18,7 @@ from hf_accel.core.config import Config
 from hf_accel.core.patcher import Patcher
 
 CATALOGUE: list[Config] = [
+    CompressedTensorsConfig(),
     NativeLinearConfig(max_rows=16),
     SharedProjectionConfig(max_rows=16),
     DecoderBlockConfig(max_rows=16),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import hf_accel
 from hf_accel.core.config import Config
+from hf_accel.core.drift import CACHE
 
 # largest difference of logits, of scores and of states in fp32: other summation orders over a few dozen terms
 TOLERANCE = 2e-4
@@ -61,10 +62,10 @@ def assert_close(expected: Any, found: Any, where: str = "result") -> None:
     elif isinstance(expected, dict):
         assert list(found) == list(expected), f"{where}: keys {list(found)} instead of {list(expected)}"
         for key in expected:
-            if key != "past_key_values":
+            if key != CACHE:
                 assert_close(expected[key], found[key], f"{where}.{key}")
-        if "past_key_values" in expected:
-            assert_same_cache(expected["past_key_values"], found["past_key_values"])
+        if CACHE in expected:
+            assert_same_cache(expected[CACHE], found[CACHE])
     elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected), f"{where}: {len(found)} entries instead of {len(expected)}"
         for index, (a, b) in enumerate(zip(expected, found, strict=True)):

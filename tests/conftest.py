@@ -20,11 +20,16 @@ settings.load_profile("repeatable")
 SKIPS = {
     "gpu": (torch.cuda.is_available(), "no CUDA device on this machine"),
     "native": (native.is_available(), f"no native library: {native.status().reason}"),
+    "compressed_tensors": (
+        importlib.util.find_spec("compressed_tensors") is not None,
+        "compressed-tensors is not installed (extra: test)",
+    ),
     "peft": (importlib.util.find_spec("peft") is not None, "peft is not installed (extra: test)"),
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compressed_tensors: needs compressed-tensors")
     config.addinivalue_line("markers", "native: needs the native library")
     config.addinivalue_line("markers", "peft: needs peft")
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from models import TINY, build, prompt
 from transformers import DynamicCache, StaticCache
 
+from hf_accel.core.drift import CACHE
+
 NAMES = ["llama", "gemma3", "gpt2", "stablelm"]
 TOKENS = 9
 # the model drafts for itself, has a draft, or drafts for another model in "self", "draft" and "drafts"
@@ -143,10 +145,10 @@ def perform(request: Request, model: Any) -> Any:
     elif request.cache != "none":
         cache = DynamicCache(config=model.config)
     if cache is not None:
-        given["past_key_values"] = cache
+        given[CACHE] = cache
     if request.cache == "continued":
         with torch.no_grad():
-            model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache, use_cache=True)
+            model(ids[:, :4], attention_mask=mask[:, :4], **{CACHE: cache}, use_cache=True)
     target = model
     if request.strategy == "drafts":  # the model drafts for another one
         target, given["assistant_model"] = other(request.name), model

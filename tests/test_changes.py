@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_accel
 from hf_accel import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.core.drift import CACHE
 from hf_accel.kernels.native import NativeBlock
 
 DEFAULTS = {"max_new_tokens": 14, "do_sample": False}
@@ -244,9 +245,7 @@ def test_hidden_states_after_optimising(name: str) -> None:
     def call(model: Any) -> Any:
         with torch.no_grad():
             first = model(prompt()[:, :5], use_cache=True)
-            return model(
-                prompt()[:, 5:6], past_key_values=first.past_key_values, output_hidden_states=True
-            ).hidden_states
+            return model(prompt()[:, 5:6], **{CACHE: first[CACHE]}, output_hidden_states=True).hidden_states
 
     stock = build(name)
     for patched in variants(name):
@@ -289,7 +288,7 @@ def test_autocast(name: str) -> None:
     def call(model: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             first = model(prompt()[:, :5], use_cache=True)
-            return first.logits, model(prompt()[:, 5:6], past_key_values=first.past_key_values).logits
+            return first.logits, model(prompt()[:, 5:6], **{CACHE: first[CACHE]}).logits
 
     stock = build(name)
     for patched in variants(name):

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import hf_accel
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
+from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import _hosts
 from hf_accel.core.patcher import Fidelity, Patcher
 
@@ -223,7 +224,7 @@ def test_logits_of_a_step_in_half_precision(model_name: str, dtype: torch.dtype)
                 more = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
                 positions = (more.cumsum(-1) - 1)[:, -1:]
                 ids = batch["input_ids"][:, -1:]
-                step = twin(ids, attention_mask=more, position_ids=positions, past_key_values=out.past_key_values)
+                step = twin(ids, attention_mask=more, position_ids=positions, **{CACHE: out[CACHE]})
             steps.append(step.logits[:, -1].double())
         errors[name] = float((steps[0] - steps[1]).norm() / steps[1].norm())
     assert errors["patched"] <= 1.5 * errors["stock"] + 2e-3, errors

@@ -12,6 +12,7 @@ from models import FEW, NAMES, TINY, build, padded, prompt
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import hf_accel
+from hf_accel.core.drift import CACHE
 
 HOLES = torch.tensor(
     [
@@ -81,14 +82,14 @@ def test_a_dynamic_cache_of_the_callers_is_filled_in_place(name: str, kind: str,
     for model in (stock, patched):
         cache = DynamicCache() if kind == "bare" else DynamicCache(config=model.config)
         classes = [type(layer) for layer in cache.layers]
-        ids = model.generate(prompt(), past_key_values=cache, max_new_tokens=9, do_sample=False)
+        ids = model.generate(prompt(), **{CACHE: cache}, max_new_tokens=9, do_sample=False)
         assert int(cache.get_seq_length()) == ids.shape[1] - 1
         assert [type(layer) for layer in cache.layers][: len(classes)] == classes, "the caller's layers were exchanged"
         more = torch.cat([ids, prompt(seed=9)], dim=1)  # the conversation goes on with the whole text
-        ids = model.generate(more, past_key_values=cache, max_new_tokens=12, do_sample=False)
-        out = model.generate(torch.cat([ids, prompt(seed=10)[:, :1]], dim=1), past_key_values=cache,
+        ids = model.generate(more, **{CACHE: cache}, max_new_tokens=12, do_sample=False)
+        out = model.generate(torch.cat([ids, prompt(seed=10)[:, :1]], dim=1), **{CACHE: cache},
                              max_new_tokens=3, do_sample=False, return_dict_in_generate=True)  # fmt: skip
-        assert out.past_key_values is cache
+        assert out[CACHE] is cache
         caches.append(cache)
         texts.append(out.sequences)
     assert torch.equal(*texts)
@@ -103,7 +104,7 @@ def test_a_returned_cache_continues_on_either_model(name: str, models: Any) -> N
     for first, second in ((stock, stock), (patched, patched), (patched, stock), (stock, patched)):
         out = first.generate(prompt(), max_new_tokens=14, do_sample=False, return_dict_in_generate=True)
         more = torch.cat([out.sequences, prompt(seed=5)], dim=1)
-        again = second.generate(more, past_key_values=out.past_key_values, max_new_tokens=9, do_sample=False)
+        again = second.generate(more, **{CACHE: out[CACHE]}, max_new_tokens=9, do_sample=False)
         results.append(again)
     for result in results[1:]:
         assert torch.equal(result, results[0])
@@ -115,10 +116,10 @@ def test_a_static_cache_of_the_callers(name: str, models: Any) -> None:
 
     def call(model: Any) -> Any:
         cache = StaticCache(config=model.config, max_cache_len=64)
-        out = model.generate(prompt(), past_key_values=cache, do_sample=False, max_new_tokens=12,
+        out = model.generate(prompt(), **{CACHE: cache}, do_sample=False, max_new_tokens=12,
                              return_dict_in_generate=True, output_scores=True)  # fmt: skip
         more = torch.cat([out.sequences, prompt(seed=9)[:, :3]], dim=1)
-        return out.sequences, model.generate(more, past_key_values=cache, do_sample=False, max_new_tokens=5)
+        return out.sequences, model.generate(more, **{CACHE: cache}, do_sample=False, max_new_tokens=5)
 
     assert_equal_calls(stock, patched, call)
 
@@ -180,8 +181,8 @@ def test_plain_forwards(name: str, models: Any) -> None:
         found = [model(ids, output_hidden_states=True).hidden_states]
         with torch.no_grad():
             first = model(ids[:, :6], use_cache=True, output_hidden_states=True)
-            verify = model(ids[:, 6:9], past_key_values=first.past_key_values, output_hidden_states=True)
-            last = model(ids[:, 9:10], past_key_values=first.past_key_values, logits_to_keep=1)
+            verify = model(ids[:, 6:9], **{CACHE: first[CACHE]}, output_hidden_states=True)
+            last = model(ids[:, 9:10], **{CACHE: first[CACHE]}, logits_to_keep=1)
             short = model(ids[:1, :3], use_cache=False, labels=ids[:1, :3])
         return [*found, first.hidden_states, verify.logits, verify.hidden_states, last.logits, short.loss]
 
@@ -210,9 +211,9 @@ def test_a_custom_four_dimensional_mask(name: str, models: Any) -> None:
 
     def call(model: Any) -> Any:
         with torch.no_grad():
-            first = model(prompt()[:, :6], past_key_values=DynamicCache(), use_cache=True)
+            first = model(prompt()[:, :6], **{CACHE: DynamicCache()}, use_cache=True)
             mask = visible if model.config._attn_implementation != "eager" else torch.where(visible, 0.0, -1e9)
-            return model(prompt()[:, 6:8], past_key_values=first.past_key_values, attention_mask=mask,
+            return model(prompt()[:, 6:8], **{CACHE: first[CACHE]}, attention_mask=mask,
                          position_ids=torch.tensor([[6, 7]])).logits  # fmt: skip
 
     assert_equal_calls(*models(name), call)
@@ -227,8 +228,45 @@ def test_inference_mode_and_back(name: str, models: Any) -> None:
             out = model.generate(prompt(), max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
             text = out.sequences.tolist()
         again = model.generate(prompt(), max_new_tokens=12, do_sample=False)
-        cache = out.past_key_values  # made of inference tensors, gone on with outside
+        cache = out[CACHE]  # made of inference tensors, gone on with outside
         more = torch.cat([torch.tensor(text), prompt(seed=4)[:, :2]], dim=1)
-        return text, again, model.generate(more, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        return text, again, model.generate(more, **{CACHE: cache}, max_new_tokens=5, do_sample=False)
 
     assert_equal_calls(stock, patched, call)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_begun_under_autocast_is_gone_on_with_outside(name: str) -> None:
+    """Keys may be left in fp32 (rotary tables are) and values in bf16."""
+    stock = build(name)
+
+    def call(model: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            first = model.generate(prompt(), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        begun = first[CACHE].layers[0]
+        dtypes = [begun.keys.dtype, begun.values.dtype]
+        more = torch.cat([first.sequences, prompt(seed=4)[:, :1]], dim=1)
+        out = model.generate(more, **{CACHE: first[CACHE]}, max_new_tokens=12, do_sample=False,
+                             return_dict_in_generate=True, output_logits=True)  # fmt: skip
+        return dtypes, first.sequences, out
+
+    assert_equal_calls(stock, optimised(stock), call)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", FEW)
+def test_the_cache_goes_by_its_old_name_as_with_stock(name: str) -> None:
+    stock = build(name)
+
+    def call(model: Any) -> Any:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(prompt()[:, :5], past_key_values=cache)
+            step = model(prompt()[:, 5:6], past_key_values=cache, use_cache=True)
+        out = model.generate(prompt(), past_key_values=cache, max_new_tokens=5, do_sample=False,
+                             return_dict_in_generate=True)  # fmt: skip
+        assert step.past_key_values is cache
+        assert out.past_key_values is out[CACHE] is cache
+        return step.logits, out
+
+    assert_equal_calls(stock, optimised(stock), call)

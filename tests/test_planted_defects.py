@@ -12,6 +12,7 @@ from space import Request, differs, requests
 
 from hf_accel.attention import grouped
 from hf_accel.cache import growing
+from hf_accel.core.drift import CACHE
 from hf_accel.decoding.inputs import LeanInputs, StockInputs
 from hf_accel.decoding.loop import Collected, TokenLoop
 from hf_accel.kernels.native.block import NativeBlock
@@ -120,7 +121,7 @@ def without_the_last_token_streamed(call: Any) -> None:
 
 
 def without_the_cache_returned(call: Any) -> None:
-    call.model_kwargs.pop("past_key_values", None)
+    call.model_kwargs.pop(CACHE, None)
 
 
 def two_draws(patch: Patch) -> None:
@@ -150,9 +151,7 @@ def keyword_dropped(patch: Patch) -> None:
 
 
 def lean_inputs_for_everything(patch: Patch) -> None:
-    patch.setattr(
-        LeanInputs, "fit", staticmethod(lambda model, model_kwargs, outputs: "past_key_values" in model_kwargs)
-    )
+    patch.setattr(LeanInputs, "fit", staticmethod(lambda model, model_kwargs, outputs: CACHE in model_kwargs))
 
 
 def append_off_by_one(patch: Patch) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_accel
 from hf_accel import SharedProjectionConfig
 from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.drift import CACHE
 
 GROUPED = [name for name in NAMES if Anatomy.of(build(name)).siblings()]
 
@@ -38,7 +39,7 @@ def products(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     with torch.no_grad(), monkeypatch.context() as patch:
         first = model(prompt(), use_cache=True)
         patch.setattr(torch.nn.functional, "linear", lambda i, w, b=None: (rows.append(w.shape[0]), linear(i, w, b))[1])
-        model(prompt()[:, :1], past_key_values=first.past_key_values)
+        model(prompt()[:, :1], **{CACHE: first[CACHE]})
     return rows
 
 
@@ -75,10 +76,10 @@ def test_one_product_instead_of_three(name: str, monkeypatch: pytest.MonkeyPatch
 def test_steps_equal_stock(name: str, dtype: torch.dtype) -> None:
     stock, model = build(name, dtype), shared(name, dtype)
     with torch.no_grad():
-        caches = [m(prompt(), use_cache=True).past_key_values for m in (stock, model)]
+        caches = [m(prompt(), use_cache=True)[CACHE] for m in (stock, model)]
         for tokens in (1, 3, 1):
             ids = prompt(tokens=tokens, seed=tokens)
-            a, b = (m(ids, past_key_values=c).logits for m, c in zip((stock, model), caches, strict=True))
+            a, b = (m(ids, **{CACHE: c}).logits for m, c in zip((stock, model), caches, strict=True))
             assert float((a - b).norm() / a.norm()) < (1e-5 if dtype is torch.float32 else 3e-2)
 
 

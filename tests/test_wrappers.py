@@ -92,9 +92,11 @@ def test_adapter_over_shared_projections() -> None:
 
 
 @pytest.mark.peft
-def test_transformers_own_adapters() -> None:
+def test_transformers_own_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig
 
+    # transformers 5.24 asks for a peft that is yet to be released; stock and optimised are compared under any
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.17.0")
     texts = []
     for model in (build("llama"), optimised(build("llama"))):
         torch.manual_seed(3)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_accel.core.drift import VALUES_FOLLOW_KEYS
+
 MINIMUM_TOKENS = 64
 
 
@@ -62,10 +64,13 @@ class Buffers:
         """Move what is in use to the front of buffers with room for `tokens` more, shaped like the new states."""
         used = self._stop - self._start
         room = self._room(used + tokens)
-        for name, like in (("_keys", keys_like), ("_values", values_like)):
+        values_dtype = values_like.dtype
+        if VALUES_FOLLOW_KEYS:
+            values_dtype = torch.promote_types(keys_like.dtype, values_dtype)
+        for name, like, dtype in (("_keys", keys_like, keys_like.dtype), ("_values", values_like, values_dtype)):
             before = getattr(self, name)
             batch, heads, _, size = like.shape
-            buffer = like.new_empty((batch, heads, room, size))
+            buffer = like.new_empty((batch, heads, room, size), dtype=dtype if before is None else before.dtype)
             if used:
                 buffer.narrow(2, 0, used).copy_(before.narrow(2, self._start, used))
             setattr(self, name, buffer)
@@ -83,7 +88,8 @@ class Buffers:
             and key_states.shape[3] == self._keys.shape[3]
             and value_states.shape[:2] == self._values.shape[:2]  # type: ignore[union-attr]
             and value_states.shape[3] == self._values.shape[3]  # type: ignore[union-attr]
-            and key_states.dtype == self._keys.dtype
+            and _joins_as(self._keys, key_states)
+            and _joins_as(self._values, value_states)  # type: ignore[arg-type]
             and key_states.device == self._keys.device
             and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         )
@@ -100,6 +106,10 @@ class Buffers:
         """Inference tensors cannot be written outside `torch.inference_mode`; `torch.cat` never minded."""
         return self._keys.is_inference() and not torch.is_inference_mode_enabled()  # type: ignore[union-attr]
 
+    def _are_of(self, dtype: torch.dtype) -> bool:
+        """Return whether both buffers have `dtype`; a step under autocast may leave values in another than keys."""
+        return self._keys.dtype == dtype and self._values.dtype == dtype  # type: ignore[union-attr]
+
     def reserve(
         self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, int, int] | None:
@@ -108,14 +118,16 @@ class Buffers:
         if keys is None or values is None or self._stop + tokens > keys.shape[2] or self._is_frozen():
             like = torch.empty((batch, kv_heads, 0, head_dim), dtype=dtype, device=device)
             if keys is not None and (
-                keys.shape[:2] != like.shape[:2] or keys.shape[3] != head_dim or keys.dtype != dtype
+                keys.shape[:2] != like.shape[:2] or keys.shape[3] != head_dim or not self._are_of(dtype)
             ):
                 return None
             if not self.is_initialized:  # type: ignore[attr-defined]
                 self.lazy_initialization(like, like)
             self._move(like, like, tokens)
             keys, values = self._keys, self._values
-        elif keys.shape[0] != batch or keys.shape[1] != kv_heads or keys.shape[3] != head_dim or keys.dtype != dtype:
+        elif (
+            keys.shape[0] != batch or keys.shape[1] != kv_heads or keys.shape[3] != head_dim or not self._are_of(dtype)
+        ):
             return None
         if keys.stride(3) != 1 or values.stride(3) != 1:  # type: ignore[union-attr]
             return None
@@ -241,3 +253,8 @@ class GrowingSlidingLayer(Buffers, DynamicSlidingWindowLayer):
 
 def _joined(used: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     return new if used is None else torch.cat([used, new], dim=-2)
+
+
+def _joins_as(used: torch.Tensor, new: torch.Tensor) -> bool:
+    """Return whether concatenation would keep the dtype of `used`."""
+    return used.dtype == new.dtype or torch.promote_types(used.dtype, new.dtype) == used.dtype

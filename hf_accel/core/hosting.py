@@ -21,6 +21,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, subclass
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class Hosted:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         result = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -193,8 +194,18 @@ class Hosted:
             if generation_mode in _MODE_REASONS:
                 host.calls.note(_MODE_REASONS[generation_mode])
             if given is None and host.prepare_cache is not None:
-                host.prepare_cache(model_kwargs.get("past_key_values"), max_cache_length)
+                host.prepare_cache(model_kwargs.get(CACHE), max_cache_length)
         return result
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        # packed weights are saved by what stands as the model's quantizer; an adapter beside them by transformers
+        save = getattr(getattr(self, "hf_quantizer", None), "save_packed", None)
+        if save is None or getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        if "save_directory" in kwargs:
+            args = (kwargs.pop("save_directory"), *args)
+        return save(self, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         # the manager checks the attention's name and refuses names it does not know

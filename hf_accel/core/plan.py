@@ -131,6 +131,8 @@ class Plan:
             open_host(anatomy.model, host)
             for patcher in patchers:
                 change: Change = patcher.patch(anatomy, host.journal)
+                if change.weight_bytes is not None:
+                    host.report.patched_weight_bytes = change.weight_bytes
                 name = type(patcher.config).__name__
                 host.report.applied.append(
                     Applied(

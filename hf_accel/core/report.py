@@ -64,6 +64,7 @@ class Report:
     device: str
     dtype: str
     weight_bytes: int
+    patched_weight_bytes: int | None = None  # where a step changed them
     applied: list[Applied] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     speed: Speed | None = None
@@ -89,6 +90,7 @@ class Report:
             "device": self.device,
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
+            "patched_weight_bytes": self.patched_weight_bytes,
             "extra_bytes": self.extra_bytes,
             "changes": [
                 {
@@ -108,7 +110,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"hf_accel report: {self.model}, {self.dtype} on {self.device}, goal {self.goal}"]
-        lines.append(f"  weights {_size(self.weight_bytes)}, extra {_size(self.extra_bytes)}")
+        after = "" if self.patched_weight_bytes is None else f" -> {_size(self.patched_weight_bytes)}"
+        lines.append(f"  weights {_size(self.weight_bytes)}{after}, extra {_size(self.extra_bytes)}")
         if self.speed is not None:
             s = self.speed
             lines.append(

@@ -13,8 +13,10 @@ import torch
 from transformers import Cache, GenerationMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from hf_accel.core.drift import CACHE
+
 GROWING = {"attention_mask", "position_ids"}
-CONSTANT = {"past_key_values", "use_cache", "logits_to_keep"}
+CONSTANT = {CACHE, "use_cache", "logits_to_keep"}
 
 
 def _is_stock(model: Any, name: str) -> bool:
@@ -54,11 +56,11 @@ class LeanInputs:
     @staticmethod
     def fit(model: Any, model_kwargs: dict[str, Any], outputs: Any) -> bool:
         """Return whether the shorter way gives the same inputs as stock."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         given = {name for name, value in model_kwargs.items() if value is not None}
         return (
             isinstance(cache, Cache)
-            and outputs.get("past_key_values") is cache
+            and outputs.get(CACHE) is cache
             and not cache.is_compileable
             and model_kwargs.get("use_cache") is True
             and given <= GROWING | CONSTANT
@@ -85,4 +87,4 @@ class LeanInputs:
 
     @property
     def cache(self) -> Any:
-        return self.inputs["past_key_values"]
+        return self.inputs[CACHE]

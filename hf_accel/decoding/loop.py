@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
+from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Call, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
@@ -121,7 +122,7 @@ class TokenLoop:
             logits=kept.logits,
             attentions=kept.attentions,
             hidden_states=kept.hidden_states,
-            past_key_values=inputs.cache,
+            **{CACHE: inputs.cache},
         )
 
     @staticmethod

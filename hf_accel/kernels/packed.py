@@ -40,7 +40,7 @@ class PackedWeight:
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None = None
-    _fields: dict[int, bytes] = field(default_factory=dict, repr=False)
+    _fields: dict[tuple[int, ...], bytes] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -118,18 +118,25 @@ class PackedWeight:
 
     def matrix(self, bias: Tensor | None = None) -> bytes:
         """The `hfa_matrix` of this weight for C; valid as long as the tensors stay where they are."""
-        pointer = 0 if bias is None else bias.data_ptr()
-        found = self._fields.get(pointer)
+        offsets = self.offsets
+        # tensors keep their identity when their memory moves (`.data`, `share_memory`, copies of this object)
+        pointers = (
+            self.codes.data_ptr(),
+            self.scales.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
+        found = self._fields.get(pointers)
         if found is None:
             self._fields.clear()
-            found = self._fields[pointer] = _MATRIX.pack(
-                self.codes.data_ptr(),
-                pointer,
+            found = self._fields[pointers] = _MATRIX.pack(
+                pointers[0],
+                pointers[3],
                 int(self.scales.dtype is torch.int32),
                 self.rows,
                 self.columns,
-                self.scales.data_ptr(),
-                0 if self.offsets is None else self.offsets.data_ptr(),
+                pointers[1],
+                pointers[2],
                 _FORMATS[self.scheme.bits],
                 -(-self.columns // QUANTUM) * QUANTUM if self.scheme.group_size is None else self.scheme.group_size,
             )

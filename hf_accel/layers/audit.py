@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.drift import CACHE
 
 TOKENS = 4
 
@@ -42,7 +43,7 @@ class Record:
 
     def difference(self, replacement: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor | None]) -> float:
         """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused."""
-        kwargs = self.kwargs | {"past_key_values": _ProbeCache(self.index + 1)}
+        kwargs = self.kwargs | {CACHE: _ProbeCache(self.index + 1)}
         with torch.no_grad():
             output = replacement(self.given, kwargs)
         if output is None:

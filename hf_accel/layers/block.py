@@ -17,6 +17,7 @@ import torch
 from hf_accel.core.anatomy import Anatomy, DecoderBlock, LinearSlice
 from hf_accel.core.config import Config
 from hf_accel.core.contracts import PackedProduct
+from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.errors import VerificationError
@@ -167,7 +168,7 @@ def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -
         or step.block.layer.training
     ):
         return None
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
     positions = kwargs.get("position_embeddings")
     if cache is None or positions is None or kwargs.get("output_attentions") or getattr(cache, "offloading", True):
         return None

@@ -1,7 +1,111 @@
-"""How a model with packed weights is saved. (placeholder)"""
+"""Saving a model whatever its weights are, and the seal that keeps other code from saving packed weights wrongly.
+
+Cost: the seal is an attribute; saving keeps one shard in memory, 5 GB unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+from transformers.quantizers.base import HfQuantizer
+
+from hf_accel.errors import ConfigError, UnsupportedModelError
+from hf_accel.quantization.inventory import take_inventory
+from hf_accel.quantization.saving import write
+
+# options of transformers' save_pretrained that change nothing where there is no adapter and nothing is uploaded
+_WITHOUT_EFFECT = {"save_peft_format", "save_original_format", "safe_serialization", "token"}
 
 
-class Seal:
-    """x"""
+def save_pretrained(model: Any, folder: str | os.PathLike[str], **options: Any) -> None:
+    """Save a model so that `hf_accel.from_pretrained(folder)` computes the same bits.
 
-    is_compileable = False
+    With packed weights the folder is a compressed-tensors checkpoint (`pack-quantized`) where that format can hold the
+    model, and otherwise in a layout that only `hf_accel.from_pretrained` opens. Without, it is what the model's own
+    `save_pretrained` writes.
+
+    Args:
+        model: a transformers model, optimised or not.
+        folder: created if need be; weights in it are replaced.
+        options: of transformers' `save_pretrained`; with packed weights `max_shard_size` and `is_main_process`.
+
+    Raises:
+        UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights.
+        ConfigError: an option that cannot be served with packed weights.
+        CheckpointError: the folder holds weights that stock code would take for those of this model, or is a file.
+    """
+    seal = getattr(model, "hf_quantizer", None)
+    if isinstance(seal, Seal) and not getattr(model, "_hf_peft_config_loaded", False):
+        seal.save_packed(model, folder, **options)
+    else:
+        model.save_pretrained(folder, **options)
+
+
+class Seal(HfQuantizer):
+    """Stands as `hf_quantizer` in a model with packed weights and goes with its copies, so that stock code saves them
+    in the published layout where that can hold them, and refuses with the way out where it cannot."""
+
+    requires_calibration = False
+
+    def __init__(self) -> None:
+        # what transformers and peft read of a quantizer's config
+        self.quantization_config = SimpleNamespace(quant_method="hf_accel")  # type: ignore[assignment]
+        self.pre_quantized = True
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters beside the packed weights
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Return the tensors to save, and describe them in the model's config, which is saved after this call.
+
+        Raises:
+            UnsupportedModelError: the published layout cannot hold the model.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is saved
+        found = take_inventory(model)
+        if not found.is_public:
+            raise UnsupportedModelError(
+                f"The packed weights of this {type(model).__name__} do not fit a published format "
+                f"({found.private_reason}). Save it by hf_accel.save_pretrained(model, folder)."
+            )
+        state = dict(found.plain)
+        for name in found.packed:
+            state |= found.tensors(name)
+        model.config.quantization_config = found.config()
+        return state, {}
+
+    def save_packed(
+        self,
+        model: Any,
+        folder: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **options: Any,
+    ) -> None:
+        """Save in the published layout or our own; takes the arguments of transformers' `save_pretrained`.
+
+        Raises: as `save_pretrained`.
+        """
+        for name, value in {"state_dict": state_dict, "push_to_hub": push_to_hub, **options}.items():
+            if name not in _WITHOUT_EFFECT and value is not None and value is not False:
+                raise ConfigError(
+                    f"save_pretrained with {name!r} is not served for packed weights; leave it out. "
+                    "To publish the folder, upload it with huggingface_hub.upload_folder."
+                )
+        if is_main_process:
+            write(model, Path(folder), max_shard_size)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.kernels.native import BlockShape, BlockWeights, NativeBlock, Projection
 
@@ -129,7 +130,7 @@ def test_equals_the_layer_of_transformers(kind: str, dtype: torch.dtype) -> None
                 attention_mask=stock_mask,
                 position_embeddings=(cos, sin),
                 position_ids=positions,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
             expected = expected[0] if isinstance(expected, tuple) else expected
@@ -155,7 +156,7 @@ def test_greedy_text_in_bf16_is_that_of_stock() -> None:
         expected = layer(
             hidden,
             position_embeddings=(cos, sin),
-            past_key_values=DynamicCache(),
+            **{CACHE: DynamicCache()},
             use_cache=True,
             attention_mask=torch.ones(8, 8, dtype=torch.bool).tril()[None, None],
         )
