@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
+from hf_accel.calibration import calibration_text
 from hf_accel.core.anatomy import Anatomy, unwrap
 from hf_accel.core.config import Config
 from hf_accel.core.hosting import CallLog, Host, host_of
@@ -17,6 +18,7 @@ from hf_accel.core.patcher import Fidelity
 from hf_accel.core.plan import Plan, new_report
 from hf_accel.core.report import Report
 from hf_accel.errors import ConfigError, ConflictError, VerificationError
+from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.reference import TOLERANCES, Reference
 from hf_accel.planner import plan_goal
 
@@ -24,34 +26,59 @@ M = TypeVar("M")
 Goal = str | Config | Sequence[Config] | Plan
 
 
-def plan(model: Any, goal_or_configs: Goal = "exact") -> Plan:
+def plan(
+    model: Any,
+    goal_or_configs: Goal = "exact",
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    max_kl: float | None = None,
+) -> Plan:
     """Return what `optimize` would do, having changed nothing. Print it, edit `steps`, keep it as JSON.
 
     Args:
         model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
-        goal_or_configs: a goal ("exact": the same mathematics up to rounding), or one or several configs.
+        goal_or_configs: a goal ("exact": the same mathematics up to rounding; "fast": weights in few bits, too, within
+            `max_kl`; "memory": the fewest bytes within `max_kl`), or one or several configs.
+        calibration: the text on which lossy steps are measured: token ids [B, T], a tokenizer's output, or texts with
+            `tokenizer`. None: a goal lets the model write some itself; configs are not measured.
+        tokenizer: for calibration given as texts.
+        max_kl: what a lossy goal may cost, in nats per token of the original's text; None: 0.05 for "fast", 0.2 for
+            "memory".
 
     Raises:
         UnsupportedModelError: the model cannot be optimised.
         ConflictError: it is optimised already.
-        ConfigError: the goal or a config does not exist or does not fit.
+        ConfigError: the goal, a config or an argument does not exist or does not fit.
     """
-    return _plan(_anatomy(model), goal_or_configs)
+    anatomy = _anatomy(model)
+    chosen, _ = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
+    return chosen
 
 
 def optimize(
-    model: M, goal_or_configs: Goal = "exact", *, verify_on: Any = None, originals: str = "keep"
+    model: M,
+    goal_or_configs: Goal = "exact",
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    max_kl: float | None = None,
+    verify_on: Any = None,
+    originals: str = "keep",
+    progress: Callable[[], None] | None = None,
 ) -> M:
     """Make `model.generate` fast, in place, and return the same object. `restore` takes everything back.
 
     Args:
         model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
-        goal_or_configs: a goal, one or several configs, or an edited `Plan`.
+        goal_or_configs: a goal ("exact", "fast" or "memory"), one or several configs, or an edited `Plan`.
+        calibration, tokenizer, max_kl: how lossy steps are measured and bounded, see `plan`.
         verify_on: token ids [B, T], or a tokenizer's output, on which the logits before and after are compared.
             With lossy steps the difference is reported and has no bound.
         originals: what becomes of weights that lossy steps replace: "keep" leaves them where they are, beside the new
             ones; "cpu" moves them to main memory; "drop" gives each up as soon as it is replaced, so that memory
             never holds more than the original model and one layer, and `restore` is no longer possible.
+        progress: called after each measurement and each product that is quantized.
 
     Raises:
         UnsupportedModelError: the model cannot be optimised, or not by these configs; every obstacle is listed.
@@ -60,11 +87,15 @@ def optimize(
         VerificationError: the optimised model differs by more than rounding explains; it has been restored.
     """
     anatomy = _anatomy(model)
-    chosen = _plan(anatomy, goal_or_configs)
-    host = Host(Journal(originals), new_report(anatomy, chosen))
+    journal = Journal(originals)
+    anatomy.progress = progress
+    chosen, quality = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
+    host = Host(journal, new_report(anatomy, chosen))
     host.report.calls = host.calls
     reference = None if verify_on is None else Reference(anatomy.model, verify_on)
     chosen.apply(anatomy, host)
+    if quality is not None:
+        host.report.quality = quality.compare()
     if reference is not None:
         _verify(reference, host)
     return model
@@ -125,17 +156,27 @@ def _anatomy(model: Any) -> Anatomy:
     return Anatomy.of(model)
 
 
-def _plan(anatomy: Anatomy, goal_or_configs: Goal) -> Plan:
+def _plan(
+    anatomy: Anatomy, goal_or_configs: Goal, calibration: Any, tokenizer: Any, max_kl: float | None
+) -> tuple[Plan, QualityReference | None]:
+    """Return the plan; for given configs and text also the reference by which their cost can be measured."""
     if isinstance(goal_or_configs, str):
-        return plan_goal(anatomy, goal_or_configs)
+        options = {"calibration": calibration, "tokenizer": tokenizer, "max_kl": max_kl}
+        return plan_goal(anatomy, goal_or_configs, anatomy.progress, **options), None
+    if max_kl is not None:
+        raise ConfigError('max_kl bounds the goals "fast" and "memory"; configs are applied as they are given.')
+    quality = None
+    if calibration is not None:
+        quality = QualityReference(anatomy.model, calibration_text(anatomy.model, calibration, tokenizer))
     if isinstance(goal_or_configs, Plan):
-        return goal_or_configs
+        return goal_or_configs, quality
     configs = [goal_or_configs] if isinstance(goal_or_configs, Config) else goal_or_configs
     if not isinstance(configs, Sequence):
         raise ConfigError(f"optimize takes a goal, configs or a plan; {goal_or_configs!r} was given.")
     chosen = Plan.of(list(configs))
-    chosen.check(anatomy)
-    return chosen
+    for patcher in chosen.check(anatomy):
+        chosen.weight_bytes = patcher.weight_bytes(anatomy) or chosen.weight_bytes
+    return chosen, quality
 
 
 def _verify(reference: Reference, host: Host) -> None:

@@ -6,23 +6,27 @@ worth is what a token costs without it. A second or two for a model of a billion
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
+from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Host
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Patcher
+from hf_accel.core.patcher import Patcher, Stage
 from hf_accel.core.plan import Plan, Step, new_report
 from hf_accel.core.report import Skip, Speed
 from hf_accel.decoding import DecodingConfig
@@ -30,18 +34,21 @@ from hf_accel.errors import ConfigError, VerificationError
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.layers.audit import evaluating
 from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
+from hf_accel.measure.quality import CalibrationText, QualityReference
+from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
 
 # goal -> candidates, the preferred first where two claim one place
-GOALS: dict[str, tuple[type[Config], ...]] = {
-    "exact": (
-        NativeLinearConfig,
-        SharedProjectionConfig,
-        DecoderBlockConfig,
-        AttentionConfig,
-        KVCacheConfig,
-        DecodingConfig,
-    ),
-}
+EXACT: tuple[type[Config], ...] = (
+    CompressedTensorsConfig,
+    NativeLinearConfig,
+    SharedProjectionConfig,
+    DecoderBlockConfig,
+    AttentionConfig,
+    KVCacheConfig,
+    DecodingConfig,
+)
+# "fast" and "memory" put weights in few bits first, within a bound on what that costs
+GOALS: dict[str, tuple[type[Config], ...]] = {"exact": EXACT, "fast": EXACT, "memory": EXACT}
 BUDGET_S = 1.5
 PROMPT_TOKENS = 8
 VERIFY_TOKENS = 64
@@ -51,24 +58,71 @@ VERIFIERS = (AttentionConfig,)
 NOISE = 0.02
 
 
-def plan_goal(anatomy: Anatomy, goal: str, progress: Callable[[], None] | None = None) -> Plan:
+def plan_goal(
+    anatomy: Anatomy,
+    goal: str,
+    progress: Callable[[], None] | None = None,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    max_kl: float | None = None,
+) -> Plan:
     """Return the plan for `goal`, having timed its candidates on `anatomy.model`, which is left as it was.
 
+    Args:
+        calibration, tokenizer: the text that lossy goals measure on, see `calibration_text`.
+        max_kl: nats per token that lossy goals may cost; None: 0.05 for "fast", 0.2 for "memory".
+
     Raises:
-        ConfigError: the goal does not exist.
+        ConfigError: the goal or an argument does not exist or does not fit.
     """
     if goal not in GOALS:
         raise ConfigError(f"There is no goal called {goal!r}. Goals: {', '.join(GOALS)}. Or pass a list of configs.")
+    if goal == "exact" and not (calibration is None and max_kl is None):
+        raise ConfigError('calibration and max_kl belong to the goals "fast" and "memory"; the goal is "exact".')
+    if max_kl is not None and not (isinstance(max_kl, (int, float)) and 0 < max_kl < math.inf):
+        raise ConfigError(f"max_kl is a positive number of nats per token; {max_kl!r} was given.")
     plan = Plan(goal=goal)
-    _offer(plan, anatomy, [candidate() for candidate in GOALS[goal]])
+    anatomy.prepared = WeakKeyDictionary()
+    configs: list[Config] = [candidate() for candidate in GOALS[goal]]
     with evaluating(anatomy.model):
+        if goal != "exact":
+            text = calibration_text(anatomy.model, calibration, tokenizer)
+            configs = _few_bits(plan, anatomy, text, max_kl or DEFAULT_MAX_KL[goal], progress) + configs
+        offer(plan, anatomy, configs)
         _verify(plan, anatomy)
         if plan.steps:
             _time(plan, anatomy, progress)
+    for step in plan.steps:
+        plan.weight_bytes = Patcher.for_config(step.config).weight_bytes(anatomy) or plan.weight_bytes
+    if plan.weight_bytes is None:
+        plan.quality = None
     return plan
 
 
-def _offer(plan: Plan, anatomy: Anatomy, configs: list[Config]) -> None:
+def _few_bits(
+    plan: Plan, anatomy: Anatomy, text: CalibrationText, max_kl: float, progress: Callable[[], None] | None
+) -> list[Config]:
+    """Choose the bits of the weights; an empty list, and the reason in the plan, where there is nothing to choose."""
+    name = WeightOnlyConfig.__name__
+    if obstacles := Patcher.for_config(WeightOnlyConfig()).obstacles(anatomy):
+        plan.skipped.append(Skip(name, "; ".join(obstacle.rstrip(".") for obstacle in obstacles)))
+        return []
+    choice = choose_bits(anatomy, plan.goal, QualityReference(anatomy.model, text), max_kl, progress)
+    if choice.config is None:
+        plan.skipped.append(Skip(name, f"even 8 bits cost more than max_kl={max_kl:g}: {choice.quality}"))
+        return []
+    plan.quality = choice.quality
+    if plan.goal == "memory" or anatomy.prepared is None:
+        return [choice.config]
+    slower = losers(anatomy, choice.config)
+    if slower:
+        reason = f"products that are not faster in few bits here stay as they are: {len(slower)}, {slower[0]} first"
+        plan.skipped.append(Skip(name, reason))
+    return [replace(choice.config, layers=(*((path, None) for path in slower), *choice.config.pairs))]
+
+
+def offer(plan: Plan, anatomy: Anatomy, configs: list[Config]) -> None:
     """Put every candidate without obstacles into the plan; of two that claim one place the first."""
     claims: dict[str, str] = {}
     for config in configs:
@@ -145,6 +199,8 @@ def _time(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> 
     first = _Way(anatomy, plan, 4).decode()
     plans = {"stock": Plan(), "all": plan}
     timed_steps = [step for step in plan.steps if not isinstance(step.config, VERIFIERS)]
+    if plan.goal == "memory":  # few bits are there to save memory, whatever they do to speed
+        timed_steps = [step for step in timed_steps if not isinstance(step.config, WeightOnlyConfig)]
     plans |= {_name(step): plan.without(type(step.config)) for step in timed_steps}
     room_tokens = (getattr(config, "max_position_embeddings", None) or 4096) - PROMPT_TOKENS
     new_tokens = max(3, min(33, room_tokens, round(BUDGET_S / 2 / len(plans) / first)))
@@ -162,13 +218,16 @@ def _time(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> 
         plan.steps.remove(slowest)
         _time(plan, anatomy, progress)
         return
-    if least["all"] > least["stock"]:
+    if least["all"] > least["stock"] and plan.goal != "memory":
         slower = f"all steps took {1e3 * least['all']:.2f} ms per token, stock {1e3 * least['stock']:.2f} ms"
         plan.skipped += [Skip(_name(step), slower) for step in plan.steps]
         plan.steps = []
         return
     kept = []
     for step in plan.steps:
+        if step not in timed_steps and not isinstance(step.config, VERIFIERS):
+            kept.append(step)
+            continue
         if isinstance(step.config, VERIFIERS):
             if room_tokens < VERIFY_TOKENS:
                 plan.skipped.append(Skip(_name(step), "the model's context is too short to measure what it gains"))
@@ -191,11 +250,22 @@ def _time(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> 
     plan.measured = Speed(
         stock_tokens_per_s=1 / statistics.median(timed["stock"]),
         patched_tokens_per_s=1 / statistics.median(timed["all"]),
-        weight_bytes=anatomy.weight_bytes,
+        weight_bytes=_read_bytes(plan, anatomy),
         read_bandwidth_bytes_per_s=read_bandwidth(anatomy.device),
         prompt_tokens=PROMPT_TOKENS,
         threads=torch.get_num_threads(),
     )
+
+
+def _read_bytes(plan: Plan, anatomy: Anatomy) -> int:
+    """Return the bytes of weights that a token reads with the plan applied."""
+    if all(Patcher.for_config(step.config).stage is not Stage.WEIGHTS for step in plan.steps):
+        return anatomy.read_bytes
+    journal = _applied(plan, anatomy)
+    try:
+        return anatomy.read_bytes
+    finally:
+        journal.undo()
 
 
 def _loss(gain: float) -> str:

@@ -28,11 +28,13 @@ FLOORS = {
     "decoding": 2,
     "measure": 2,
     "assets": 2,
+    "quantization": 2,
+    "calibration": 3,
     "planner": 4,
     "api": 5,
     "cli": 5,
 }
-FAMILIES = {"layers", "attention", "cache", "decoding"}
+FAMILIES = {"layers", "attention", "cache", "decoding", "quantization"}
 MAXIMUM_LINES = 400
 
 

@@ -236,6 +236,28 @@ def test_reserve_refuses_what_it_cannot_take() -> None:
     assert layer.reserve(1, 1, HEADS, SIZE, torch.bfloat16, torch.device("cpu")) is None
     assert layer.reserve(1, 100, HEADS, SIZE * 2, torch.float32, torch.device("cpu")) is None
     assert layer.get_seq_length() == 3
+    mixed = GrowingLayer()
+    mixed.update(torch.randn(1, HEADS, 3, SIZE), torch.randn(1, HEADS, 3, SIZE))
+    mixed.values = mixed.values.bfloat16()  # a kernel would write fp32 into them
+    for tokens in (1, 100):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert mixed.reserve(1, tokens, HEADS, SIZE, dtype, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("key_dtypes", ["fff", "fbf", "bbf"])
+@pytest.mark.parametrize("value_dtypes", ["bbf", "bfb", "fbb"])
+def test_other_dtypes_join_as_in_stock(window: int | None, key_dtypes: str, value_dtypes: str) -> None:
+    """Autocast leaves keys in fp32 and values in bf16; a step may come from outside it."""
+    stock = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+    ours = GrowingLayer() if window is None else GrowingSlidingLayer(window)
+    kinds = {"f": torch.float32, "b": torch.bfloat16}
+    for tokens, key, value in zip((5, 100, 1), key_dtypes, value_dtypes, strict=True):
+        keys, values = (torch.randn(1, HEADS, tokens, SIZE).to(kinds[kind]) for kind in (key, value))
+        for expected, found in zip(stock.update(keys, values), ours.update(keys, values), strict=True):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+        assert (ours.keys.dtype, ours.values.dtype) == (stock.keys.dtype, stock.values.dtype)
 
 
 @pytest.mark.parametrize("make", [GrowingLayer, lambda: GrowingSlidingLayer(8)])

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_equal_calls, optimised
-from models import EOS, FEW, NAMES, build, padded, prompt
+from models import COMMON, EOS, FEW, NAMES, SMALL, Tiny, build, padded, prompt, randomize
 from texts import tokenizer
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -320,3 +322,21 @@ def test_failed_calls_are_not_counted(models: Any) -> None:
     with pytest.raises(ValueError):
         plain(num_beams=2, num_return_sequences=5)(patched)
     assert hf_accel.report(patched).to_dict()["calls"] == before
+
+
+@pytest.mark.parametrize(
+    "model_type, config",
+    [
+        ("mamba", COMMON | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+        ("lfm2", SMALL | {"layer_types": ["conv", "full_attention"]}),
+        ("recurrent_gemma", SMALL | {"num_hidden_layers": 3, "lru_width": 48}),
+    ],
+)
+def test_caches_with_layers_of_linear_attention(model_type: str, config: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config)).eval()
+    randomize(model, Tiny(model_type, config))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    patched = optimised(model)
+    for call in (plain(**everything()), batch(), sample()):
+        assert_equal_calls(model, patched, call)
+    assert hf_accel.report(patched).to_dict()["calls"]["served"] == 3

@@ -44,11 +44,10 @@ def use_growing_layers(cache: Any, expected_tokens: int) -> None:
         cache.layer_class_to_replicate = GrowingLayer
     layer: Any
     for index, layer in enumerate(cache.layers):
-        if layer.is_initialized:
-            continue
-        if type(layer) is DynamicLayer:
+        # the type first: layers of linear attention have no `is_initialized`
+        if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = GrowingLayer(expected_tokens)
-        elif type(layer) is DynamicSlidingWindowLayer:
+        elif type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             sliding = GrowingSlidingLayer(layer.sliding_window, expected_tokens)
             sliding.record_past = layer.record_past
             cache.layers[index] = sliding

@@ -14,6 +14,7 @@ from hf_accel.cli.models import (
     GoalName,
     ModelName,
     Threads,
+    few_bits_plan,
     load_model,
     make_plan,
     use_threads,
@@ -21,6 +22,7 @@ from hf_accel.cli.models import (
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.cli.tables import footer, speed_table
 from hf_accel.measure import Workload, run_bench
+from hf_accel.quantization import WeightOnlyConfig
 
 
 def bench(
@@ -35,6 +37,8 @@ def bench(
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this probability mass.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Divide the logits by this first.")] = None,
     goal: GoalName = "exact",
+    bits: Annotated[int | None, typer.Option(help="Weights in 8 or 4 bits beside all exact steps, unmeasured.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="With --bits: columns that share a scale.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each state, in alternation.")] = 5,
     device: Device = "cpu",
     threads: Threads = None,
@@ -54,7 +58,10 @@ def bench(
     )
     use_threads(threads)
     loaded = load_model(model, dtype.torch, device)
-    plan = make_plan(loaded, goal)
+    if bits is None:
+        plan = make_plan(loaded, goal)
+    else:
+        plan = few_bits_plan(loaded, WeightOnlyConfig(bits=bits, group_size=group_size))
     with progress("stock and optimised in alternation", 2 * rounds) as step:
         result = run_bench(loaded, plan, workload, name=model, progress=step)
     if as_json:

@@ -16,7 +16,8 @@ from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.plan import Plan
 from hf_accel.errors import ConfigError
 from hf_accel.measure import SHAPES, build_shape
-from hf_accel.planner import GOALS, plan_goal
+from hf_accel.planner import GOALS, offer, plan_goal
+from hf_accel.quantization import WeightOnlyConfig
 
 
 class Dtype(enum.StrEnum):
@@ -73,6 +74,18 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
                 f"as a folder or hub id: {reason}"
             ) from error
         return model.to(device).eval()
+
+
+def few_bits_plan(model: PreTrainedModel, config: WeightOnlyConfig) -> Plan:
+    """Return the plan of `config` and every exact step that fits, untimed.
+
+    Raises:
+        UnsupportedModelError: the model cannot be optimised.
+    """
+    anatomy = Anatomy.of(model)
+    plan = Plan()
+    offer(plan, anatomy, [config, *(candidate() for candidate in GOALS["exact"])])
+    return plan
 
 
 def make_plan(model: PreTrainedModel, goal: str) -> Plan:

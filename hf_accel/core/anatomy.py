@@ -6,9 +6,10 @@ holds, so a table entry that a new transformers release makes wrong costs speed,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -105,7 +106,7 @@ class DecoderBlock:
     scale: float
     softcap: float | None
 
-    @cached_property
+    @property
     def modules(self) -> list[nn.Module]:
         """Every module inside the layer that computes something, the layer itself excluded."""
         return [module for module in self.layer.modules() if module is not self.layer]
@@ -133,6 +134,10 @@ class Anatomy:
     dtype: torch.dtype
     blocks: list[DecoderBlock] = field(default_factory=list)
     blocks_missing: str = ""
+    # replacements made once and put in place again and again while steps are timed; None: nothing is kept
+    prepared: WeakKeyDictionary[nn.Module, dict[Any, nn.Module]] | None = None
+
+    progress: Callable[[], None] | None = None  # called after each part of a step that takes long
 
     @staticmethod
     def of(model: Any) -> Anatomy:
@@ -168,7 +173,7 @@ class Anatomy:
         tensors: dict[int, torch.Tensor] = {}
         for module in modules:
             found = [p for p in module._parameters.values() if p is not None]
-            if isinstance(module, PackedProduct):
+            if isinstance(module, PackedProduct) and isinstance(module, nn.Module):
                 found += [b for b in module._buffers.values() if b is not None]
             tensors |= {id(tensor): tensor for tensor in found}
         return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -85,6 +85,10 @@ class Patcher(ABC, Generic[C]):
     def obstacles(self, anatomy: Anatomy) -> list[str]:
         """Return why the step cannot be applied, in sentences for the user; empty if it can. Changes nothing."""
 
+    def weight_bytes(self, anatomy: Anatomy) -> int | None:
+        """Return the bytes of all weights once the step is applied and originals are given up; None: as before."""
+        return None
+
     @abstractmethod
     def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
         """Apply the step through `journal` and say what was done."""

@@ -33,6 +33,8 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     measured: Any = None  # the Speed that the planner saw, if it measured
+    quality: Any = None  # the Quality that the lossy steps were measured to have
+    weight_bytes: int | None = None  # of all weights afterwards, where the steps change them
 
     @classmethod
     def of(cls, configs: list[Config]) -> Plan:
@@ -58,6 +60,7 @@ class Plan:
             "goal": self.goal,
             "steps": [step.to_dict() for step in self.steps],
             "skipped": [{"what": skip.what, "reason": skip.reason} for skip in self.skipped],
+            "weight_bytes": self.weight_bytes,
         }
 
     @classmethod
@@ -70,7 +73,9 @@ class Plan:
         try:
             steps = [Step(Config.from_dict(step["config"]), step.get("gain")) for step in data.get("steps", [])]
             skipped = [Skip(**skip) for skip in data.get("skipped", [])]
-            return cls(goal=data.get("goal", "configs"), steps=steps, skipped=skipped)
+            return cls(
+                goal=data.get("goal", "configs"), steps=steps, skipped=skipped, weight_bytes=data.get("weight_bytes")
+            )
         except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"This does not describe a plan ({error!r}). A plan is what `Plan.to_dict` or `Plan.to_json` returned."
@@ -97,6 +102,10 @@ class Plan:
         lines += [
             f"  {step.config}" + (f"  ({step.gain:.2f} x)" if step.gain is not None else "") for step in self.steps
         ]
+        if self.weight_bytes is not None:
+            lines.append(f"  weights afterwards {self.weight_bytes / 1e6:.1f} MB")
+        if self.quality is not None:
+            lines.append(f"  quality: {self.quality}")
         lines += [f"  not {skip.what}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)
 
@@ -160,4 +169,5 @@ def new_report(anatomy: Anatomy, plan: Plan) -> Report:
         weight_bytes=anatomy.weight_bytes,
         skipped=list(plan.skipped),
         speed=plan.measured,
+        quality=plan.quality,
     )

@@ -69,6 +69,7 @@ class Report:
     skipped: list[Skip] = field(default_factory=list)
     speed: Speed | None = None
     verified: str | None = None
+    quality: Any = None  # a measure.quality.Quality, where lossy steps were measured
     calls: CallLog | None = None
 
     @property
@@ -105,6 +106,7 @@ class Report:
             "skipped": [asdict(skip) for skip in self.skipped],
             "speed": speed,
             "verified": self.verified,
+            "quality": self.quality and self.quality.to_dict(),
             "calls": self.calls.to_dict() if self.calls else {"served": 0, "delegated": 0, "reasons": {}},
         }
 
@@ -121,6 +123,8 @@ class Report:
             )
         if self.verified:
             lines.append(f"  verified: {self.verified}")
+        if self.quality is not None:
+            lines.append(f"  quality: {self.quality}")
         lines.append("  changes:" if self.applied else "  changes: none")
         for step in self.applied:
             gain = f" ({step.gain:.2f} x)" if step.gain is not None else ""

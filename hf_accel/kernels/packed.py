@@ -55,6 +55,8 @@ class PackedWeight:
         """Lay out codes [N, K], scales and zeros."""
         n, k = quantized.codes.shape
         groups = quantized.scales.shape[1]
+        if groups > 1 and k // groups % QUANTUM:
+            raise ValueError(f"groups of {k // groups} columns cannot be packed: not a multiple of {QUANTUM}")
         rows, padded = -(-n // LANES) * LANES, -(-k // QUANTUM) * QUANTUM
         codes = quantized.codes
         if (rows, padded) != (n, k):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -59,6 +60,7 @@ def run_bench(
         VerificationError: a step of the plan failed its own check.
     """
     anatomy = Anatomy.of(model)
+    anatomy.prepared = WeakKeyDictionary()  # weights in few bits are made once and put in place in every round
     given = dict(inputs) if inputs is not None else workload.inputs(model)
     bandwidth = read_bandwidth(anatomy.device)
     ways = {"stock": _Way(anatomy, None, workload, given), "patched": _Way(anatomy, plan, workload, given)}
@@ -75,6 +77,7 @@ def run_bench(
         dtype=str(anatomy.dtype).removeprefix("torch."),
         workload=workload,
         weight_bytes=anatomy.weight_bytes,
+        read_bytes={state: way.read_bytes for state, way in ways.items()},
         read_bandwidth_bytes_per_s=bandwidth,
         stock=sides["stock"],
         patched=sides["patched"],
@@ -96,6 +99,7 @@ class _Way:
     ) -> None:
         self.anatomy, self.plan, self.workload, self.inputs = anatomy, plan, workload, inputs
         self.report = new_report(anatomy, plan or Plan())
+        self.read_bytes = anatomy.read_bytes
 
     def __call__(self) -> Sample:
         model, journal = self.anatomy.model, Journal()
@@ -107,6 +111,7 @@ class _Way:
                 host.report.calls = host.calls
                 self.plan.apply(self.anatomy, host)
                 self.report = host.report
+                self.read_bytes = self.anatomy.read_bytes
             timed_generate(model, short, WARM_UP_TOKENS, **arguments)
             costs = [call_cost(model, short, **arguments) for _ in range(CALLS)]
             torch.manual_seed(0)

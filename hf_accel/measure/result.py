@@ -65,6 +65,7 @@ class Bench:
     dtype: str
     workload: Workload
     weight_bytes: int
+    read_bytes: dict[str, int]  # state -> bytes of weights that a token reads
     read_bandwidth_bytes_per_s: float
     stock: Side
     patched: Side
@@ -87,8 +88,8 @@ class Bench:
         return self.stock.is_disturbed or self.patched.is_disturbed
 
     def achieved_bytes_per_s(self, side: Side) -> float:
-        """Weight bytes (each parameter once) over the time per token."""
-        return self.weight_bytes / side.token.median
+        """Bytes of weights that a token reads over the time per token."""
+        return self.read_bytes["stock" if side is self.stock else "patched"] / side.token.median
 
     def ratio(self, quantity: str) -> float:
         """Return how many times faster the patched model is: stock median over patched median of a `Side` field."""
@@ -114,6 +115,7 @@ class Bench:
             "same_ids": self.difference is None,
             "difference": self.difference and self.difference.to_dict(),
             "weight_bytes": self.weight_bytes,
+            "read_bytes": self.read_bytes,
             "extra_bytes": self.report.extra_bytes,
             "read_bandwidth_bytes_per_s": self.read_bandwidth_bytes_per_s,
             "report": self.report.to_dict(),

@@ -14,9 +14,10 @@ from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128)
 _BLOCK = 1 << 21  # elements that are quantized together: temporaries stay in the cache
-# scale candidates of a group: 1 / FACTOR of its largest value. A negative one gives that value the code -8 on the side
-# where it lies, so that all sixteen codes are used; smaller ones clip it for the sake of all others.
-_SYMMETRIC_4 = (-8.0, 7.5, -8.8, 7.0, -9.6, 8.3)
+# scale candidates of a group: its largest value over these. A negative one makes that value code -8 or -7.6, so that
+# all sixteen codes are used. Candidates that clip the largest value (-8.8, 8.3) lower the squared error further, and
+# raised the KL divergence of a small trained model (0.0904 against 0.0862), so they are not tried.
+_SYMMETRIC_4 = (-8.0, -7.6, 7.5)
 _ASYMMETRIC_4 = (1.0, 0.95, 0.9, 0.85)  # of the range from smallest to largest value
 
 

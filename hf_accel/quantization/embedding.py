@@ -16,6 +16,9 @@ from hf_accel.quantization.linear import SealedWeight
 class QuantizedEmbedding(nn.Embedding):
     """Embedding [V, E] from 8-bit codes; `packed` may be the weight of the head."""
 
+    codes: Tensor
+    scales: Tensor
+
     def __init__(self, packed: PackedWeight, original: nn.Embedding) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = packed.rows, packed.columns

@@ -79,6 +79,10 @@ class QuantizedLinear(nn.Linear):
     codes, where that was measured to be faster; None: never.
     """
 
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+
     def __init__(self, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = packed.columns, packed.rows

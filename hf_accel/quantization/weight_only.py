@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: decoding is reading weights, so half or a quarter of the bytes is half or a quarter of the time.
+"""Weights in 8 and 4 bits: decoding is reading weights, so fewer bytes take less time in the same proportion.
 
 Rounding to nearest with scales by least squared error, one product at a time: beside the model only the packed copy
 of the product at hand exists, and with originals="drop" the original goes before the next one is made.
@@ -6,7 +6,7 @@ of the product at hand exists, and with originals="drop" the original goes befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,7 +21,7 @@ from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.errors import ConfigError
 from hf_accel.kernels import native
-from hf_accel.kernels.packed import LANES, PackedWeight
+from hf_accel.kernels.packed import LANES, QUANTUM, PackedWeight
 from hf_accel.ops.affine import GROUP_SIZES, Scheme, quantize
 from hf_accel.quantization.embedding import QuantizedEmbedding
 from hf_accel.quantization.experts import QuantizedExperts, has_known_layout, is_experts
@@ -115,11 +115,15 @@ def targets(anatomy: Anatomy, config: WeightOnlyConfig) -> tuple[list[Target], l
     """Return what `config` quantizes in a model, and sentences on what it leaves out."""
     found: list[Target] = []
     left_out: dict[str, list[str]] = {}
+    adapters: set[str] = set()
     head = anatomy.model.get_output_embeddings()
     for parent_path, parent in anatomy.model.named_modules():
         for name, module in parent._modules.items():
             path = f"{parent_path}.{name}" if parent_path else name
-            if module is None or _is_adapter(parent, name):
+            if module is None:
+                continue
+            if parent_path in adapters or _is_adapter(parent, name):  # parents come before what they hold
+                adapters.add(path)
                 continue
             if is_experts(module):
                 bits = config.bits_of(path)
@@ -178,16 +182,39 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
                     found.append(f"the weight of {target.path} holds NaN or infinity.")
         return found
 
-    def patch(self, anatomy: Anatomy, journal: Journal, progress: Callable[[], None] | None = None) -> Change:
+    def weight_bytes(self, anatomy: Anatomy) -> int:
+        model, total = anatomy.model, anatomy.weight_bytes
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        is_tied = head is not None and getattr(head, "weight", None) is table.weight
+        for target in targets(anatomy, self.config)[0]:
+            weights = [w for w in target.module.parameters() if w.dim() > 1]
+            for weight in weights:
+                if target.scheme is None:
+                    bits = self.config.bits_of(target.path) or self.config.bits
+                    count, rows, columns = weight.shape
+                    scheme = self.config.scheme(bits, columns)[0]
+                else:
+                    count, (rows, columns), scheme = 1, linear_weight(target.module).shape, target.scheme
+                total += count * packed_bytes(scheme, rows, columns, anatomy.dtype)
+                if not (is_tied and target.module is head):
+                    total -= weight.numel() * weight.element_size()
+        if self.config.embeddings is not None and type(table) is nn.Embedding:
+            total -= table.weight.numel() * table.weight.element_size()
+            if not (is_tied and self.config.head == 8):
+                total += packed_bytes(Scheme(8), table.num_embeddings, table.embedding_dim, anatomy.dtype)
+        return total
+
+    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
         model = anatomy.model
         before = anatomy.weight_bytes
         chosen, left_out = targets(anatomy, self.config)
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head is not None and getattr(head, "weight", None) is table.weight
         counts: dict[str, int] = {}
+        added = 0
         for target in chosen:
             original = target.module
-            replacement = self._replacement(target, original, anatomy.dtype)
+            replacement = self._prepared(target, original, anatomy)
             replacement.train(original.training)
             if original is head and is_tied:
                 _untie(model, journal)
@@ -196,22 +223,32 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
                 if isinstance(product, QuantizedLinear):
                     kind = f"{product.scheme.bits} bits"
                     counts[kind] = counts.get(kind, 0) + 1
+                    added += product.nbytes
             del original
-            if progress is not None:
-                progress()
+            if anatomy.progress is not None:
+                anatomy.progress()
         if self.config.embeddings is not None:
             left_out += self._quantize_table(anatomy, journal, is_tied)
         journal.set_attribute(model, "hf_quantizer", Seal())
         after = anatomy.weight_bytes
-        kept = 0 if journal.originals == "drop" else before
         summary = ", ".join(f"{count} products in {kind}" for kind, count in counts.items())
         return Change(
             f"{summary}; weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB",
-            extra_bytes=after if kept else 0,
+            extra_bytes=added if journal.originals != "drop" else 0,
             left_out=tuple(left_out),
             weight_bytes=after,
             read_bytes=anatomy.read_bytes,
         )
+
+    def _prepared(self, target: Target, original: Any, anatomy: Anatomy) -> nn.Module:
+        """Return the replacement of a product; while steps are timed, the one made before."""
+        if anatomy.prepared is None:
+            return self._replacement(target, original, anatomy.dtype)
+        made = anatomy.prepared.setdefault(original, {})
+        key = (target.scheme, self.config.bits_of(target.path), self.config.group_size, self.config.symmetric)
+        if key not in made:
+            made[key] = self._replacement(target, original, anatomy.dtype)
+        return made[key]
 
     def _replacement(self, target: Target, original: Any, dtype: torch.dtype) -> nn.Module:
         if target.scheme is not None:
@@ -236,14 +273,25 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         return []
 
 
+def packed_bytes(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a packed weight [rows, columns] in a model of `dtype`, scales and padding included."""
+    lanes, padded = -(-rows // LANES) * LANES, -(-columns // QUANTUM) * QUANTUM
+    scale = 2 if _scale_dtype(scheme, dtype) is torch.bfloat16 else 4
+    groups = columns // scheme.columns_per_scale(columns)
+    return lanes * padded * scheme.bits // 8 + lanes * groups * (scale + (0 if scheme.symmetric else 4))
+
+
+def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    return dtype if scheme.group_size is None or dtype is torch.float16 else torch.bfloat16
+
+
 def quantized(weight: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, dtype: torch.dtype) -> QuantizedLinear:
     """Return the product of a weight [N, K] and a bias [N] in `scheme`, for a model of `dtype`.
 
     Scales are values of bfloat16 (float16 in a float16 model), so that they take two bytes in memory and can be
     saved in the model's own dtype without loss; per channel, of the model's dtype.
     """
-    scale_dtype = dtype if scheme.group_size is None or dtype is torch.float16 else torch.bfloat16
-    return QuantizedLinear(PackedWeight.pack(quantize(weight, scheme, scale_dtype)), bias, dtype)
+    return QuantizedLinear(PackedWeight.pack(quantize(weight, scheme, _scale_dtype(scheme, dtype))), bias, dtype)
 
 
 def quantization_method(model: Any) -> str | None:
@@ -261,7 +309,7 @@ def _untie(model: Any, journal: Journal) -> None:
     """Let head and embeddings go separate ways: transformers would tie them again at the next opportunity."""
     for config in own_configs(model, journal):
         if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
+            journal.set_attribute(config, "tie_word_embeddings", False)
     for module in model.modules():
         if getattr(module, "all_tied_weights_keys", None):
             journal.set_attribute(module, "all_tied_weights_keys", {})

@@ -1,0 +1,76 @@
+"""The text on which quality is measured: the user's, or some that the model writes itself.
+
+A model's own samples are the text that it will be asked for, and need no data; they say nothing about perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_accel.errors import ConfigError
+from hf_accel.measure.quality import CalibrationText
+
+ROWS, TOKENS = 4, 64  # of own text: 252 predictions put the error of a mean KL at some percent of it
+
+
+def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> CalibrationText:
+    """Return calibration text for `model`.
+
+    Args:
+        given: token ids [B, T]; a tokenizer's output (`input_ids`, no padding); a text or several, with `tokenizer`;
+            None: the model writes it.
+
+    Raises:
+        ConfigError: `given` is none of these, or holds no two tokens in a row.
+    """
+    if given is None:
+        return CalibrationText(_own_text(model), "the model's own samples", True)
+    room = _context(model)
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, Mapping):
+        mask = given.get("attention_mask")
+        if mask is not None and not bool(torch.as_tensor(mask).all()):
+            raise ConfigError("Calibration text has padding. Give rows of one length, or texts with a tokenizer.")
+        given = given["input_ids"]
+    if isinstance(given, Sequence) and given and all(isinstance(text, str) for text in given):
+        if tokenizer is None:
+            raise ConfigError("Calibration text was given as strings; give the tokenizer, too (tokenizer=...).")
+        joined = torch.cat([torch.as_tensor(tokenizer(text)["input_ids"]).flatten().long() for text in given])
+        length = min(room, 256, len(joined))
+        given = joined[: len(joined) // max(1, length) * length].view(-1, max(1, length))
+    try:
+        ids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.shape[1] < 2 or ids.shape[0] < 1 or ids.is_floating_point():
+        raise ConfigError(
+            "Calibration is token ids [B, T] with T >= 2, a tokenizer's output, or texts with a tokenizer; "
+            f"{type(given).__name__} of shape {tuple(ids.shape)} was given."
+        )
+    return CalibrationText(ids[:, :room], "the text given", False)
+
+
+def _context(model: Any) -> int:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096
+
+
+def _own_text(model: Any) -> torch.Tensor:
+    """Sample ROWS x TOKENS from the model, the same ones every time."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    tokens = min(TOKENS, _context(model) - 1)
+    start = model.generation_config.bos_token_id
+    start = start[0] if isinstance(start, list) else start
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        first = torch.randint(vocabulary, (ROWS, 1)) if start is None else torch.full((ROWS, 1), start)
+        first = first.to(model.device)
+        return model.generate(
+            first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=tokens, min_new_tokens=tokens, num_beams=1, num_return_sequences=1, pad_token_id=0,
+            return_dict_in_generate=False,
+        )  # fmt: skip

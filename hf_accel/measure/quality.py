@@ -1,0 +1,89 @@
+"""What a lossy change costs in quality: KL divergence per token, agreement of the likeliest token, perplexity.
+
+The distributions of the original model on some text are kept (fp32, tokens x vocabulary) and compared with the changed
+model's on the same text. Kullback-Leibler divergence D(original || changed) in nats is the extra code length per token
+of text that the original writes; it is 0 only for equal distributions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEPT_BYTES = 512 << 20  # of kept distributions; longer text is cut
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over `tokens` predicted tokens of `source`; perplexities only where the text is not the model's own."""
+
+    kl: float
+    top1_agreement: float
+    perplexity_before: float | None
+    perplexity_after: float | None
+    tokens: int
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"KL {self.kl:.2g} nats per token, likeliest token equal at {100 * self.top1_agreement:.1f} %"
+        if self.perplexity_before is not None and self.perplexity_after is not None:
+            text += f", perplexity {self.perplexity_before:.3f} -> {self.perplexity_after:.3f}"
+        return f"{text}; {self.tokens} tokens of {self.source}"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids [B, T] without padding, and where they come from. `is_own`: the model wrote them itself."""
+
+    ids: Tensor
+    source: str
+    is_own: bool
+
+
+class QualityReference:
+    """The distributions of a model on a text, before it is changed."""
+
+    def __init__(self, model: Any, text: CalibrationText) -> None:
+        self.model, self.text = model, text
+        self.ids = text.ids.to(model.device)
+        vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        rows = max(1, _KEPT_BYTES // (4 * vocabulary * max(1, self.ids.shape[1] - 1)))
+        self.ids = self.ids[:rows]
+        self.kept = list(self._distributions())
+
+    @torch.no_grad()
+    def _distributions(self) -> Iterator[Tensor]:
+        """Log-probabilities [T - 1, V] of the next token, row by row."""
+        for row in self.ids:
+            logits = self.model(row[None], use_cache=False).logits[0, :-1]
+            yield torch.log_softmax(logits.float(), dim=-1)
+
+    def compare(self) -> Quality:
+        """Return what the model's distributions now cost against those kept."""
+        kl = agreement = before = after = 0.0
+        count = 0
+        for row, old, new in zip(self.ids, self.kept, self._distributions(), strict=True):
+            terms = torch.where(old == -math.inf, torch.zeros_like(old), old.exp() * (old - new))
+            kl += float(terms.sum(dim=-1).double().sum())
+            agreement += float((old.argmax(dim=-1) == new.argmax(dim=-1)).sum())
+            target = row[1:, None]
+            before -= float(old.gather(1, target).double().sum())
+            after -= float(new.gather(1, target).double().sum())
+            count += old.shape[0]
+        is_text = not self.text.is_own
+        return Quality(
+            kl=kl / count,
+            top1_agreement=agreement / count,
+            perplexity_before=math.exp(before / count) if is_text else None,
+            perplexity_after=math.exp(after / count) if is_text else None,
+            tokens=count,
+            source=self.text.source,
+        )
