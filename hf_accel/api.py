@@ -116,8 +116,10 @@ def restore(model: M) -> M:
 def optimized(model: M, goal_or_configs: Goal = "exact", **options: Any) -> Iterator[M]:
     """Optimise for the length of a `with` block; the model is restored at its end, also after an exception.
 
-    Raises: as `optimize`.
+    Raises: as `optimize`; ConfigError for originals="drop", after which nothing could be undone.
     """
+    if options.get("originals") == "drop":
+        raise ConfigError('optimized restores the model at the end of the block, which originals="drop" rules out.')
     optimize(model, goal_or_configs, **options)
     try:
         yield model

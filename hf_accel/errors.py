@@ -9,7 +9,8 @@
     ├── IrreversibleError (RuntimeError)    `restore` of a model whose originals were given up
     └── CheckpointError (RuntimeError)      a file that is damaged, truncated or of another format
 
-Each message says what was asked, what was found and what to do. After any of them the model is as it was before.
+Each message says what was asked, what was found and what to do. After any of them the model is as it was before,
+but for an error in the middle of a step with originals="drop", which says so.
 """
 
 

@@ -20,6 +20,7 @@ import torch
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.hosting import Host
 from hf_accel.core.journal import Journal
+from hf_accel.core.patcher import Patcher
 from hf_accel.core.plan import Plan, Step, new_report
 from hf_accel.measure.quality import Quality, QualityReference
 from hf_accel.quantization import WeightOnlyConfig
@@ -58,14 +59,15 @@ def choose_bits(
             if progress is not None:
                 progress()
 
-    for config in CANDIDATES[goal]:
+    # where its groups do not divide the columns a product gets 8 bits, so the order depends on the model
+    for config in sorted(CANDIDATES[goal], key=lambda c: Patcher.for_config(c).weight_bytes(anatomy) or 0):
         quality = cost(config)
         if quality.kl <= max_kl:
             return Choice(config, quality)
     finest = CANDIDATES[goal][-1]
     eight = replace(finest, bits=8, group_size=None)
     quality = cost(eight)
-    if quality.kl > max_kl:
+    if not quality.kl <= max_kl:  # NaN, too
         return Choice(None, quality)
     patterns = _layer_patterns(anatomy, finest)
     costs = {}

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from hf_accel.core.journal import Journal
 from hf_accel.errors import ConfigError
 from hf_accel.measure.quality import CalibrationText
 
@@ -35,7 +37,7 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> Ca
         mask = given.get("attention_mask")
         if mask is not None and not bool(torch.as_tensor(mask).all()):
             raise ConfigError("Calibration text has padding. Give rows of one length, or texts with a tokenizer.")
-        given = given["input_ids"]
+        given = given.get("input_ids")
     if isinstance(given, Sequence) and given and all(isinstance(text, str) for text in given):
         if tokenizer is None:
             raise ConfigError("Calibration text was given as strings; give the tokenizer, too (tokenizer=...).")
@@ -52,6 +54,9 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> Ca
             "Calibration is token ids [B, T] with T >= 2, a tokenizer's output, or texts with a tokenizer; "
             f"{type(given).__name__} of shape {tuple(ids.shape)} was given."
         )
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ConfigError(f"Calibration has token ids outside the model's vocabulary of {vocabulary}.")
     return CalibrationText(ids[:, :room], "the text given", False)
 
 
@@ -65,12 +70,20 @@ def _own_text(model: Any) -> torch.Tensor:
     tokens = min(TOKENS, _context(model) - 1)
     start = model.generation_config.bos_token_id
     start = start[0] if isinstance(start, list) else start
+    journal = Journal()
+    journal.set_attribute(model, "generation_config", GenerationConfig())  # the model's own may bend what it writes
+    try:
+        return _sampled(model, start, vocabulary, tokens)
+    finally:
+        journal.undo()
+
+
+def _sampled(model: Any, start: int | None, vocabulary: int, tokens: int) -> torch.Tensor:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         first = torch.randint(vocabulary, (ROWS, 1)) if start is None else torch.full((ROWS, 1), start)
         first = first.to(model.device)
         return model.generate(
             first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=tokens, min_new_tokens=tokens, num_beams=1, num_return_sequences=1, pad_token_id=0,
-            return_dict_in_generate=False,
+            max_new_tokens=tokens, pad_token_id=0,
         )  # fmt: skip

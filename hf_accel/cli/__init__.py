@@ -1,4 +1,4 @@
-"""The command line: `hf-accel demo | plan | bench | doctor`."""
+"""The command line: `hf-accel demo | plan | bench | quantize | doctor`."""
 
 from hf_accel.cli.application import app
 

@@ -21,6 +21,7 @@ from hf_accel.cli.models import (
 )
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.cli.tables import footer, speed_table
+from hf_accel.errors import ConfigError
 from hf_accel.measure import Workload, run_bench
 from hf_accel.quantization import WeightOnlyConfig
 
@@ -56,12 +57,12 @@ def bench(
         temperature=temperature,
         rounds=rounds,
     )
+    if bits is None and group_size is not None:
+        raise ConfigError("--group-size belongs to --bits; give both.")
+    few_bits = None if bits is None else WeightOnlyConfig(bits=bits, group_size=group_size)
     use_threads(threads)
     loaded = load_model(model, dtype.torch, device)
-    if bits is None:
-        plan = make_plan(loaded, goal)
-    else:
-        plan = few_bits_plan(loaded, WeightOnlyConfig(bits=bits, group_size=group_size))
+    plan = make_plan(loaded, goal) if few_bits is None else few_bits_plan(loaded, few_bits)
     with progress("stock and optimised in alternation", 2 * rounds) as step:
         result = run_bench(loaded, plan, workload, name=model, progress=step)
     if as_json:

@@ -31,7 +31,8 @@ def plan(
     use_threads(threads)
     chosen = make_plan(load_model(model, dtype.torch, device), goal)
     if as_json:
-        write_json(chosen.to_dict() | {"measured": asdict(chosen.measured) if chosen.measured else None})
+        measured = {"measured": chosen.measured and asdict(chosen.measured)}
+        write_json(chosen.to_dict() | measured | {"quality": chosen.quality and chosen.quality.to_dict()})
         return
     results.print(str(chosen), markup=False, highlight=False, soft_wrap=True)
     if chosen.measured:

@@ -51,6 +51,7 @@ def quantize(
     )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"OUT is the folder to write; {str(out)!r} is a file.")
+    given = None if calibration is None else _text(calibration)
     use_threads(threads)
     loaded = load_model(model, dtype.torch)
     tokenizer = None if model in SHAPES else _tokenizer(model)
@@ -58,7 +59,7 @@ def quantize(
         raise ConfigError(f"--calibration needs the tokenizer of {model!r}, and there is none.")
     anatomy = Anatomy.of(loaded)
     with progress("measuring the original"):
-        text = calibration_text(loaded, calibration and calibration.read_text(), tokenizer)
+        text = calibration_text(loaded, given, tokenizer)
         reference = QualityReference(loaded, text)
     count = len(targets(anatomy, config)[0])
     with progress(f"quantizing {count} products", count) as step:
@@ -73,7 +74,9 @@ def quantize(
         write_json(report(loaded).to_dict() | {"folder": str(out)})
         return
     results.print(str(report(loaded)), markup=False, highlight=False, soft_wrap=True)
-    results.print(f"written to {out}; load it with hf_accel.from_pretrained", markup=False, highlight=False)
+    results.print(
+        f"written to {out}; load it with hf_accel.from_pretrained", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _pair(text: str) -> tuple[str, int | None]:
@@ -81,6 +84,13 @@ def _pair(text: str) -> tuple[str, int | None]:
     if not pattern or not bits.isdigit():
         raise ConfigError(f"--layer takes PATTERN=BITS, for example 'model.layers.0.*=8'; {text!r} was given.")
     return pattern, int(bits) or None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--calibration takes a text in UTF-8; {str(path)!r} is none ({error}).") from error
 
 
 def _tokenizer(name: str) -> Any:

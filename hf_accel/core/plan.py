@@ -153,7 +153,13 @@ class Plan:
                     )
                 )
                 host.report.skipped += [Skip(name, reason) for reason in change.left_out]
-        except BaseException:
+        except BaseException as error:
+            if host.journal.given_up:
+                error.add_note(
+                    f'{len(host.journal.given_up)} original modules had been given up by then (originals="drop"): '
+                    "the model is half changed and cannot be restored. Load it anew."
+                )
+                raise
             host.journal.undo(before)
             host.report.applied.clear()
             raise

@@ -73,7 +73,7 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.fl
     for start in range(0, n, step):
         rows = slice(start, min(n, start + step))
         grouped = weight[rows].detach().float().reshape(-1, k // group, group)
-        if not bool(torch.isfinite(grouped.abs().sum())):
+        if not bool(torch.isfinite(torch.stack(grouped.aminmax())).all()):
             raise ValueError("a weight is NaN or infinite")
         some_codes, some_scales, some_zeros = _quantize_groups(grouped, scheme, scale_dtype)
         codes[rows] = some_codes.reshape(-1, k).to(torch.int8)

@@ -18,12 +18,18 @@ class QuantizedEmbedding(nn.Embedding):
 
     codes: Tensor
     scales: Tensor
+    like: Tensor  # empty; casting the model casts it, and so says in which dtype embeddings are wanted
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
 
     def __init__(self, packed: PackedWeight, original: nn.Embedding) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = packed.rows, packed.columns
         self.padding_idx = original.padding_idx
-        self.scheme, self.dtype = packed.scheme, original.weight.dtype
+        self.scheme = packed.scheme
+        self.register_buffer("like", torch.empty(0, dtype=original.weight.dtype), persistent=False)
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
 

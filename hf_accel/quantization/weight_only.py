@@ -58,6 +58,8 @@ class WeightOnlyConfig(Config):
             raise ConfigError(
                 f"WeightOnlyConfig.layers maps name patterns to bits; {self.layers!r} was given."
             ) from None
+        if strange := [pattern for pattern, _ in self.pairs if not isinstance(pattern, str)]:
+            raise ConfigError(f"WeightOnlyConfig.layers maps name patterns, which are texts; {strange[0]!r} was given.")
         given = {"bits": self.bits} | {f"layers[{pattern!r}]": bits for pattern, bits in self.pairs if bits is not None}
         given |= {"head": self.head} if self.head is not None else {}
         for name, bits in given.items():
@@ -199,7 +201,8 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
                 if not (is_tied and target.module is head):
                     total -= weight.numel() * weight.element_size()
         if self.config.embeddings is not None and type(table) is nn.Embedding:
-            total -= table.weight.numel() * table.weight.element_size()
+            if not (is_tied and self.config.head is None):  # then the head goes on reading it
+                total -= table.weight.numel() * table.weight.element_size()
             if not (is_tied and self.config.head == 8):
                 total += packed_bytes(Scheme(8), table.num_embeddings, table.embedding_dim, anatomy.dtype)
         return total
@@ -266,6 +269,8 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         if type(table) is not nn.Embedding:
             return [f"the embeddings are a {type(table).__name__}, not a plain nn.Embedding, and stay as they are"]
+        if is_tied and not isinstance(head, QuantizedLinear):
+            _untie(model, journal)
         shared = is_tied and isinstance(head, QuantizedLinear) and head.scheme == Scheme(8)
         packed = head.packed if shared else quantized(table.weight, None, Scheme(8), anatomy.dtype).packed
         for parent, name in _places(model, table):
@@ -298,8 +303,9 @@ def quantization_method(model: Any) -> str | None:
     """Return the name of the method a model's weights are quantized by already, None if they are not."""
     if any(isinstance(module, (QuantizedLinear, QuantizedEmbedding)) for module in model.modules()):
         return "hf_accel"
-    config = getattr(model.config, "quantization_config", None)
-    if getattr(model, "hf_quantizer", None) is None and config is None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = getattr(model.config, "quantization_config", None) or getattr(quantizer, "quantization_config", None)
+    if quantizer is None and config is None:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     return str(getattr(method, "value", method) or "an unknown method")

@@ -32,7 +32,7 @@ HFA_INLINE float round_block(const float *x, float top, int32_t *codes) {
         strange = vf_add(strange, vf_mul(v, zero));
     }
     float largest = vf_hmax(most), inverse = largest > 0.0f ? top / largest : 0.0f;
-    if (!(inverse <= 3.0e38f)) { /* below the normal numbers: nothing that a sum of products could show */
+    if (!(inverse <= 3.0e38f)) { /* so small that the inverse overflows: nothing that a sum of products could show */
         inverse = 0.0f;
         largest = 0.0f;
     }
