@@ -23,7 +23,7 @@ from hf_accel.quantization.loading import from_pretrained
 from hf_accel.quantization.storage import save_pretrained
 from hf_accel.quantization.takeover import CompressedTensorsConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionConfig",

@@ -252,6 +252,8 @@ def _compute_buffers(model: Any) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
     for module in model.modules():
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            continue  # complete, and no weights to initialise
         own = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
         for name in own:
             module._buffers[name]._is_hf_initialized = False
