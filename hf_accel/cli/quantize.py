@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from hf_accel.api import optimize, report
 from hf_accel.calibration import calibration_text
 from hf_accel.cli.models import AsJson, Dtype, DtypeName, ModelName, Threads, load_model, use_threads
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.hosting import Host
+from hf_accel.core.journal import Journal
+from hf_accel.core.plan import Plan, new_report
 from hf_accel.errors import ConfigError
 from hf_accel.measure import SHAPES
 from hf_accel.measure.quality import QualityReference
@@ -61,19 +63,22 @@ def quantize(
     with progress("measuring the original"):
         text = calibration_text(loaded, given, tokenizer)
         reference = QualityReference(loaded, text)
+    plan = Plan.of([config])
+    host = Host(Journal("drop"), new_report(anatomy, plan))
     count = len(targets(anatomy, config)[0])
     with progress(f"quantizing {count} products", count) as step:
-        optimize(loaded, config, originals="drop", progress=step)
+        anatomy.progress = step
+        plan.apply(anatomy, host)
     with progress("measuring the result"):
-        report(loaded).quality = reference.compare()
+        host.report.quality = reference.compare()
     with progress(f"writing {out}"):
         save_pretrained(loaded, out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
     if as_json:
-        write_json(report(loaded).to_dict() | {"folder": str(out)})
+        write_json(host.report.to_dict() | {"folder": str(out)})
         return
-    results.print(str(report(loaded)), markup=False, highlight=False, soft_wrap=True)
+    results.print(str(host.report), markup=False, highlight=False, soft_wrap=True)
     results.print(
         f"written to {out}; load it with hf_accel.from_pretrained", markup=False, highlight=False, soft_wrap=True
     )

@@ -3,19 +3,21 @@
 Sixteen rows lie interleaved, so that a vector register holds one value of each: see `hfa_matrix` in csrc/native.h. The
 layout is the same for all instruction sets. On the CPU with the native library the codes are multiplied as they are
 (activations rounded to 16 bits for 8-bit weights, to 8 bits for 4-bit weights, in blocks of 32 columns with a scale
-each); elsewhere a block of rows at a time is dequantized into the dtype of the activations.
+each); elsewhere by torch's own kernels where they are faster (`vendor`), or by dequantizing a block of rows at a time
+into the dtype of the activations.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_accel.kernels import native
+from hf_accel.kernels import native, vendor
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 
 LANES = 16
@@ -41,6 +43,7 @@ class PackedWeight:
     scales: Tensor
     offsets: Tensor | None = None
     _fields: dict[tuple[int, ...], bytes] = field(default_factory=dict, repr=False)
+    _chosen: dict[tuple[int, torch.dtype], vendor.Product | None] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -118,6 +121,17 @@ class PackedWeight:
         """Return the weight [rows, columns]; for tests, gradients and comparisons: it is as large as the original."""
         return dequantize(self.unpack(), dtype)
 
+    def device_product(self, dtype: torch.dtype) -> vendor.Product | None:
+        """Return torch's own kernel for this weight where it is; None where dequantizing is faster. Timed once."""
+        key = (self.codes.data_ptr(), dtype)
+        if key not in self._chosen:
+            self._chosen.clear()
+            self._chosen[key] = vendor.choose(self.unpack(), lambda x: dequantized_linear(x, self), dtype)
+        return self._chosen[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fields": {}, "_chosen": {}}
+
     def matrix(self, bias: Tensor | None = None) -> bytes:
         """The `hfa_matrix` of this weight for C; valid as long as the tensors stay where they are."""
         offsets = self.offsets
@@ -149,6 +163,11 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     """x W^T + bias for x [..., K]; bias [N] in the dtype of x. No autograd."""
     if x.is_cpu and native.is_available() and x.dtype in native.DTYPES and x.numel():
         return native.packed_linear(x, weight.matrix(bias), weight.rows)
+    if not x.is_cpu and 0 < x.numel() <= vendor.MOST_ROWS * weight.columns:
+        product = weight.device_product(x.dtype)
+        if product is not None:
+            y = product(x.reshape(-1, weight.columns)).reshape(*x.shape[:-1], weight.rows)
+            return y if bias is None else y + bias
     return dequantized_linear(x, weight, bias)
 
 

@@ -1,0 +1,90 @@
+"""Products with packed weights by the kernels that torch itself brings: int4 (tinygemm) and int8, mainly for GPUs.
+
+They want layouts of their own, so each costs a copy of the codes on the device. None is trusted: a kernel is used for a
+weight only after it gave, on this device and this weight, what the dequantized product gives, in less time. The layouts
+are those of torch's operators of the same names. On a GPU this file has not been run yet; the tests run it on torch's
+CPU operators.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_accel.ops.affine import Affine
+
+Product = Callable[[Tensor], Tensor]
+MOST_ROWS = 16  # above, a matrix-matrix product on the dequantized weight is the better tool
+TOLERANCE = 3e-2  # relative difference (Frobenius) that bf16 and other orders of summation explain
+_INNER_TILES = 8  # of tinygemm's layout: K is a multiple of 16 of them
+_ROUNDS = 5
+
+
+def int8_product(weight: Affine) -> Product | None:
+    """x [M, K] -> [M, N] by `aten::_weight_int8pack_mm`; None for other schemes than 8 symmetric bits per channel."""
+    if weight.scheme.bits != 8 or weight.scales.shape[1] != 1 or weight.zeros is not None:
+        return None
+    codes, scales = weight.codes.contiguous(), weight.scales.flatten()
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales.to(x.dtype))
+
+
+def int4_product(weight: Affine) -> Product | None:
+    """x [M, K] bf16 -> [M, N] by `aten::_weight_int4pack_mm`; None for all but 4 symmetric bits in groups."""
+    n, k = weight.codes.shape
+    group = k // weight.scales.shape[1]
+    if weight.scheme.bits != 4 or weight.zeros is not None or group not in (32, 64, 128):
+        return None
+    codes = (weight.codes + 8).to(torch.int32)
+    scales = weight.scales.T.bfloat16()
+    factors = torch.stack((scales, torch.zeros_like(scales)), dim=-1).contiguous()  # [K / group, N, 2]
+    aten = torch.ops.aten
+    if weight.codes.is_cpu:
+        packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        return lambda x: aten._weight_int4pack_mm_for_cpu(x, packed, group, factors)
+    if n % 8 or k % (16 * _INNER_TILES):
+        return None
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    packed = aten._convert_weight_to_int4pack(pairs, _INNER_TILES)
+    return lambda x: aten._weight_int4pack_mm(x, packed, group, factors)
+
+
+def choose(weight: Affine, dense: Product, dtype: torch.dtype) -> Product | None:
+    """Return the kernel that agrees with `dense` and is the fastest for one row; None where `dense` is.
+
+    weight: on the device of the products; dense: the product on the dequantized weight.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, weight.codes.shape[1], generator=generator).to(weight.codes.device, dtype)
+    expected = dense(x).double()
+    best, least = None, _seconds(dense, x)
+    for make in (int4_product, int8_product):
+        try:
+            product = make(weight)
+            found = None if product is None else product(x).double()
+        except (RuntimeError, NotImplementedError):  # not built for this device or dtype: no candidate
+            continue
+        if product is None or found is None or not (found - expected).norm() <= TOLERANCE * expected.norm():
+            continue
+        seconds = _seconds(product, x)
+        if seconds < least:
+            best, least = product, seconds
+    return best
+
+
+def _seconds(product: Product, x: Tensor) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        _synchronize(x)
+        start = time.perf_counter()
+        product(x)
+        _synchronize(x)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _synchronize(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
