@@ -20,7 +20,7 @@ from hf_accel.measure import SHAPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = ("quickstart.py", "pipeline.py", "streaming.py", "compare_speed.py")
+EXAMPLES = ("quickstart.py", "pipeline.py", "streaming.py", "compare_speed.py", "quantize.py")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
@@ -59,6 +59,7 @@ def test_pages_have_blocks_to_run() -> None:
         "concepts.md",
         "configs.md",
         "how-it-works.md",
+        "quantization.md",
         "reference.md",
         "troubleshooting.md",
     }
@@ -77,6 +78,8 @@ def test_example_runs(name: str) -> None:
     assert done.stdout.strip()
     if name == "quickstart.py":
         assert "the same tokens as stock: True" in done.stdout
+    if name == "quantize.py":
+        assert "the same tokens after loading: True" in done.stdout
     if name == "compare_speed.py":
         assert "tokens: the same" in done.stdout
 

@@ -1,9 +1,8 @@
-"""Goals that trade quality: the text, the measure, the bits within the bound, and what "fast" and "memory" promise."""
+"""Goals that trade quality: the bits within the bound, and what "fast" and "memory" promise."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from pathlib import Path
@@ -13,8 +12,7 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from fingerprint import changes, fingerprint
-from models import FEW, NAMES, VOCABULARY, build, padded, prompt
-from texts import tokenizer
+from models import NAMES, build, padded, prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_accel
@@ -22,7 +20,6 @@ import hf_accel.planner
 from hf_accel import ConfigError, WeightOnlyConfig
 from hf_accel.assets import demo_path
 from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers
-from hf_accel.calibration.text import ROWS, TOKENS
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.plan import Step
 from hf_accel.measure import Run
@@ -53,175 +50,6 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chosen(plan: hf_accel.Plan) -> WeightOnlyConfig | None:
     return next((step.config for step in plan.steps if isinstance(step.config, WeightOnlyConfig)), None)
-
-
-# -- the text
-
-
-def test_given_ids() -> None:
-    model, ids = build("llama"), prompt(3, 9)
-    for given in (ids, ids.tolist(), {"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
-        text = calibration_text(model, given)
-        assert torch.equal(text.ids, ids)
-        assert not text.is_own
-    assert torch.equal(calibration_text(model, ids[0]).ids, ids[:1])
-    assert calibration_text(model, tokenizer()("abacad", return_tensors="pt")).ids.shape == (1, 3)
-    assert calibration_text(model, prompt(1, 700)).ids.shape == (1, 512), "cut to the model's context"
-
-
-def test_given_strings_are_joined_and_cut_into_rows() -> None:
-    words = tokenizer()
-    found = calibration_text(build("llama"), ["abac" * 100, "adae" * 100], words)
-    joined = words("abac" * 100 + "adae" * 100)["input_ids"]
-    assert found.ids.flatten().tolist() == joined[: found.ids.numel()]
-    assert found.ids.shape == (1, 256)
-    assert torch.equal(
-        calibration_text(build("llama"), "abac", words).ids, calibration_text(build("llama"), ["abac"], words).ids
-    )
-
-
-@pytest.mark.parametrize(
-    "given, words",
-    [
-        ({**padded([4, 9])}, "padding"),
-        ("some text", "give the tokenizer"),
-        (["some", "text"], "give the tokenizer"),
-        ([], "token ids"),
-        (torch.zeros(0, 8, dtype=torch.long), "token ids"),
-        (torch.zeros(2, 1, dtype=torch.long), "token ids"),
-        (torch.zeros(1, 2, 3, dtype=torch.long), "token ids"),
-        (torch.rand(2, 8), "token ids"),
-        ([[1, 2, 3], [4]], "token ids"),
-        (object(), "token ids"),
-        ({"attention_mask": torch.ones(1, 4)}, "token ids"),
-        (torch.full((1, 4), VOCABULARY), "vocabulary"),
-        (torch.full((1, 4), -1), "vocabulary"),
-    ],
-    ids=str,
-)
-def test_what_is_no_text_is_refused(given: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        calibration_text(build("llama"), given)
-
-
-def test_text_without_a_token_is_refused() -> None:
-    for given in ("", ["", ""]):
-        with pytest.raises(ConfigError, match="token ids"):
-            calibration_text(build("llama"), given, tokenizer())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_own_text_is_the_same_every_time(name: str) -> None:
-    model = build(name)
-    before, random = fingerprint(model), torch.get_rng_state()
-    text = calibration_text(model)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert not changes(before, fingerprint(model))
-    torch.rand(3)
-    assert torch.equal(calibration_text(model).ids, text.ids)
-    assert text.ids.shape == (ROWS, TOKENS + 1)
-    assert text.is_own
-    assert len(text.ids[:, 1:].unique(dim=0)) == ROWS, "samples, not one text"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_beams": 3},
-        {"prompt_lookup_num_tokens": 3},
-        {"stop_strings": ["abc"]},
-        {"max_time": 1e-3},
-        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
-        {"eos_token_id": list(range(2, VOCABULARY))},
-        {"return_dict_in_generate": True},
-    ],
-    ids=str,
-)
-def test_own_text_does_not_heed_generation_settings(settings: dict[str, Any]) -> None:
-    model = build("llama")
-    expected = calibration_text(model).ids
-    for key, value in settings.items():
-        setattr(model.generation_config, key, value)
-    before = fingerprint(model)
-    assert torch.equal(calibration_text(model).ids, expected)
-    assert not changes(before, fingerprint(model))
-
-
-# -- the measure
-
-
-def textbook(original: Any, changed: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Sums over tokens one by one, in double precision."""
-    kl = equal = before = after = 0.0
-    count = 0
-    for row in ids:
-        with torch.no_grad():
-            one, two = (model(row[None]).logits[0].double().softmax(-1) for model in (original, changed))
-        for position in range(len(row) - 1):
-            p, q = one[position].tolist(), two[position].tolist()
-            kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
-            equal += p.index(max(p)) == q.index(max(q))
-            before -= math.log(p[int(row[position + 1])])
-            after -= math.log(q[int(row[position + 1])])
-            count += 1
-    return {
-        "kl": kl / count,
-        "top1_agreement": equal / count,
-        "perplexity_before": math.exp(before / count),
-        "perplexity_after": math.exp(after / count),
-        "tokens": count,
-    }
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_quality_is_what_the_textbook_says(name: str) -> None:
-    original, model, ids = build(name), build(name), prompt(2, 12)
-    reference = QualityReference(model, CalibrationText(ids, "a test", False))
-    hf_accel.optimize(model, WeightOnlyConfig(bits=4, head=4))
-    found = reference.compare()
-    for key, value in textbook(original, model, ids).items():
-        assert getattr(found, key) == pytest.approx(value, rel=1e-3), key
-    assert found.kl > 1e-4
-    assert found.source == "a test"
-    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
-    assert "perplexity" in str(found)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_unchanged_model_costs_nothing(name: str) -> None:
-    model = build(name)
-    found = QualityReference(model, calibration_text(model)).compare()
-    assert found.kl == 0
-    assert found.top1_agreement == 1
-    assert found.tokens == ROWS * TOKENS
-    assert found.perplexity_before is None, "of its own text a model's perplexity says nothing"
-    assert "perplexity" not in str(found)
-
-
-def test_impossible_tokens_are_compared() -> None:
-    """A model that gives some tokens no probability at all: 0 log 0 is 0, and what was possible must stay so."""
-    model = build("llama")
-    forward, shift = type(model.lm_head).forward, {"token": 5}
-
-    def forbidding(x: torch.Tensor) -> torch.Tensor:
-        logits = forward(model.lm_head, x).clone()
-        logits[..., shift["token"]] = -math.inf
-        return logits
-
-    model.lm_head.forward = forbidding
-    reference = QualityReference(model, CalibrationText(prompt(1, 8), "a test", True))
-    assert reference.compare().kl == 0
-    shift["token"] = 6
-    assert reference.compare().kl == math.inf
-
-
-def test_long_text_is_cut_to_what_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_accel.measure.quality._KEPT_BYTES", 4 * VOCABULARY * 10 * 2)
-    found = QualityReference(build("llama"), CalibrationText(prompt(5, 11), "a test", False)).compare()
-    assert found.tokens == 20
-
-
-# -- the bits
 
 
 @pytest.mark.parametrize("goal, candidates", [("fast", 2), ("memory", 3)])
@@ -314,9 +142,6 @@ def test_slow_products_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) ->
     hf_accel.restore(model)
     hf_accel.optimize(model, "memory")
     assert isinstance(model.get_submodule(slow), QuantizedLinear), "few bits are there to save memory"
-
-
-# -- the goals
 
 
 @pytest.mark.usefixtures("settled")
