@@ -12,12 +12,14 @@ from hf_accel import (
     KVCacheConfig,
     NativeLinearConfig,
     SharedProjectionConfig,
+    WeightOnlyConfig,
 )
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
-from hf_accel.core.patcher import Patcher
+from hf_accel.core.patcher import Fidelity, Patcher
 
 CATALOGUE: list[Config] = [
+    WeightOnlyConfig(bits=8),
     CompressedTensorsConfig(),
     NativeLinearConfig(max_rows=16),
     SharedProjectionConfig(max_rows=16),
@@ -26,6 +28,8 @@ CATALOGUE: list[Config] = [
     KVCacheConfig(),
     DecodingConfig(),
 ]
+# the others change the weights, and with them the text, copies and what is saved
+LOSSLESS = [config for config in CATALOGUE if Patcher.for_config(config).fidelity is not Fidelity.LOSSY]
 
 
 def example(name: str) -> Config:
@@ -41,7 +45,7 @@ def fits(config: Config, model: PreTrainedModel) -> bool:
 def exact(model: PreTrainedModel, *without: type[Config]) -> list[Config]:
     """Return everything the goal "exact" could choose on this model, untimed: of two claims to one place the first."""
     chosen: dict[str, Config] = {}
-    for config in CATALOGUE:
+    for config in LOSSLESS:
         if type(config) not in without and fits(config, model):
             chosen.setdefault(Patcher.for_config(config).occupies, config)
     return list(chosen.values())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import CATALOGUE, exact, fits
+from catalogue import LOSSLESS, exact, fits
 from comparison import assert_close, assert_equal_calls, optimised
 from models import FEW, NAMES, build, padded, prompt
 from torch import nn
@@ -342,7 +342,7 @@ def test_another_attention_implementation(name: str) -> None:
         assert patched.config._attn_implementation == implementation
 
 
-@pytest.mark.parametrize("config", CATALOGUE, ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("config", LOSSLESS, ids=lambda config: type(config).__name__)
 def test_two_models_in_two_threads(config: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

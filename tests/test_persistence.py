@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import CATALOGUE, exact, example, fits
+from catalogue import LOSSLESS, exact, example, fits
 from comparison import optimised
 from models import NAMES, build, padded, prompt
 from safetensors import safe_open
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_accel
 
-EVERY = [*[type(config).__name__ for config in CATALOGUE], "exact"]
+EVERY = [*[type(config).__name__ for config in LOSSLESS], "exact"]
 
 
 def patched_by(name: str, stock: Any) -> Any:
