@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
-from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers
+from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers, measured
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
@@ -108,7 +108,8 @@ def _few_bits(
     if obstacles := Patcher.for_config(WeightOnlyConfig()).obstacles(anatomy):
         plan.skipped.append(Skip(name, "; ".join(obstacle.rstrip(".") for obstacle in obstacles)))
         return []
-    choice = choose_bits(anatomy, plan.goal, QualityReference(anatomy.model, text), max_kl, progress)
+    reference = QualityReference(anatomy.model, text)
+    choice = choose_bits(anatomy, plan.goal, reference, max_kl, progress)
     if choice.config is None:
         plan.skipped.append(Skip(name, f"even 8 bits cost more than max_kl={max_kl:g}: {choice.quality}"))
         return []
@@ -116,10 +117,20 @@ def _few_bits(
     if plan.goal == "memory" or anatomy.prepared is None:
         return [choice.config]
     slower = losers(anatomy, choice.config)
-    if slower:
-        reason = f"products that are not faster in few bits here stay as they are: {len(slower)}, {slower[0]} first"
-        plan.skipped.append(Skip(name, reason))
-    return [replace(choice.config, layers=(*((path, None) for path in slower), *choice.config.pairs))]
+    if not slower:
+        return [choice.config]
+    reason = f"products that are not faster in few bits here stay as they are: {len(slower)}, {slower[0]} first"
+    plan.skipped.append(Skip(name, reason))
+    head = anatomy.model.get_output_embeddings()
+    is_slow = {anatomy.model.get_submodule(path): True for path in slower}
+    fewer = replace(
+        choice.config,
+        layers=(*((path, None) for path in slower), *choice.config.pairs),
+        head=None if head in is_slow else choice.config.head,
+    )
+    if not Patcher.for_config(fewer).obstacles(anatomy):
+        plan.quality = measured(anatomy, fewer, reference)
+    return [fewer]
 
 
 def offer(plan: Plan, anatomy: Anatomy, configs: list[Config]) -> None:

@@ -49,13 +49,9 @@ def choose_bits(
     """Return the cheapest config of the goal that keeps `max_kl`, measured; the model is left as it was."""
 
     def cost(config: WeightOnlyConfig) -> Quality:
-        journal = Journal()
-        plan = Plan(steps=[Step(config)])
         try:
-            plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
-            return reference.compare()
+            return measured(anatomy, config, reference)
         finally:
-            journal.undo()
             if progress is not None:
                 progress()
 
@@ -87,6 +83,17 @@ def choose_bits(
             return Choice(config, mixed)
         four = four[: len(four) * 3 // 4]
     return Choice(eight, quality)
+
+
+def measured(anatomy: Anatomy, config: WeightOnlyConfig, reference: QualityReference) -> Quality:
+    """Return what `config` costs; the model is left as it was."""
+    journal = Journal()
+    plan = Plan(steps=[Step(config)])
+    try:
+        plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
+        return reference.compare()
+    finally:
+        journal.undo()
 
 
 def _layer_patterns(anatomy: Anatomy, config: WeightOnlyConfig) -> list[str]:
@@ -129,4 +136,4 @@ def losers(anatomy: Anatomy, config: WeightOnlyConfig, rounds: int = 5) -> list[
     return found
 
 
-__all__ = ["CANDIDATES", "DEFAULT_MAX_KL", "Choice", "choose_bits", "losers"]
+__all__ = ["CANDIDATES", "DEFAULT_MAX_KL", "Choice", "choose_bits", "losers", "measured"]
