@@ -22,6 +22,7 @@ from hf_accel.quantization import WeightOnlyConfig
 from hf_accel.quantization.loading import from_pretrained
 from hf_accel.quantization.storage import save_pretrained
 from hf_accel.quantization.takeover import CompressedTensorsConfig
+from hf_accel.speculative import SpeculativeConfig
 
 __version__ = "0.2.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Report",
     "SharedProjectionConfig",
+    "SpeculativeConfig",
     "UnsupportedModelError",
     "VerificationError",
     "WeightOnlyConfig",

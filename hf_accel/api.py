@@ -63,6 +63,7 @@ def optimize(
     calibration: Any = None,
     tokenizer: Any = None,
     max_kl: float | None = None,
+    draft_model: Any = None,
     verify_on: Any = None,
     originals: str = "keep",
     progress: Callable[[], None] | None = None,
@@ -73,6 +74,8 @@ def optimize(
         model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
         goal_or_configs: a goal ("exact", "fast" or "memory"), one or several configs, or an edited `Plan`.
         calibration, tokenizer, max_kl: how lossy steps are measured and bounded, see `plan`.
+        draft_model: a smaller model with the same tokenizer, which `SpeculativeConfig` may draft with. It is not
+            changed, and is kept until `restore`.
         verify_on: token ids [B, T], or a tokenizer's output, on which the logits before and after are compared.
             With lossy steps the difference is reported and has no bound.
         originals: what becomes of weights that lossy steps replace: "keep" leaves them where they are, beside the new
@@ -89,9 +92,11 @@ def optimize(
     anatomy = _anatomy(model)
     journal = Journal(originals)
     anatomy.progress = progress
+    anatomy.draft_model = draft_model
     chosen, quality = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
     host = Host(journal, new_report(anatomy, chosen))
     host.report.calls = host.calls
+    host.draft_model = draft_model
     reference = None if verify_on is None else Reference(anatomy.model, verify_on)
     chosen.apply(anatomy, host)
     if quality is not None:

@@ -12,6 +12,7 @@ from hf_accel import (
     KVCacheConfig,
     NativeLinearConfig,
     SharedProjectionConfig,
+    SpeculativeConfig,
     WeightOnlyConfig,
 )
 from hf_accel.core.anatomy import Anatomy
@@ -27,6 +28,8 @@ CATALOGUE: list[Config] = [
     AttentionConfig(),
     KVCacheConfig(),
     DecodingConfig(),
+    # drafts always, so that every call of every test is verified step by step
+    SpeculativeConfig(drafter="lookup", max_draft_tokens=4, adaptive=False),
 ]
 # the others change the weights, and with them the text, copies and what is saved
 LOSSLESS = [config for config in CATALOGUE if Patcher.for_config(config).fidelity is not Fidelity.LOSSY]

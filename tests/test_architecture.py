@@ -29,12 +29,13 @@ FLOORS = {
     "measure": 2,
     "assets": 2,
     "quantization": 2,
+    "speculative": 2,
     "calibration": 3,
     "planner": 4,
     "api": 5,
     "cli": 5,
 }
-FAMILIES = {"layers", "attention", "cache", "decoding", "quantization"}
+FAMILIES = {"layers", "attention", "cache", "decoding", "quantization", "speculative"}
 MAXIMUM_LINES = 400
 
 

@@ -71,7 +71,8 @@ class Twins(RuleBasedStateMachine):
         expected = self.stock.update(keys, values)
         reserved = self.ours.reserve(self.batch, tokens, HEADS, SIZE, keys.dtype, keys.device)
         assert reserved is not None
-        key_buffer, value_buffer, past, first = reserved
+        key_buffer, value_buffer, past, first, rows = reserved
+        assert rows is None
         assert key_buffer.shape[2] >= past + tokens
         key_buffer[:, :, past : past + tokens] = keys
         value_buffer[:, :, past : past + tokens] = values

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_accel.core.contracts import Reserved
 from hf_accel.core.drift import VALUES_FOLLOW_KEYS
 
 MINIMUM_TOKENS = 64
@@ -27,7 +28,8 @@ class Buffers:
     _keys: torch.Tensor | None = None
     _values: torch.Tensor | None = None
     _start = 0
-    _stop = 0
+    _stop = 0  # with rows of different length: of the longest
+    _rows: torch.Tensor | None = None  # int64 [B] on the CPU: where each row ends; None: all end at `_stop`
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -36,7 +38,7 @@ class Buffers:
     @keys.setter
     def keys(self, tensor: torch.Tensor | None) -> None:
         # inherited code assigns keys, then values; the length follows the keys
-        self._keys, self._start = tensor, 0
+        self._keys, self._start, self._rows = tensor, 0, None
         self._stop = tensor.shape[-2] if tensor is not None and tensor.dim() == 4 else 0
 
     @property
@@ -50,7 +52,7 @@ class Buffers:
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # as stock, but without its two empty tensors: they cost as much as an append
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self._keys = self._values = None
+        self._keys = self._values = self._rows = None
         self._start = self._stop = 0
 
     def get_seq_length(self) -> int:
@@ -73,7 +75,11 @@ class Buffers:
             buffer = like.new_empty((batch, heads, room, size), dtype=dtype if before is None else before.dtype)
             if used:
                 buffer.narrow(2, 0, used).copy_(before.narrow(2, self._start, used))
+            if self._rows is not None:
+                buffer.narrow(2, used, room - used).zero_()
             setattr(self, name, buffer)
+        if self._rows is not None:
+            self._rows = self._rows - self._start
         self._start, self._stop = 0, used
 
     def _has_room(self, tokens: int) -> bool:
@@ -98,9 +104,32 @@ class Buffers:
         tokens = key_states.shape[2]
         if not self._has_room(tokens) or self._is_frozen():
             self._move(key_states, value_states, tokens)
-        self._keys.narrow(2, self._stop, tokens).copy_(key_states)  # type: ignore[union-attr]
-        self._values.narrow(2, self._stop, tokens).copy_(value_states)  # type: ignore[union-attr]
+        if self._rows is None:
+            self._keys.narrow(2, self._stop, tokens).copy_(key_states)  # type: ignore[union-attr]
+            self._values.narrow(2, self._stop, tokens).copy_(value_states)  # type: ignore[union-attr]
+        else:
+            columns = (self._rows[:, None] + torch.arange(tokens)).to(key_states.device)
+            at = (torch.arange(len(columns), device=columns.device)[:, None], columns)
+            self._keys.transpose(1, 2).index_put_(at, key_states.transpose(1, 2))  # type: ignore[union-attr]
+            self._values.transpose(1, 2).index_put_(at, value_states.transpose(1, 2))  # type: ignore[union-attr]
+        self._grow(tokens)
+
+    def _grow(self, tokens: int) -> None:
         self._stop += tokens
+        if self._rows is not None:
+            self._rows = self._rows + tokens
+
+    def _end_rows_at(self, stops: list[int]) -> None:
+        """Let row b end at position stops[b] of the buffers, from where its next tokens go on."""
+        if self._rows is None:
+            # what no row has written yet is read, if hidden: it must be numbers
+            for buffer in (self._keys, self._values):
+                buffer.narrow(2, self._stop, buffer.shape[2] - self._stop).zero_()  # type: ignore[union-attr]
+        self._rows, self._stop = torch.tensor(stops), max(stops)
+
+    def _earliest(self) -> int:
+        """Return where the shortest row ends."""
+        return self._stop if self._rows is None else int(self._rows.min())
 
     def _is_frozen(self) -> bool:
         """Inference tensors cannot be written outside `torch.inference_mode`; `torch.cat` never minded."""
@@ -112,7 +141,7 @@ class Buffers:
 
     def reserve(
         self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, int, int] | None:
+    ) -> Reserved | None:
         """See `hf_accel.core.contracts.AppendableLayer`."""
         keys, values = self._keys, self._values
         if keys is None or values is None or self._stop + tokens > keys.shape[2] or self._is_frozen():
@@ -131,7 +160,7 @@ class Buffers:
             return None
         if keys.stride(3) != 1 or values.stride(3) != 1:  # type: ignore[union-attr]
             return None
-        return keys, values, self._stop, self._start  # type: ignore[return-value]
+        return keys, values, self._stop, self._start, self._rows  # type: ignore[return-value]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select(lambda used: used.index_select(0, beam_idx.to(used.device)))
@@ -147,7 +176,7 @@ class Buffers:
         if self._stop == self._start:
             return
         keys, values = choose(self.keys), choose(self.values)
-        self._keys, self._values, self._start, self._stop = keys, values, 0, keys.shape[2]
+        self._keys, self._values, self._rows, self._start, self._stop = keys, values, None, 0, keys.shape[2]
         self._move(keys, values, 1)
 
 
@@ -171,12 +200,21 @@ class GrowingLayer(Buffers, DynamicLayer):
         return self.keys, self.values  # type: ignore[return-value]
 
     def commit(self, tokens: int) -> None:
-        self._stop += tokens
+        self._grow(tokens)
+
+    def columns(self, tokens: int) -> tuple[int, int]:
+        """See `hf_accel.core.contracts.RaggedLayer`."""
+        return 0, self._stop - self._start + tokens
+
+    def set_rows(self, lengths: list[int]) -> None:
+        """See `hf_accel.core.contracts.RaggedLayer`."""
+        self._end_rows_at([self._start + length for length in lengths])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens by moving a counter."""
         if tokens_to_remove > 0:
             super().crop(tokens_to_remove)  # raises, as stock does
+        self._rows = None
         self._stop = max(self._start, self._stop + tokens_to_remove)
 
 
@@ -219,19 +257,30 @@ class GrowingSlidingLayer(Buffers, DynamicSlidingWindowLayer):
         return keys, values
 
     def commit(self, tokens: int) -> None:
-        self._stop += tokens
+        self._grow(tokens)
         self._slide(tokens)
 
-    def reserve(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, int, int] | None:
+    def columns(self, tokens: int) -> tuple[int, int]:
+        """See `hf_accel.core.contracts.RaggedLayer`."""
+        before = self.cumulative_length - self._stop  # tokens that have left the buffers
+        return before + self._first_seen(), self.cumulative_length + tokens
+
+    def set_rows(self, lengths: list[int]) -> None:
+        """See `hf_accel.core.contracts.RaggedLayer`."""
+        before = self.cumulative_length - self._stop
+        self._end_rows_at([length - before for length in lengths])
+        self.cumulative_length, self._start = max(lengths), self._first_seen()
+
+    def reserve(self, *args: Any, **kwargs: Any) -> Reserved | None:
         """See `hf_accel.core.contracts.AppendableLayer`."""
         if not self.record_past:
             self._start = self._first_seen()
         reserved = super().reserve(*args, **kwargs)
-        return None if reserved is None else (*reserved[:3], self._first_seen())
+        return None if reserved is None else (*reserved[:3], self._first_seen(), reserved[4])
 
     def _first_seen(self) -> int:
-        """Return the first position that the next token can see."""
-        return max(self._start, self._stop - self.sliding_window + 1)
+        """Return the first position that the next token of any row can see."""
+        return max(self._start, self._earliest() - self.sliding_window + 1)
 
     def _slide(self, tokens: int) -> None:
         self.cumulative_length += tokens
@@ -243,6 +292,7 @@ class GrowingSlidingLayer(Buffers, DynamicSlidingWindowLayer):
         if tokens_to_remove > 0 or (self.cumulative_length >= self.sliding_window and not self.record_past):
             super().crop(tokens_to_remove)  # raises, as stock does
         was_beyond = self.cumulative_length >= self.sliding_window
+        self._rows = None
         self._stop = max(self._start, self._stop + tokens_to_remove)
         if was_beyond:
             self.cumulative_length += tokens_to_remove

@@ -137,6 +137,7 @@ class Anatomy:
     # replacements made once and put in place again and again while steps are timed; None: nothing is kept
     prepared: WeakKeyDictionary[nn.Module, dict[Any, nn.Module]] | None = None
 
+    draft_model: Any = None  # a smaller model with the same tokenizer, if the user has one
     progress: Callable[[], None] | None = None  # called after each part of a step that takes long
 
     @staticmethod

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
 if TYPE_CHECKING:
+    from hf_accel.core.hosting import Call
+    from hf_accel.core.rows import Rows
+    from hf_accel.core.stepping import Stepper
     from hf_accel.kernels.packed import PackedWeight
+
+
+Reserved = tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None]
 
 
 class AppendableLayer(Protocol):
     """A cache layer into whose buffers a kernel may write new keys and values itself.
 
     `reserve` returns key and value buffers [B, G, C, D] (C >= past + T), `past`, the position where the first new
-    token belongs, and `first`, the first position the new tokens can see; or None if it cannot take them that way.
-    After the kernel has written positions past..past+T-1, `commit(T)` makes them part of the cache.
+    token belongs, `first`, the first position the new tokens can see, and, where rows have different lengths, the
+    `past` of each, int64 [B] on the CPU (then `past` is the largest); or None if it cannot take them that way.
+    After the kernel has written the T positions of each row, `commit(T)` makes them part of the cache.
     """
 
     def reserve(
         self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, int, int] | None: ...
+    ) -> Reserved | None: ...
 
     def commit(self, tokens: int) -> None: ...
+
+
+@runtime_checkable
+class RaggedLayer(Protocol):
+    """A cache layer whose rows can have different lengths, as they do when each accepts its own number of drafts.
+
+    Positions count from a row's first column, padding included. After `set_rows` the next tokens of row b go to
+    lengths[b], lengths[b] + 1, ...; what lay beyond is forgotten. `columns(T)` says which positions [first, stop) the
+    keys cover that `update` returns for T new tokens. Attention needs an explicit mask then; layers of a sliding
+    window must be recording their past.
+    """
+
+    def columns(self, tokens: int) -> tuple[int, int]: ...
+
+    def set_rows(self, lengths: list[int]) -> None: ...
 
 
 @runtime_checkable
@@ -31,3 +54,61 @@ class PackedProduct(Protocol):
 
     @property
     def packed(self) -> PackedWeight: ...
+
+
+class Chooser(Protocol):
+    """Scores and tokens as the call at hand chooses them; see `hf_accel.decoding.choosing.Chooser`."""
+
+    samples: bool
+    has_own_draws: bool  # drafts are drawn from proposals, and verified by acceptance and residual
+
+    def score(self, logits: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def choose(self, scores: torch.Tensor, ahead: int = 0) -> torch.Tensor: ...
+
+
+@dataclass
+class Draft:
+    """Tokens [B, k] proposed to follow the rows, counts[b] of them in row b (the rest is filler).
+
+    proposal: [B, k, V], the probabilities they were drawn from; None: they were chosen deterministically, or by the
+    draws that verification makes as well.
+    """
+
+    tokens: torch.Tensor
+    counts: list[int]
+    proposal: torch.Tensor | None = None
+
+
+class Session(Protocol):
+    """Speculation in one `generate` call: proposes before each step and is told what became of it."""
+
+    def propose(self, limit: int) -> Draft | None:
+        """Return drafts of at most `limit` tokens, None to decode one token plainly."""
+
+    def observe(self, draft: Draft | None, accepted: list[int], seconds: float) -> None:
+        """Take in how many drafts of each row were accepted (-1: the row had ended) and what the forward pass took."""
+
+    def close(self) -> None:
+        """The call is over."""
+
+
+class Speculation(Protocol):
+    """What a model carries to speculate: opens a session per call."""
+
+    has_own_draws: bool  # sampled drafts are verified by acceptance and residual, not by the draws of plain decoding
+    is_strict: bool  # near-ties are decided by a forward pass of one token
+
+    def rounding_bound(self, rows: int) -> float:
+        """Return by how much logits may differ between a step of `rows` rows and one of a single token; 0: not."""
+
+    def objection(self, call: Call) -> str | None:
+        """Return why a call is decoded plainly, None if a session can be opened."""
+
+    def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: Chooser) -> Session: ...
+
+    def skip(self, reason: str) -> None:
+        """Count a call that was decoded plainly."""
+
+    def note(self, near_ties: int) -> None:
+        """Count choices that rounding could have turned."""

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -25,6 +26,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, subclass
 
 if TYPE_CHECKING:
+    from hf_accel.core.contracts import Speculation
     from hf_accel.core.report import Report
 
 
@@ -40,6 +42,7 @@ class Call:
     synced_gpus: bool
     streamer: Any
     model_kwargs: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)  # our own keywords, as their owners understood them
 
     def stock_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that `_sample` was called with."""
@@ -109,9 +112,18 @@ class Host:
     report: Report
     calls: CallLog = field(default_factory=CallLog)
     decoder: Decoder | None = None
+    speculation: Speculation | None = None
     prepare_cache: Callable[[Any, int], None] | None = None  # (cache, expected tokens)
     select_stock_attention: Callable[[], None] | None = None
+    draft_model: Any = None
+    built: dict[Any, Any] = field(default_factory=dict)  # what calls with a config of their own had built
+    lock: Any = field(default_factory=threading.RLock)  # for what calls add to the host
 
+
+# our own keywords of `generate`: name -> what the token loop finds in `Call.options`, given the model, the value and
+# all other arguments; an error raised there reaches the caller before anything runs
+KEYWORDS: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {}
+_options: ContextVar[dict[str, Any]] = ContextVar("hf_accel options of the call in progress", default={})  # noqa: B039
 
 _hosts: WeakKeyDictionary[torch.nn.Module, Host] = WeakKeyDictionary()
 
@@ -143,8 +155,13 @@ class Hosted:
         host = host_of(self)
         if host is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        with host.calls.counting():
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in KEYWORDS}
+        token = _options.set({name: KEYWORDS[name](self, value, kwargs) for name, value in own.items()})
+        try:
+            with host.calls.counting():
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _options.reset(token)
 
     def _sample(
         self,
@@ -165,6 +182,7 @@ class Hosted:
             synced_gpus,
             streamer,
             model_kwargs,
+            _options.get(),
         )
         host = host_of(self)
         if host is None or host.decoder is None:

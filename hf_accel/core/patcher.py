@@ -24,7 +24,8 @@ class Stage(enum.IntEnum):
     ATTENTION = 3
     CACHE = 4
     DECODING = 5
-    COMPILATION = 6
+    SPECULATION = 6  # drafts with copies of what all the others have made of the model
+    COMPILATION = 7
 
 
 class Fidelity(enum.Enum):
@@ -59,6 +60,7 @@ class Patcher(ABC, Generic[C]):
     stage: ClassVar[Stage]
     fidelity: ClassVar[Fidelity]
     occupies: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()  # names of configs that are applied, too, where the plan does not have them
     registry: ClassVar[dict[type[Config], type[Patcher[Any]]]] = {}
 
     def __init_subclass__(cls, config: type[Config], **kwargs: Any) -> None:

@@ -116,7 +116,11 @@ class Plan:
             ConflictError: two steps claim one place.
             UnsupportedModelError: steps cannot be applied to this model; all obstacles are listed.
         """
-        patchers = sorted((Patcher.for_config(step.config) for step in self.steps), key=lambda p: p.stage)
+        patchers = [Patcher.for_config(step.config) for step in self.steps]
+        for needed in [name for patcher in patchers for name in patcher.needs]:
+            if all(type(patcher.config).__name__ != needed for patcher in patchers):
+                patchers.append(Patcher.for_config(Config.from_dict({"type": needed})))
+        patchers.sort(key=lambda patcher: patcher.stage)
         claims: dict[str, str] = {}
         for patcher in patchers:
             name = type(patcher.config).__name__

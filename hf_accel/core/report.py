@@ -71,6 +71,7 @@ class Report:
     verified: str | None = None
     quality: Any = None  # a measure.quality.Quality, where lossy steps were measured
     calls: CallLog | None = None
+    speculation: Any = None  # the counts of a speculative.Statistics
 
     @property
     def extra_bytes(self) -> int:
@@ -107,6 +108,7 @@ class Report:
             "speed": speed,
             "verified": self.verified,
             "quality": self.quality and self.quality.to_dict(),
+            "speculation": self.speculation and self.speculation.to_dict(),
             "calls": self.calls.to_dict() if self.calls else {"served": 0, "delegated": 0, "reasons": {}},
         }
 
@@ -135,6 +137,8 @@ class Report:
         if self.calls is not None:
             lines.append(f"  calls: {self.calls.served} served, {self.calls.delegated} delegated to stock generate")
             lines += [f"    {count} x {reason}" for reason, count in self.calls.reasons.items()]
+        if self.speculation is not None:
+            lines.append("  speculation: " + str(self.speculation).replace("\n", "\n    "))
         return "\n".join(lines)
 
 

@@ -14,11 +14,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
+from hf_accel.core.contracts import Speculation
 from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Call, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.decoding.inputs import LeanInputs, StockInputs
+from hf_accel.core.stepping import stop_recording
+from hf_accel.decoding.steps import PlainSteps, Step, Steps
+from hf_accel.decoding.verification import VerifiedSteps, verification_objection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +58,15 @@ class Collected:
         wanted = {name: bool(config.return_dict_in_generate and getattr(config, f"output_{name}")) for name in names}
         return cls(**{name: () if wanted[name] else None for name in names}, wanted=wanted)  # type: ignore[arg-type]
 
-    def add(self, scores: torch.Tensor, logits: torch.Tensor, outputs: Any) -> None:
+    def add(self, step: Step) -> None:
         if self.scores is not None:
-            self.scores += (scores,)
+            self.scores += (step.scores,)
         if self.logits is not None:
-            self.logits += (logits,)
+            self.logits += (step.logits,)
         if self.attentions is not None:
-            self.attentions += (outputs.attentions,)
+            self.attentions += (step.outputs.attentions,)
         if self.hidden_states is not None:
-            self.hidden_states += (outputs.hidden_states,)
+            self.hidden_states += (step.outputs.hidden_states,)
 
 
 class TokenLoop:
@@ -82,7 +85,7 @@ class TokenLoop:
     def run(self, call: Call) -> Any:
         """Generate; returns what stock's `_sample` would: ids [B, S], or a GenerateDecoderOnlyOutput."""
         model, config, input_ids, streamer = call.model, call.generation_config, call.input_ids, call.streamer
-        processors, criteria = call.logits_processor, call.stopping_criteria
+        criteria = call.stopping_criteria
         pad: Any = config._pad_token_tensor
         pad = pad.to(input_ids.device) if pad is not None else None
         pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -90,28 +93,26 @@ class TokenLoop:
         kept = Collected.for_config(config)
         keeps_any = any(kept.wanted.values())
 
+        speculation = self._speculation(call)
         outputs = model._prefill(input_ids, config, call.model_kwargs, is_first_iteration=not config.is_assistant)
-        lean = LeanInputs.fit(model, call.model_kwargs, outputs)
-        inputs = LeanInputs(call.model_kwargs) if lean else StockInputs(model, call.model_kwargs)
+        steps = self._steps(call, speculation, outputs)
+        del outputs
         with model._optimize_model_for_decode():
             while True:
-                logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
-                scores = processors(input_ids, logits)
+                step = steps.next(input_ids, unfinished)
                 if keeps_any:
-                    kept.add(scores, logits, outputs)
-                tokens = self.select(scores, config.do_sample)
+                    kept.add(step)
+                tokens = step.tokens
                 if pads_finished_rows:
                     tokens = tokens * unfinished + pad * (1 - unfinished)
+                del step
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
                 unfinished = unfinished & ~criteria(input_ids, kept.scores)
                 if streamer is not None:
                     streamer.put(tokens.cpu())
                 if not unfinished.any():
-                    inputs.absorb(outputs)
                     break
-                model_inputs = inputs.next(outputs, input_ids)
-                del outputs, logits, scores  # the logits of the prompt can be large
-                outputs = model(**model_inputs, return_dict=True)
+        steps.close(input_ids)
         if streamer is not None:
             streamer.end()
         if not config.return_dict_in_generate:
@@ -122,12 +123,30 @@ class TokenLoop:
             logits=kept.logits,
             attentions=kept.attentions,
             hidden_states=kept.hidden_states,
-            **{CACHE: inputs.cache},
+            **{CACHE: steps.cache},
         )
 
     @staticmethod
-    def select(scores: torch.Tensor, samples: bool) -> torch.Tensor:
-        """Choose a token per row from processed scores [B, V], by the draws that stock makes."""
-        if samples:
-            return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        return torch.argmax(scores, dim=-1)
+    def _speculation(call: Call) -> Speculation | None:
+        """Return what speculates in this call, None for plain decoding; windows then begin to record their past."""
+        host = host_of(call.model)
+        speculation: Speculation | None = call.options.get("speculative", host.speculation if host else None)
+        if not speculation:
+            return None
+        reason = verification_objection(call) or speculation.objection(call)
+        if reason is None:
+            call.model_kwargs[CACHE].activate_past_recording()
+            return speculation
+        speculation.skip(reason)
+        return None
+
+    @staticmethod
+    def _steps(call: Call, speculation: Speculation | None, outputs: Any) -> Steps:
+        if speculation is None:
+            return PlainSteps(call, outputs)
+        reason = VerifiedSteps.objection(call, outputs)
+        if reason is None:
+            return VerifiedSteps(call, speculation, outputs)
+        speculation.skip(reason)
+        stop_recording(call.model_kwargs[CACHE])
+        return PlainSteps(call, outputs)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.contracts import Reserved
 from hf_accel.core.drift import CACHE
 
 TOKENS = 4
@@ -82,9 +83,9 @@ class _ProbeLayer:
 
     def reserve(
         self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    ) -> Reserved:
         shape = (batch, kv_heads, tokens, head_dim)
-        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), 0, 0
+        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), 0, 0, None
 
     def commit(self, tokens: int) -> None:
         """Nothing follows."""

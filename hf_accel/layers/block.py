@@ -187,7 +187,7 @@ def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -
     reserved = reserve(batch, tokens, block.kv_heads, block.head_dim, hidden.dtype, hidden.device)
     if reserved is None:
         return None
-    keys, values, past, first = reserved
+    keys, values, past, first, row_past = reserved
     if mask is None:
         if tokens > 1 and past != first:
             return None
@@ -200,6 +200,6 @@ def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -
         or mask.dtype not in (torch.bool, hidden.dtype)
     ):
         return None
-    output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask)
+    output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past)
     layer.commit(tokens)
     return output

@@ -24,7 +24,7 @@ NORM_STYLES = {"llama": 0, "gemma": 1}
 _HEAD = struct.Struct("=8q3d")
 _MATRIX = struct.Struct("=QQqqqQQqq")
 _NORMS = struct.Struct("=6Q")
-_CALL = struct.Struct("=7Q19q")
+_CALL = struct.Struct("=7Q19qQ")
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
@@ -204,6 +204,7 @@ class NativeBlock:
         past: int,
         first: int = 0,
         mask: Tensor | None = None,
+        row_past: Tensor | None = None,
     ) -> Tensor:
         """The layer's output [B, T, E] for hidden [B, T, E] contiguous, B * T <= 16.
 
@@ -211,6 +212,10 @@ class NativeBlock:
         dimension contiguous and C >= past + T; positions past..past+T-1 are written, first..past+T-1 attended to
         (causally without a mask). mask: bool (true: visible) or additive in the dtype, [1 or B, 1, T, past+T-first].
         A query that a bool mask hides everything from gets zeros from the attention. No autograd.
+        row_past: int64 [B] on the CPU, contiguous; sequence b is then at position row_past[b] instead of `past`, with
+        first <= row_past[b] <= past. It writes and attends to nothing from row_past[b]+T on, whatever the mask says.
+        No sequence changes another's result: to the last bit it is the one of that sequence alone, save on AMX, where
+        a single row has its products summed in another order.
         Raises: ValueError when sizes are out of range.
         """
         batch, tokens, _ = hidden.shape
@@ -254,10 +259,16 @@ class NativeBlock:
             mask_kind,
             mask_stride_b,
             mask_stride_t,
+            0 if row_past is None else row_past.data_ptr(),
         )
+        if row_past is not None and (
+            row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()
+        ):
+            raise ValueError(f"row_past must be contiguous int64 [{batch}], got {row_past.dtype} {[*row_past.shape]}")
         if past + tokens > keys.shape[2] or self._function(self._packed, call):
             raise ValueError(
                 f"native block takes 1 to {MAX_ROWS} rows and a buffer that holds them, got {batch} x {tokens} rows "
-                f"at position {past} of a buffer of {keys.shape[2]} positions (first visible: {first})"
+                f"at position {past} of a buffer of {keys.shape[2]} positions (first visible: {first}"
+                f"{'' if row_past is None else f'; by row: {row_past.tolist()}, each from {first} to {past}'})"
             )
         return out

@@ -145,6 +145,9 @@ static void block_task(void *arg, int self, int team) {
 }
 
 static int is_valid(const hfa_block *block, const hfa_block_call *call) {
+    if (call->row_past && call->batch <= HFA_MAX_ROWS)
+        for (int64_t b = 0; b < call->batch; b++)
+            if (call->row_past[b] < call->first || call->row_past[b] > call->past) return 0;
     return call->batch >= 1 && call->tokens >= 1 && call->batch * call->tokens <= HFA_MAX_ROWS && call->first >= 0
         && call->first <= call->past && (uint64_t)block->dtype < HFA_DTYPES && block->head_dim <= HFA_MAX_HEAD_DIM
         && call->rotary <= block->head_dim && call->rotary % 2 == 0 && block->kv_heads >= 1
@@ -185,7 +188,9 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     run.output.item[0].out = run.down.item[0].out = run.summand;
     run.output.item[0].ldo = run.down.item[0].ldo = padded(block->hidden);
     int64_t together = larger(hfa_rows_together(kernels, &block->gate), hfa_rows_together(kernels, &block->up));
-    run.gate_rows = hfa_chunk_rows(together, gate_row_bytes, block->inner * gate_row_bytes, run.threads);
+    int64_t wanted = larger(hfa_rows_wanted(kernels, &block->gate, run.rows),
+                            hfa_rows_wanted(kernels, &block->up, run.rows));
+    run.gate_rows = hfa_chunk_rows(together, wanted, gate_row_bytes, block->inner * gate_row_bytes, run.threads);
     hfa_ranges_deal(run.ranges[0], run.threads, hfa_products_plan(&run.qkv, run.threads));
     hfa_ranges_deal(run.ranges[1], run.threads, call->batch * block->kv_heads * run.pieces);
     hfa_ranges_deal(run.ranges[2], run.threads, hfa_products_plan(&run.output, run.threads));

@@ -34,6 +34,9 @@ typedef struct {
     float *angles;    /* cos, sin, scratch: 3 * HFA_MAX_HEAD_DIM */
 } hfa_block_private;
 
+/* Positions that sequence b has already. */
+static inline int64_t hfa_past(const hfa_block_call *call, int64_t b) { return call->row_past ? call->row_past[b] : call->past; }
+
 void hfa_attention_plan(hfa_block_run *run);
 void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self);
 void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride); /* out[R][stride], rounded */

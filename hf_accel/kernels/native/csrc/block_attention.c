@@ -37,8 +37,9 @@ static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64
     int64_t d = block->head_dim, size = kernels->element;
     char *keys = (char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g) * size;
     char *values = (char *)call->values + (b * call->value_stride_b + g * call->value_stride_g) * size;
-    for (int64_t at = from > call->past ? from : call->past; at < to; at++) {
-        int64_t t = at - call->past;
+    int64_t past = hfa_past(call, b);
+    for (int64_t at = from > past ? from : past; at < to; at++) {
+        int64_t t = at - past;
         const float *row = run->projected + (b * call->tokens + t) * run->projected_stride;
         memcpy(mine->queries, row + (block->heads + g) * d, (size_t)d * sizeof(float));
         load_angles(run, b, t, mine->angles);
@@ -53,7 +54,7 @@ static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64
     const hfa_block_call *call = run->call;
     int64_t at = b * call->mask_stride_b + t * call->mask_stride_t + start;
     if (call->mask_kind == HFA_MASK_NONE) {
-        int64_t visible = call->past - call->first + t + 1 - start;
+        int64_t visible = hfa_past(call, b) - call->first + t + 1 - start;
         for (int64_t i = visible < 0 ? 0 : visible; i < n; i++) scores[i] = -INFINITY;
     } else if (call->mask_kind == HFA_MASK_BOOL) {
         const uint8_t *mask = (const uint8_t *)call->mask + at;
@@ -91,7 +92,15 @@ static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
             g = head % block->kv_heads, size = kernels->element;
     int64_t from = piece * HFA_PIECE, to = from + HFA_PIECE;
     if (from < call->first) from = call->first;
-    if (to > call->past + call->tokens) to = call->past + call->tokens;
+    if (to > hfa_past(call, b) + call->tokens) to = hfa_past(call, b) + call->tokens;
+    if (from >= to) { /* a shorter sequence: what lies here is not its own, so that even reading it could do harm */
+        for (int64_t i = task * queries; i < (task + 1) * queries; i++) {
+            run->partial_max[i] = -INFINITY;
+            run->partial_sum[i] = 0.0f;
+        }
+        memset(run->partial + task * queries * d, 0, (size_t)(queries * d) * sizeof(float));
+        return;
+    }
     int64_t n = to - from, padded = (n + 15) / 16 * 16;
     write_cache(run, mine, b, g, from, to);
     const char *keys = (const char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g + from * call->key_stride_s) * size;

@@ -1,5 +1,7 @@
 /* All kernels of one instruction set: an isa_*.c file includes its vec_*.h, then this, between target pragmas,
- * having defined TABLE (the name of the table) and ROWS_FOR(M) (rows of W computed together for M rows of x). */
+ * having defined TABLE (the name of the table) and ROWS_FOR(M) (rows of W computed together for M rows of x). For panels
+ * (see product_body.h) also PANELS_FROM, the least rows of x for them, PANEL_ROWS_FOR(G), rows of W beside a group of G
+ * rows of x, and HOLDS(R, M), HOLD(x): where x is to be loaded once for R rows of W, and what makes gcc do so. */
 #include "float_body.h"
 #include "packed_body.h"
 
@@ -10,9 +12,14 @@
 #define DTYPE 2
 #include "dtype_body.h"
 
+#ifdef PANELS_FROM
+#define FROM PANELS_FROM
+#else
+#define FROM (HFA_MAX_ROWS + 1)
+#endif
 #define TABLE_ENTRY(N)                                                                                                \
     {.step = STEP_##N, .packed_size = sizeof(packed_##N), .element = sizeof(element_##N), .rows_together = 4,         \
-     .pack = pack_##N,                                                                                                \
+     .panels_from = FROM, .pack = pack_##N,                                                                           \
      .pack_f32 = pack_f32_##N, .dot = dot_##N, .axpy = axpy_##N, .load = load_##N, .store = store_##N,                \
      .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .rms_norm = rms_norm_##N,                \
      .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \

@@ -13,12 +13,14 @@
 #define HFA_PREFETCH_BYTES 16384 /* how far ahead; from 8 to 64 KB measured alike, 16 KB wastes least at the end */
 #define HFA_PREFETCH_LEVEL 2     /* into L2: L1 is too small for this distance */
 #define HFA_PACK_ROWS 8
+#define HFA_PANEL_ROWS 64 /* rows of W that go over a panel of x */
 
 typedef struct {
     int step;        /* K padding of packed activations, elements */
     int packed_size; /* bytes of a packed element */
     int element;     /* bytes of a stored element */
     int rows_together; /* rows of W that `dot` likes to take at once: chunks are multiples of it */
+    int panels_from; /* from so many rows of x on, `dot` likes HFA_PANEL_ROWS rows of W in a call */
     /* x [M, K] with a row stride in elements, stored dtype / fp32 that already holds dtype values */
     void (*pack)(const void *x, int64_t stride, int m, int64_t k, void *packed);
     void (*pack_f32)(const float *x, int64_t stride, int m, int64_t k, void *packed);

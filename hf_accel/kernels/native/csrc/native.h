@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 2
+#define HFA_ABI_VERSION 3
 #define HFA_MAX_ROWS 16     /* activation rows of one call */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -53,13 +53,16 @@ typedef struct {
 } hfa_block;
 
 /* What changes from call to call; strides in elements. hidden, out [B,T,E] contiguous; cos, sin [Bc,T,rotary];
- * keys, values buffers [B,G,C,D] with the last dimension contiguous; mask [Bm,1,T,S] with S = past + T - first. */
+ * keys, values buffers [B,G,C,D] with the last dimension contiguous; mask [Bm,1,T,S] with S = past + T - first.
+ * row_past [B] or NULL: sequences of different lengths. Sequence b then writes row_past[b]..row_past[b] + T - 1 and
+ * attends to nothing beyond, whatever the mask says; first <= row_past[b] <= past. NULL: all are at `past`. */
 typedef struct {
     const void *hidden; void *out; const void *cos, *sin; void *keys, *values; const void *mask;
     int64_t batch, tokens, past, first, threads;
     int64_t rotary, cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t;
     int64_t key_stride_b, key_stride_g, key_stride_s, value_stride_b, value_stride_g, value_stride_s;
     int64_t mask_kind, mask_stride_b, mask_stride_t;
+    const int64_t *row_past;
 } hfa_block_call;
 
 /* x [m, k] contiguous times `count` weights of one inner size k; out [m, rows] contiguous. Only `count` items are read. */

@@ -77,7 +77,7 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     call.loaded = scratch + sizeof(hfa_barrier) + 2 * range_bytes;
     call.rounded = call.loaded + loaded_bytes;
     *call.barrier = (hfa_barrier){0};
-    call.chunk_rows = hfa_chunk_rows(HFA_LANES, row_bytes, row_bytes * w->rows, call.threads);
+    call.chunk_rows = hfa_chunk_rows(HFA_LANES, 1, row_bytes, row_bytes * w->rows, call.threads);
     for (int64_t m0 = 0; m0 < m; m0 += PASS) {
         call.m = (int)(m - m0 < PASS ? m - m0 : PASS);
         call.x = (const char *)x + m0 * w->inner * kernels->element;

@@ -11,10 +11,15 @@ int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w) {
     return w->format == HFA_DENSE ? kernels->rows_together : HFA_LANES;
 }
 
-int64_t hfa_chunk_rows(int64_t together, int64_t row_bytes, int64_t total_bytes, int threads) {
+int64_t hfa_rows_wanted(const hfa_kernels *kernels, const hfa_matrix *w, int m) {
+    return w->format == HFA_DENSE && m >= kernels->panels_from ? HFA_PANEL_ROWS : 1;
+}
+
+int64_t hfa_chunk_rows(int64_t together, int64_t wanted, int64_t row_bytes, int64_t total_bytes, int threads) {
+    int64_t most = wanted * row_bytes > 128 << 10 ? wanted * row_bytes : 128 << 10;
     int64_t target = total_bytes / (threads * 8); /* at least eight turns each, to even out the ends */
     if (target < 8 << 10) target = 8 << 10;
-    if (target > 128 << 10) target = 128 << 10;
+    if (target > most) target = most;
     int64_t rows = (target / row_bytes + together - 1) / together * together;
     return rows < together ? together : rows;
 }
@@ -57,7 +62,8 @@ int64_t hfa_products_plan(hfa_products *p, int threads) {
     p->first_chunk[0] = 0;
     for (int i = 0; i < p->count; i++) {
         const hfa_matrix *w = p->item[i].matrix;
-        p->chunk_rows[i] = hfa_chunk_rows(hfa_rows_together(p->kernels, w), hfa_row_bytes(p->kernels, w), total, threads);
+        p->chunk_rows[i] = hfa_chunk_rows(hfa_rows_together(p->kernels, w), hfa_rows_wanted(p->kernels, w, p->m),
+                                          hfa_row_bytes(p->kernels, w), total, threads);
         p->first_chunk[i + 1] = p->first_chunk[i] + (w->rows + p->chunk_rows[i] - 1) / p->chunk_rows[i];
     }
     return p->first_chunk[p->count];

@@ -31,8 +31,10 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
 /* Chooses the chunks; returns their number. */
 int64_t hfa_products_plan(hfa_products *products, int threads);
 void hfa_products_run(const hfa_products *products, const hfa_activations *x, hfa_range *ranges, int threads, int self);
+/* Rows of W that are worth having in one chunk if there are enough of them. */
+int64_t hfa_rows_wanted(const hfa_kernels *kernels, const hfa_matrix *w, int m);
 /* Rows of a chunk, a multiple of `together`, of `row_bytes` each when `total_bytes` are read by `threads` in this phase. */
-int64_t hfa_chunk_rows(int64_t together, int64_t row_bytes, int64_t total_bytes, int threads);
+int64_t hfa_chunk_rows(int64_t together, int64_t wanted, int64_t row_bytes, int64_t total_bytes, int threads);
 /* Threads worth waking for so many bytes of weights. */
 int hfa_useful_threads(int64_t bytes, int64_t threads);
 #endif

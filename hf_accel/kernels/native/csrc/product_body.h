@@ -79,8 +79,29 @@ static void NAME(pack)(const void *x, int64_t stride, int m, int64_t k, void *pa
     }
 }
 
+/* The rest of a row, n < STEP elements, zero-padded: never reads beyond the row. */
+HFA_INLINE NAME(wide) NAME(wide_tail)(const T *p, int64_t n) {
+    T tail[STEP];
+    memset(tail, 0, sizeof tail);
+    memcpy(tail, p, (size_t)n * sizeof(T));
+    return NAME(wide_load)(tail);
+}
+
 #undef AT
 #define AT(e) ((e) < R * M ? (e) : 0)
+/* Four sums at a time, also where only one is wanted: whatever R and M are, a sum comes out the same to the last bit. */
+HFA_INLINE void NAME(finish_tile)(const int R, const int M, vf acc[4][HFA_PACK_ROWS], float *out, int64_t ldo) {
+    UNROLL(8)
+    for (int e = 0; e < R * M; e += 4) {
+        float sums[4];
+        vf_sum4(acc[e % R][e / R], acc[AT(e + 1) % R][AT(e + 1) / R], acc[AT(e + 2) % R][AT(e + 2) / R],
+                acc[AT(e + 3) % R][AT(e + 3) / R], sums);
+        UNROLL(4)
+        for (int j = 0; j < 4; j++)
+            if (e + j < R * M) out[(e + j) / R * ldo + (e + j) % R] = sums[j];
+    }
+}
+
 /* A single row of fp32 streams better by plain loads (27 GB/s against 26, medians of one run); all else by prefetch. */
 #undef PREFETCHES
 #define PREFETCHES(M) (DTYPE != 2 || (M) > 1)
@@ -130,13 +151,10 @@ HFA_INLINE void NAME(dot_tile)(const int R, const int M, const T *w, int64_t str
     }
 #endif
     ACCUMULATE(whole)
-    if (i < k) { /* the rest of a row, zero-padded: never reads beyond the row */
+    if (i < k) {
         UNROLL(4)
         for (int r = 0; r < R; r++) {
-            T tail[STEP];
-            memset(tail, 0, sizeof tail);
-            memcpy(tail, w + r * stride + i, (size_t)(k - i) * sizeof(T));
-            NAME(wide) v = NAME(wide_load)(tail);
+            NAME(wide) v = NAME(wide_tail)(w + r * stride + i, k - i);
             UNROLL(8)
             for (int m = 0; m < M; m++) acc[r][m] = NAME(wide_dot)(acc[r][m], v, x + m * STEP);
         }
@@ -147,16 +165,7 @@ HFA_INLINE void NAME(dot_tile)(const int R, const int M, const T *w, int64_t str
         UNROLL(8)
         for (int m = 0; m < M; m++) acc[r][m] = vf_add(total[r][m], acc[r][m]);
 #endif
-    /* four sums at a time, also where only one is wanted: whatever R and M are, a sum comes out the same to the last bit */
-    UNROLL(8)
-    for (int e = 0; e < R * M; e += 4) {
-        float sums[4];
-        vf_sum4(acc[e % R][e / R], acc[AT(e + 1) % R][AT(e + 1) / R], acc[AT(e + 2) % R][AT(e + 2) / R],
-                acc[AT(e + 3) % R][AT(e + 3) / R], sums);
-        UNROLL(4)
-        for (int j = 0; j < 4; j++)
-            if (e + j < R * M) out[(e + j) / R * ldo + (e + j) % R] = sums[j];
-    }
+    NAME(finish_tile)(R, M, acc, out, ldo);
 }
 
 /* From this length on, one activation row takes the rows of W one by one: strictly sequential reads were 8 % faster than
@@ -183,6 +192,7 @@ static void NAME(dot_group)(const T *w, int64_t stride, int64_t rows, int64_t k,
 #undef DOT_CASE
 #undef SINGLE_ROW_FROM
 
+#ifndef PANELS_FROM
 static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out,
                       int64_t ldo) {
     const T *w = weight;
@@ -199,6 +209,133 @@ static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t 
                         out + HFA_PACK_ROWS * ldo + n, ldo);
     }
 }
+
+#else
+
+/* Many rows of x do not fit L1 over their whole length, and then each row of W waits for them to come from L2 again. So
+ * the columns go in panels: SECTION of them for HFA_PACK_ROWS rows of x is half of a 32 KB L1, and HFA_PANEL_ROWS rows
+ * of W pass over that before the next panel. Between panels the sums rest in memory as they are, vectors: the additions
+ * of an output are those of dot_tile, one by one and in its order. Measured (Zen 3, bf16, 16 rows of x, 8192 columns):
+ * 36 G products per second and core, without panels 13. */
+#define NEXT_ROWS 4 /* how far ahead W is prefetched; 12 was 5 % and 48 30 % slower */
+#define SECTION (32 * STEP) /* for fp32, where dot_tile starts a new section */
+
+/* R rows of W against M rows of x out of a packed group of G, over the columns of a panel; sums lie in order [R][G]. */
+HFA_INLINE void NAME(panel_tile)(const int R, const int M, const int G, const T *w, int64_t stride, int64_t k,
+                                 const NAME(packed) *x, const T *ahead, float *sums, int is_last, float *out, int64_t ldo) {
+    vf acc[4][HFA_PACK_ROWS];
+    UNROLL(4)
+    for (int r = 0; r < R; r++)
+        UNROLL(8)
+        for (int m = 0; m < M; m++) acc[r][m] = DTYPE == 2 ? vf_set1(0.0f) : vf_load(sums + (r * G + m) * VW);
+    int64_t i = 0;
+    for (; i + STEP <= k; i += STEP, x += G * STEP) {
+        if (ahead) {
+            UNROLL(4)
+            for (int r = 0; r < R; r++) __builtin_prefetch(ahead + r * stride + i, 0, HFA_PREFETCH_LEVEL);
+        }
+        if (HOLDS(R, M)) {
+            NAME(wide) v[2] = {NAME(wide_load)(w + i), NAME(wide_load)(w + stride + i)};
+            UNROLL(4)
+            for (int m = 0; m < M; m++) {
+                vf a = vf_load(x + m * STEP);
+                HOLD(a);
+                acc[0][m] = vf_fma(v[0].a, a, acc[0][m]);
+                acc[1][m] = vf_fma(v[1].a, a, acc[1][m]);
+            }
+            UNROLL(4)
+            for (int m = 0; m < M; m++) {
+                vf b = vf_load(x + m * STEP + VW);
+                HOLD(b);
+                acc[0][m] = vf_fma(v[0].b, b, acc[0][m]);
+                acc[1][m] = vf_fma(v[1].b, b, acc[1][m]);
+            }
+        } else {
+            UNROLL(4)
+            for (int r = 0; r < R; r++) {
+                NAME(wide) v = NAME(wide_load)(w + r * stride + i);
+                UNROLL(8)
+                for (int m = 0; m < M; m++) acc[r][m] = NAME(wide_dot)(acc[r][m], v, x + m * STEP);
+            }
+        }
+    }
+    if (i < k) {
+        UNROLL(4)
+        for (int r = 0; r < R; r++) {
+            NAME(wide) v = NAME(wide_tail)(w + r * stride + i, k - i);
+            UNROLL(8)
+            for (int m = 0; m < M; m++) acc[r][m] = NAME(wide_dot)(acc[r][m], v, x + m * STEP);
+        }
+    }
+    UNROLL(4)
+    for (int r = 0; r < R; r++)
+        UNROLL(8)
+        for (int m = 0; m < M; m++) {
+            float *sum = sums + (r * G + m) * VW;
+            if (DTYPE == 2) acc[r][m] = vf_add(vf_load(sum), acc[r][m]);
+            if (!is_last) vf_store(sum, acc[r][m]);
+        }
+    if (is_last) NAME(finish_tile)(R, M, acc, out, ldo);
+}
+
+/* R rows of W against a group of G rows of x. From 6 on the group goes in halves, which leave registers for W. */
+HFA_INLINE void NAME(panel_rows)(const int R, const int G, const T *w, int64_t stride, int64_t k, const NAME(packed) *x,
+                                 const T *ahead, float *sums, int is_last, float *out, int64_t ldo) {
+    const int M = G < 6 ? G : (G + 1) / 2;
+    NAME(panel_tile)(R, M, G, w, stride, k, x, ahead, sums, is_last, out, ldo);
+    if (M < G)
+        NAME(panel_tile)(R, G - M, G, w, stride, k, x + M * STEP, NULL, sums + M * VW, is_last, out + M * ldo, ldo);
+}
+
+#define PANEL_CASE(G)                                                                                                 \
+    case G:                                                                                                           \
+        for (int64_t n = 0, R; n < rows; n += R) {                                                                    \
+            const T *wn = w + n * stride, *ahead = NULL;                                                              \
+            float *sum = sums + n * G * VW;                                                                           \
+            if (next) ahead = n + NEXT_ROWS < rows ? wn + NEXT_ROWS * stride : next + (n + NEXT_ROWS - rows) * stride; \
+            R = n + PANEL_ROWS_FOR(G) <= rows ? PANEL_ROWS_FOR(G) : 1;                                                \
+            if (R > 1) NAME(panel_rows)(PANEL_ROWS_FOR(G), G, wn, stride, k, x, ahead, sum, is_last, out + n, ldo);   \
+            else NAME(panel_rows)(1, G, wn, stride, k, x, ahead, sum, is_last, out + n, ldo);                         \
+        }                                                                                                             \
+        break;
+
+/* `rows` rows of W over one panel; next: where the row lies that follows them, NULL: W is in the cache already */
+static void NAME(panel_group)(const T *w, int64_t stride, int64_t rows, int64_t k, const NAME(packed) *x, int g,
+                              const T *next, float *sums, int is_last, float *out, int64_t ldo) {
+    switch (g) {
+        PANEL_CASE(1) PANEL_CASE(2) PANEL_CASE(3) PANEL_CASE(4) PANEL_CASE(5) PANEL_CASE(6) PANEL_CASE(7) PANEL_CASE(8)
+    }
+}
+#undef PANEL_CASE
+
+static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out,
+                      int64_t ldo) {
+    if (m < PANELS_FROM) {
+        NAME(dot_group)(weight, stride, rows, k, packed, m, out, ldo);
+        return;
+    }
+    _Alignas(64) float sums[HFA_PANEL_ROWS * HFA_MAX_ROWS * VW];
+    const NAME(packed) *x = packed;
+    int64_t padded = (k + STEP - 1) / STEP * STEP;
+    for (int64_t n = 0; n < rows; n += HFA_PANEL_ROWS) {
+        const T *w = (const T *)weight + n * stride;
+        int64_t count = rows - n < HFA_PANEL_ROWS ? rows - n : HFA_PANEL_ROWS;
+        memset(sums, 0, (size_t)(count * m * VW) * sizeof(float));
+        for (int64_t i = 0; i < k; i += SECTION) {
+            int64_t columns = k - i < SECTION ? k - i : SECTION;
+            int is_last = i + columns == k;
+            const T *next = is_last ? w + count * stride : w + i + columns;
+            for (int m0 = 0; m0 < m; m0 += HFA_PACK_ROWS, next = NULL) {
+                int g = m - m0 < HFA_PACK_ROWS ? m - m0 : HFA_PACK_ROWS;
+                NAME(panel_group)(w + i, stride, count, columns, x + m0 * padded + i * g, g, next, sums + m0 * count * VW,
+                                  is_last, out + m0 * ldo + n, ldo);
+            }
+        }
+    }
+}
+#undef SECTION
+#undef NEXT_ROWS
+#endif
 
 /* out[M][cols] += coef[M][R] W[R][cols]; `ahead` is how many elements on the row to prefetch lies. */
 HFA_INLINE void NAME(axpy_tile)(const int R, const int M, const T *w, int64_t stride, int64_t cols, const float *coef,

@@ -1,0 +1,70 @@
+"""Decides how many tokens are drafted, and that none are where it does not pay.
+
+With the chance a that a draft is accepted, a step with k drafts brings 1 + a + ... + a^k tokens (Leviathan et al. 2023,
+arXiv:2211.17192, equation 1) and costs k drafts and a verification of k + 1 tokens; the k with the most tokens per
+second wins, and plain decoding is k = 0. All three are followed as they change.
+
+What is tried may fail, so it is paid from an account: a call may lose 0.8 plain steps and one in a hundred of the
+steps that it has made, and no more. So a call is never slower than plain decoding by more than that, whatever the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_accel.speculative.costs import StepCosts
+
+ALLOWANCE_STEPS = 0.8
+ALLOWANCE_SHARE = 0.01
+CREDIT_STEPS = 4.0  # what was gained long ago does not pay for what fails now
+GAIN = 1.03  # by how much drafting must promise to be faster
+
+
+@dataclass(frozen=True)
+class Choice:
+    """To draft `tokens` tokens; `rate` is how many tokens per second that promises."""
+
+    tokens: int
+    rate: float
+
+
+class Account:
+    """Plain steps lost (positive) or gained by speculation in one call."""
+
+    def __init__(self) -> None:
+        self.lost, self.steps = 0.0, 0.0
+
+    def allows(self, risk: float) -> bool:
+        """Return whether `risk` more plain steps may be lost."""
+        return self.lost + risk <= ALLOWANCE_STEPS + ALLOWANCE_SHARE * self.steps
+
+    def settle(self, cost: float, tokens: float) -> None:
+        """Book a step that cost as much as `cost` plain steps and brought `tokens` tokens."""
+        self.steps += cost
+        self.lost = max(-CREDIT_STEPS, self.lost + cost - tokens)
+
+
+def choose(
+    chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int, fixed_s: float = 0.0
+) -> Choice:
+    """Return how many tokens to draft.
+
+    chances: per live row, the chance that its i-th draft is accepted once those before it are; a row that has fewer
+    drafts than others gains nothing beyond them. draft_s: seconds per drafted token; fixed_s: seconds before the first.
+    """
+    plain_s = costs.step(1)
+    best = Choice(0, 1 / plain_s)
+    expected = [1.0] * len(chances)
+    reach = [1.0] * len(chances)
+    for tokens in range(1, most + 1):
+        for row, chain in enumerate(chances):
+            reach[row] *= chain[tokens - 1] if tokens <= len(chain) else 0.0
+            expected[row] += reach[row]
+        seconds = fixed_s + tokens * draft_s + costs.step(tokens + 1)
+        if not account.allows(seconds / plain_s - 1):
+            break
+        # the slowest row decides when a batch is done, the others how much is gained until then
+        rate = (sum(expected) / len(expected) + min(expected)) / 2 / seconds
+        if rate > best.rate * (GAIN if best.tokens == 0 else 1.0):
+            best = Choice(tokens, rate)
+    return best

@@ -1,0 +1,136 @@
+"""Speculation in one `generate` call: asks the drafters, decides by the governor, and learns from what is accepted."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hf_accel.core.contracts import Draft
+from hf_accel.core.rows import Rows
+from hf_accel.speculative.acceptance import Acceptance
+from hf_accel.speculative.config import SpeculativeConfig
+from hf_accel.speculative.costs import StepCosts
+from hf_accel.speculative.drafting import Drafter, Proposal
+from hf_accel.speculative.governor import Account, choose
+from hf_accel.speculative.matching import LookupDrafter
+from hf_accel.speculative.statistics import Statistics
+
+
+@dataclass
+class Arm:
+    """One drafter in one call, and what is believed of it."""
+
+    name: str
+    drafter: Drafter
+    draft_s: float  # seconds per drafted token, followed
+    overall: Acceptance  # of any draft: what is known before drafting
+    by_confidence: Acceptance  # of drafts by bucket: what is known once they are there
+    _seen: deque[float] = field(default_factory=lambda: deque(maxlen=7))
+
+    def __post_init__(self) -> None:
+        self._seen.extend([self.draft_s] * 2)  # a first call finds weights cold
+
+    def observe(self, seconds: float, tokens: int) -> None:
+        """Take in what drafting `tokens` tokens took."""
+        self._seen.append(seconds / tokens)
+        self.draft_s = statistics.median(self._seen)
+
+
+class SpeculativeSession:
+    """See `hf_accel.core.contracts.Session`. arms: in the order in which they are asked."""
+
+    def __init__(
+        self,
+        arms: list[Arm],
+        rows: Rows,
+        costs: StepCosts,
+        config: SpeculativeConfig,
+        totals: Statistics,
+        close: Callable[[], None],
+    ) -> None:
+        self.arms, self.rows, self.costs, self.totals, self.close = arms, rows, costs, totals, close
+        self.most, self.adaptive = config.max_draft_tokens, config.adaptive
+        self.account = Account()
+        self._current: tuple[Arm, Proposal, float] | None = None
+
+    def propose(self, limit: int) -> Draft | None:
+        most = min(limit, self.most)
+        self._current = None
+        found = self._fixed(most) if not self.adaptive else self._best(most)
+        if found is None:
+            return None
+        arm, proposal, seconds = found
+        self._current = found
+        if not isinstance(arm.drafter, LookupDrafter):
+            arm.observe(seconds, max(1, proposal.draft.tokens.shape[1]))
+        return proposal.draft
+
+    def observe(self, draft: Draft | None, accepted: list[int], seconds: float) -> None:
+        tokens = 1 if draft is None else 1 + draft.tokens.shape[1]
+        self.costs.observe(tokens, seconds)
+        self.totals.step(sum(count >= 0 for count in accepted), seconds)
+        if draft is None or self._current is None:
+            self.account.settle(1.0, 1.0)
+            return
+        arm, proposal, _ = self._current
+        live = [row for row, count in enumerate(accepted) if count >= 0]
+        for row in live:
+            held = accepted[row]
+            if not isinstance(arm.drafter, LookupDrafter):  # that one learns from the text itself
+                for t, bucket in enumerate(proposal.buckets[row][: held + 1]):
+                    arm.by_confidence.observe(bucket, t < held)
+                    arm.overall.observe(0, t < held)
+            self.totals.drafted(arm.name, draft.counts[row], held)
+        if live:
+            plain_s = self.costs.step(1)
+            cost = (arm.draft_s * draft.tokens.shape[1] + self.costs.step(tokens)) / plain_s
+            self.account.settle(cost, 1 + min(accepted[row] for row in live))
+
+    def _fixed(self, most: int) -> tuple[Arm, Proposal, float] | None:
+        for arm in self.arms:
+            start = time.perf_counter()
+            proposal = arm.drafter.propose(most, lambda _: True)
+            if proposal is not None:
+                return arm, proposal, time.perf_counter() - start
+        return None
+
+    def _best(self, most: int) -> tuple[Arm, Proposal, float] | None:
+        """Let the arm draft that promises most tokens per second, if any promises more than plain decoding."""
+        live = self.rows.live()
+        best: tuple[float, Arm, int, Proposal | None] | None = None
+        for arm in self.arms:
+            proposal = None
+            if isinstance(arm.drafter, LookupDrafter):
+                proposal = arm.drafter.propose(most, lambda _: True)
+                if proposal is None:
+                    continue
+                chances = [[arm.by_confidence.chance(b) for b in proposal.buckets[row]] for row in live]
+            else:
+                chances = [[arm.overall.chance(0)] * most] * len(live)
+            choice = choose(chances, arm.draft_s, self.costs, self.account, most)
+            if choice.tokens and (best is None or choice.rate > best[0]):
+                best = (choice.rate, arm, choice.tokens, proposal)
+        if best is None:
+            return None
+        rate, arm, tokens, proposal = best
+        if proposal is not None:
+            counts = [min(count, tokens) for count in proposal.draft.counts]
+            width = max(counts)
+            return arm, Proposal(Draft(proposal.draft.tokens[:, :width], counts), proposal.buckets), 0.0
+        reach = 1.0
+        step = 1
+
+        def goes_on(latest: list[int]) -> bool:
+            """Draft on while the next token promises more than the time it takes would bring otherwise."""
+            nonlocal reach, step
+            step += 1
+            reach *= max(arm.by_confidence.chance(bucket) for bucket in latest)
+            more_s = arm.draft_s + self.costs.step(step + 1) - self.costs.step(step)
+            return reach * arm.overall.chance(0) > rate * more_s
+
+        start = time.perf_counter()
+        proposal = arm.drafter.propose(min(most, tokens + 2), goes_on)
+        return None if proposal is None else (arm, proposal, time.perf_counter() - start)
