@@ -36,6 +36,7 @@ from hf_accel.layers.audit import evaluating
 from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
 from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
+from hf_accel.speculative import SpeculativeConfig
 
 # goal -> candidates, the preferred first where two claim one place
 EXACT: tuple[type[Config], ...] = (
@@ -52,6 +53,8 @@ GOALS: dict[str, tuple[type[Config], ...]] = {"exact": EXACT, "fast": EXACT, "me
 BUDGET_S = 1.5
 PROMPT_TOKENS = 8
 VERIFY_TOKENS = 64
+# these take no time and gain none on random prompts, of which nothing can be foretold; they watch over themselves
+GOVERNED = (SpeculativeConfig,)
 # what these change only shows in steps of several query tokens, as speculation and chunked prompts make them
 VERIFIERS = (AttentionConfig,)
 # a candidate may cost a token this much time before it counts as a loss: less cannot be told from noise
@@ -85,14 +88,22 @@ def plan_goal(
     plan = Plan(goal=goal)
     anatomy.prepared = WeakKeyDictionary()
     configs: list[Config] = [candidate() for candidate in GOALS[goal]]
+    # drafts that cost no memory; a draft model is there to be used
+    configs.append(SpeculativeConfig(drafter="lookup" if anatomy.draft_model is None else ("lookup", "model")))
     with evaluating(anatomy.model):
         if goal != "exact":
             text = calibration_text(anatomy.model, calibration, tokenizer)
             configs = _few_bits(plan, anatomy, text, max_kl or DEFAULT_MAX_KL[goal], progress) + configs
         offer(plan, anatomy, configs)
+        governed = [step for step in plan.steps if isinstance(step.config, GOVERNED)]
+        plan.steps = plan.without(*GOVERNED).steps
         _verify(plan, anatomy)
         if plan.steps:
             _time(plan, anatomy, progress)
+        if any(isinstance(step.config, DecodingConfig) for step in plan.steps):
+            plan.steps += governed
+        else:
+            plan.skipped += [Skip(_name(step), "it needs the token loop, which is left out") for step in governed]
     for step in plan.steps:
         plan.weight_bytes = Patcher.for_config(step.config).weight_bytes(anatomy) or plan.weight_bytes
     if plan.weight_bytes is None:

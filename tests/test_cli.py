@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from typer.testing import CliRunner, Result
 
 import hf_accel
-from hf_accel.cli import app
+from hf_accel.assets import demo_path
+from hf_accel.cli import app, tables
 from hf_accel.core.plan import Plan
+from hf_accel.decoding.steps import PlainSteps
 from hf_accel.kernels import native
 from hf_accel.measure import Run, difference
 from hf_accel.measure.overhead import CallCost
 from hf_accel.measure.result import Sample, Side
+from hf_accel.speculative.statistics import Statistics
 
 BENCH = ("--dtype", "float32", "--prompt", "12", "--new", "6", "--rounds", "2", "--threads", "1")
 
@@ -151,7 +156,7 @@ def test_bench_builds_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_shows_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    select = hf_accel.decoding.loop.TokenLoop.select
+    select = PlainSteps.select
 
     def second_best(scores: torch.Tensor, samples: bool) -> torch.Tensor:
         return select(scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf), samples)
@@ -160,12 +165,81 @@ def test_bench_shows_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
     plan = Plan.of([hf_accel.DecodingConfig()])
     monkeypatch.setattr(models, "plan_goal", lambda *_: plan)
-    monkeypatch.setattr(hf_accel.decoding.loop.TokenLoop, "select", staticmethod(second_best))
+    monkeypatch.setattr(PlainSteps, "select", staticmethod(second_best))
     data = json.loads(succeed("bench", folder, *BENCH, "--json").stdout)
     assert data["same_ids"] is False
     assert (data["difference"]["row"], data["difference"]["new_token"]) == (0, 0)
     assert data["difference"]["margin"] > 0
     assert "The generated tokens differ." in succeed("bench", folder, *BENCH).stdout
+
+
+def speculation_of(data: dict) -> tuple[dict, dict]:
+    """The config that was applied and the counts."""
+    [config] = [c["config"] for c in data["report"]["changes"] if c["config"]["type"] == "SpeculativeConfig"]
+    return config, data["report"]["speculation"]
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "self", "layer_skip", "auto"])
+def test_bench_speculates_beside_the_exact_steps(drafter: str) -> None:
+    data = json.loads(succeed("bench", demo_path(), *BENCH, "--speculative", drafter, "--json").stdout)
+    config, counts = speculation_of(data)
+    assert config["drafter"] == drafter
+    assert data["same_ids"] is True
+    assert counts["calls"] > 0
+    assert counts["tokens_per_step"] >= 1
+    applied = {change["config"]["type"] for change in data["report"]["changes"]}
+    assert {"KVCacheConfig", "DecodingConfig"} <= applied
+
+
+def test_bench_drafts_with_another_model() -> None:
+    options = ("--speculative", "model", "--draft-model", demo_path())
+    data = json.loads(succeed("bench", demo_path(), *BENCH, *options, "--json").stdout)
+    config, counts = speculation_of(data)
+    assert config["drafter"] == "model"
+    assert data["same_ids"] is True
+    assert counts["calls"] > 0
+    data = json.loads(succeed("bench", demo_path(), *BENCH, "--speculative", "auto", *options[2:], "--json").stdout)
+    assert speculation_of(data)[0]["drafter"] == "auto"
+
+
+def test_bench_speculates_in_few_bits(folder: Path) -> None:
+    data = json.loads(succeed("bench", folder, *BENCH, "--bits", "8", "--speculative", "lookup", "--json").stdout)
+    assert speculation_of(data)[0]["drafter"] == "lookup"
+    assert "WeightOnlyConfig" in {change["config"]["type"] for change in data["report"]["changes"]}
+
+
+def test_bench_of_speculation_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    # drafts in every step, so that some are accepted whatever the machine is busy with
+    always = partial(hf_accel.SpeculativeConfig, adaptive=False)
+    monkeypatch.setattr("hf_accel.cli.bench.SpeculativeConfig", always)
+    shown = succeed("bench", demo_path(), *BENCH, "--new", "24", "--speculative", "self").stdout
+    assert "The generated tokens are the same." in shown
+    assert "tokens per step; self" in shown
+    assert "median token" not in shown  # several at once, most of them in no time
+    [rate] = [line for line in shown.splitlines() if "share of bandwidth" in line]
+    assert rate.count("%") == 1
+
+
+def test_tokens_that_arrive_together_are_no_disturbance() -> None:
+    def side(seconds: list[float]) -> Side:
+        side = Side()
+        for _ in range(3):
+            side.add(Sample(Run(prefill_s=0.5, tokens_s=seconds, ids=torch.zeros(1, 7)), [CallCost(0.2, 0.1)], None))
+        return side
+
+    def bench(accepted: int | None) -> SimpleNamespace:
+        counts = None if accepted is None else Statistics()
+        if counts is not None:
+            counts.drafted("lookup", 4, accepted)
+        return SimpleNamespace(
+            report=SimpleNamespace(speculation=counts), stock=side([0.1] * 6), patched=together, is_disturbed=True
+        )
+
+    together = side([0.2, 1e-5, 1e-5, 0.2, 1e-5, 1e-5])
+    assert together.is_disturbed
+    assert not tables.is_disturbed(bench(accepted=2))
+    assert tables.is_disturbed(bench(accepted=0))
+    assert tables.is_disturbed(bench(accepted=None))
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -200,6 +274,11 @@ def test_demo_shows_a_difference_and_fails(monkeypatch: pytest.MonkeyPatch) -> N
         (("plan", "{folder}", "--goal", "warp"), "There is no goal called 'warp'"),
         (("bench", "{folder}", "--left-padding"), "give a batch of at least 2"),
         (("bench", "{folder}", "--top-k", "5"), "belong to sampling"),
+        (("bench", "{folder}", "--speculative", "oracle"), "'oracle' was given"),
+        (("bench", "{folder}", "--speculative", "layer_skip"), "the model has only 2 layers"),
+        (("bench", "{folder}", "--speculative", "model"), "give --draft-model as well"),
+        (("bench", "{folder}", "--draft-model", "{folder}"), "belongs to --speculative model or auto"),
+        (("bench", "{folder}", "--speculative", "model", "--draft-model", "{demo}"), "a vocabulary of 1536 tokens"),
         (("demo", "--new-tokens", "100000"), "has room for"),
         (("bench", "{t5}"), "no causal language model could be loaded"),
     ],
@@ -210,7 +289,7 @@ def test_errors_are_one_message(
     if "{t5}" in arguments:
         config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    result = run(*(argument.format(folder=folder, t5=tmp_path) for argument in arguments))
+    result = run(*(argument.format(folder=folder, t5=tmp_path, demo=demo_path()) for argument in arguments))
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
     assert "Traceback" not in result.output

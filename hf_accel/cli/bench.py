@@ -14,16 +14,18 @@ from hf_accel.cli.models import (
     GoalName,
     ModelName,
     Threads,
-    few_bits_plan,
     load_model,
     make_plan,
+    untimed_plan,
     use_threads,
 )
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.cli.tables import footer, speed_table
+from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
 from hf_accel.measure import Workload, run_bench
 from hf_accel.quantization import WeightOnlyConfig
+from hf_accel.speculative import SpeculativeConfig
 
 
 def bench(
@@ -40,6 +42,17 @@ def bench(
     goal: GoalName = "exact",
     bits: Annotated[int | None, typer.Option(help="Weights in 8 or 4 bits beside all exact steps, unmeasured.")] = None,
     group_size: Annotated[int | None, typer.Option(help="With --bits: columns that share a scale.")] = None,
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DRAFTER",
+            help="Draft by lookup, self, layer_skip, model or auto, beside all exact steps, untimed. What that gains "
+            "depends on the text: it takes a trained model, and even there random prompts show little of it.",
+        ),
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="With --speculative model or auto: the model that drafts.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each state, in alternation.")] = 5,
     device: Device = "cpu",
     threads: Threads = None,
@@ -59,12 +72,21 @@ def bench(
     )
     if bits is None and group_size is not None:
         raise ConfigError("--group-size belongs to --bits; give both.")
-    few_bits = None if bits is None else WeightOnlyConfig(bits=bits, group_size=group_size)
+    if draft_model is not None and speculative not in ("model", "auto"):
+        raise ConfigError("--draft-model belongs to --speculative model or auto; give both.")
+    if speculative == "model" and draft_model is None:
+        raise ConfigError("--speculative model needs the model that drafts; give --draft-model as well.")
+    configs: list[Config] = [] if bits is None else [WeightOnlyConfig(bits=bits, group_size=group_size)]
+    configs += [] if speculative is None else [SpeculativeConfig(drafter=speculative)]
     use_threads(threads)
     loaded = load_model(model, dtype.torch, device)
-    plan = make_plan(loaded, goal) if few_bits is None else few_bits_plan(loaded, few_bits)
+    drafting = None if draft_model is None else load_model(draft_model, dtype.torch, device)
+    untimed = untimed_plan(loaded, configs, drafting) if configs else None
+    plan = untimed or make_plan(loaded, goal)
     with progress("stock and optimised in alternation", 2 * rounds) as step:
         result = run_bench(loaded, plan, workload, name=model, progress=step)
+    if untimed is not None:
+        result.report.speculation = untimed.speculation
     if as_json:
         write_json(result.to_dict())
         return

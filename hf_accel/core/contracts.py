@@ -86,8 +86,14 @@ class Session(Protocol):
     def propose(self, limit: int) -> Draft | None:
         """Return drafts of at most `limit` tokens, None to decode one token plainly."""
 
-    def observe(self, draft: Draft | None, accepted: list[int], seconds: float) -> None:
-        """Take in how many drafts of each row were accepted (-1: the row had ended) and what the forward pass took."""
+    def nap(self, limit: int) -> int:
+        """Return how many tokens to decode plainly before asking for drafts, at most `limit`; 0 to ask now."""
+
+    def observe(self, draft: Draft | None, accepted: list[int], seconds: float, steps: int = 1) -> None:
+        """Take in how many drafts of each row were accepted (-1: the row had ended) and what a forward pass took.
+
+        steps: how many there were, of one token each if more than one.
+        """
 
     def close(self) -> None:
         """The call is over."""

@@ -32,11 +32,16 @@ class Rows:
 
     def add(self, row: int, tokens: list[int]) -> None:
         """Append `tokens` to a row."""
+        if not tokens:
+            return
         length = self.lengths[row]
         stop = length + len(tokens)
         if stop > self.ids.shape[1]:
             self.ids = torch.cat([self.ids, torch.zeros_like(self.ids)], dim=1)
-        self.ids[row, length:stop] = torch.tensor(tokens, dtype=self.ids.dtype)
+        if len(tokens) == 1:  # no tensor needs to be made for one
+            self.ids[row, length] = tokens[0]
+        else:
+            self.ids[row, length:stop] = torch.tensor(tokens, dtype=self.ids.dtype)
         self.lengths[row] = stop
         self.texts[row].extend(tokens)
 
@@ -46,6 +51,8 @@ class Rows:
 
     def last(self) -> torch.Tensor:
         """Return the last token of every row, [B, 1]."""
+        if len(self.lengths) == 1:
+            return self.ids[:, self.lengths[0] - 1 : self.lengths[0]]
         ends: Any = torch.tensor(self.lengths, device=self.ids.device) - 1
         return self.ids.gather(1, ends[:, None])
 

@@ -66,6 +66,7 @@ class Stepper:
         self.mask, self.positions, self.prompt_tokens = mask, positions, prompt_tokens
         self.layers = layers
         self.is_ragged = False
+        self.has_windows = any(layer.is_sliding for layer in cache.layers)
 
     def beside(self, model: Any, layers: list[int] | None = None) -> Stepper:
         """Return a stepper of another model over the same cache, at the same lengths."""
@@ -78,8 +79,7 @@ class Stepper:
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, "return_dict": True, CACHE: self.cache}
         tokens = ids.shape[1]
         if self.positions is not None:
-            apart = torch.tensor(self.lengths, device=ids.device)[:, None] + torch.arange(tokens, device=ids.device)
-            inputs["position_ids"] = self.positions[:, None] + apart - self.prompt_tokens
+            inputs["position_ids"] = self._positions(tokens)
         if self.is_ragged:
             inputs["attention_mask"] = self._ragged_masks(tokens)
         elif self.mask is not None:
@@ -88,8 +88,21 @@ class Stepper:
         self.lengths = [length + tokens for length in self.lengths]
         return logits
 
+    def _positions(self, tokens: int) -> torch.Tensor:
+        """Return the positions [B, tokens] of the tokens at the ends of the rows."""
+        starts: Any = self.positions
+        if self.is_ragged:
+            starts = starts + torch.tensor(self.lengths, device=starts.device) - self.prompt_tokens
+        else:
+            starts = starts + (self.lengths[0] - self.prompt_tokens)
+        if tokens == 1:
+            return starts[:, None]  # type: ignore[no-any-return]
+        return starts[:, None] + torch.arange(tokens, device=starts.device)  # type: ignore[no-any-return]
+
     def keep(self, lengths: list[int]) -> None:
         """Let row b hold its first lengths[b] tokens only."""
+        if lengths == self.lengths and not self.has_windows:
+            return
         uniform = all(length == lengths[0] for length in lengths)
         if not uniform and not self.is_ragged:
             self.is_ragged = True

@@ -104,12 +104,12 @@ class Chooser:
         if self.has_own_draws:
             flat = scores.softmax(dim=-1).flatten(0, 1)
             return torch.multinomial(flat, num_samples=1).view(scores.shape[:2])
-        if self.draws is None:
-            self.draws = Draws(len(self.rows), scores.shape[-1], scores.device)
         made = [self.rows.new_tokens(row) for row in range(len(self.rows))]
         live = [made[row] for row in self.rows.live()]
         if live:  # what is chosen for a row that has ended is not used: let it not ask for draws of long ago
             made = [max(count, min(live)) for count in made]
+        if self.draws is None:
+            self.draws = Draws(len(self.rows), scores.shape[-1], scores.device, min(made))
         starts = [count + ahead for count in made]
         return coupled(scores.softmax(dim=-1), self.draws.rows(starts, scores.shape[1]))
 
@@ -117,3 +117,9 @@ class Chooser:
         """Leave the random generator as plain decoding of `tokens` new tokens does."""
         if self.draws is not None:
             self.draws.finish(tokens)
+
+    def pause(self) -> None:
+        """Let plain steps draw for themselves; all rows that have not ended have as many tokens."""
+        if self.draws is not None:
+            self.draws.finish(self.rows.new_tokens(self.rows.live()[0]))
+            self.draws = None

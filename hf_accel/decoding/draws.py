@@ -15,45 +15,54 @@ BLOCK_BYTES = 64 * 2**20
 
 
 class Draws:
-    """The blocks of exponentials [B, V] of one call, on one device."""
+    """The blocks of exponentials [B, V] of one call, on one device, from block `first` on."""
 
-    def __init__(self, batch: int, vocabulary: int, device: torch.device) -> None:
-        self._shape, self._device = (batch, vocabulary), device
+    def __init__(self, batch: int, vocabulary: int, device: torch.device, first: int = 0) -> None:
+        self._shape, self._device, self._first = (batch, vocabulary), device, first
         self._states = [self._state()]
         self._blocks: dict[int, torch.Tensor] = {}
         self._kept = max(4, BLOCK_BYTES // (4 * batch * vocabulary))
 
     def block(self, index: int) -> torch.Tensor:
         """Return block `index`, [B, V]."""
+        index -= self._first
         self._reach(index)
-        if index not in self._blocks:
+        block = self._blocks.get(index)
+        if block is None:
             now = self._state()
             self._set_state(self._states[index])
-            self._draw(index)
+            block = self._draw(index)
             self._set_state(now)
-        return self._blocks[index]
+        return block
 
     def rows(self, starts: list[int], tokens: int) -> torch.Tensor:
         """Return for each row b the lines of blocks starts[b].., [B, tokens, V]."""
+        if len(starts) == tokens == 1:
+            return self.block(starts[0])[None]
         lines = [torch.stack([self.block(start + t)[row] for t in range(tokens)]) for row, start in enumerate(starts)]
         return torch.stack(lines)
 
     def finish(self, blocks: int) -> None:
-        """Leave the generator as it is after the first `blocks` blocks."""
+        """Leave the generator as it is after all blocks before block `blocks`."""
+        blocks -= self._first
         self._reach(blocks)
         self._set_state(self._states[blocks])
 
     def _reach(self, index: int) -> None:
         """Draw blocks until the generator's state before block `index` is known."""
+        if len(self._states) <= index:
+            self._set_state(self._states[-1])
         while len(self._states) <= index:
             self._draw(len(self._states) - 1)
 
-    def _draw(self, index: int) -> None:
-        self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(1)
+    def _draw(self, index: int) -> torch.Tensor:
+        """Draw block `index` and keep it, unless later ones fill the memory."""
+        block = self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(1)
         if len(self._states) == index + 1:
             self._states.append(self._state())
         while len(self._blocks) > self._kept:
             del self._blocks[min(self._blocks)]
+        return block
 
     def _state(self) -> torch.Tensor:
         if self._device.type == "cuda":

@@ -24,7 +24,7 @@ from hf_accel.core.rows import Rows
 from hf_accel.core.stepping import Stepper, rollback_objection, stop_recording
 from hf_accel.decoding.choosing import Chooser, processor_objection
 from hf_accel.decoding.inputs import LeanInputs
-from hf_accel.decoding.steps import Step, Steps
+from hf_accel.decoding.steps import PlainSteps, Step, Steps
 from hf_accel.ops.acceptance import accept
 
 
@@ -65,6 +65,8 @@ class VerifiedSteps(Steps):
         self._released = 0
         # without an end of text, stock goes on writing rows that a criterion has ended, until all have
         self._pads = len(rows) > 1 and any(hasattr(criterion, "eos_token_id") for criterion in call.stopping_criteria)
+        self._nap, self._nap_s = 0, 0.0  # plain steps still to come in a row, and what those made took
+        self._napped: list[torch.Tensor] = []
         self._is_alone = False  # the next step takes one token, so that rounding does not decide
         self._device = call.input_ids.device
         logits = outputs.logits[:, -1:].to(self._device)
@@ -84,11 +86,18 @@ class VerifiedSteps(Steps):
 
     def next(self, input_ids: torch.Tensor, unfinished: torch.Tensor) -> Step:
         rows = self.rows
+        if self._nap > 0:
+            return self._plain(input_ids)
         if self._pads:
             for row, goes_on in enumerate(unfinished.tolist()):
                 rows.ended[row] |= not goes_on
         while not all(ended or rows.new_tokens(row) > self._released for row, ended in enumerate(rows.ended)):
-            self._verify()
+            if not self._can_nap() or (nap := self.session.nap(self._room())) < 1:
+                self._verify()
+                continue
+            self._nap = nap
+            self.chooser.pause()
+            return self._plain(input_ids)
         tokens = rows.ids[:, rows.prompt_tokens + self._released]
         self._released += 1
         scores, logits = self._kept.popleft() if self._kept is not None else (None, None)
@@ -96,16 +105,52 @@ class VerifiedSteps(Steps):
 
     def close(self, input_ids: torch.Tensor) -> None:
         total = input_ids.shape[1]
+        self._wake()
         if len(self.rows) == 1:
             self.stepper.keep([total - 1])
         stop_recording(self.cache)
         self.chooser.finish(total - self.rows.prompt_tokens)
         self.session.close()
 
+    def _room(self) -> int:
+        return min(self._ends.room(self.rows, row) for row in self.rows.live())
+
+    def _can_nap(self) -> bool:
+        """Return whether all rows are in step, with every token handed out."""
+        rows = self.rows
+        in_step = all(rows.new_tokens(row) <= self._released for row in range(len(rows)))
+        return in_step and not self.stepper.is_ragged and not self._is_alone
+
+    def _plain(self, input_ids: torch.Tensor) -> Step:
+        """One step with nothing around it, as `PlainSteps` makes them; the rows learn of it when the nap ends."""
+        start = time.perf_counter()
+        logits = self.stepper.forward(input_ids[:, -1:].contiguous())[:, -1]
+        logits = logits.to(device=self._device, dtype=torch.float32, copy=True)
+        scores = self.chooser.processors(input_ids, logits)
+        tokens = PlainSteps.select(scores, self.chooser.samples)
+        self._napped.append(tokens)
+        self._released += 1
+        self._nap -= 1
+        self._nap_s += time.perf_counter() - start
+        if self._nap == 0:
+            self._wake()
+        return Step(tokens, scores, logits)
+
+    def _wake(self) -> None:
+        """Let the rows have the tokens of the nap."""
+        if not self._napped:
+            return
+        taken = torch.stack(self._napped, dim=1).tolist()
+        accepted = [-1 if ended else 0 for ended in self.rows.ended]
+        count, seconds = len(self._napped), self._nap_s
+        self._nap, self._nap_s, self._napped = 0, 0.0, []
+        self._append(taken, [-1 if ended else count - 1 for ended in self.rows.ended])
+        self.session.observe(None, accepted, seconds / count, count)
+
     def _verify(self) -> None:
         """One forward pass: the rows' last tokens and what is drafted after them."""
         rows = self.rows
-        room = min(self._ends.room(rows, row) for row in rows.live())
+        room = self._room()
         draft = None if self._is_alone or room < 2 else self.session.propose(room - 1)
         tokens = rows.last() if draft is None else torch.cat([rows.last(), draft.tokens], dim=1)
         start = time.perf_counter()
@@ -170,14 +215,20 @@ class VerifiedSteps(Steps):
         self.speculation.note(near)
         return settled
 
-    def _append(self, chosen: list[list[int]], counts: list[int], scores: torch.Tensor, logits: torch.Tensor) -> None:
+    def _append(
+        self,
+        chosen: list[list[int]],
+        counts: list[int],
+        scores: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+    ) -> None:
         """Add to each row what it accepted and the token after it; drop from the cache what was fed in vain."""
         rows = self.rows
         for row, count in enumerate(counts):
             if count >= 0 and not rows.ended[row]:
                 tokens = self._ends.cut(rows, row, chosen[row][: count + 1])
                 rows.add(row, tokens)
-                if self._kept is not None:
+                if self._kept is not None and scores is not None and logits is not None:
                     self._kept.extend((scores[:, t], logits[:, t].float()) for t in range(len(tokens)))
         held = [length - 1 for length in rows.lengths]
         live = [held[row] for row in rows.live()]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 RECENT = 7
+REFRESH = 4
 
 
 @dataclass
@@ -37,7 +38,8 @@ class RowCosts:
                 forward(rows)
                 best[rows] = min(best.get(rows, float("inf")), time.perf_counter() - start)
                 if best[rows] > 6 * best[1]:
-                    points = [point for point in points if point <= rows]
+                    points = [point for point in points if point < rows]
+                    break
         return cls(best)
 
     def ratio(self, rows: int, to: int) -> float:
@@ -62,6 +64,9 @@ class StepCosts:
     batch: int
     _seen: dict[int, deque[float]] = field(default_factory=dict)
     _scales: deque[float] = field(default_factory=lambda: deque(maxlen=2 * RECENT + 1))
+    _known: dict[int, float] = field(default_factory=dict)  # estimates in use, made anew every few steps
+    _ratios: dict[int, float] = field(default_factory=dict)
+    _age: int = 0
 
     def __post_init__(self) -> None:
         self._scales.extend([self.rows.at(self.batch)] * 2)
@@ -70,13 +75,21 @@ class StepCosts:
         """Take in a forward pass of `tokens` tokens per row."""
         self._seen.setdefault(tokens, deque(maxlen=RECENT)).append(seconds)
         self._scales.append(seconds / self._ratio(tokens))
+        self._age += 1
+        if self._age % REFRESH == 0 or tokens not in self._known:
+            self._known.clear()
 
     def step(self, tokens: int) -> float:
         """Return the seconds of a forward pass of `tokens` tokens per row."""
-        seen = self._seen.get(tokens)
-        if seen is not None and len(seen) >= 3:
-            return statistics.median(seen)
-        return statistics.median(self._scales) * self._ratio(tokens)
+        if tokens not in self._known:
+            seen = self._seen.get(tokens)
+            if seen is not None and len(seen) >= 3:
+                self._known[tokens] = statistics.median(seen)
+            else:
+                self._known[tokens] = statistics.median(self._scales) * self._ratio(tokens)
+        return self._known[tokens]
 
     def _ratio(self, tokens: int) -> float:
-        return self.rows.ratio(self.batch * tokens, self.batch)
+        if tokens not in self._ratios:
+            self._ratios[tokens] = self.rows.ratio(self.batch * tokens, self.batch)
+        return self._ratios[tokens]

@@ -108,11 +108,29 @@ class OwnCacheDrafter(ModelDrafter):
         stepper = self.stepper or self._read_prompt()
         # of what it has read, everything but the drafts that were not accepted is right
         held = [min(have, length - 1) for have, length in zip(stepper.lengths, rows.lengths, strict=True)]
-        fed = max(length - have for length, have in zip(rows.lengths, held, strict=True))
-        held = [length - fed for length in rows.lengths]
-        stepper.keep(held)
-        columns = torch.tensor(held, device=rows.ids.device)[:, None] + torch.arange(fed, device=rows.ids.device)
-        return self._draft(stepper, rows.ids.gather(1, columns), tokens, goes_on)
+        missing = [length - 1 - have for length, have in zip(rows.lengths, held, strict=True)]
+        live = rows.live()
+        most = max(missing[row] for row in live)
+        if any(missing[row] < most for row in live):
+            if max(held[row] for row in live) + most > self.context:
+                return None
+            # rows that have read more read filler behind their ends, which is taken back
+            stepper.keep(self._along(held))
+            stepper.forward(self._tokens(stepper.lengths, most))
+            held, most = [length - 1 for length in rows.lengths], 0
+        stepper.keep(self._along(held))
+        return self._draft(stepper, self._tokens(stepper.lengths, most + 1), tokens, goes_on)
+
+    def _along(self, held: list[int]) -> list[int]:
+        """Return `held` with rows that have ended where they are in nobody's way."""
+        least = min(held[row] for row in self.rows.live())
+        return [least if ended else length for length, ended in zip(held, self.rows.ended, strict=True)]
+
+    def _tokens(self, starts: list[int], count: int) -> torch.Tensor:
+        """Return `count` tokens [B, count] of each row from its start on, filler behind its end."""
+        ids = self.rows.ids
+        columns = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(count, device=ids.device)
+        return ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
 
     def _read_prompt(self) -> Stepper:
         """Run the prompt and return the stepper that holds it."""

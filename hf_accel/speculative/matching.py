@@ -43,7 +43,7 @@ class LookupDrafter(Drafter):
             bucket = sum(match >= bound for bound in LENGTHS)
             self._expected[row] = (len(text), drafts, bucket) if drafts else None
             found[row], buckets[row] = drafts, [bucket] * len(drafts)
-        width = max(map(len, found))
+        width = max(map(len, found), default=0)
         if not width:
             return None
         filled = torch.tensor([drafts + [0] * (width - len(drafts)) for drafts in found])

@@ -67,17 +67,13 @@ def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
         trials = Trials.of(model, host.prepare_cache)
         highest = 2 * SMALL_ROWS if config.adaptive else 1
         rows = trials.row_costs(highest)
-        # fp32 rounds too finely for text to show it
-        rounding = tuple(
-            4 * trials.rounding(tokens) if model.dtype.itemsize < 4 or config.strict else 0.0
-            for tokens in (min(config.max_draft_tokens + 1, SMALL_ROWS), TEXT_TOKENS + SMALL_ROWS // 4)
-        )
+        rounding = _rounding(trials, rows, config)
         can_be_apart = trials.rows_can_be_apart()
         sources, left_out = _sources(anatomy, host, config, trials, rows)
     finally:
         for module in training:
             module.training = True
-    speculation = ModelSpeculation(config, sources, rows, rounding, can_be_apart, host.prepare_cache)  # type: ignore[arg-type]
+    speculation = ModelSpeculation(config, sources, rows, rounding, can_be_apart, host.prepare_cache)
     if not can_be_apart:
         left_out.append("batches: rows of this model cannot have different lengths")
     forms = [source.form for source in sources if source.form is not None]
@@ -88,6 +84,16 @@ def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
         + ([f"a step of {costs} a single one"] if costs else [])
     )
     return speculation, Change(summary, sum(form.extra_bytes for form in forms), tuple(left_out))
+
+
+def _rounding(trials: Trials, rows: RowCosts, config: SpeculativeConfig) -> tuple[float, float]:
+    """Return how far logits of a step may lie from those of steps of one token: of few rows, and of more."""
+    if trials.model.dtype.itemsize == 4 and not config.strict:
+        return 0.0, 0.0  # fp32 rounds too finely for text to show it
+    many = TEXT_TOKENS + SMALL_ROWS // 4
+    few = 4 * trials.rounding(min(config.max_draft_tokens + 1, SMALL_ROWS))
+    is_tried = config.strict or not config.adaptive or rows.ratio(many, 1) < many / 2
+    return few, 4 * trials.rounding(many) if is_tried else few
 
 
 def _sources(

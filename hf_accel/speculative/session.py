@@ -18,6 +18,11 @@ from hf_accel.speculative.governor import Account, choose
 from hf_accel.speculative.matching import LookupDrafter
 from hf_accel.speculative.statistics import Statistics
 
+# drafting nothing takes this long, and may take this share of the time
+ASKING_S = 150e-6
+ASKING_SHARE = 0.01
+IDLE_STEPS = 4
+
 
 @dataclass
 class Arm:
@@ -54,6 +59,8 @@ class SpeculativeSession:
         self.arms, self.rows, self.costs, self.totals, self.close = arms, rows, costs, totals, close
         self.most, self.adaptive = config.max_draft_tokens, config.adaptive
         self.account = Account()
+        self._idle = 0  # tokens since the last draft
+        self._just_napped = False
         self._current: tuple[Arm, Proposal, float] | None = None
 
     def propose(self, limit: int) -> Draft | None:
@@ -68,13 +75,24 @@ class SpeculativeSession:
             arm.observe(seconds, max(1, proposal.draft.tokens.shape[1]))
         return proposal.draft
 
-    def observe(self, draft: Draft | None, accepted: list[int], seconds: float) -> None:
+    def nap(self, limit: int) -> int:
+        """Asking costs time; where steps are short, more plain ones are made the longer no draft was worth it."""
+        if not self.adaptive or self._idle < IDLE_STEPS:
+            return 0
+        longest = int(ASKING_S / (ASKING_SHARE * self.costs.step(1)))
+        nap = min(limit - 1, longest, self._idle)
+        return nap if nap > 1 and not self._just_napped else 0
+
+    def observe(self, draft: Draft | None, accepted: list[int], seconds: float, steps: int = 1) -> None:
         tokens = 1 if draft is None else 1 + draft.tokens.shape[1]
         self.costs.observe(tokens, seconds)
-        self.totals.step(sum(count >= 0 for count in accepted), seconds)
+        self.totals.step(steps * sum(count >= 0 for count in accepted), steps * seconds, steps)
+        self._just_napped = steps > 1
         if draft is None or self._current is None:
-            self.account.settle(1.0, 1.0)
+            self._idle += steps
+            self.account.settle(float(steps), float(steps))
             return
+        self._idle = 0
         arm, proposal, _ = self._current
         live = [row for row, count in enumerate(accepted) if count >= 0]
         for row in live:

@@ -23,11 +23,11 @@ class Statistics:
         with self._lock:
             self.calls += 1
 
-    def step(self, rows: int, seconds: float) -> None:
-        """Count a forward pass over `rows` live rows; each gets a token of the model's own."""
+    def step(self, tokens: int, seconds: float, steps: int = 1) -> None:
+        """Count `steps` forward passes that took `seconds` and brought `tokens` tokens of the model's own."""
         with self._lock:
-            self.steps += 1
-            self.tokens += rows
+            self.steps += steps
+            self.tokens += tokens
             self.seconds += seconds
 
     def drafted(self, drafter: str, proposed: int, accepted: int) -> None:

@@ -75,6 +75,19 @@ def test_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
                     assert torch.equal(turned[i], native.linear(x[i], conv1d, bias, transposed=True))
 
 
+def test_rows_are_equal_at_the_borders_of_sections_and_panels(isa: str) -> None:
+    """Columns are summed in sections, and many rows go over panels of them: neither may show in a result."""
+    generator = torch.Generator().manual_seed(1)
+    for dtype in native.DTYPES:
+        for k in (15, 256, 265, 511, 512, 513, 527, 528, 529, 1024, 1029, 1040, 1551):
+            weight = torch.randn(67, k + 2, generator=generator).to(dtype)[:, 1 : k + 1]
+            x = torch.randn(16, k, generator=generator).to(dtype)
+            pair = isa == "amx" and dtype == torch.bfloat16 and k >= 512
+            alone = torch.cat([native.linear(row.repeat(1 + pair, 1), weight)[:1] for row in x])
+            for rows in range(1 + pair, 17):
+                assert torch.equal(native.linear(x[:rows], weight), alone[:rows])
+
+
 def test_batch_dimensions_and_strided_activations() -> None:
     weight = torch.randn(20, 12)
     x = torch.randn(2, 3, 24)[..., ::2]

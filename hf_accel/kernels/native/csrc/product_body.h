@@ -192,26 +192,7 @@ static void NAME(dot_group)(const T *w, int64_t stride, int64_t rows, int64_t k,
 #undef DOT_CASE
 #undef SINGLE_ROW_FROM
 
-#ifndef PANELS_FROM
-static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out,
-                      int64_t ldo) {
-    const T *w = weight;
-    const NAME(packed) *x = packed;
-    int64_t padded = (k + STEP - 1) / STEP * STEP;
-    if (m <= HFA_PACK_ROWS) {
-        NAME(dot_group)(w, stride, rows, k, x, m, out, ldo);
-        return;
-    }
-    for (int64_t n = 0; n < rows; n += 4) { /* the second group of x rows finds these rows of W in the cache */
-        int64_t count = rows - n < 4 ? rows - n : 4;
-        NAME(dot_group)(w + n * stride, stride, count, k, x, HFA_PACK_ROWS, out + n, ldo);
-        NAME(dot_group)(w + n * stride, stride, count, k, x + HFA_PACK_ROWS * padded, m - HFA_PACK_ROWS,
-                        out + HFA_PACK_ROWS * ldo + n, ldo);
-    }
-}
-
-#else
-
+#ifdef PANELS_FROM
 /* Many rows of x do not fit L1 over their whole length, and then each row of W waits for them to come from L2 again. So
  * the columns go in panels: SECTION of them for HFA_PACK_ROWS rows of x is half of a 32 KB L1, and HFA_PANEL_ROWS rows
  * of W pass over that before the next panel. Between panels the sums rest in memory as they are, vectors: the additions
@@ -308,21 +289,16 @@ static void NAME(panel_group)(const T *w, int64_t stride, int64_t rows, int64_t 
 }
 #undef PANEL_CASE
 
-static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out,
-                      int64_t ldo) {
-    if (m < PANELS_FROM) {
-        NAME(dot_group)(weight, stride, rows, k, packed, m, out, ldo);
-        return;
-    }
+static void NAME(dot_panels)(const T *weight, int64_t stride, int64_t rows, int64_t k, const NAME(packed) *x, int m,
+                             float *out, int64_t ldo) {
     _Alignas(64) float sums[HFA_PANEL_ROWS * HFA_MAX_ROWS * VW];
-    const NAME(packed) *x = packed;
     int64_t padded = (k + STEP - 1) / STEP * STEP;
     for (int64_t n = 0; n < rows; n += HFA_PANEL_ROWS) {
-        const T *w = (const T *)weight + n * stride;
+        const T *w = weight + n * stride;
         int64_t count = rows - n < HFA_PANEL_ROWS ? rows - n : HFA_PANEL_ROWS;
         memset(sums, 0, (size_t)(count * m * VW) * sizeof(float));
-        for (int64_t i = 0; i < k; i += SECTION) {
-            int64_t columns = k - i < SECTION ? k - i : SECTION;
+        for (int64_t i = 0, columns; i < k; i += columns) {
+            columns = k - i < SECTION + STEP ? k - i : SECTION; /* the rest of a row belongs to its last section */
             int is_last = i + columns == k;
             const T *next = is_last ? w + count * stride : w + i + columns;
             for (int m0 = 0; m0 < m; m0 += HFA_PACK_ROWS, next = NULL) {
@@ -336,6 +312,29 @@ static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t 
 #undef SECTION
 #undef NEXT_ROWS
 #endif
+
+static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t k, const void *packed, int m, float *out,
+                      int64_t ldo) {
+    const T *w = weight;
+    const NAME(packed) *x = packed;
+    int64_t padded = (k + STEP - 1) / STEP * STEP;
+#ifdef PANELS_FROM
+    if (m >= PANELS_FROM && k > HFA_MAX_HEAD_DIM) { /* shorter rows of x fit L1 */
+        NAME(dot_panels)(w, stride, rows, k, x, m, out, ldo);
+        return;
+    }
+#endif
+    if (m <= HFA_PACK_ROWS) {
+        NAME(dot_group)(w, stride, rows, k, x, m, out, ldo);
+        return;
+    }
+    for (int64_t n = 0; n < rows; n += 4) { /* the second group of x rows finds these rows of W in the cache */
+        int64_t count = rows - n < 4 ? rows - n : 4;
+        NAME(dot_group)(w + n * stride, stride, count, k, x, HFA_PACK_ROWS, out + n, ldo);
+        NAME(dot_group)(w + n * stride, stride, count, k, x + HFA_PACK_ROWS * padded, m - HFA_PACK_ROWS,
+                        out + HFA_PACK_ROWS * ldo + n, ldo);
+    }
+}
 
 /* out[M][cols] += coef[M][R] W[R][cols]; `ahead` is how many elements on the row to prefetch lies. */
 HFA_INLINE void NAME(axpy_tile)(const int R, const int M, const T *w, int64_t stride, int64_t cols, const float *coef,
