@@ -45,10 +45,14 @@ def fits(config: Config, model: PreTrainedModel) -> bool:
     return not Patcher.for_config(config).obstacles(Anatomy.of(model))
 
 
-def exact(model: PreTrainedModel, *without: type[Config]) -> list[Config]:
-    """Return everything the goal "exact" could choose on this model, untimed: of two claims to one place the first."""
+def exact(model: PreTrainedModel, *without: type[Config], speculates: bool = False) -> list[Config]:
+    """Return everything the goal "exact" could choose on this model, untimed: of two claims to one place the first.
+
+    speculates: whether drafts are verified; plain steps are another way through the token loop.
+    """
+    left_out = without if speculates else (*without, SpeculativeConfig)
     chosen: dict[str, Config] = {}
     for config in LOSSLESS:
-        if type(config) not in without and fits(config, model):
+        if type(config) not in left_out and fits(config, model):
             chosen.setdefault(Patcher.for_config(config).occupies, config)
     return list(chosen.values())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import exact
 from comparison import assert_equal_calls, optimised
 from models import COMMON, EOS, FEW, NAMES, SMALL, Tiny, build, padded, prompt, randomize
 from texts import tokenizer
@@ -149,6 +150,21 @@ def models() -> Callable[[str], tuple[Any, Any]]:
     return get
 
 
+@pytest.fixture(scope="module")
+def speculating() -> Callable[[str], tuple[Any, Any]]:
+    """As `models`, drafting with the model's own weights in 8 bits, which are right mostly, not always."""
+    built: dict[str, tuple[Any, Any]] = {}
+
+    def get(name: str) -> tuple[Any, Any]:
+        if name not in built:
+            stock = build(name)
+            drafts = hf_accel.SpeculativeConfig(drafter=("lookup", "self"), bits=8, max_draft_tokens=4, adaptive=False)
+            built[name] = (stock, optimised(stock, [*exact(stock), drafts]))
+        return built[name]
+
+    return get
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("title", CALLS)
 def test_equal_to_stock(title: str, name: str, models: Any) -> None:
@@ -165,6 +181,15 @@ def test_equal_to_stock(title: str, name: str, models: Any) -> None:
         assert (after["served"], after["delegated"]) == (before["served"], before["delegated"] + 1)
         new = {text for text, count in after["reasons"].items() if count != before["reasons"].get(text, 0)}
         assert any(reason in text for text in new), f"no reason with {reason!r}: {new}"
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("title", CALLS)
+def test_equal_to_stock_speculating(title: str, name: str, speculating: Any) -> None:
+    """Drafts are verified at every step of every call that can be served so; what is served is as without."""
+    stock, patched = speculating(name)
+    call, _ = CALLS[title]
+    assert_equal_calls(stock, patched, call)
 
 
 @pytest.mark.parametrize("name", NAMES)

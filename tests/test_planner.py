@@ -22,11 +22,13 @@ from hf_accel import (
     NativeLinearConfig,
     Plan,
     SharedProjectionConfig,
+    SpeculativeConfig,
     VerificationError,
 )
 from hf_accel.cache.growing import GrowingLayer
 from hf_accel.core.plan import Step
 from hf_accel.decoding.loop import TokenLoop
+from hf_accel.decoding.steps import PlainSteps
 from hf_accel.kernels import native
 from hf_accel.layers.block import DecoderBlockPatcher
 
@@ -91,13 +93,13 @@ def test_an_undescribed_architecture_gets_what_is_safe(monkeypatch: pytest.Monke
 
 
 def test_a_slow_candidate_is_dropped_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    select = TokenLoop.select
+    select = PlainSteps.select
 
     def slow(scores: torch.Tensor, samples: bool) -> torch.Tensor:
         time.sleep(0.02)
         return select(scores, samples)
 
-    monkeypatch.setattr(TokenLoop, "select", staticmethod(slow))
+    monkeypatch.setattr(PlainSteps, "select", staticmethod(slow))
     model = build("llama")
     plan = hf_accel.plan(model)
     assert "DecodingConfig" not in names(plan)
@@ -184,16 +186,16 @@ def test_a_model_with_a_short_context() -> None:
 
 def test_json_round_trip_edit_and_apply() -> None:
     model = build("llama")
-    everything = {type(config) for config in exact(model)}
-    plan = Plan.of(exact(model))
+    everything = {type(config) for config in exact(model, speculates=True)}
+    plan = Plan.of(exact(model, speculates=True))
     plan.steps[0] = Step(plan.steps[0].config, 1.5)
     again = Plan.from_json(plan.to_json())
     assert again.to_dict() == plan.to_dict()
     assert again.steps == plan.steps
-    again.steps = [step for step in again.steps if not isinstance(step.config, DecodingConfig)]
+    again = again.without(DecodingConfig)
     hf_accel.optimize(model, again)
     applied = {type(step.config) for step in hf_accel.report(model).applied}
-    assert applied == everything - {DecodingConfig}
+    assert applied == everything - {DecodingConfig, SpeculativeConfig}, "speculation needs the token loop"
     assert hf_accel.report(model).applied[0].gain == 1.5
     text(model)
     calls = hf_accel.report(model).to_dict()["calls"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hf_accel.cache import growing
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.inputs import LeanInputs, StockInputs
 from hf_accel.decoding.loop import Collected, TokenLoop
+from hf_accel.decoding.steps import PlainSteps
 from hf_accel.kernels.native.block import NativeBlock
 
 Patch = pytest.MonkeyPatch
@@ -125,19 +127,21 @@ def without_the_cache_returned(call: Any) -> None:
 
 
 def two_draws(patch: Patch) -> None:
-    select = TokenLoop.select
+    select = PlainSteps.select
     patch.setattr(
-        TokenLoop, "select", staticmethod(lambda scores, samples: (select(scores, samples), select(scores, samples))[1])
+        PlainSteps,
+        "select",
+        staticmethod(lambda scores, samples: (select(scores, samples), select(scores, samples))[1]),
     )
 
 
 def greedy_always(patch: Patch) -> None:
-    patch.setattr(TokenLoop, "select", staticmethod(lambda scores, samples: scores.argmax(-1)))
+    patch.setattr(PlainSteps, "select", staticmethod(lambda scores, samples: scores.argmax(-1)))
 
 
 def raw_logits_as_scores(patch: Patch) -> None:
     add = Collected.add
-    patch.setattr(Collected, "add", lambda self, scores, logits, outputs: add(self, logits, logits, outputs))
+    patch.setattr(Collected, "add", lambda self, step: add(self, replace(step, scores=step.logits)))
 
 
 def keyword_dropped(patch: Patch) -> None:

@@ -52,8 +52,14 @@ class Plan:
         return cls(steps=[Step(config) for config in configs])
 
     def without(self, *types: type[Config]) -> Plan:
-        """Return a copy without the steps of these config types."""
-        return replace(self, steps=[step for step in self.steps if not isinstance(step.config, types)])
+        """Return a copy without the steps of these config types, and without those that need them."""
+        names = {cls.__name__ for cls in types}
+
+        def stays(config: Config) -> bool:
+            needs = getattr(Patcher.registry.get(type(config)), "needs", ())
+            return not isinstance(config, types) and names.isdisjoint(needs)
+
+        return replace(self, steps=[step for step in self.steps if stays(step.config)])
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -18,10 +18,12 @@ from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.copies import Form, few_bits, few_bits_config, layer_list, shadow, sped_up
 from hf_accel.speculative.costs import RowCosts
 from hf_accel.speculative.speculation import SMALL_ROWS, ModelSpeculation, Source
-from hf_accel.speculative.trials import TEXT_TOKENS, Trials
+from hf_accel.speculative.trials import PROMPT_TOKENS, TEXT_TOKENS, Trials
 
 # a drafter whose token costs more than this share of a plain step never pays
 HIGHEST_COST = 0.7
+# what the trials feed at most
+CONTEXT_TOKENS = PROMPT_TOKENS + TEXT_TOKENS + 2 * SMALL_ROWS
 # arguments by which a caller asks stock for its own assisted generation
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -36,7 +38,11 @@ class SpeculativePatcher(Patcher[SpeculativeConfig], config=SpeculativeConfig):
         model = anatomy.model
         if getattr(model, "_is_stateful", False):
             return [f"{anatomy.architecture} has a recurrent state, which cannot take back rejected drafts."]
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        config = model.config.get_text_config(decoder=True)
+        context = getattr(config, "max_position_embeddings", None)
+        if isinstance(context, int) and context < CONTEXT_TOKENS:
+            return [f"a context of {context} tokens is too short to try drafts in; it takes {CONTEXT_TOKENS}."]
+        cache = DynamicCache(config=config)
         if reason := rollback_objection(cache, is_batch=False):
             return [f"{reason}, so rejected drafts cannot be taken back."]
         if self.config.drafter == "auto":
