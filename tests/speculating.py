@@ -14,7 +14,7 @@ import hf_accel
 from hf_accel import SpeculativeConfig
 from hf_accel.core.config import Config
 
-NEW_TOKENS = 14
+NEW_TOKENS = 12
 FEW_TOKENS = list(range(7, VOCABULARY))  # suppressed: of the rest everything comes again, so that lookup has its say
 ENDS: dict[str, Any] = {"eos_token_id": list(range(20, 40)), "pad_token_id": 3}
 # the first row goes round in a circle and the others never enter it: rows that advance at very different speeds
@@ -35,7 +35,7 @@ def noisy(name: str, share: float = 0.03, seed: int = 5) -> Any:
 
 def always(drafter: str | tuple[str, ...], **options: Any) -> SpeculativeConfig:
     """Return a config that drafts up to four tokens at every step, whatever that costs."""
-    return SpeculativeConfig(**{"drafter": drafter, "bits": 8, "adaptive": False, "max_draft_tokens": 4, **options})
+    return SpeculativeConfig(**{"drafter": drafter, "bits": 4, "adaptive": False, "max_draft_tokens": 4, **options})
 
 
 def speculating(name: str, drafter: str | tuple[str, ...], configs: list[Config] | None = None, **options: Any) -> Any:
