@@ -62,16 +62,15 @@ CALLS: dict[str, dict[str, Any]] = {
 def test_every_architecture(name: str, drafter: Any) -> None:
     model = shared(name, drafter)
     before = counts(model)
-    for rows in (1, 4):
-        assert_stock(model, name, rows, **CALLS["few tokens"])
-        assert_stock(model, name, rows, **CALLS["sampling to the end"])
+    assert_stock(model, name, 4, **CALLS["few tokens"])
+    assert_stock(model, name, 1, **CALLS["sampling to the end"])
     after = counts(model)
     if name == UNFOLLOWED:
-        assert after["plain_calls"] == {"the model's inputs do not follow from those before": 4}
+        assert after["plain_calls"] == {"the model's inputs do not follow from those before": 2}
         assert after["calls"] == total(after, "proposed") == 0
     else:
         assert not after["plain_calls"]
-        assert after["calls"] == before["calls"] + 4
+        assert after["calls"] == before["calls"] + 2
         assert total(after, "accepted") > total(before, "accepted")
 
 
@@ -79,7 +78,7 @@ def test_every_architecture(name: str, drafter: Any) -> None:
 @pytest.mark.parametrize("drafter", DRAFTERS + LISTS, ids=str)
 def test_every_drafter(drafter: Any, title: str) -> None:
     assert_stock(shared("llama", drafter), "llama", 4, **CALLS[title])
-    if title in ("few tokens", "sampling with everything"):
+    if title == "sampling with everything":
         assert_stock(shared("llama", drafter), "llama", 1, **CALLS[title])
 
 
@@ -158,9 +157,8 @@ def test_naps_between_drafts(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_adaptive(name: str) -> None:
     """How much is drafted follows the clock; the text does not."""
     model = speculating(name, ("lookup", "model", "self"), adaptive=True, max_draft_tokens=8)
-    for rows in (1, 4):
-        for title in ("few tokens", "sampling few tokens", "sampling to the end"):
-            assert_stock(model, name, rows, **CALLS[title], max_new_tokens=30)
+    for rows, title in ((1, "few tokens"), (4, "sampling few tokens"), (4, "to the end")):
+        assert_stock(model, name, rows, **CALLS[title], max_new_tokens=30)
     assert not counts(model)["plain_calls"]
 
 
@@ -169,7 +167,7 @@ def test_draft_lengths(most: int) -> None:
     model = speculating("llama", "self", max_draft_tokens=most)
     for title in ("few tokens", "sampling few tokens"):
         for rows in (1, 4):
-            assert_stock(model, "llama", rows, **CALLS[title], max_new_tokens=40)
+            assert_stock(model, "llama", rows, **CALLS[title], max_new_tokens=24)
     found = counts(model)
     assert found["tokens_per_step"] > (1.5 if most == 1 else 2.5)
 
@@ -241,9 +239,8 @@ def test_a_draft_model_in_another_dtype_or_optimised_itself() -> None:
         before = {name: id(p) for name, p in draft.named_parameters()}
         model = build("gemma3")
         hf_accel.optimize(model, [*PLAIN, always("model")], draft_model=draft)
-        for rows in (1, 4):
-            assert_stock(model, "gemma3", rows, max_new_tokens=20)
-            assert_stock(model, "gemma3", rows, **CALLS["sampling to the end"])
+        assert_stock(model, "gemma3", 4, max_new_tokens=20)
+        assert_stock(model, "gemma3", 1, **CALLS["sampling to the end"])
         assert total(counts(model), "accepted") > 0.5 * share * total(counts(model), "proposed")
         assert {name: id(p) for name, p in draft.named_parameters()} == before
     assert torch.equal(ask(fast), ask(build("gemma3")))

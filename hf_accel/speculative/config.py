@@ -24,6 +24,7 @@ class SpeculativeConfig(Config):
         `max_draft_tokens`.
     strict: where a step of several tokens and one of a single token may round differently, let a step of a single
         token decide every choice that this could turn, so that the text is that of plain decoding to the last token.
+        Batches and sampling are then decoded plainly, unless rows are rounded alike whatever their number.
     sampling: how sampled drafts are verified. "same_draws": drafts and verification make the draws of plain decoding,
         so that the text is that of plain decoding with the same seed, whatever is drafted. "residual": by acceptance
         and residual (Leviathan et al. 2023); the text is another one of the same distribution, and drafts of a model

@@ -97,9 +97,9 @@ def _rounding(trials: Trials, rows: RowCosts, config: SpeculativeConfig) -> tupl
     if trials.model.dtype.itemsize == 4 and not config.strict:
         return 0.0, 0.0  # fp32 rounds too finely for text to show it
     many = TEXT_TOKENS + SMALL_ROWS // 4
-    few = 4 * trials.rounding(min(config.max_draft_tokens + 1, SMALL_ROWS))
+    few = 8 * trials.rounding(min(config.max_draft_tokens + 1, SMALL_ROWS))
     is_tried = config.strict or not config.adaptive or rows.ratio(many, 1) < many / 2
-    return few, 4 * trials.rounding(many) if is_tried else few
+    return few, 8 * trials.rounding(many) if is_tried else few
 
 
 def _sources(

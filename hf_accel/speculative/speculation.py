@@ -80,8 +80,9 @@ class ModelSpeculation:
         batch = call.input_ids.shape[0]
         if batch > 1 and not self.can_be_apart:
             return "rows of this model cannot have different lengths"
-        if self.is_strict and call.generation_config.do_sample and max(self.rounding) > 0:
-            return "strict sampling would need steps of one token throughout"
+        if self.is_strict and max(self.rounding) > 0 and (batch > 1 or call.generation_config.do_sample):
+            # draws turn on rounding anywhere, and rows apart are not rounded as rows in step, even one token at a time
+            return "strict sampling and strict batches would need steps of one token throughout"
         return None
 
     def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: Chooser) -> SpeculativeSession:
