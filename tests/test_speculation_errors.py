@@ -104,11 +104,11 @@ DRAFTS: dict[str, tuple[Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("drafter", ["model", "auto", ("lookup", "model")], ids=str)
+@pytest.mark.parametrize("drafter", [("lookup", "model"), "auto"], ids=str)
 @pytest.mark.parametrize("title", DRAFTS)
 def test_draft_models_that_do_not_fit(title: str, drafter: Any) -> None:
-    if (title, drafter) == ("missing", "auto"):
-        pytest.skip("without a draft model the weights in few bits draft")
+    if title == "missing" and drafter == "auto":
+        drafter = "model"  # without one the weights in few bits would draft
     make, words = DRAFTS[title]
     model = build("llama")
     configs = [*PLAIN, SpeculativeConfig(drafter=drafter)]
@@ -116,7 +116,7 @@ def test_draft_models_that_do_not_fit(title: str, drafter: Any) -> None:
 
 
 def test_a_draft_model_on_another_device() -> None:
-    """Which no machine without one can hold: the obstacle alone, of what the two anatomies say."""
+    """The obstacle alone, by what two anatomies say of their devices."""
     anatomy = Anatomy.of(build("llama"))
     anatomy.draft_model = build("llama")
     assert patcher._draft_model_obstacles(anatomy) == []

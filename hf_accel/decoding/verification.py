@@ -33,6 +33,8 @@ def verification_objection(call: Call) -> str | None:
     config, cache, batch = call.generation_config, call.model_kwargs.get(CACHE), call.input_ids.shape[0]
     if config.is_assistant:
         return "the model drafts for another one"
+    if call.model.training:
+        return "the model is in training mode, where dropout draws at every step"
     if cache is None or not call.model_kwargs.get("use_cache"):
         return "there is no cache"
     if call.model_kwargs.get("inputs_embeds") is not None or not call.input_ids.shape[1]:
