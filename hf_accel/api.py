@@ -33,6 +33,7 @@ def plan(
     calibration: Any = None,
     tokenizer: Any = None,
     max_kl: float | None = None,
+    draft_model: Any = None,
 ) -> Plan:
     """Return what `optimize` would do, having changed nothing. Print it, edit `steps`, keep it as JSON.
 
@@ -45,6 +46,7 @@ def plan(
         tokenizer: for calibration given as texts.
         max_kl: what a lossy goal may cost, in nats per token of the original's text; None: 0.05 for "fast", 0.2 for
             "memory".
+        draft_model: see `optimize`; the plan keeps it.
 
     Raises:
         UnsupportedModelError: the model cannot be optimised.
@@ -52,6 +54,7 @@ def plan(
         ConfigError: the goal, a config or an argument does not exist or does not fit.
     """
     anatomy = _anatomy(model)
+    anatomy.draft_model = draft_model
     chosen, _ = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
     return chosen
 
@@ -96,7 +99,6 @@ def optimize(
     chosen, quality = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
     host = Host(journal, new_report(anatomy, chosen))
     host.report.calls = host.calls
-    host.draft_model = draft_model
     reference = None if verify_on is None else Reference(anatomy.model, verify_on)
     chosen.apply(anatomy, host)
     if quality is not None:
@@ -176,11 +178,12 @@ def _plan(
     if calibration is not None:
         quality = QualityReference(anatomy.model, calibration_text(anatomy.model, calibration, tokenizer))
     if isinstance(goal_or_configs, Plan):
+        goal_or_configs.draft_model = anatomy.draft_model or goal_or_configs.draft_model
         return goal_or_configs, quality
     configs = [goal_or_configs] if isinstance(goal_or_configs, Config) else goal_or_configs
     if not isinstance(configs, Sequence):
         raise ConfigError(f"optimize takes a goal, configs or a plan; {goal_or_configs!r} was given.")
-    chosen = Plan.of(list(configs))
+    chosen = Plan.of(list(configs), anatomy.draft_model)
     for patcher in chosen.check(anatomy):
         chosen.weight_bytes = patcher.weight_bytes(anatomy) or chosen.weight_bytes
     return chosen, quality

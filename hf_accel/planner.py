@@ -85,7 +85,7 @@ def plan_goal(
         raise ConfigError('calibration and max_kl belong to the goals "fast" and "memory"; the goal is "exact".')
     if max_kl is not None and not (isinstance(max_kl, (int, float)) and 0 < max_kl < math.inf):
         raise ConfigError(f"max_kl is a positive number of nats per token; {max_kl!r} was given.")
-    plan = Plan(goal=goal)
+    plan = Plan(goal=goal, draft_model=anatomy.draft_model)
     anatomy.prepared = WeakKeyDictionary()
     configs: list[Config] = [candidate() for candidate in GOALS[goal]]
     # drafts that cost no memory; a draft model is there to be used

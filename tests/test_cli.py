@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from typer.testing import CliRunner, Result
 
 import hf_accel
 from hf_accel.assets import demo_path
-from hf_accel.cli import app, tables
+from hf_accel.cli import app
 from hf_accel.core.plan import Plan
 from hf_accel.decoding.steps import PlainSteps
 from hf_accel.kernels import native
-from hf_accel.measure import Run, difference
+from hf_accel.measure import Bench, Run, difference
 from hf_accel.measure.overhead import CallCost
 from hf_accel.measure.result import Sample, Side
 from hf_accel.speculative.statistics import Statistics
@@ -227,19 +228,20 @@ def test_tokens_that_arrive_together_are_no_disturbance() -> None:
             side.add(Sample(Run(prefill_s=0.5, tokens_s=seconds, ids=torch.zeros(1, 7)), [CallCost(0.2, 0.1)], None))
         return side
 
-    def bench(accepted: int | None) -> SimpleNamespace:
+    def is_disturbed(accepted: int | None) -> bool:
         counts = None if accepted is None else Statistics()
         if counts is not None:
             counts.drafted("lookup", 4, accepted)
-        return SimpleNamespace(
-            report=SimpleNamespace(speculation=counts), stock=side([0.1] * 6), patched=together, is_disturbed=True
-        )
+        result: Any = Bench.__new__(Bench)
+        result.report = SimpleNamespace(speculation=counts)
+        result.stock, result.patched = side([0.1] * 6), together
+        return bool(result.is_disturbed)
 
     together = side([0.2, 1e-5, 1e-5, 0.2, 1e-5, 1e-5])
     assert together.is_disturbed
-    assert not tables.is_disturbed(bench(accepted=2))
-    assert tables.is_disturbed(bench(accepted=0))
-    assert tables.is_disturbed(bench(accepted=None))
+    assert not is_disturbed(accepted=2)
+    assert is_disturbed(accepted=0)
+    assert is_disturbed(accepted=None)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

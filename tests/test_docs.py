@@ -20,7 +20,15 @@ from hf_accel.measure import SHAPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = ("quickstart.py", "pipeline.py", "streaming.py", "compare_speed.py", "quantize.py")
+EXAMPLES = (
+    "quickstart.py",
+    "pipeline.py",
+    "streaming.py",
+    "compare_speed.py",
+    "quantize.py",
+    "speculation.py",
+    "measure_speculation.py",
+)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
@@ -60,6 +68,7 @@ def test_pages_have_blocks_to_run() -> None:
         "configs.md",
         "how-it-works.md",
         "quantization.md",
+        "speculation.md",
         "reference.md",
         "troubleshooting.md",
     }

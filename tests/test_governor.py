@@ -16,12 +16,12 @@ from hf_accel.core.contracts import Draft
 from hf_accel.core.rows import Rows
 from hf_accel.speculative import costs as costs_module
 from hf_accel.speculative.acceptance import DECAY, Acceptance
-from hf_accel.speculative.config import SpeculativeConfig
+from hf_accel.speculative.arms import Arm, Source
 from hf_accel.speculative.costs import RECENT, REFRESH, RowCosts, StepCosts
 from hf_accel.speculative.drafting import Drafter, Proposal
 from hf_accel.speculative.governor import ALLOWANCE_SHARE, ALLOWANCE_STEPS, CREDIT_STEPS, GAIN, Account, Choice, choose
 from hf_accel.speculative.matching import LookupDrafter
-from hf_accel.speculative.session import IDLE_STEPS, Arm, SpeculativeSession
+from hf_accel.speculative.session import IDLE_STEPS, SpeculativeSession
 from hf_accel.speculative.statistics import Statistics
 
 FLAT = RowCosts({1: 1.0, 32: 1.0})  # reading weights is all it takes
@@ -95,7 +95,7 @@ def measure(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, int], float
 
 def test_the_least_of_alternating_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, tried = measure(monkeypatch, lambda rows, time: 1 + 0.1 * rows + (5 if time == 1 and rows < 3 else 0), 4)
-    assert tried == [1, 2, 3, 4] * 3
+    assert tried == [1, 2, 3, 4] * 2
     assert rows.seconds == {n: pytest.approx(1 + 0.1 * n) for n in (1, 2, 3, 4)}
 
 
@@ -105,7 +105,7 @@ def test_rows_that_never_pay_are_not_tried_again(monkeypatch: pytest.MonkeyPatch
     assert tried.count(3) == 1
     assert rows.at(8) > 30
     _, tried = measure(monkeypatch, lambda rows, time: 1.0, 1)
-    assert tried == [1, 1, 1]
+    assert tried == [1, 1]
 
 
 def test_steps_before_anything_is_seen_cost_what_was_measured() -> None:
@@ -155,14 +155,12 @@ def test_what_was_gained_pays_for_a_while() -> None:
     assert not account.allows(CREDIT_STEPS + ALLOWANCE_STEPS + 50 * ALLOWANCE_SHARE + 0.01)
 
 
-def by_definition(
-    chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int, fixed_s: float
-) -> Choice:
+def by_definition(chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int) -> Choice:
     """The k with the most tokens per second among those that the account allows, by equation 1."""
     plain_s = costs.step(1)
     best = Choice(0, 1 / plain_s)
     for k in range(1, most + 1):
-        seconds = fixed_s + k * draft_s + costs.step(k + 1)
+        seconds = k * draft_s + costs.step(k + 1)
         if not account.allows(seconds / plain_s - 1):
             return best
         tokens = []
@@ -181,16 +179,15 @@ def by_definition(
     high=st.floats(1.0, 20.0),
     lost=st.floats(-4.0, 1.0),
     most=st.integers(1, 8),
-    fixed_s=st.sampled_from([0.0, 0.1]),
 )
 def test_the_choice_is_the_best_by_definition(
-    chances: list[list[float]], draft_s: float, high: float, lost: float, most: int, fixed_s: float
+    chances: list[list[float]], draft_s: float, high: float, lost: float, most: int
 ) -> None:
     account = Account()
     account.lost = lost
     costs = StepCosts(RowCosts({1: 1.0, 32: high}), len(chances))
-    found = choose(chances, draft_s, costs, account, most, fixed_s)
-    expected = by_definition(chances, draft_s, costs, account, most, fixed_s)
+    found = choose(chances, draft_s, costs, account, most)
+    expected = by_definition(chances, draft_s, costs, account, most)
     assert found.tokens == expected.tokens
     assert found.rate == pytest.approx(expected.rate, rel=1e-5)
 
@@ -271,13 +268,13 @@ class Scripted(Drafter):
 
 
 def arm(name: str, drafter: Drafter, chance: float = 0.9, draft_s: float = 0.05) -> Arm:
-    return Arm(name, drafter, draft_s, Acceptance([chance]), Acceptance([0.05, 0.3, 0.6, 0.9, 0.99]))
+    beliefs = Acceptance([chance]), Acceptance([0.05, 0.3, 0.6, 0.9, 0.99])
+    return Arm(Source(name, None, draft_s, *beliefs), drafter, draft_s, *beliefs)
 
 
-def session(arms: list[Arm], rows: RowCosts = FLAT, ids: torch.Tensor | None = None, **fields: Any) -> Any:
+def session(arms: list[Arm], rows: RowCosts = FLAT, ids: torch.Tensor | None = None, adaptive: bool = True) -> Any:
     text = Rows(torch.arange(6)[None] if ids is None else ids, None, 100)
-    config = SpeculativeConfig(**{"max_draft_tokens": 6, **fields})
-    made = SpeculativeSession(arms, text, StepCosts(rows, len(text)), config, Statistics(), lambda: None)
+    made = SpeculativeSession(arms, text, StepCosts(rows, len(text)), 6, adaptive, Statistics(), lambda: None)
     made.account = rich()
     return made
 
@@ -370,7 +367,7 @@ def test_counts_of_all_threads_come_together() -> None:
     def work() -> None:
         for _ in range(500):
             totals.opened()
-            totals.step(2, 0.5)
+            totals.step(2)
             totals.drafted("lookup", 4, 3)
             totals.skipped("why")
             totals.ties(2)

@@ -190,7 +190,7 @@ def test_windows_forget_again_once_recording_stops(growing: bool) -> None:
     keys = torch.randn(1, 2, 20, 16)
     for layer in cache.layers:
         layer.update(keys, keys)
-    stop_recording(cache)
+    stop_recording(cache.layers)
     for layer in cache.layers:
         assert layer.record_past is False
         assert torch.equal(layer.keys, keys[:, :, -7:])

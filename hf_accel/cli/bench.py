@@ -81,12 +81,9 @@ def bench(
     use_threads(threads)
     loaded = load_model(model, dtype.torch, device)
     drafting = None if draft_model is None else load_model(draft_model, dtype.torch, device)
-    untimed = untimed_plan(loaded, configs, drafting) if configs else None
-    plan = untimed or make_plan(loaded, goal)
+    plan = untimed_plan(loaded, configs, drafting) if configs else make_plan(loaded, goal)
     with progress("stock and optimised in alternation", 2 * rounds) as step:
         result = run_bench(loaded, plan, workload, name=model, progress=step)
-    if untimed is not None:
-        result.report.speculation = untimed.speculation
     if as_json:
         write_json(result.to_dict())
         return

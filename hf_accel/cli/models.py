@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 from hf_accel.cli.output import progress
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
-from hf_accel.core.hosting import Host
 from hf_accel.core.plan import Plan
 from hf_accel.errors import ConfigError
 from hf_accel.measure import SHAPES, build_shape
@@ -79,23 +77,7 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
         return model.to(device).eval()
 
 
-@dataclass
-class DraftedPlan(Plan):
-    """A plan that brings the model that drafts along, as `optimize(..., draft_model=...)` does.
-
-    speculation: the counts of the latest application, which leave the report when it is undone.
-    """
-
-    draft_model: Any = None
-    speculation: Any = None
-
-    def apply(self, anatomy: Anatomy, host: Host) -> None:
-        anatomy.draft_model = host.draft_model = self.draft_model
-        super().apply(anatomy, host)
-        self.speculation = host.report.speculation
-
-
-def untimed_plan(model: PreTrainedModel, configs: list[Config], draft_model: Any = None) -> DraftedPlan:
+def untimed_plan(model: PreTrainedModel, configs: list[Config], draft_model: Any = None) -> Plan:
     """Return the plan of `configs` and every exact step that fits, untimed; speculation must fit.
 
     Raises:
@@ -103,8 +85,8 @@ def untimed_plan(model: PreTrainedModel, configs: list[Config], draft_model: Any
     """
     anatomy = Anatomy.of(model)
     anatomy.draft_model = draft_model
-    Plan.of([config for config in configs if isinstance(config, SpeculativeConfig)]).check(anatomy)
-    plan = DraftedPlan(draft_model=draft_model)
+    Plan.of([config for config in configs if isinstance(config, SpeculativeConfig)], draft_model).check(anatomy)
+    plan = Plan(draft_model=draft_model)
     offer(plan, anatomy, [*configs, *(candidate() for candidate in GOALS["exact"])])
     return plan
 

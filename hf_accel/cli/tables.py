@@ -7,7 +7,6 @@ import statistics
 from rich.table import Table
 
 from hf_accel.measure import Bench
-from hf_accel.measure.result import DISTURBED
 
 
 def speed_table(result: Bench) -> Table:
@@ -23,7 +22,7 @@ def speed_table(result: Bench) -> Table:
         "call for 1 new token, ms": "one_token_call",
         "fixed cost of a call, ms": "fixed",
     }
-    if speculates(result):
+    if result.speculates:
         del rows["median token, ms"]  # tokens arrive several at once, most of them in no time
     for label, quantity in rows.items():
         sides = [getattr(side, quantity) for side in (result.stock, result.patched)]
@@ -33,26 +32,13 @@ def speed_table(result: Bench) -> Table:
     batch = result.workload.batch
     table.add_row("tokens/s", *(f"{batch / side.token.median:.1f}" for side in sides))
     # under speculation tokens share a reading of the weights
-    rates = [result.achieved_bytes_per_s(side) for side in sides if side is result.stock or not speculates(result)]
+    rates = [result.achieved_bytes_per_s(side) for side in sides if side is result.stock or not result.speculates]
     table.add_row("weights read, GB/s", *(f"{rate / 1e9:.1f}" for rate in rates))
     table.add_row("share of bandwidth", *(f"{100 * rate / result.read_bandwidth_bytes_per_s:.0f} %" for rate in rates))
     if all(side.resident_bytes for side in sides):
         held = [statistics.median(side.resident_bytes) for side in sides]
         table.add_row("memory held, MB", *(f"{count / 1e6:.0f}" for count in held), f"{held[1] / held[0]:.3f} x")
     return table
-
-
-def speculates(result: Bench) -> bool:
-    """Return whether the patched model wrote several tokens in some of its steps."""
-    counts = result.report.speculation
-    return counts is not None and any(counts.to_dict()["accepted"].values())
-
-
-def is_disturbed(result: Bench) -> bool:
-    """Return whether other programs seem to have taken much of the time."""
-    if speculates(result):
-        return result.stock.is_disturbed or result.patched.token.spread > DISTURBED
-    return result.is_disturbed
 
 
 def describe(result: Bench) -> str:
@@ -81,6 +67,6 @@ def footer(result: Bench) -> str:
         f"transformers {versions['transformers']}, Python {versions['python']}; {result.date}"
         + (
             "\n[yellow]Other programs disturbed the measurement; measure again on a quieter machine.[/]"
-            * is_disturbed(result)
+            * result.is_disturbed
         )
     )

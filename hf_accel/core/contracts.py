@@ -103,7 +103,6 @@ class Speculation(Protocol):
     """What a model carries to speculate: opens a session per call."""
 
     has_own_draws: bool  # sampled drafts are verified by acceptance and residual, not by the draws of plain decoding
-    is_strict: bool  # near-ties are decided by a forward pass of one token
 
     def rounding_bound(self, rows: int) -> float:
         """Return by how much logits may differ between a step of `rows` rows and one of a single token; 0: not."""

@@ -43,6 +43,7 @@ class Call:
     streamer: Any
     model_kwargs: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)  # our own keywords, as their owners understood them
+    has_callers_cache: bool = False
 
     def stock_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that `_sample` was called with."""
@@ -123,7 +124,18 @@ class Host:
 # our own keywords of `generate`: name -> what the token loop finds in `Call.options`, given the model, the value and
 # all other arguments; an error raised there reaches the caller before anything runs
 KEYWORDS: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {}
-_options: ContextVar[dict[str, Any]] = ContextVar("hf_accel options of the call in progress", default={})  # noqa: B039
+POSITIONAL = ("inputs", "generation_config")  # arguments of `generate` that are often given without their names
+
+
+@dataclass
+class Request:
+    """What only `generate` knows of a call, for the token loop below it."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    has_callers_cache: bool = False
+
+
+_request: ContextVar[Request | None] = ContextVar("the hf_accel request in progress", default=None)
 
 _hosts: WeakKeyDictionary[torch.nn.Module, Host] = WeakKeyDictionary()
 
@@ -156,12 +168,13 @@ class Hosted:
         if host is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in KEYWORDS}
-        token = _options.set({name: KEYWORDS[name](self, value, kwargs) for name, value in own.items()})
+        others = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+        token = _request.set(Request({name: KEYWORDS[name](self, value, others) for name, value in own.items()}))
         try:
             with host.calls.counting():
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            _options.reset(token)
+            _request.reset(token)
 
     def _sample(
         self,
@@ -173,6 +186,7 @@ class Hosted:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
+        request = _request.get() or Request()
         call = Call(
             self,
             input_ids,
@@ -182,7 +196,8 @@ class Hosted:
             synced_gpus,
             streamer,
             model_kwargs,
-            _options.get(),
+            request.options,
+            request.has_callers_cache,
         )
         host = host_of(self)
         if host is None or host.decoder is None:
@@ -211,6 +226,8 @@ class Hosted:
         if host is not None:
             if generation_mode in _MODE_REASONS:
                 host.calls.note(_MODE_REASONS[generation_mode])
+            if given is not None and (request := _request.get()) is not None:
+                request.has_callers_cache = True
             if given is None and host.prepare_cache is not None:
                 host.prepare_cache(model_kwargs.get(CACHE), max_cache_length)
         return result

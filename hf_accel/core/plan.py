@@ -35,9 +35,10 @@ class Plan:
     measured: Any = None  # the Speed that the planner saw, if it measured
     quality: Any = None  # the Quality that the lossy steps were measured to have
     weight_bytes: int | None = None  # of all weights afterwards, where the steps change them
+    draft_model: Any = None  # what speculation may draft with; no part of the JSON
 
     @classmethod
-    def of(cls, configs: list[Config]) -> Plan:
+    def of(cls, configs: list[Config], draft_model: Any = None) -> Plan:
         """Return the plan that applies `configs`, unmeasured.
 
         Raises:
@@ -49,7 +50,7 @@ class Plan:
         names = [type(config).__name__ for config in configs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConflictError(f"{', '.join(twice)} given more than once. Keep one of each.")
-        return cls(steps=[Step(config) for config in configs])
+        return cls(steps=[Step(config) for config in configs], draft_model=draft_model)
 
     def without(self, *types: type[Config]) -> Plan:
         """Return a copy without the steps of these config types, and without those that need them."""
@@ -122,6 +123,7 @@ class Plan:
             ConflictError: two steps claim one place.
             UnsupportedModelError: steps cannot be applied to this model; all obstacles are listed.
         """
+        anatomy.draft_model = self.draft_model
         patchers = [Patcher.for_config(step.config) for step in self.steps]
         for needed in [name for patcher in patchers for name in patcher.needs]:
             if all(type(patcher.config).__name__ != needed for patcher in patchers):
@@ -147,6 +149,7 @@ class Plan:
         gains = {step.config: step.gain for step in self.steps}
         before = len(host.journal)
         try:
+            host.draft_model = self.draft_model
             open_host(anatomy.model, host)
             for patcher in patchers:
                 change: Change = patcher.patch(anatomy, host.journal)

@@ -7,6 +7,8 @@ masks [B, 1, T, S]. Nothing is re-padded or moved. Cost beside the forward pass:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +26,8 @@ def rollback_objection(cache: Any, is_batch: bool) -> str | None:
     """Return why steps over `cache` cannot be taken back, None if they can; the cache has seen the prompt."""
     if not isinstance(cache, Cache):
         return f"there is no cache to take steps back in ({type(cache).__name__})"
-    if cache.offloading or cache.is_compileable:
-        return "the cache is static or offloaded by transformers"
+    if cache.offloading:
+        return "the cache is offloaded by transformers"
     for layer in cache.layers:
         # quantized layers inherit `crop` and claim to be croppable, but drop only what is not quantized yet
         if not isinstance(layer, DynamicLayer) or isinstance(layer, QuantizedLayer) or not layer.is_croppable:
@@ -35,12 +37,36 @@ def rollback_objection(cache: Any, is_batch: bool) -> str | None:
     return None
 
 
-def stop_recording(cache: Any) -> None:
-    """Let windows forget again what they cannot see, as the cache of a plain call does."""
-    for layer in cache.layers:
-        if layer.is_sliding and getattr(layer, "record_past", False):
-            layer.crop(0)
+@contextmanager
+def recording(cache: Any) -> Iterator[None]:
+    """Let the windows of `cache` keep their past for the block, so that steps can be taken back beyond them."""
+    windows = [layer for layer in cache.layers if not getattr(layer, "record_past", True)]
+    cache.activate_past_recording()
+    try:
+        yield
+    finally:
+        stop_recording(windows)
+
+
+def stop_recording(layers: list[Any]) -> None:
+    """Let windows forget again what they cannot see, as they do in a plain call."""
+    for layer in layers:
+        if getattr(layer, "record_past", False):
+            if layer.is_initialized:
+                layer.crop(0)
             layer.record_past = False
+
+
+def apart_objection(model: Any) -> str | None:
+    """Return why the masks of rows that are apart cannot be given to `model`, None if they can."""
+    if any(buffer.dtype is torch.bool and buffer.dim() > 1 for buffer in model.buffers()):
+        return "its attention has masks of its own"  # of the columns of the cache, whatever row they belong to
+    config = model.config.get_text_config(decoder=True)
+    if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    if model.config._attn_implementation not in BOOLEAN_MASKS | {"eager"}:
+        return f"its attention is {model.config._attn_implementation}"
+    return None
 
 
 class Stepper:

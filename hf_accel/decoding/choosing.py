@@ -39,6 +39,10 @@ PREFIXWISE: frozenset[type] = frozenset(
 )  # fmt: skip
 
 
+# what `choose` returns where there is nothing to draw from
+NO_TOKEN = -1
+
+
 def processor_objection(processors: Any) -> str | None:
     """Return the processor that cannot be applied position by position, None if all can."""
     for processor in processors:
@@ -104,14 +108,29 @@ class Chooser:
         if self.has_own_draws:
             flat = scores.softmax(dim=-1).flatten(0, 1)
             return torch.multinomial(flat, num_samples=1).view(scores.shape[:2])
+        probabilities = scores.softmax(dim=-1)
+        tokens = coupled(probabilities, self._exponentials(scores, ahead))
+        # as argmax takes NaN for the largest: one look at what was chosen shows whether there was something to choose
+        is_nan = probabilities.gather(2, tokens[:, :, None])[:, :, 0].isnan()
+        return tokens.masked_fill_(is_nan, NO_TOKEN)
+
+    def margins(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return by how much [B, T] each choice was made: between the best two scores, draws included in sampling."""
+        if self.samples:
+            scores = scores - self._exponentials(scores, 0).log()
+        best = scores.topk(2, dim=-1).values
+        return best[..., 0] - best[..., 1]
+
+    def _exponentials(self, scores: torch.Tensor, ahead: int) -> torch.Tensor:
+        """Return the draws [B, T, V] that plain decoding makes at these positions."""
         made = [self.rows.new_tokens(row) for row in range(len(self.rows))]
         live = [made[row] for row in self.rows.live()]
         if live:  # what is chosen for a row that has ended is not used: let it not ask for draws of long ago
             made = [max(count, min(live)) for count in made]
         if self.draws is None:
             self.draws = Draws(len(self.rows), scores.shape[-1], scores.device, min(made))
-        starts = [count + ahead for count in made]
-        return coupled(scores.softmax(dim=-1), self.draws.rows(starts, scores.shape[1]))
+        self.draws.forget(min(made))
+        return self.draws.rows([count + ahead for count in made], scores.shape[1])
 
     def finish(self, tokens: int) -> None:
         """Leave the random generator as plain decoding of `tokens` new tokens does."""

@@ -3,8 +3,8 @@
 `torch.multinomial(p, 1)` is an exponential race: it fills a tensor like p with exponentials and takes the argmax of p
 over them. Stock draws one such block [B, V] per new token; here block t is made when first asked for, in order, and a
 row at its t-th token uses its line of block t. So tokens are those of plain decoding with the same seed, and the
-generator is left where plain decoding would leave it. Memory: the blocks in use, B V floats each, 64 MB at most;
-beyond that a block is drawn again from the generator's state, of which 5 KB per block are kept.
+generator is left where plain decoding would leave it. Memory: the blocks from the slowest row's token on, B V floats
+each, 64 MB at most; beyond that a block is drawn again from the generator's state, of which 5 KB per block are kept.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Draws:
     """The blocks of exponentials [B, V] of one call, on one device, from block `first` on."""
 
     def __init__(self, batch: int, vocabulary: int, device: torch.device, first: int = 0) -> None:
-        self._shape, self._device, self._first = (batch, vocabulary), device, first
-        self._states = [self._state()]
+        self._shape, self._device = (batch, vocabulary), device
+        self._states = {first: self._state()}  # before each block
+        self._next = first
         self._blocks: dict[int, torch.Tensor] = {}
         self._kept = max(4, BLOCK_BYTES // (4 * batch * vocabulary))
 
     def block(self, index: int) -> torch.Tensor:
         """Return block `index`, [B, V]."""
-        index -= self._first
         self._reach(index)
         block = self._blocks.get(index)
         if block is None:
@@ -44,22 +44,28 @@ class Draws:
 
     def finish(self, blocks: int) -> None:
         """Leave the generator as it is after all blocks before block `blocks`."""
-        blocks -= self._first
         self._reach(blocks)
         self._set_state(self._states[blocks])
 
     def _reach(self, index: int) -> None:
         """Draw blocks until the generator's state before block `index` is known."""
-        if len(self._states) <= index:
-            self._set_state(self._states[-1])
-        while len(self._states) <= index:
-            self._draw(len(self._states) - 1)
+        if self._next < index:
+            self._set_state(self._states[self._next])
+        while self._next < index:
+            self._draw(self._next)
+
+    def forget(self, before: int) -> None:
+        """Give up all blocks below `before`: every row is beyond them."""
+        for index in [index for index in self._states if index < before]:
+            del self._states[index]
+            self._blocks.pop(index, None)
 
     def _draw(self, index: int) -> torch.Tensor:
         """Draw block `index` and keep it, unless later ones fill the memory."""
         block = self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(1)
-        if len(self._states) == index + 1:
-            self._states.append(self._state())
+        if self._next == index:
+            self._next += 1
+            self._states[self._next] = self._state()
         while len(self._blocks) > self._kept:
             del self._blocks[min(self._blocks)]
         return block

@@ -6,6 +6,7 @@ stopping criteria, padding of finished rows) is done in stock's order and precis
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Call, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.core.stepping import stop_recording
+from hf_accel.core.stepping import recording, stop_recording
 from hf_accel.decoding.steps import PlainSteps, Step, Steps
 from hf_accel.decoding.verification import VerifiedSteps, verification_objection
 
@@ -84,6 +85,11 @@ class TokenLoop:
 
     def run(self, call: Call) -> Any:
         """Generate; returns what stock's `_sample` would: ids [B, S], or a GenerateDecoderOnlyOutput."""
+        speculation = self._speculation(call)
+        with recording(call.model_kwargs[CACHE]) if speculation else nullcontext():
+            return self._write(call, speculation)
+
+    def _write(self, call: Call, speculation: Speculation | None) -> Any:
         model, config, input_ids, streamer = call.model, call.generation_config, call.input_ids, call.streamer
         criteria = call.stopping_criteria
         pad: Any = config._pad_token_tensor
@@ -93,7 +99,6 @@ class TokenLoop:
         kept = Collected.for_config(config)
         keeps_any = any(kept.wanted.values())
 
-        speculation = self._speculation(call)
         outputs = model._prefill(input_ids, config, call.model_kwargs, is_first_iteration=not config.is_assistant)
         steps = self._steps(call, speculation, outputs)
         del outputs
@@ -128,14 +133,13 @@ class TokenLoop:
 
     @staticmethod
     def _speculation(call: Call) -> Speculation | None:
-        """Return what speculates in this call, None for plain decoding; windows then begin to record their past."""
+        """Return what speculates in this call, None for plain decoding."""
         host = host_of(call.model)
         speculation: Speculation | None = call.options.get("speculative", host.speculation if host else None)
         if not speculation:
             return None
         reason = verification_objection(call) or speculation.objection(call)
         if reason is None:
-            call.model_kwargs[CACHE].activate_past_recording()
             return speculation
         speculation.skip(reason)
         return None
@@ -148,5 +152,5 @@ class TokenLoop:
         if reason is None:
             return VerifiedSteps(call, speculation, outputs)
         speculation.skip(reason)
-        stop_recording(call.model_kwargs[CACHE])
+        stop_recording(call.model_kwargs[CACHE].layers)
         return PlainSteps(call, outputs)

@@ -21,8 +21,8 @@ from hf_accel.core.contracts import Draft, Session, Speculation
 from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Call
 from hf_accel.core.rows import Rows
-from hf_accel.core.stepping import Stepper, rollback_objection, stop_recording
-from hf_accel.decoding.choosing import Chooser, processor_objection
+from hf_accel.core.stepping import Stepper, rollback_objection
+from hf_accel.decoding.choosing import NO_TOKEN, Chooser, processor_objection
 from hf_accel.decoding.inputs import LeanInputs
 from hf_accel.decoding.steps import PlainSteps, Step, Steps
 from hf_accel.ops.acceptance import accept
@@ -41,7 +41,7 @@ def verification_objection(call: Call) -> str | None:
         return "the prompt is not made of tokens"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states are asked for"
-    if batch > 1 and (config.return_dict_in_generate or cache.get_seq_length()):
+    if batch > 1 and (config.return_dict_in_generate or call.has_callers_cache):
         return "the cache of a batch is the caller's"
     if batch > 1 and call.model_kwargs.get("position_ids") is None:
         return "the model takes no positions, so rows cannot be apart"
@@ -69,7 +69,6 @@ class VerifiedSteps(Steps):
         self._pads = len(rows) > 1 and any(hasattr(criterion, "eos_token_id") for criterion in call.stopping_criteria)
         self._nap, self._nap_s = 0, 0.0  # plain steps still to come in a row, and what those made took
         self._napped: list[torch.Tensor] = []
-        self._is_alone = False  # the next step takes one token, so that rounding does not decide
         self._device = call.input_ids.device
         logits = outputs.logits[:, -1:].to(self._device)
         scores = self.chooser.score(logits)
@@ -80,11 +79,13 @@ class VerifiedSteps(Steps):
     def objection(call: Call, outputs: Any) -> str | None:
         """Return why the call must go on plainly now that its prompt has run."""
         cache = call.model_kwargs[CACHE]
+        if reason := rollback_objection(cache, call.input_ids.shape[0] > 1):
+            return reason
         if not LeanInputs.fit(call.model, call.model_kwargs, outputs):
             return "the model's inputs do not follow from those before"
         if cache.get_seq_length() != call.input_ids.shape[1]:
             return "the cache does not hold the prompt's tokens"
-        return rollback_objection(cache, call.input_ids.shape[0] > 1)
+        return None
 
     def next(self, input_ids: torch.Tensor, unfinished: torch.Tensor) -> Step:
         rows = self.rows
@@ -110,7 +111,6 @@ class VerifiedSteps(Steps):
         self._wake()
         if len(self.rows) == 1:
             self.stepper.keep([total - 1])
-        stop_recording(self.cache)
         self.chooser.finish(total - self.rows.prompt_tokens)
         self.session.close()
 
@@ -121,7 +121,7 @@ class VerifiedSteps(Steps):
         """Return whether all rows are in step, with every token handed out."""
         rows = self.rows
         in_step = all(rows.new_tokens(row) <= self._released for row in range(len(rows)))
-        return in_step and not self.stepper.is_ragged and not self._is_alone
+        return in_step and not self.stepper.is_ragged
 
     def _plain(self, input_ids: torch.Tensor) -> Step:
         """One step with nothing around it, as `PlainSteps` makes them; the rows learn of it when the nap ends."""
@@ -153,12 +153,11 @@ class VerifiedSteps(Steps):
         """One forward pass: the rows' last tokens and what is drafted after them."""
         rows = self.rows
         room = self._room()
-        draft = None if self._is_alone or room < 2 else self.session.propose(room - 1)
+        draft = None if room < 2 else self.session.propose(room - 1)
         tokens = rows.last() if draft is None else torch.cat([rows.last(), draft.tokens], dim=1)
         start = time.perf_counter()
         logits = self.stepper.forward(tokens).to(self._device)
         scores = self.chooser.score(logits, None if draft is None else draft.tokens)
-        self._is_alone = False
         if draft is not None and self.chooser.has_own_draws:
             taken = self._draw(draft, scores)
             counts = [-1 if ended else len(row) - 1 for ended, row in zip(rows.ended, taken, strict=True)]
@@ -167,13 +166,10 @@ class VerifiedSteps(Steps):
             counts = self._matches(draft, chosen)
             taken = chosen.tolist()
         seconds = time.perf_counter() - start
-        matched = counts
-        is_drawn = draft is None or self.chooser.has_own_draws
-        bound = 0.0 if is_drawn else self.speculation.rounding_bound(tokens.numel())
-        if bound:
-            counts = self._settled(scores, counts, bound)
+        if draft is not None and not self.chooser.has_own_draws:
+            self._note_near_ties(scores, counts, self.speculation.rounding_bound(tokens.numel()))
         self._append(taken, counts, scores, logits)
-        self.session.observe(draft, matched, seconds)
+        self.session.observe(draft, counts, seconds)
 
     def _draw(self, draft: Draft, scores: torch.Tensor) -> list[list[int]]:
         """Return what each row emits by acceptance and residual (Leviathan et al. 2023, algorithm 1)."""
@@ -200,22 +196,11 @@ class VerifiedSteps(Steps):
             for ended, count, limit in zip(self.rows.ended, equal, draft.counts, strict=True)
         ]
 
-    def _settled(self, scores: torch.Tensor, counts: list[int], bound: float) -> list[int]:
-        """Count near-ties; if they are to be settled by a step of one token, accept only what comes before the first.
-
-        A row with a tie at its very first position accepts nothing, not even a token of the model's own: -1.
-        """
-        best = scores.topk(2, dim=-1).values
-        is_near = (best[..., 0] - best[..., 1] < bound).tolist()
-        near, settled = 0, list(counts)
-        for row, count in enumerate(counts):
-            found = [t for t in range(count + 1) if is_near[row][t]]
-            near += len(found)
-            if found and self.speculation.is_strict:
-                self._is_alone = True
-                settled[row] = found[0] - 1
-        self.speculation.note(near)
-        return settled
+    def _note_near_ties(self, scores: torch.Tensor, counts: list[int], bound: float) -> None:
+        """Count the choices that a step of one token may have made otherwise, as it rounds otherwise."""
+        if bound:
+            is_near = (self.chooser.margins(scores) < bound).tolist()
+            self.speculation.note(sum(sum(is_near[row][: count + 1]) for row, count in enumerate(counts)))
 
     def _append(
         self,
@@ -229,6 +214,8 @@ class VerifiedSteps(Steps):
         for row, count in enumerate(counts):
             if count >= 0 and not rows.ended[row]:
                 tokens = self._ends.cut(rows, row, chosen[row][: count + 1])
+                if scores is not None and tokens[-1] == NO_TOKEN:  # raises as plain decoding does
+                    torch.multinomial(scores[row, count].softmax(dim=-1), num_samples=1)
                 rows.add(row, tokens)
                 if self._kept is not None and scores is not None and logits is not None:
                     self._kept.extend((scores[:, t], logits[:, t].float()) for t in range(len(tokens)))

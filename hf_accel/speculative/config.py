@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
+from hf_accel.speculative.lookup import MINIMUM_TOKENS
 
 DRAFTERS = ("lookup", "self", "layer_skip", "model")
 MAX_DRAFT_TOKENS = 32
@@ -22,9 +23,8 @@ class SpeculativeConfig(Config):
     max_draft_tokens: at most so many tokens are drafted per step, 1 to 32; how many pays is measured as it goes.
     adaptive: draft as many tokens as pay on this machine and text, none where none do; False always drafts
         `max_draft_tokens`.
-    strict: where a step of several tokens and one of a single token may round differently, let a step of a single
-        token decide every choice that this could turn, so that the text is that of plain decoding to the last token.
-        Batches and sampling are then decoded plainly, unless rows are rounded alike whatever their number.
+    strict: draft only where steps of several tokens round as steps of one, to the last bit (the native layers do up
+        to 16 rows), so that the text is that of plain decoding to the last token; elsewhere decode plainly.
     sampling: how sampled drafts are verified. "same_draws": drafts and verification make the draws of plain decoding,
         so that the text is that of plain decoding with the same seed, whatever is drafted. "residual": by acceptance
         and residual (Leviathan et al. 2023); the text is another one of the same distribution, and drafts of a model
@@ -57,6 +57,10 @@ class SpeculativeConfig(Config):
             raise ConfigError(f"SpeculativeConfig.drafter names each drafter once; {self.drafter!r} was given.")
         self.check_integer("max_draft_tokens", 1, MAX_DRAFT_TOKENS)
         self.check_integer("history_tokens", 0)
+        if 0 < self.history_tokens < MINIMUM_TOKENS:
+            raise ConfigError(
+                f"SpeculativeConfig.history_tokens is 0, or at least {MINIMUM_TOKENS}; {self.history_tokens} was given."
+            )
         for name in ("adaptive", "strict"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"SpeculativeConfig.{name} is True or False; {getattr(self, name)!r} was given.")

@@ -25,7 +25,7 @@ class RowCosts:
     seconds: dict[int, float]
 
     @classmethod
-    def measure(cls, forward: Callable[[int], object], highest: int, rounds: int = 3) -> RowCosts:
+    def measure(cls, forward: Callable[[int], object], highest: int, rounds: int = 2) -> RowCosts:
         """Time `forward(rows)` at numbers of rows up to `highest`; the least of `rounds` runs, in alternation.
 
         No more rows are tried once a step costs six times that of a single row: drafts never pay there.

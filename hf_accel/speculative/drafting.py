@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache
@@ -39,6 +39,8 @@ GoesOn = Callable[[list[int]], bool]
 class Drafter(ABC):
     """Proposes tokens in one `generate` call."""
 
+    is_free: ClassVar[bool] = False  # drafts take no time, and the text itself shows what they are worth
+
     @abstractmethod
     def propose(self, tokens: int, goes_on: GoesOn) -> Proposal | None:
         """Return drafts of up to `tokens` tokens for the live rows, None where there is nothing to propose."""
@@ -59,7 +61,7 @@ class ModelDrafter(Drafter):
         for ahead in range(most):
             logits = stepper.forward(tokens)[:, -1:].to(self.rows.ids.device)
             scores = self.chooser.score(logits, drafts)
-            tokens = self.chooser.choose(scores, ahead)
+            tokens = self.chooser.choose(scores, ahead).clamp_(min=0)  # where there is nothing to choose, anything
             drafts = tokens if drafts is None else torch.cat([drafts, tokens], dim=1)
             probabilities = scores.softmax(dim=-1)
             if self.chooser.has_own_draws:

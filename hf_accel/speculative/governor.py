@@ -44,13 +44,11 @@ class Account:
         self.lost = max(-CREDIT_STEPS, self.lost + cost - tokens)
 
 
-def choose(
-    chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int, fixed_s: float = 0.0
-) -> Choice:
+def choose(chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int) -> Choice:
     """Return how many tokens to draft.
 
     chances: per live row, the chance that its i-th draft is accepted once those before it are; a row that has fewer
-    drafts than others gains nothing beyond them. draft_s: seconds per drafted token; fixed_s: seconds before the first.
+    drafts than others gains nothing beyond them. draft_s: seconds per drafted token.
     """
     plain_s = costs.step(1)
     best = Choice(0, 1 / plain_s)
@@ -60,7 +58,7 @@ def choose(
         for row, chain in enumerate(chances):
             reach[row] *= chain[tokens - 1] if tokens <= len(chain) else 0.0
             expected[row] += reach[row]
-        seconds = fixed_s + tokens * draft_s + costs.step(tokens + 1)
+        seconds = tokens * draft_s + costs.step(tokens + 1)
         if not account.allows(seconds / plain_s - 1):
             break
         # the slowest row decides when a batch is done, the others how much is gained until then

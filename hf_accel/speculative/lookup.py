@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 MAXIMUM_MATCH = 32  # tokens compared: a longer match is no better evidence
+MINIMUM_TOKENS = 2 * MAXIMUM_MATCH  # of an index
 _LONG = 6  # n-grams that are looked for first, so that frequent short ones do not hide long matches
 
 
@@ -32,8 +33,8 @@ class SuffixIndex:
         Raises:
             ValueError: max_tokens is below 64, minimum is not in 1..32, or candidates is below 1.
         """
-        if max_tokens < 2 * MAXIMUM_MATCH:
-            raise ValueError(f"max_tokens must be at least {2 * MAXIMUM_MATCH}, not {max_tokens}")
+        if max_tokens < MINIMUM_TOKENS:
+            raise ValueError(f"max_tokens must be at least {MINIMUM_TOKENS}, not {max_tokens}")
         if not 1 <= minimum <= MAXIMUM_MATCH:
             raise ValueError(f"minimum must be in 1..{MAXIMUM_MATCH}, not {minimum}")
         if candidates < 1:

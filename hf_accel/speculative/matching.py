@@ -21,6 +21,8 @@ LENGTHS = (3, 5, 8, 16)
 class LookupDrafter(Drafter):
     """Matches the end of each row against its own text and, if given, against the history of the tenant."""
 
+    is_free = True
+
     def __init__(self, rows: Rows, acceptance: Acceptance, history: SuffixIndex | None = None) -> None:
         self.rows, self.acceptance, self.history = rows, acceptance, history
         self.indices = [SuffixIndex() for _ in range(len(rows))]

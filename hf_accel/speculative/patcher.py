@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import DynamicCache
@@ -12,16 +13,19 @@ from hf_accel.core.hosting import KEYWORDS, Host, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.report import Applied
-from hf_accel.core.stepping import rollback_objection
+from hf_accel.core.stepping import apart_objection, rollback_objection
 from hf_accel.errors import ConfigError, UnsupportedModelError
+from hf_accel.speculative.arms import Source
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.copies import Form, few_bits, few_bits_config, layer_list, shadow, sped_up
 from hf_accel.speculative.costs import RowCosts
-from hf_accel.speculative.speculation import SMALL_ROWS, ModelSpeculation, Source
+from hf_accel.speculative.speculation import SMALL_ROWS, ModelSpeculation
 from hf_accel.speculative.trials import PROMPT_TOKENS, TEXT_TOKENS, Trials
 
 # a drafter whose token costs more than this share of a plain step never pays
 HIGHEST_COST = 0.7
+# how much further than in the trials logits may be apart elsewhere
+MARGIN = 8
 # what the trials feed at most
 CONTEXT_TOKENS = PROMPT_TOKENS + TEXT_TOKENS + 2 * SMALL_ROWS
 # arguments by which a caller asks stock for its own assisted generation
@@ -38,13 +42,8 @@ class SpeculativePatcher(Patcher[SpeculativeConfig], config=SpeculativeConfig):
         model = anatomy.model
         if getattr(model, "_is_stateful", False):
             return [f"{anatomy.architecture} has a recurrent state, which cannot take back rejected drafts."]
-        config = model.config.get_text_config(decoder=True)
-        context = getattr(config, "max_position_embeddings", None)
-        if isinstance(context, int) and context < CONTEXT_TOKENS:
-            return [f"a context of {context} tokens is too short to try drafts in; it takes {CONTEXT_TOKENS}."]
-        cache = DynamicCache(config=config)
-        if reason := rollback_objection(cache, is_batch=False):
-            return [f"{reason}, so rejected drafts cannot be taken back."]
+        if reason := _trial_obstacle(model):
+            return [f"{reason}."]
         if self.config.drafter == "auto":
             return _draft_model_obstacles(anatomy) if anatomy.draft_model is not None else []
         found: list[str] = []
@@ -56,7 +55,7 @@ class SpeculativePatcher(Patcher[SpeculativeConfig], config=SpeculativeConfig):
         host: Any = host_of(anatomy.model)
         speculation, change = set_up(anatomy, host, self.config)
         journal.set_attribute(host, "speculation", speculation)
-        journal.set_attribute(host.report, "speculation", speculation.statistics)
+        host.report.speculation = speculation.statistics
         return change
 
 
@@ -70,18 +69,19 @@ def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        trials = Trials.of(model, host.prepare_cache)
+        trials = Trials.of(model, host.prepare_cache, config.drafters(anatomy.draft_model is not None) != ("lookup",))
         highest = 2 * SMALL_ROWS if config.adaptive else 1
         rows = trials.row_costs(highest)
         rounding = _rounding(trials, rows, config)
-        can_be_apart = trials.rows_can_be_apart()
+        apart_difference = trials.apart_difference()
         sources, left_out = _sources(anatomy, host, config, trials, rows)
     finally:
         for module in training:
             module.training = True
-    speculation = ModelSpeculation(config, sources, rows, rounding, can_be_apart, host.prepare_cache)
-    if not can_be_apart:
-        left_out.append("batches: rows of this model cannot have different lengths")
+    speculation = ModelSpeculation(config, sources, rows, rounding, apart_difference, host.prepare_cache)
+    if apart_difference == math.inf:
+        reason = apart_objection(model) or "rows of different lengths get other results than alone"
+        left_out.append(f"batches are decoded plainly: {reason}")
     forms = [source.form for source in sources if source.form is not None]
     costs = ", ".join(f"{count} rows {rows.ratio(count, 1):.2f} x" for count in (2, 4, 8) if config.adaptive)
     summary = "; ".join(
@@ -96,10 +96,13 @@ def _rounding(trials: Trials, rows: RowCosts, config: SpeculativeConfig) -> tupl
     """Return how far logits of a step may lie from those of steps of one token: of few rows, and of more."""
     if trials.model.dtype.itemsize == 4 and not config.strict:
         return 0.0, 0.0  # fp32 rounds too finely for text to show it
-    many = TEXT_TOKENS + SMALL_ROWS // 4
-    few = 8 * trials.rounding(min(config.max_draft_tokens + 1, SMALL_ROWS))
-    is_tried = config.strict or not config.adaptive or rows.ratio(many, 1) < many / 2
-    return few, 8 * trials.rounding(many) if is_tried else few
+    widest = min(config.max_draft_tokens + 1, SMALL_ROWS)
+    if config.strict:  # every width that may come
+        return MARGIN * trials.rounding(range(2, widest + 1)), 0.0
+    few = MARGIN * trials.rounding([widest])
+    many = SMALL_ROWS + 4
+    is_tried = not config.adaptive or rows.ratio(many, 1) < many / 2
+    return few, MARGIN * trials.rounding([many], many) if is_tried else few
 
 
 def _sources(
@@ -125,7 +128,11 @@ def _sources(
             left_out.append(f"drafter {name}: drafting a token takes {share:.2f} of a plain step here")
             continue
         form.summary += f" ({100 * agreement:.0f} % agreement on own text, {share:.2f} of a step per token)"
-        found.append(Source.model(form, agreement, draft_s))
+        can_be_apart = True
+        if form.has_own_cache and Trials(form.model, host.prepare_cache, trials.text).apart_difference() == math.inf:
+            can_be_apart = False
+            left_out.append(f"drafter {name} in batches: rows of the draft model cannot have different lengths")
+        found.append(Source.model(form, agreement, draft_s, can_be_apart))
     return found, left_out
 
 
@@ -143,9 +150,9 @@ def _form(name: str, anatomy: Anatomy, host: Host, config: SpeculativeConfig, tr
 def _obstacles(name: str, anatomy: Anatomy, config: SpeculativeConfig) -> list[str]:
     if name == "self":
         # as the copy will be: without what speeds up its products
-        return Patcher.for_config(few_bits_config(config.bits, config.group_size)).obstacles(
-            Anatomy.of(shadow(anatomy.model))
-        )
+        copy = Anatomy.of(shadow(anatomy.model))
+        found = Patcher.for_config(few_bits_config(config.bits, config.group_size)).obstacles(copy)
+        return [f'the drafter "self" cannot be made: {obstacle}' for obstacle in found]
     if name == "layer_skip":
         try:
             _, layers = layer_list(anatomy.model)
@@ -176,9 +183,19 @@ def _draft_model_obstacles(anatomy: Anatomy) -> list[str]:
         found.append(f"the draft model is on {draft.device}, the model on {anatomy.device}; put both on one device.")
     if draft.model is anatomy.model:
         found.append('the draft model is the model itself; drafter="self" drafts with a cheaper copy of it.')
-    if reason := rollback_objection(DynamicCache(config=draft.model.config.get_text_config(decoder=True)), False):
-        found.append(f"the draft model cannot take drafts back: {reason}.")
+    if reason := _trial_obstacle(draft.model):
+        found.append(f"the draft model cannot be used: {reason}.")
     return found
+
+
+def _trial_obstacle(model: Any) -> str | None:
+    """Return why drafts cannot be tried with `model`, None if they can."""
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    if isinstance(context, int) and context < CONTEXT_TOKENS:
+        return f"a context of {context} tokens is too short to try drafts in; it takes {CONTEXT_TOKENS}"
+    reason = rollback_objection(DynamicCache(config=config), is_batch=False)
+    return reason and f"{reason}, so rejected drafts cannot be taken back"
 
 
 def _speculative(model: Any, value: Any, arguments: dict[str, Any]) -> ModelSpeculation | None:
@@ -186,9 +203,10 @@ def _speculative(model: Any, value: Any, arguments: dict[str, Any]) -> ModelSpec
     host: Any = host_of(model)
     if value is False or value is None:
         return None
-    config = arguments.get("generation_config")
+    configs = (arguments.get("generation_config"), model.generation_config)
     for name in ASSISTED:
-        if arguments.get(name) or (name not in arguments and getattr(config, name, None)):
+        given = [arguments[name]] if name in arguments else [getattr(config, name, None) for config in configs]
+        if any(given):
             raise ConfigError(f"generate was given both speculative and {name}: two ways to draft. Leave one out.")
     if value is True and host.speculation is not None:
         return host.speculation  # type: ignore[no-any-return]

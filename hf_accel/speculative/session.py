@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from hf_accel.core.contracts import Draft
 from hf_accel.core.rows import Rows
-from hf_accel.speculative.acceptance import Acceptance
-from hf_accel.speculative.config import SpeculativeConfig
+from hf_accel.speculative.arms import Arm
 from hf_accel.speculative.costs import StepCosts
-from hf_accel.speculative.drafting import Drafter, Proposal
+from hf_accel.speculative.drafting import Proposal
 from hf_accel.speculative.governor import Account, choose
-from hf_accel.speculative.matching import LookupDrafter
 from hf_accel.speculative.statistics import Statistics
 
 # drafting nothing takes this long, and may take this share of the time
 ASKING_S = 150e-6
 ASKING_SHARE = 0.01
 IDLE_STEPS = 4
-
-
-@dataclass
-class Arm:
-    """One drafter in one call, and what is believed of it."""
-
-    name: str
-    drafter: Drafter
-    draft_s: float  # seconds per drafted token, followed
-    overall: Acceptance  # of any draft: what is known before drafting
-    by_confidence: Acceptance  # of drafts by bucket: what is known once they are there
-    _seen: deque[float] = field(default_factory=lambda: deque(maxlen=7))
-
-    def __post_init__(self) -> None:
-        self._seen.extend([self.draft_s] * 2)  # a first call finds weights cold
-
-    def observe(self, seconds: float, tokens: int) -> None:
-        """Take in what drafting `tokens` tokens took."""
-        self._seen.append(seconds / tokens)
-        self.draft_s = statistics.median(self._seen)
 
 
 class SpeculativeSession:
@@ -52,12 +27,13 @@ class SpeculativeSession:
         arms: list[Arm],
         rows: Rows,
         costs: StepCosts,
-        config: SpeculativeConfig,
+        most: int,
+        adaptive: bool,
         totals: Statistics,
         close: Callable[[], None],
     ) -> None:
         self.arms, self.rows, self.costs, self.totals, self.close = arms, rows, costs, totals, close
-        self.most, self.adaptive = config.max_draft_tokens, config.adaptive
+        self.most, self.adaptive = most, adaptive
         self.account = Account()
         self._idle = 0  # tokens since the last draft
         self._just_napped = False
@@ -71,7 +47,7 @@ class SpeculativeSession:
             return None
         arm, proposal, seconds = found
         self._current = found
-        if not isinstance(arm.drafter, LookupDrafter):
+        if not arm.drafter.is_free:
             arm.observe(seconds, max(1, proposal.draft.tokens.shape[1]))
         return proposal.draft
 
@@ -86,7 +62,7 @@ class SpeculativeSession:
     def observe(self, draft: Draft | None, accepted: list[int], seconds: float, steps: int = 1) -> None:
         tokens = 1 if draft is None else 1 + draft.tokens.shape[1]
         self.costs.observe(tokens, seconds)
-        self.totals.step(steps * sum(count >= 0 for count in accepted), steps * seconds, steps)
+        self.totals.step(steps * sum(count >= 0 for count in accepted), steps)
         self._just_napped = steps > 1
         if draft is None or self._current is None:
             self._idle += steps
@@ -97,11 +73,11 @@ class SpeculativeSession:
         live = [row for row, count in enumerate(accepted) if count >= 0]
         for row in live:
             held = accepted[row]
-            if not isinstance(arm.drafter, LookupDrafter):  # that one learns from the text itself
+            if not arm.drafter.is_free:
                 for t, bucket in enumerate(proposal.buckets[row][: held + 1]):
                     arm.by_confidence.observe(bucket, t < held)
                     arm.overall.observe(0, t < held)
-            self.totals.drafted(arm.name, draft.counts[row], held)
+            self.totals.drafted(arm.source.name, draft.counts[row], held)
         if live:
             plain_s = self.costs.step(1)
             cost = (arm.draft_s * draft.tokens.shape[1] + self.costs.step(tokens)) / plain_s
@@ -121,7 +97,7 @@ class SpeculativeSession:
         best: tuple[float, Arm, int, Proposal | None] | None = None
         for arm in self.arms:
             proposal = None
-            if isinstance(arm.drafter, LookupDrafter):
+            if arm.drafter.is_free:
                 proposal = arm.drafter.propose(most, lambda _: True)
                 if proposal is None:
                     continue
@@ -150,5 +126,9 @@ class SpeculativeSession:
             return reach * arm.overall.chance(0) > rate * more_s
 
         start = time.perf_counter()
-        proposal = arm.drafter.propose(min(most, tokens + 2), goes_on)
+        if self.account.lost < 0:  # in credit: as long as the drafter is sure
+            most = min(most, tokens + 2)
+        else:
+            most = tokens
+        proposal = arm.drafter.propose(most, goes_on)
         return None if proposal is None else (arm, proposal, time.perf_counter() - start)

@@ -12,7 +12,6 @@ class Statistics:
 
     def __init__(self) -> None:
         self.calls = self.steps = self.tokens = self.near_ties = 0
-        self.seconds = 0.0
         self.proposed: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
         self.plain: Counter[str] = Counter()
@@ -23,12 +22,11 @@ class Statistics:
         with self._lock:
             self.calls += 1
 
-    def step(self, tokens: int, seconds: float, steps: int = 1) -> None:
-        """Count `steps` forward passes that took `seconds` and brought `tokens` tokens of the model's own."""
+    def step(self, tokens: int, steps: int = 1) -> None:
+        """Count `steps` forward passes that brought `tokens` tokens of the model's own."""
         with self._lock:
             self.steps += steps
             self.tokens += tokens
-            self.seconds += seconds
 
     def drafted(self, drafter: str, proposed: int, accepted: int) -> None:
         """Count the drafts of a row."""

@@ -1,12 +1,13 @@
 """Trials of a model on itself, before speculation is used: what steps cost, how they round, what drafts are worth.
 
-A dozen forward passes of up to 32 rows and TEXT_TOKENS of one row, over the model's own text, since drafts are only
+Some thirty forward passes of up to 32 rows; where a model drafts, TEXT_TOKENS more of one row, as drafts are only
 worth something on text that the model would write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_accel.core.drift import CACHE
-from hf_accel.core.stepping import Stepper
+from hf_accel.core.stepping import Stepper, apart_objection
 from hf_accel.speculative.copies import Form, layer_list, without_layers
 from hf_accel.speculative.costs import RowCosts
 
@@ -34,11 +35,14 @@ class Trials:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, prepare_cache: Callable[[Any, int], None] | None) -> Trials:
-        """Let the model write its text."""
+    def of(cls, model: Any, prepare_cache: Callable[[Any, int], None] | None, writes: bool) -> Trials:
+        """Let the model write its text; where that does not matter (`writes` False), take any tokens."""
         vocabulary = model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (1, PROMPT_TOKENS), generator=generator).to(model.device)
+        ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + TEXT_TOKENS), generator=generator).to(model.device)
+        if not writes:
+            return cls(model, prepare_cache, ids)
+        ids = ids[:, :PROMPT_TOKENS]
         trials = cls(model, prepare_cache, ids)
         stepper = trials.stepper(1)
         fed = ids
@@ -73,21 +77,24 @@ class Trials:
         return RowCosts.measure(forward, highest)
 
     @torch.no_grad()
-    def rounding(self, tokens: int) -> float:
-        """Return the largest difference of logits between steps of `tokens` tokens and of one."""
-        logits = []
-        for width in (1, tokens):
+    def rounding(self, widths: Sequence[int], tokens: int = TEXT_TOKENS) -> float:
+        """Return the largest difference of logits between steps of one token and of `widths`, over `tokens` tokens."""
+        start = PROMPT_TOKENS + TEXT_TOKENS - tokens
+
+        def logits(width: int) -> torch.Tensor:
             stepper = self.stepper(1)
-            stepper.forward(self.text[:, :4])
+            stepper.forward(self.text[:, :start])
             stepper.keep(stepper.lengths)
-            rest = self.text[:, 4:]  # all of it: what rounding does to keys and values adds up
-            pieces = rest.split(width, dim=1)
-            logits.append(torch.cat([stepper.forward(piece) for piece in pieces], dim=1).float())
-        return float((logits[0] - logits[1]).abs().max())
+            return torch.cat([stepper.forward(piece) for piece in self.text[:, start:].split(width, 1)], 1).float()
+
+        single = logits(1)
+        return max(float((logits(width) - single).abs().max()) for width in widths)
 
     @torch.no_grad()
-    def rows_can_be_apart(self) -> bool:
-        """Return whether two rows of different lengths get what the shorter gets alone."""
+    def apart_difference(self) -> float:
+        """Return how far (relative, Frobenius) a row beside a longer one is from itself alone; inf: it cannot be."""
+        if apart_objection(self.model):
+            return math.inf
         alone = self.stepper(1)
         alone.forward(self.text[:, :4])
         alone.keep([4])
@@ -99,9 +106,9 @@ class Trials:
         try:
             found = both.forward(fed)[1].double()
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
-            return False  # the model does not take masks of its attention's kind
+            return math.inf  # the model does not take masks of its attention's kind
         difference = float((found - expected).norm() / expected.norm())
-        return difference <= TOLERANCES.get(self.model.dtype, 1e-3)
+        return difference if difference <= TOLERANCES.get(self.model.dtype, 1e-3) else math.inf
 
     @torch.no_grad()
     def agreement(self, form: Form) -> float:
