@@ -253,6 +253,8 @@ def test_no_call_loses_more_than_is_allowed(held: list[int], claimed: float, dra
 class Scripted(Drafter):
     """Proposes what it is told, and asks whether to go on after each token."""
 
+    unread = 0
+
     def __init__(self, buckets: list[int] | None) -> None:
         self.buckets, self.asked = buckets, []  # type: ignore[var-annotated]
 
@@ -297,6 +299,16 @@ def test_the_governor_takes_who_promises_most() -> None:
     assert (bad.asked, dear.asked) == ([], [])
     assert good.asked == [6]
     assert session([arm("good", Scripted([4] * 9))], STEEP).propose(100) is None
+
+
+def test_a_prompt_is_read_only_for_as_many_tokens_as_make_up_for_it() -> None:
+    for left, drafts in ((100, True), (20, False)):  # 20 plain steps, for about half a step per token
+        drafter = Scripted([4] * 9)
+        drafter.unread = 4096
+        made = session([arm("model", drafter)], RowCosts({1: 1.0, 32: 4.1}))
+        assert (made.propose(left) is not None) == drafts
+        drafter.unread = 0
+        assert made.propose(left) is not None
 
 
 def test_a_draft_ends_where_its_drafter_is_unsure() -> None:

@@ -41,6 +41,11 @@ class Drafter(ABC):
 
     is_free: ClassVar[bool] = False  # drafts take no time, and the text itself shows what they are worth
 
+    @property
+    def unread(self) -> int:
+        """How many tokens of each row the drafter must read before its first draft."""
+        return 0
+
     @abstractmethod
     def propose(self, tokens: int, goes_on: GoesOn) -> Proposal | None:
         """Return drafts of up to `tokens` tokens for the live rows, None where there is nothing to propose."""
@@ -101,6 +106,10 @@ class OwnCacheDrafter(ModelDrafter):
         config = model.config.get_text_config(decoder=True)
         self.context = int(getattr(config, "max_position_embeddings", None) or 2**62)
         self.stepper: Stepper | None = None
+
+    @property
+    def unread(self) -> int:
+        return self.rows.prompt_tokens if self.stepper is None else 0
 
     def propose(self, tokens: int, goes_on: GoesOn) -> Proposal | None:
         rows = self.rows

@@ -10,7 +10,7 @@ from hf_accel.core.rows import Rows
 from hf_accel.speculative.arms import Arm
 from hf_accel.speculative.costs import StepCosts
 from hf_accel.speculative.drafting import Proposal
-from hf_accel.speculative.governor import Account, choose
+from hf_accel.speculative.governor import Account, Choice, choose
 from hf_accel.speculative.statistics import Statistics
 
 # drafting nothing takes this long, and may take this share of the time
@@ -42,7 +42,7 @@ class SpeculativeSession:
     def propose(self, limit: int) -> Draft | None:
         most = min(limit, self.most)
         self._current = None
-        found = self._fixed(most) if not self.adaptive else self._best(most)
+        found = self._fixed(most) if not self.adaptive else self._best(most, limit)
         if found is None:
             return None
         arm, proposal, seconds = found
@@ -83,6 +83,15 @@ class SpeculativeSession:
             cost = (arm.draft_s * draft.tokens.shape[1] + self.costs.step(tokens)) / plain_s
             self.account.settle(cost, 1 + min(accepted[row] for row in live))
 
+    def _pays_reading(self, arm: Arm, choice: Choice, left: int) -> bool:
+        """Return whether what the arm promises for the tokens left is more than reading the prompt for it takes."""
+        unread = arm.drafter.unread
+        if not unread:
+            return True
+        batch = self.costs.batch
+        read_s = arm.draft_s * self.costs.rows.ratio(batch * unread, batch)
+        return left * (self.costs.step(1) - 1 / choice.rate) > read_s
+
     def _fixed(self, most: int) -> tuple[Arm, Proposal, float] | None:
         for arm in self.arms:
             start = time.perf_counter()
@@ -91,8 +100,11 @@ class SpeculativeSession:
                 return arm, proposal, time.perf_counter() - start
         return None
 
-    def _best(self, most: int) -> tuple[Arm, Proposal, float] | None:
-        """Let the arm draft that promises most tokens per second, if any promises more than plain decoding."""
+    def _best(self, most: int, left: int) -> tuple[Arm, Proposal, float] | None:
+        """Let the arm draft that promises most tokens per second, if any promises more than plain decoding.
+
+        left: how many tokens may still come.
+        """
         live = self.rows.live()
         best: tuple[float, Arm, int, Proposal | None] | None = None
         for arm in self.arms:
@@ -105,7 +117,7 @@ class SpeculativeSession:
             else:
                 chances = [[arm.overall.chance(0)] * most] * len(live)
             choice = choose(chances, arm.draft_s, self.costs, self.account, most)
-            if choice.tokens and (best is None or choice.rate > best[0]):
+            if choice.tokens and (best is None or choice.rate > best[0]) and self._pays_reading(arm, choice, left):
                 best = (choice.rate, arm, choice.tokens, proposal)
         if best is None:
             return None

@@ -66,6 +66,8 @@ class ModelSpeculation:
         if self.history is not None:
             history = self.history.of(str(call.options.get("tenant", "")))
         arms = []
+        costs = StepCosts(self.row_costs, len(rows))
+        scale = self.row_costs.ratio(len(rows), 1)  # drafts were timed for one row
         for source in self.sources:
             if len(rows) > 1 and not source.can_be_apart:
                 continue
@@ -78,8 +80,7 @@ class ModelSpeculation:
                 drafter = OwnCacheDrafter(source.form.model, self.prepare_cache, rows, chooser, call.model_kwargs)
             else:
                 drafter = SharedCacheDrafter(source.form.model, source.form.layers, rows, chooser, stepper)
-            arms.append(Arm(source, drafter, source.draft_s, overall, by_confidence))
-        costs = StepCosts(self.row_costs, len(rows))
+            arms.append(Arm(source, drafter, source.draft_s * scale, overall, by_confidence))
         most = self.config.max_draft_tokens
         if self.config.strict:
             most = min(most, SMALL_ROWS // len(rows) - 1)
