@@ -1,7 +1,7 @@
 /* All kernels of one instruction set: an isa_*.c file includes its vec_*.h, then this, between target pragmas,
  * having defined TABLE (the name of the table) and ROWS_FOR(M) (rows of W computed together for M rows of x). For panels
- * (see product_body.h) also PANELS_FROM, the least rows of x for them, PANEL_ROWS_FOR(G), rows of W beside a group of G
- * rows of x, and HOLDS(R, M), HOLD(x): where x is to be loaded once for R rows of W, and what makes gcc do so. */
+ * (see product_body.h) also PANELS_FROM, the least rows of x for them, and PANEL_ROWS_FOR(G), rows of W beside a group of
+ * G rows of x. */
 #include "float_body.h"
 #include "packed_body.h"
 

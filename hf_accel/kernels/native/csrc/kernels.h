@@ -13,7 +13,7 @@
 #define HFA_PREFETCH_BYTES 16384 /* how far ahead; from 8 to 64 KB measured alike, 16 KB wastes least at the end */
 #define HFA_PREFETCH_LEVEL 2     /* into L2: L1 is too small for this distance */
 #define HFA_PACK_ROWS 8
-#define HFA_PANEL_ROWS 64 /* rows of W that go over a panel of x */
+#define HFA_PANEL_ROWS 60 /* rows of W that go over a panel of x: a multiple of 2, 3 and 4 */
 
 typedef struct {
     int step;        /* K padding of packed activations, elements */

@@ -79,6 +79,19 @@ static void NAME(pack)(const void *x, int64_t stride, int m, int64_t k, void *pa
     }
 }
 
+#ifdef PANELS_FROM
+#include "tile_avx2.h"
+#else
+HFA_INLINE void NAME(tile_step)(const int R, const int M, vf acc[4][HFA_PACK_ROWS], const T *w, int64_t stride, const NAME(packed) *x) {
+    UNROLL(4)
+    for (int r = 0; r < R; r++) {
+        NAME(wide) v = NAME(wide_load)(w + r * stride);
+        UNROLL(8)
+        for (int m = 0; m < M; m++) acc[r][m] = NAME(wide_dot)(acc[r][m], v, x + m * STEP);
+    }
+}
+#endif
+
 /* The rest of a row, n < STEP elements, zero-padded: never reads beyond the row. */
 HFA_INLINE NAME(wide) NAME(wide_tail)(const T *p, int64_t n) {
     T tail[STEP];
@@ -115,12 +128,7 @@ HFA_INLINE void NAME(finish_tile)(const int R, const int M, vf acc[4][HFA_PACK_R
                 __builtin_prefetch(ahead + line, 0, HFA_PREFETCH_LEVEL);                                              \
         }                                                                                                             \
         ahead += R * STEP * sizeof(T);                                                                                \
-        UNROLL(4)                                                                                                     \
-        for (int r = 0; r < R; r++) {                                                                                 \
-            NAME(wide) v = NAME(wide_load)(w + r * stride + i);                                                       \
-            UNROLL(8)                                                                                                 \
-            for (int m = 0; m < M; m++) acc[r][m] = NAME(wide_dot)(acc[r][m], v, x + m * STEP);                       \
-        }                                                                                                             \
+        NAME(tile_step)(R, M, acc, w + i, stride, x);                                                                 \
     }
 
 /* R rows of W against M rows of x; R and M are constants after inlining, so acc lives in registers. */
@@ -196,14 +204,15 @@ static void NAME(dot_group)(const T *w, int64_t stride, int64_t rows, int64_t k,
 /* Many rows of x do not fit L1 over their whole length, and then each row of W waits for them to come from L2 again. So
  * the columns go in panels: SECTION of them for HFA_PACK_ROWS rows of x is half of a 32 KB L1, and HFA_PANEL_ROWS rows
  * of W pass over that before the next panel. Between panels the sums rest in memory as they are, vectors: the additions
- * of an output are those of dot_tile, one by one and in its order. Measured (Zen 3, bf16, 16 rows of x, 8192 columns):
- * 36 G products per second and core, without panels 13. */
-#define NEXT_ROWS 4 /* how far ahead W is prefetched; 12 was 5 % and 48 30 % slower */
+ * of an output are those of dot_tile, one by one and in its order. Twelve sums in registers hide the latency of the
+ * additions: 48 G products per second and core where the machine can make 50 (Zen 3, bf16, W in the cache); left to gcc,
+ * 20 to 35. */
+#define NEXT_ROWS 6 /* how far ahead W is prefetched */
 #define SECTION (32 * STEP) /* for fp32, where dot_tile starts a new section */
 
 /* R rows of W against M rows of x out of a packed group of G, over the columns of a panel; sums lie in order [R][G]. */
 HFA_INLINE void NAME(panel_tile)(const int R, const int M, const int G, const T *w, int64_t stride, int64_t k,
-                                 const NAME(packed) *x, const T *ahead, float *sums, int is_last, float *out, int64_t ldo) {
+                                 const NAME(packed) *x, const T *ahead, int share, float *sums, int is_last, float *out, int64_t ldo) {
     vf acc[4][HFA_PACK_ROWS];
     UNROLL(4)
     for (int r = 0; r < R; r++)
@@ -211,34 +220,11 @@ HFA_INLINE void NAME(panel_tile)(const int R, const int M, const int G, const T 
         for (int m = 0; m < M; m++) acc[r][m] = DTYPE == 2 ? vf_set1(0.0f) : vf_load(sums + (r * G + m) * VW);
     int64_t i = 0;
     for (; i + STEP <= k; i += STEP, x += G * STEP) {
-        if (ahead) {
+        if (ahead && i * (int64_t)sizeof(T) % (M < G ? 128 : 64) == 64 * share) {
             UNROLL(4)
             for (int r = 0; r < R; r++) __builtin_prefetch(ahead + r * stride + i, 0, HFA_PREFETCH_LEVEL);
         }
-        if (HOLDS(R, M)) {
-            NAME(wide) v[2] = {NAME(wide_load)(w + i), NAME(wide_load)(w + stride + i)};
-            UNROLL(4)
-            for (int m = 0; m < M; m++) {
-                vf a = vf_load(x + m * STEP);
-                HOLD(a);
-                acc[0][m] = vf_fma(v[0].a, a, acc[0][m]);
-                acc[1][m] = vf_fma(v[1].a, a, acc[1][m]);
-            }
-            UNROLL(4)
-            for (int m = 0; m < M; m++) {
-                vf b = vf_load(x + m * STEP + VW);
-                HOLD(b);
-                acc[0][m] = vf_fma(v[0].b, b, acc[0][m]);
-                acc[1][m] = vf_fma(v[1].b, b, acc[1][m]);
-            }
-        } else {
-            UNROLL(4)
-            for (int r = 0; r < R; r++) {
-                NAME(wide) v = NAME(wide_load)(w + r * stride + i);
-                UNROLL(8)
-                for (int m = 0; m < M; m++) acc[r][m] = NAME(wide_dot)(acc[r][m], v, x + m * STEP);
-            }
-        }
+        NAME(tile_step)(R, M, acc, w + i, stride, x);
     }
     if (i < k) {
         UNROLL(4)
@@ -259,13 +245,13 @@ HFA_INLINE void NAME(panel_tile)(const int R, const int M, const int G, const T 
     if (is_last) NAME(finish_tile)(R, M, acc, out, ldo);
 }
 
-/* R rows of W against a group of G rows of x. From 6 on the group goes in halves, which leave registers for W. */
+/* R rows of W against a group of G rows of x. From 7 on the group goes in halves, which leave registers for W. */
 HFA_INLINE void NAME(panel_rows)(const int R, const int G, const T *w, int64_t stride, int64_t k, const NAME(packed) *x,
                                  const T *ahead, float *sums, int is_last, float *out, int64_t ldo) {
-    const int M = G < 6 ? G : (G + 1) / 2;
-    NAME(panel_tile)(R, M, G, w, stride, k, x, ahead, sums, is_last, out, ldo);
+    const int M = G < 7 ? G : 4;
+    NAME(panel_tile)(R, M, G, w, stride, k, x, ahead, 0, sums, is_last, out, ldo);
     if (M < G)
-        NAME(panel_tile)(R, G - M, G, w, stride, k, x + M * STEP, NULL, sums + M * VW, is_last, out + M * ldo, ldo);
+        NAME(panel_tile)(R, G - M, G, w, stride, k, x + M * STEP, ahead, 1, sums + M * VW, is_last, out + M * ldo, ldo);
 }
 
 #define PANEL_CASE(G)                                                                                                 \

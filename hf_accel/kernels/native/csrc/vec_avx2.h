@@ -58,6 +58,9 @@ HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
     *odd = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000u)));
 }
 
+static const uint32_t vi_high_halves[8] __attribute__((aligned(32))) = { /* for tile_avx2.h */
+    0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+
 /* Integer products of packed weights, eight 32-bit lanes: one row of W each. */
 typedef __m256i vi;
 typedef __m256i v4; /* sums of int4 products: int16 pairs per lane */
