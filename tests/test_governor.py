@@ -20,7 +20,6 @@ from hf_accel.speculative.arms import Arm, Source
 from hf_accel.speculative.costs import RECENT, REFRESH, RowCosts, StepCosts
 from hf_accel.speculative.drafting import Drafter, Proposal
 from hf_accel.speculative.governor import ALLOWANCE_SHARE, ALLOWANCE_STEPS, CREDIT_STEPS, GAIN, Account, Choice, choose
-from hf_accel.speculative.matching import LookupDrafter
 from hf_accel.speculative.session import IDLE_STEPS, SpeculativeSession
 from hf_accel.speculative.statistics import Statistics
 
@@ -352,23 +351,6 @@ def test_naps_follow_idle_steps_where_steps_are_short() -> None:
     made.observe(None, [0], 0.001, 8)
     assert made.nap(50) == 0, "asked at least once between two naps"
     assert made.totals.to_dict()["steps"] == made.totals.to_dict()["tokens"] == 16
-
-
-def test_lookup_is_judged_by_the_text_whether_it_was_verified_or_not() -> None:
-    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]])
-    text = Rows(ids, None, 100)
-    belief = Acceptance([0.5] * 5)
-    drafter = LookupDrafter(text, belief)
-    proposal = drafter.propose(4, lambda _: True)
-    assert proposal is not None
-    assert proposal.draft.tokens.tolist() == [[3, 4, 1, 2]]
-    bucket = proposal.buckets[0][0]
-    text.add(0, [3, 4, 9])
-    drafter.propose(4, lambda _: True)
-    assert belief._tried[bucket] == pytest.approx(1 + DECAY + DECAY**2), "two right, one wrong"
-    assert belief._held[bucket] == pytest.approx(DECAY + DECAY**2)
-    text.ended[0] = True
-    assert drafter.propose(4, lambda _: True) is None
 
 
 def test_counts_of_all_threads_come_together() -> None:

@@ -24,6 +24,9 @@ from speculating import (
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig, WeightOnlyConfig
+from hf_accel.core.rows import Rows
+from hf_accel.speculative.acceptance import DECAY, Acceptance
+from hf_accel.speculative.matching import LookupDrafter
 from hf_accel.speculative.session import SpeculativeSession
 
 PLAIN = [DecodingConfig(), KVCacheConfig()]
@@ -281,3 +284,20 @@ def test_noisy_drafts_are_accepted_about_half_the_time() -> None:
     share = total(counts(model), "accepted") / total(counts(model), "proposed")
     assert 0.15 < share < 0.85
     assert noisy("llama") is not None
+
+
+def test_lookup_is_judged_by_the_text_whether_it_was_verified_or_not() -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]])
+    text = Rows(ids, None, 100)
+    belief = Acceptance([0.5] * 5)
+    drafter = LookupDrafter(text, belief)
+    proposal = drafter.propose(4, lambda _: True)
+    assert proposal is not None
+    assert proposal.draft.tokens.tolist() == [[3, 4, 1, 2]]
+    bucket = proposal.buckets[0][0]
+    text.add(0, [3, 4, 9])
+    drafter.propose(4, lambda _: True)
+    assert belief._tried[bucket] == pytest.approx(1 + DECAY + DECAY**2), "two right, one wrong"
+    assert belief._held[bucket] == pytest.approx(DECAY + DECAY**2)
+    text.ended[0] = True
+    assert drafter.propose(4, lambda _: True) is None

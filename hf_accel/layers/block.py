@@ -38,13 +38,15 @@ PACKED_TOLERANCE = 1e-2
 class DecoderBlockConfig(Config):
     """Decoder layers in one native call each, where the architecture is described.
 
-    max_rows: steps of up to this many rows (batch x query tokens), 1 to 16; larger ones run the layer's own forward.
+    max_rows: steps of up to this many rows (batch x query tokens), 1 to 32; larger ones run the layer's own forward.
+        None: 16, or 32 where products of many rows are made natively, see `NativeLinearConfig`.
     """
 
-    max_rows: int = 16
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        self.check_integer("max_rows", 1, native.MAX_ROWS)
+        if self.max_rows is not None:
+            self.check_integer("max_rows", 1, native.MAX_ROWS)
 
 
 class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig):
@@ -60,11 +62,12 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
 
     def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
         left_out: list[str] = []
+        most = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
         with evaluating(anatomy.model):
             records = record(anatomy)
             for block in anatomy.blocks:
                 try:
-                    step = BlockStep(block, self.config.max_rows)
+                    step = BlockStep(block, most)
                 except ValueError as error:  # packed weights cannot be taken apart everywhere
                     left_out.append(f"layer {block.index} runs as it is: {error}")
                     continue
@@ -80,7 +83,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
                     )
                 journal.swap_class(block.layer, subclass(NativeLayer, type(block.layer), step=step))
         count = len(anatomy.blocks) - len(left_out)
-        summary = f"{count} decoder layers run in one native call for up to {self.config.max_rows} rows"
+        summary = f"{count} decoder layers run in one native call for up to {most} rows"
         return Change(summary, left_out=tuple(left_out))
 
 

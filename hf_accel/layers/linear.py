@@ -1,7 +1,8 @@
-"""Products of a few rows by the native library: decoding is reading weights, and ATen's product reads them slowly.
+"""Products by the native library: decoding is reading weights, and ATen's product reads them slowly.
 
 A product of 1 to 16 rows with an [N, K] weight reads N·K elements once and does 2·N·K operations per row: far below
-the arithmetic a core can do, so its time is the weight's bytes over the memory bandwidth. More rows go to ATen's GEMM.
+the arithmetic a core can do, so its time is the weight's bytes over the memory bandwidth. More rows go to ATen's GEMM,
+but in bf16 and fp16 on CPUs without instructions for them, where ATen has no fast one.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.kernels import native
 
+ANY_ROWS = 2**40
+
 
 @dataclass(frozen=True, kw_only=True)
 class NativeLinearConfig(Config):
-    """Products of few rows by the native CPU library, on the weights as they lie in memory.
+    """Products by the native CPU library, on the weights as they lie in memory.
 
-    max_rows: products of up to this many rows (batch x query tokens) go to the library, 1 to 16; above, ATen's GEMM
-        has enough arithmetic per byte to be as fast or faster.
+    max_rows: products of up to this many rows (batch x query tokens) go to the library, the others to ATen. None: 16,
+        or any number where a short trial shows that ATen's are slower (bf16 and fp16 on CPUs without instructions for
+        them). Weights that are stored transposed (Conv1D) go up to 32 rows at most.
     """
 
-    max_rows: int = 16
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        self.check_integer("max_rows", 1, native.MAX_ROWS)
+        if self.max_rows is not None:
+            self.check_integer("max_rows", 1)
 
 
 class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig):
@@ -43,6 +48,7 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
         return native_obstacles(anatomy)
 
     def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+        most = self.config.max_rows or native.best_rows(anatomy.dtype) or ANY_ROWS
         classes: dict[type, type] = {}
         count = 0
         others: set[str] = set()
@@ -52,8 +58,10 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
                 continue
             original = type(module)
             if original not in classes:
-                classes[original] = subclass(NativeProduct, original, max_rows=self.config.max_rows,
-                                             transposed=original is Conv1D)  # fmt: skip
+                is_transposed = original is Conv1D
+                rows = min(most, native.FEW_ROWS if self.config.max_rows is None else native.MAX_ROWS)
+                classes[original] = subclass(NativeProduct, original, max_rows=rows if is_transposed else most,
+                                             transposed=is_transposed)  # fmt: skip
             journal.swap_class(module, classes[original])
             count += 1
         left_out = tuple(
@@ -62,7 +70,8 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
         if experts := anatomy.stacked_experts():
             left_out += (f"{experts} modules hold stacked expert weights, which stay with transformers' expert code",)
         isa = native.status().isa
-        return Change(f"{count} products of up to {self.config.max_rows} rows run natively ({isa})", 0, left_out)
+        extent = "of any number of" if most == ANY_ROWS else f"of up to {most}"
+        return Change(f"{count} products {extent} rows run natively ({isa})", 0, left_out)
 
 
 def native_obstacles(anatomy: Anatomy) -> list[str]:
@@ -90,13 +99,13 @@ def _fits(module: Any) -> bool:
 
 
 class NativeProduct:
-    """`forward` of nn.Linear and Conv1D: few rows natively, all else as the class it is mixed over does."""
+    """`forward` of nn.Linear and Conv1D: up to max_rows rows natively, all else as the class it is mixed over does."""
 
     max_rows: int
     transposed: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.numel() > self.max_rows * input.shape[-1]:  # prompts leave here, having cost next to nothing
+        if input.numel() > self.max_rows * input.shape[-1]:  # prompts may leave here, having cost next to nothing
             return super().forward(input)  # type: ignore[misc]
         parameters = self._parameters  # type: ignore[attr-defined]
         weight, bias = parameters.get("weight"), parameters.get("bias")

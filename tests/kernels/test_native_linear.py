@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -64,7 +66,7 @@ def test_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
             weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((n, k), (n,)))
             conv1d = weight.T.contiguous()
             pair = isa == "amx" and dtype == torch.bfloat16 and k >= 512
-            for rows in (2, 3, 4, 5, 7, 8, 11, 16):
+            for rows in (2, 3, 4, 5, 7, 8, 11, 16, 27, 32):
                 x = torch.randn(rows, k, generator=generator).to(dtype)
                 together = native.linear(x, weight, bias)
                 assert torch.equal(together[:, 5:9], native.linear(x, weight[5:9], bias[5:9]))
@@ -86,6 +88,30 @@ def test_rows_are_equal_at_the_borders_of_sections_and_panels(isa: str) -> None:
             alone = torch.cat([native.linear(row.repeat(1 + pair, 1), weight)[:1] for row in x])
             for rows in range(1 + pair, 17):
                 assert torch.equal(native.linear(x[:rows], weight), alone[:rows])
+
+
+def test_any_number_of_rows(isa: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for dtype in native.DTYPES:
+        for k, n in ((52, 67), (577, 131), (2100, 12)):
+            weight = torch.randn(n, k + 2, generator=generator).to(dtype)[:, 1 : k + 1]
+            bias = torch.randn(n, generator=generator).to(dtype)
+            x = torch.randn(530, k, generator=generator).to(dtype)
+            alone = torch.cat([native.linear(x[i : i + 16], weight, bias) for i in range(0, 530, 16)])
+            for rows in (33, 48, 64, 100, 256, 258, 530):  # but for a last one alone, which AMX sums in another order
+                assert torch.equal(native.linear(x[:rows], weight, bias)[: rows // 2 * 2], alone[: rows // 2 * 2]), rows
+
+
+def test_who_multiplies_many_rows_is_found_out_by_a_trial(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["hf_accel.kernels.native.linear"]
+    assert native.best_rows(torch.float32) == native.FEW_ROWS, "ATen's are as fast as the machine"
+    for ours, atens, expected in ((0.0, 0.01, None), (0.01, 0.0, native.FEW_ROWS)):
+        module._is_faster_than_aten.cache_clear()
+        slow = lambda seconds: lambda x, weight: time.sleep(seconds)  # noqa: E731
+        monkeypatch.setattr(module, "linear", slow(ours))
+        monkeypatch.setattr(module.functional, "linear", slow(atens))
+        assert native.best_rows(torch.bfloat16) == expected
+    module._is_faster_than_aten.cache_clear()
 
 
 def test_batch_dimensions_and_strided_activations() -> None:
@@ -122,9 +148,12 @@ def test_nan_and_infinity_propagate(isa: str) -> None:
 
 
 def test_rows_it_does_not_serve_are_refused() -> None:
-    for rows in (0, 17):
-        with pytest.raises(ValueError, match="1 to 16 rows"):
-            native.linear(torch.randn(rows, 8), torch.randn(4, 8))
+    with pytest.raises(ValueError, match="1 row or more"):
+        native.linear(torch.randn(0, 8), torch.randn(4, 8))
+    with pytest.raises(ValueError, match="transposed up to 32"):
+        native.linear(torch.randn(33, 8), torch.randn(8, 4), transposed=True)
+    with pytest.raises(ValueError, match="1 to 32 rows"):
+        native.linear_group(torch.randn(33, 8), [torch.randn(4, 8)])
     with pytest.raises(ValueError, match="4 weights"):
         native.linear_group(torch.randn(1, 8), [torch.randn(4, 8)] * 5)
 

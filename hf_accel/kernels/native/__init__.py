@@ -1,16 +1,17 @@
-"""Native CPU kernels: products for 1 to 16 rows and whole decoder layers, in C, called through ctypes.
+"""Native CPU kernels: products and whole decoder layers, in C, called through ctypes.
 
 Optional: where the library was not built, `is_available()` is false and `status().reason` says why.
 """
 
 from hf_accel.kernels.native.block import BlockShape, BlockWeights, NativeBlock, Projection
 from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
-from hf_accel.kernels.native.linear import DTYPES, MAX_ROWS, linear, linear_group
+from hf_accel.kernels.native.linear import DTYPES, FEW_ROWS, MAX_ROWS, best_rows, linear, linear_group
 from hf_accel.kernels.native.packed import packed_linear
 from hf_accel.kernels.native.stream import stream
 
 __all__ = [
     "DTYPES",
+    "FEW_ROWS",
     "ISAS",
     "MAX_ROWS",
     "BlockShape",
@@ -18,6 +19,7 @@ __all__ = [
     "NativeBlock",
     "NativeStatus",
     "Projection",
+    "best_rows",
     "is_available",
     "linear",
     "linear_group",

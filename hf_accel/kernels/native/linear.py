@@ -1,4 +1,4 @@
-"""Products of 1 to 16 activation rows with weights as they lie in memory; cost: one read of the weight.
+"""Products of activation rows with weights as they lie in memory; few rows cost one read of the weight.
 
 fp32 accumulation, one rounding at the end; relative error not above ATen's product in the same dtype. With
 AVX512-BF16 subnormal bf16 values count as zero (the dot product instruction does so).
@@ -6,17 +6,22 @@ AVX512-BF16 subnormal bf16 values count as zero (the dot product instruction doe
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hf_accel.kernels.native import library as _library
 
-MAX_ROWS = 16
-"""Activation rows of one call: above, a matrix-matrix product is the better tool."""
+FEW_ROWS = 16
+"""Up to so many activation rows a product takes about as long as reading the weight."""
+MAX_ROWS = 32
+"""Activation rows of one call of `linear_group`, of a transposed weight, or of a decoder layer."""
 MAX_GROUP = 4
 """Weights that can share one activation in `linear_group`."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,7 +61,8 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> T
     bias_pointer = None if bias is None else bias.data_ptr()
     if _function(x.data_ptr(), weight.data_ptr(), bias_pointer, y.data_ptr(), rows, k, n, weight.stride(0), flags):
         raise ValueError(
-            f"native linear takes 1 to {MAX_ROWS} rows, got {rows} of {k} for a weight {tuple(weight.shape)}"
+            f"native linear takes 1 row or more, transposed up to {MAX_ROWS}, got {rows} of {k} for a weight "
+            f"{tuple(weight.shape)}"
         )
     return y
 
@@ -74,14 +80,41 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tenso
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """x W^T + bias, or x W + bias with `transposed` (GPT-2's Conv1D).
 
-    x [..., K] with at most MAX_ROWS rows in all; weight [N, K] (transposed: [K, N]) with stride(-1) == 1, possibly a
-    slice of a larger one; bias [N]; all on the CPU in one dtype of DTYPES, which the caller guarantees. No autograd.
+    x [..., K] with any number of rows, with `transposed` at most MAX_ROWS; weight [N, K] (transposed: [K, N]) with
+    stride(-1) == 1, possibly a slice of a larger one; bias [N]; all on the CPU in one dtype of DTYPES, which the caller
+    guarantees. No autograd.
     While tracing, the call is the operator `hf_accel::linear`; otherwise it goes straight into C.
     Raises: ValueError for a number of rows it does not serve.
     """
     if _is_compiling():
         return _operator(x, weight, bias, transposed)
     return _call(x, weight, bias, transposed)
+
+
+def best_rows(dtype: torch.dtype) -> int | None:
+    """Return up to how many rows products are made here rather than by ATen; None: whatever their number.
+
+    ATen multiplies bf16 and fp16 fast only where the CPU has instructions for them. Elsewhere its products of many rows
+    take several times as long as ours (6 times, on Zen 3), which a short trial shows: some 20 ms, once per process.
+    """
+    if dtype.itemsize != 2:
+        return FEW_ROWS
+    return None if _is_faster_than_aten(dtype, _library.status().isa) else FEW_ROWS
+
+
+@functools.cache
+def _is_faster_than_aten(dtype: torch.dtype, isa: str) -> bool:
+    x, weight = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            product(x, weight)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(linear) < 0.8 * seconds(functional.linear)
 
 
 def linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None) -> list[Tensor]:

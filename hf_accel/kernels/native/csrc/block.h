@@ -4,7 +4,7 @@
 #include "product.h"
 
 #define HFA_PIECE 256 /* positions of K and V per attention task: 64 KB at D = 64 in 16 bits */
-#define HFA_QUERY_GROUP HFA_MAX_ROWS /* queries that go over a piece of K and V together */
+#define HFA_QUERY_GROUP HFA_DOT_ROWS /* queries that go over a piece of K and V together */
 
 typedef struct {
     const hfa_block *block;

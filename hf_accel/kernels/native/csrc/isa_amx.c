@@ -65,7 +65,7 @@ HFA_INLINE void store_sums(const float *sums, const float *more, int rows, int m
 HFA_INLINE void dot_tile(const uint16_t *w, int64_t stride, int rows, int64_t k, const uint16_t *x, int m, float *out,
                          int64_t ldo) {
     const char *ahead = (const char *)w + HFA_PREFETCH_BYTES;
-    float sums[ROWS * HFA_MAX_ROWS], more[ROWS * HFA_MAX_ROWS];
+    float sums[ROWS * HFA_DOT_ROWS], more[ROWS * HFA_DOT_ROWS];
     int64_t i = 0;
     _tile_zero(0);
     _tile_zero(1);

@@ -15,7 +15,7 @@
 #ifdef PANELS_FROM
 #define FROM PANELS_FROM
 #else
-#define FROM (HFA_MAX_ROWS + 1)
+#define FROM (HFA_DOT_ROWS + 1)
 #endif
 #define TABLE_ENTRY(N)                                                                                                \
     {.step = STEP_##N, .packed_size = sizeof(packed_##N), .element = sizeof(element_##N), .rows_together = 4,         \

@@ -13,6 +13,7 @@
 #define HFA_PREFETCH_BYTES 16384 /* how far ahead; from 8 to 64 KB measured alike, 16 KB wastes least at the end */
 #define HFA_PREFETCH_LEVEL 2     /* into L2: L1 is too small for this distance */
 #define HFA_PACK_ROWS 8
+#define HFA_DOT_ROWS 16 /* rows of x that meet a dense weight together */
 #define HFA_PANEL_ROWS 60 /* rows of W that go over a panel of x: a multiple of 2, 3 and 4 */
 
 typedef struct {
@@ -75,7 +76,8 @@ static inline size_t hfa_rounded_bytes(int64_t format, int64_t m, int64_t k) {
     return (size_t)(m * hfa_padded(k) * (format == HFA_INT8 ? 2 : 1) + m * hfa_padded(k) / HFA_QUANTUM * 12 + 63) / 64 * 64;
 }
 
-/* Bytes of m rows of k elements once packed (64-byte aligned size). */
+/* Bytes of m rows of k elements once packed (64-byte aligned size). More than HFA_DOT_ROWS rows are packed that many at a
+ * time: a group begins at the bytes of those before it. */
 static inline size_t hfa_packed_bytes(const hfa_kernels *kernels, int m, int64_t k) {
     int64_t padded = (k + kernels->step - 1) / kernels->step * kernels->step;
     return (size_t)((padded * m * kernels->packed_size + 63) / 64 * 64);

@@ -1,4 +1,4 @@
-/* y = x W^T + b for 1 to 16 rows of x, and y = x W + b for weights stored transposed (GPT-2's Conv1D). */
+/* y = x W^T + b for few rows of x, and y = x W + b for weights stored transposed (GPT-2's Conv1D). */
 #include <string.h>
 #include "product.h"
 
@@ -20,7 +20,9 @@ static int run_products(linear_call *call, const void *x, int64_t k, int64_t byt
     if (!scratch) return -1;
     call->ranges = (hfa_range *)scratch;
     call->x.packed[HFA_DENSE] = scratch + range_bytes;
-    kernels->pack(x, k, m, k, scratch + range_bytes);
+    for (int m0 = 0; m0 < m; m0 += HFA_DOT_ROWS)
+        kernels->pack((const char *)x + m0 * k * kernels->element, k, m - m0 < HFA_DOT_ROWS ? m - m0 : HFA_DOT_ROWS, k,
+                      scratch + range_bytes + hfa_packed_bytes(kernels, m0, k));
     hfa_ranges_deal(call->ranges, call->threads, hfa_products_plan(&call->products, call->threads));
     hfa_parallel(linear_task, call, call->threads);
     return 0;
@@ -85,10 +87,12 @@ static int run_transposed(const hfa_kernels *kernels, const void *x, const hfa_m
 int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int64_t m, int64_t k, int64_t n, int64_t stride,
                int64_t flags) {
     int64_t dtype = flags & 0xff, threads = flags >> 16;
-    if (m < 1 || m > HFA_MAX_ROWS || k < 1 || n < 1 || dtype >= HFA_DTYPES) return -1;
+    int is_transposed = flags >> 8 & 1;
+    if (m < 1 || (is_transposed && m > HFA_MAX_ROWS) || k < 1 || n < 1 || dtype >= HFA_DTYPES) return -1;
     hfa_matrix w = {.weight = weight, .bias = bias, .stride = stride, .rows = n, .inner = k};
     const hfa_kernels *kernels = hfa_active_kernels((int)dtype);
-    if (flags >> 8 & 1) return run_transposed(kernels, x, &w, y, (int)m, threads);
+    if (m > HFA_MAX_ROWS) return hfa_packed_linear(x, &w, y, m, dtype | threads << 16);
+    if (is_transposed) return run_transposed(kernels, x, &w, y, (int)m, threads);
     linear_call call = {.products = {.kernels = kernels, .count = 1, .m = (int)m, .item = {{&w, y, n}}}};
     return run_products(&call, x, k, k * n * kernels->element, threads);
 }

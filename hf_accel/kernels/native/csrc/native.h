@@ -6,7 +6,7 @@
  *   cpu.c         which instruction sets this machine has, and which one is in use
  *   threads.c/.h  parallel regions in the OpenMP pool handed over by Python, barrier, chunk hand-out, scratch memory
  *   linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
- *   packed.c      the same for weights of 8 and 4 bits and any number of rows of x
+ *   packed.c      the same for weights of 8 and 4 bits, and for any number of rows of x
  *   block.c, block_attention.c   a whole pre-norm gated decoder layer in one call
  *   vec_*.h       one fp32 vector type per instruction set; *_body.h: the kernels written once over that type
  *   isa_*.c       compile the bodies for one instruction set (by target pragmas, so no per-file compiler flags)
@@ -18,8 +18,8 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 3
-#define HFA_MAX_ROWS 16     /* activation rows of one call */
+#define HFA_ABI_VERSION 4
+#define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
 #define HFA_LANES 16         /* rows of a packed weight that lie interleaved */
@@ -75,11 +75,11 @@ HFA_EXPORT int hfa_isa(void);
 HFA_EXPORT int hfa_set_isa(int isa);       /* 0, or -1 when not supported */
 /* GOMP_parallel, omp_get_thread_num, omp_get_num_threads of the pool to use; NULL: everything runs serially. */
 HFA_EXPORT void hfa_set_threading(void *parallel, void *thread_num, void *num_threads);
-/* flags: dtype | transposed << 8 | threads << 16. Returns 0, or -1 for arguments out of range. */
+/* flags: dtype | transposed << 8 | threads << 16. Returns 0, or -1 for arguments out of range. m >= 1; transposed: m <= HFA_MAX_ROWS. */
 HFA_EXPORT int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int64_t m, int64_t k, int64_t n,
                           int64_t stride, int64_t flags);
 HFA_EXPORT int hfa_linear_group(const hfa_group *group);
-/* y [m, rows] = x [m, inner] W^T + bias for a packed W and any m >= 1. flags: dtype of x, y and bias | threads << 16. */
+/* y [m, rows] = x [m, inner] W^T + bias for any m >= 1. flags: dtype of x, y, bias and a dense W | threads << 16. */
 HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *y, int64_t m, int64_t flags);
 /* Reads `bytes` (whole mebibytes, 64-byte aligned) with `threads` threads; for measuring the memory. */
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);

@@ -1,7 +1,7 @@
-/* y = x W^T + b for a weight of 8 or 4 bits and any number of rows of x: one read of W per PASS rows.
+/* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For weights of 8 or 4 bits, and dense ones.
  *
- * Few rows are rounded by the calling thread; of many, every thread rounds its share first. Then each chunk of W, 16
- * rows of it at a time, meets all rows of x while it is in the cache. */
+ * Few rows are rounded (for dense weights: packed) by the calling thread; of many, every thread takes its share first.
+ * Then each chunk of W, 16 packed rows of it at a time, meets all rows of x while it is in the cache. */
 #include "product.h"
 
 enum { PASS = 256 }; /* rows of x per read of W: their rounded copies stay small, the read costs nothing beside the products */
@@ -11,7 +11,7 @@ typedef struct {
     const hfa_matrix *weight;
     const char *x; char *y;
     char *rounded, *loaded; /* loaded: HFA_ROUNDED_ROWS rows of fp32 per thread */
-    size_t group_bytes;
+    int group_rows; size_t group_bytes; /* rows of x come rounded in groups */
     hfa_range *pack_ranges, *ranges;
     hfa_barrier *barrier;
     int64_t chunk_rows;
@@ -20,8 +20,12 @@ typedef struct {
 
 static void round_group(const packed_call *call, int64_t group, float *loaded) {
     const hfa_matrix *w = call->weight;
-    int64_t first = group * HFA_ROUNDED_ROWS, count = call->m - first < HFA_ROUNDED_ROWS ? call->m - first : HFA_ROUNDED_ROWS;
+    int64_t first = group * call->group_rows, count = call->m - first < call->group_rows ? call->m - first : call->group_rows;
     void *to = call->rounded + call->group_bytes * (size_t)group;
+    if (w->format == HFA_DENSE) {
+        call->kernels->pack(call->x + first * w->inner * call->kernels->element, w->inner, (int)count, w->inner, to);
+        return;
+    }
     call->kernels->load(call->x + first * w->inner * call->kernels->element, loaded, count * w->inner);
     if (w->format == HFA_INT4) call->kernels->pack_int4(loaded, w->inner, (int)count, w->inner, to);
     else call->kernels->pack_int8(loaded, w->inner, (int)count, w->inner, to);
@@ -31,21 +35,21 @@ static void packed_task(void *arg, int thread, int team) {
     packed_call *call = arg;
     const hfa_kernels *kernels = call->kernels;
     const hfa_matrix *w = call->weight;
-    float acc[HFA_MAX_ROWS * HFA_TILE];
+    float acc[HFA_DOT_ROWS * HFA_TILE];
     float *loaded = (float *)call->loaded + (int64_t)thread * HFA_ROUNDED_ROWS * w->inner;
     for (int64_t group; (group = hfa_ranges_take(call->pack_ranges, call->threads, thread)) >= 0;) round_group(call, group, loaded);
     hfa_barrier_wait(call->barrier, team);
     for (int64_t chunk; (chunk = hfa_ranges_take(call->ranges, call->threads, thread)) >= 0;) {
         int64_t row = chunk * call->chunk_rows, end = row + call->chunk_rows < w->rows ? row + call->chunk_rows : w->rows;
-        /* few rows of x: many of W per call; many: 16 of W, which stay in L1 while x passes */
-        int64_t step = call->m > HFA_MAX_ROWS ? HFA_LANES : HFA_TILE;
+        /* few rows of x: many of W per call; many: 16 packed ones, which stay in L1 while x passes */
+        int64_t step = call->m > HFA_DOT_ROWS && w->format != HFA_DENSE ? HFA_LANES : HFA_TILE;
         for (; row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
-            for (int m0 = 0; m0 < call->m; m0 += HFA_MAX_ROWS) {
-                int m = call->m - m0 < HFA_MAX_ROWS ? call->m - m0 : HFA_MAX_ROWS;
-                hfa_activations x = {.packed = {[HFA_INT8] = call->rounded + call->group_bytes * (size_t)(m0 / HFA_ROUNDED_ROWS)}};
-                x.packed[HFA_INT4] = x.packed[HFA_INT8];
+            for (int m0 = 0; m0 < call->m; m0 += HFA_DOT_ROWS) {
+                int m = call->m - m0 < HFA_DOT_ROWS ? call->m - m0 : HFA_DOT_ROWS;
+                hfa_activations x = {{NULL}};
+                x.packed[w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
                 hfa_product_tile(kernels, w, row, n, &x, m, acc);
                 for (int i = 0; i < m; i++)
                     kernels->finish(acc + i * HFA_TILE, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
@@ -56,19 +60,22 @@ static void packed_task(void *arg, int thread, int team) {
 
 int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, int64_t flags) {
     int64_t dtype = flags & 0xff, threads = flags >> 16;
-    if (m < 1 || w->inner < 1 || w->rows < 1 || w->group < 1 || dtype >= HFA_DTYPES || (w->format != HFA_INT8 && w->format != HFA_INT4))
+    int is_dense = w->format == HFA_DENSE;
+    if (m < 1 || w->inner < 1 || w->rows < 1 || (!is_dense && w->group < 1) || (uint64_t)w->format >= HFA_FORMATS || dtype >= HFA_DTYPES)
         return -1;
     const hfa_kernels *kernels = hfa_active_kernels((int)dtype);
     int64_t row_bytes = hfa_row_bytes(kernels, w);
     packed_call call = {.kernels = kernels, .weight = w};
     /* many rows are work for a thread long before their bytes are */
-    call.threads = hfa_useful_threads(row_bytes * w->rows * (m > HFA_MAX_ROWS ? 8 : 1), threads);
+    call.threads = hfa_useful_threads(row_bytes * w->rows * (m > HFA_DOT_ROWS ? 8 : 1), threads);
     int64_t most = m < PASS ? m : PASS;
-    call.group_bytes = (size_t)(HFA_ROUNDED_ROWS * hfa_padded(w->inner) * (w->format == HFA_INT8 ? 2 : 1)
-                                + HFA_ROUNDED_ROWS * hfa_padded(w->inner) / HFA_QUANTUM * 12);
+    call.group_rows = is_dense ? HFA_DOT_ROWS : HFA_ROUNDED_ROWS;
+    call.group_bytes = is_dense ? hfa_packed_bytes(kernels, HFA_DOT_ROWS, w->inner)
+                                : (size_t)(HFA_ROUNDED_ROWS * hfa_padded(w->inner) * (w->format == HFA_INT8 ? 2 : 1)
+                                           + HFA_ROUNDED_ROWS * hfa_padded(w->inner) / HFA_QUANTUM * 12);
     size_t range_bytes = sizeof(hfa_range) * (size_t)call.threads;
     size_t loaded_bytes = ((size_t)(HFA_ROUNDED_ROWS * w->inner * 4 * call.threads) + 63) / 64 * 64;
-    size_t rounded_bytes = call.group_bytes * (size_t)((most + HFA_ROUNDED_ROWS - 1) / HFA_ROUNDED_ROWS);
+    size_t rounded_bytes = call.group_bytes * (size_t)((most + call.group_rows - 1) / call.group_rows);
     char *scratch = hfa_scratch(sizeof(hfa_barrier) + 2 * range_bytes + loaded_bytes + rounded_bytes);
     if (!scratch) return -1;
     call.barrier = (hfa_barrier *)scratch;
@@ -77,13 +84,13 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     call.loaded = scratch + sizeof(hfa_barrier) + 2 * range_bytes;
     call.rounded = call.loaded + loaded_bytes;
     *call.barrier = (hfa_barrier){0};
-    call.chunk_rows = hfa_chunk_rows(HFA_LANES, 1, row_bytes, row_bytes * w->rows, call.threads);
+    call.chunk_rows = hfa_chunk_rows(hfa_rows_together(kernels, w), hfa_rows_wanted(kernels, w, (int)most), row_bytes, row_bytes * w->rows, call.threads);
     for (int64_t m0 = 0; m0 < m; m0 += PASS) {
         call.m = (int)(m - m0 < PASS ? m - m0 : PASS);
         call.x = (const char *)x + m0 * w->inner * kernels->element;
         call.y = (char *)y + m0 * w->rows * kernels->element;
-        int64_t groups = (call.m + HFA_ROUNDED_ROWS - 1) / HFA_ROUNDED_ROWS;
-        if (call.m <= HFA_MAX_ROWS) { /* not worth waiting for one another */
+        int64_t groups = (call.m + call.group_rows - 1) / call.group_rows;
+        if (call.m <= HFA_DOT_ROWS) { /* not worth waiting for one another */
             for (int64_t group = 0; group < groups; group++) round_group(&call, group, (float *)call.loaded);
             groups = 0;
         }

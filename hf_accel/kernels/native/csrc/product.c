@@ -44,7 +44,9 @@ size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, h
 }
 
 void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stride, int64_t k, const hfa_activations *x) {
-    if (x->packed[HFA_DENSE]) p->kernels->pack_f32(rows, stride, p->m, k, x->packed[HFA_DENSE]);
+    for (int m0 = 0; x->packed[HFA_DENSE] && m0 < p->m; m0 += HFA_DOT_ROWS)
+        p->kernels->pack_f32(rows + m0 * stride, stride, p->m - m0 < HFA_DOT_ROWS ? p->m - m0 : HFA_DOT_ROWS, k,
+                             (char *)x->packed[HFA_DENSE] + hfa_packed_bytes(p->kernels, m0, k));
     if (x->packed[HFA_INT8]) p->kernels->pack_int8(rows, stride, p->m, k, x->packed[HFA_INT8]);
     if (x->packed[HFA_INT4]) p->kernels->pack_int4(rows, stride, p->m, k, x->packed[HFA_INT4]);
 }
@@ -53,7 +55,11 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
     const void *packed = x->packed[w->format];
     if (w->format == HFA_INT4) kernels->dot_int4(w, row, rows, packed, m, acc, HFA_TILE);
     else if (w->format == HFA_INT8) kernels->dot_int8(w, row, rows, packed, m, acc, HFA_TILE);
-    else kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner, packed, m, acc, HFA_TILE);
+    else
+        for (int m0 = 0; m0 < m; m0 += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
+            kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,
+                         (const char *)packed + hfa_packed_bytes(kernels, m0, w->inner), m - m0 < HFA_DOT_ROWS ? m - m0 : HFA_DOT_ROWS,
+                         acc + m0 * HFA_TILE, HFA_TILE);
 }
 
 int64_t hfa_products_plan(hfa_products *p, int threads) {

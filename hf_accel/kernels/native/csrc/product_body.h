@@ -277,7 +277,7 @@ static void NAME(panel_group)(const T *w, int64_t stride, int64_t rows, int64_t 
 
 static void NAME(dot_panels)(const T *weight, int64_t stride, int64_t rows, int64_t k, const NAME(packed) *x, int m,
                              float *out, int64_t ldo) {
-    _Alignas(64) float sums[HFA_PANEL_ROWS * HFA_MAX_ROWS * VW];
+    _Alignas(64) float sums[HFA_PANEL_ROWS * HFA_DOT_ROWS * VW];
     int64_t padded = (k + STEP - 1) / STEP * STEP;
     for (int64_t n = 0; n < rows; n += HFA_PANEL_ROWS) {
         const T *w = weight + n * stride;
