@@ -231,6 +231,10 @@ def _time(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> 
     timed = alternate(ways, rounds, progress, budget_s=BUDGET_S)
     # the least disturbed run of each way: other programs only ever add time
     least = {name: min(seconds) for name, seconds in timed.items()}
+    suspects = [_name(step) for step in timed_steps if least[_name(step)] < least["all"] * (1 - NOISE)]
+    if suspects:  # one disturbed run must not cost a step that pays
+        again = alternate({name: ways[name] for name in ("all", *suspects)}, 3, progress, budget_s=BUDGET_S)
+        least |= {name: min(least[name], *seconds) for name, seconds in again.items()}
     slowest = min(timed_steps, key=lambda step: least[_name(step)], default=None)
     worst = max(least["stock"], least[_name(slowest)] / (1 - NOISE)) if slowest is not None else 0.0
     if slowest is not None and plan.steps[1:] and least["all"] > worst:
