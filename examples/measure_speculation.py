@@ -7,6 +7,7 @@ steps cost what real ones do: `--model FOLDER --widen` gives a small trained Lla
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sysconfig
 import time
@@ -35,8 +36,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--drafter", default="lookup", help="lookup, self, layer_skip, model, auto, or several by comma"
     )
-    parser.add_argument("--text", default="code", choices=["code", "edit", "random"],
-                        help="prompts: code; code whose beginning is asked for again; random tokens")  # fmt: skip
+    parser.add_argument(
+        "--text",
+        default="code",
+        choices=["code", "edit", "json", "random"],
+        help="prompts: code; code whose beginning is asked for again; records; random tokens",
+    )
+    parser.add_argument("--length", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--files", help="a list of files below the standard library's folder to take prompts from")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)
@@ -45,6 +51,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--stock", action="store_true", help="also time stock transformers and its assisted generation")
     return parser.parse_args()
+
+
+def records(paths: list[Path]) -> str:
+    """Return JSON about files, of the kind a model is asked to go on with."""
+    kept = [{"name": path.stem, "kind": "module", "lines": len(path.read_bytes().split()), "path": f"lib/{path.name}"}
+            for path in paths]  # fmt: skip
+    return json.dumps(kept, indent=1)[:-1]
 
 
 def make_prompts(options: argparse.Namespace, tokenizer: Any, vocabulary: int) -> list[dict[str, torch.Tensor]]:
@@ -60,11 +73,16 @@ def make_prompts(options: argparse.Namespace, tokenizer: Any, vocabulary: int) -
             index = number * options.batch + row
             if options.text == "random":
                 generator = torch.Generator().manual_seed(index)
-                ids = torch.randint(5, vocabulary, (128,), generator=generator).tolist()
+                ids = torch.randint(5, vocabulary, (options.length,), generator=generator).tolist()
+            elif options.text == "json":
+                ids = tokenizer(records(texts[index % len(texts) :][:8]))["input_ids"][: options.length]
             else:
-                ids = tokenizer(texts[index % len(texts)].read_text(errors="ignore"))["input_ids"][200:400]
-                ids = ids + ids[:40] if options.text == "edit" else ids[:128]
-            rows.append(ids[7 * row :])
+                ids = tokenizer(texts[index % len(texts)].read_text(errors="ignore"))["input_ids"][200:]
+                if options.text == "edit":
+                    again = options.length // 6
+                    ids = ids[: options.length - again] + ids[:again]
+                ids = ids[: options.length]
+            rows.append(ids[3 * row :])
         length = max(map(len, rows))
         ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])

@@ -86,19 +86,19 @@ def test_rows_are_equal_at_the_borders_of_sections_and_panels(isa: str) -> None:
             x = torch.randn(16, k, generator=generator).to(dtype)
             pair = isa == "amx" and dtype == torch.bfloat16 and k >= 512
             alone = torch.cat([native.linear(row.repeat(1 + pair, 1), weight)[:1] for row in x])
-            for rows in range(1 + pair, 17):
+            for rows in (3, 8, 13) if isa == "portable" else range(1 + pair, 17):  # which is slow, and has no panels
                 assert torch.equal(native.linear(x[:rows], weight), alone[:rows])
 
 
 def test_any_number_of_rows(isa: str) -> None:
     generator = torch.Generator().manual_seed(2)
     for dtype in native.DTYPES:
-        for k, n in ((52, 67), (577, 131), (2100, 12)):
+        for k, n in ((52, 67), (577, 19), (2100, 3)):
             weight = torch.randn(n, k + 2, generator=generator).to(dtype)[:, 1 : k + 1]
             bias = torch.randn(n, generator=generator).to(dtype)
             x = torch.randn(530, k, generator=generator).to(dtype)
             alone = torch.cat([native.linear(x[i : i + 16], weight, bias) for i in range(0, 530, 16)])
-            for rows in (33, 48, 64, 100, 256, 258, 530):  # but for a last one alone, which AMX sums in another order
+            for rows in (33, 100, 258, 530):  # but for a last one alone, which AMX sums in another order
                 assert torch.equal(native.linear(x[:rows], weight, bias)[: rows // 2 * 2], alone[: rows // 2 * 2]), rows
 
 
