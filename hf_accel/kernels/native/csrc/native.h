@@ -9,6 +9,7 @@
  *   packed.c      the same for weights of 8 and 4 bits, and for any number of rows of x
  *   block.c, block_attention.c   a whole pre-norm gated decoder layer in one call
  *   vec_*.h       one fp32 vector type per instruction set; *_body.h: the kernels written once over that type
+ *   tile_avx2.h   the inner step of products on AVX2, in assembly
  *   isa_*.c       compile the bodies for one instruction set (by target pragmas, so no per-file compiler flags)
  *
  * Nothing here knows libtorch or Python; a call never keeps a pointer, and calls from several threads may overlap.
