@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -178,8 +179,9 @@ def _plan(
     if calibration is not None:
         quality = QualityReference(anatomy.model, calibration_text(anatomy.model, calibration, tokenizer))
     if isinstance(goal_or_configs, Plan):
-        goal_or_configs.draft_model = anatomy.draft_model or goal_or_configs.draft_model
-        return goal_or_configs, quality
+        if anatomy.draft_model is None:
+            return goal_or_configs, quality
+        return replace(goal_or_configs, draft_model=anatomy.draft_model), quality
     configs = [goal_or_configs] if isinstance(goal_or_configs, Config) else goal_or_configs
     if not isinstance(configs, Sequence):
         raise ConfigError(f"optimize takes a goal, configs or a plan; {goal_or_configs!r} was given.")

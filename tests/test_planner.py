@@ -108,6 +108,21 @@ def test_a_slow_candidate_is_dropped_and_reported(monkeypatch: pytest.MonkeyPatc
         assert "DecoderBlockConfig" in names(plan), "one slow step must not take the others with it"
 
 
+def test_one_disturbed_measurement_costs_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a loss, as all steps together were slowed down by other programs, is measured again."""
+    calls: list[set[str]] = []
+
+    def times(ways: dict[str, Any], *arguments: Any, **options: Any) -> dict[str, list[float]]:
+        calls.append(set(ways))
+        seconds = {"stock": 3.0, "all": 1.0 if len(calls) > 1 else 2.0, "DecodingConfig": 1.5}
+        return {name: [seconds.get(name, 2.5)] for name in ways}
+
+    monkeypatch.setattr(hf_accel.planner, "alternate", times)
+    plan = hf_accel.plan(build("llama"))
+    assert "DecodingConfig" in names(plan)
+    assert calls[1] == {"all", "DecodingConfig"}
+
+
 def test_when_nothing_pays_nothing_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     real = hf_accel.planner.timed_generate
 

@@ -148,12 +148,15 @@ def test_history_shorter_than_a_match() -> None:
 
 def test_a_plan_keeps_the_draft_model() -> None:
     model = build("llama")
-    plan = hf_accel.plan(model, always("model"), draft_model=noisy("llama"))
+    draft = noisy("llama")
+    plan = hf_accel.plan(model, always("model"), draft_model=draft)
     hf_accel.optimize(model, plan)
     assert_stock(model, "llama")
     report = hf_accel.report(model)
     hf_accel.restore(model)
     assert total(report.to_dict()["speculation"], "proposed") > 0, "what was counted outlives the model's restoration"
+    hf_accel.optimize(model, plan, draft_model=noisy("llama"))
+    assert plan.draft_model is draft, "a plan is not changed by being applied"
 
 
 def test_a_static_cache_is_named() -> None:

@@ -152,5 +152,6 @@ class TokenLoop:
         if reason is None:
             return VerifiedSteps(call, speculation, outputs)
         speculation.skip(reason)
-        stop_recording(call.model_kwargs[CACHE].layers)
+        if not call.has_callers_cache:  # whose windows may record for reasons of the caller's
+            stop_recording(call.model_kwargs[CACHE].layers)
         return PlainSteps(call, outputs)

@@ -20,7 +20,7 @@ from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.kernels import native
 
-ANY_ROWS = 2**40
+ANY_ROWS = 2**40  # more than memory holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,9 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
         )
         if experts := anatomy.stacked_experts():
             left_out += (f"{experts} modules hold stacked expert weights, which stay with transformers' expert code",)
-        isa = native.status().isa
-        extent = "of any number of" if most == ANY_ROWS else f"of up to {most}"
-        return Change(f"{count} products {extent} rows run natively ({isa})", 0, left_out)
+        limits = sorted({made.max_rows for made in classes.values()} or {most})  # type: ignore[attr-defined]
+        extent = " or ".join("any number of" if limit == ANY_ROWS else f"up to {limit}" for limit in limits)
+        return Change(f"{count} products of {extent} rows run natively ({native.status().isa})", 0, left_out)
 
 
 def native_obstacles(anatomy: Anatomy) -> list[str]:

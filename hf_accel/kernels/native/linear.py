@@ -95,7 +95,7 @@ def best_rows(dtype: torch.dtype) -> int | None:
     """Return up to how many rows products are made here rather than by ATen; None: whatever their number.
 
     ATen multiplies bf16 and fp16 fast only where the CPU has instructions for them. Elsewhere its products of many rows
-    take several times as long as ours (6 times, on Zen 3), which a short trial shows: some 20 ms, once per process.
+    take several times as long as ours (6 times, on Zen 3), which a short trial shows: some 30 ms, once per process.
     """
     if dtype.itemsize != 2:
         return FEW_ROWS
