@@ -16,12 +16,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_accel.attention.held import held_attention
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.configs import own_configs
 from hf_accel.core.hosting import host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.states import CachedStates
 from hf_accel.ops.attention import grouped_attention
 
 
@@ -38,6 +40,7 @@ class BackEndName(str):
 # a name without "flash", "sdpa" or "flex", which transformers would take for its own back ends
 NAME = BackEndName("hfaccel_grouped")
 MAX_QUERIES = 16
+FOREIGN = ("position_bias", "s_aux", "cache")  # what some architectures hand to attention, and only stock's understands
 
 
 def grouped_attention_forward(
@@ -52,6 +55,13 @@ def grouped_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention: query [B, H, T, D] -> ([B, T, H, D], None)."""
+    if isinstance(key, CachedStates):
+        if isinstance(value, CachedStates) and value.held is key.held:
+            unknown = {name for name in FOREIGN if kwargs.get(name) is not None}
+            if not dropout and not unknown:
+                output = held_attention(query, key.held, attention_mask, scaling, kwargs.get("softcap"), is_causal)
+                return output.transpose(1, 2).contiguous(), None
+        key, value = key.held.dense()[0], value.held.dense()[1] if isinstance(value, CachedStates) else value
     groups = getattr(module, "num_key_value_groups", 1)
     tokens = query.shape[2]
     causal = tokens > 1 and attention_mask is None and (is_causal if is_causal is not None else True)

@@ -1,24 +1,28 @@
-"""Gives the caches that `generate` makes the layers of this package. A cache of the caller's is never touched."""
+"""Applies a cache config to a model, and understands `generate(kv_cache=...)`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from typing import Any
 
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+import torch
 
-from hf_accel.cache.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.caching import Caching, use_growing_layers
+from hf_accel.cache.codec import Codec
+from hf_accel.cache.config import KVCacheConfig
+from hf_accel.cache.prefix_files import PrefixFiles
+from hf_accel.cache.prefixes import PrefixStore
+from hf_accel.cache.reuse import Prefixes, prefix_obstacle
+from hf_accel.cache.shapes import LayerShape, layer_shapes
+from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.core.anatomy import Anatomy
-from hf_accel.core.config import Config
-from hf_accel.core.hosting import host_of
+from hf_accel.core.drift import CACHE
+from hf_accel.core.hosting import KEYWORDS, Host, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.errors import ConfigError, UnsupportedModelError
 
-
-@dataclass(frozen=True, kw_only=True)
-class KVCacheConfig(Config):
-    """A key/value cache that appends in place instead of concatenating at every token."""
+CALLERS_CACHES = {CACHE, "past_key_values", "cache", "cache_implementation"}
 
 
 class KVCachePatcher(Patcher[KVCacheConfig], config=KVCacheConfig):
@@ -26,28 +30,161 @@ class KVCachePatcher(Patcher[KVCacheConfig], config=KVCacheConfig):
     fidelity = Fidelity.EXACT
     occupies = "key/value cache"
 
+    def __init__(self, config: KVCacheConfig) -> None:
+        super().__init__(config)
+        self.fidelity = Fidelity.LOSSY if config.is_lossy else Fidelity.EXACT
+        # only attention of ours goes over parts, or knows what was given up
+        self.needs = ("AttentionConfig",) if _needs_attention(config) else ()
+
     def obstacles(self, anatomy: Anatomy) -> list[str]:
-        if not anatomy.model._supports_default_dynamic_cache():
+        model, config = anatomy.model, self.config
+        if not model._supports_default_dynamic_cache():
             return [f"{anatomy.architecture} does not use transformers' DynamicCache."]
+        if config.prefix_reuse and (reason := prefix_obstacle(model)):
+            return [f"prompts of {anatomy.architecture} cannot take over keys and values: {reason}."]
         return []
 
     def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        journal.set_attribute(host_of(anatomy.model), "prepare_cache", use_growing_layers)
-        return Change("keys and values are appended in place to growing buffers")
+        host: Any = host_of(anatomy.model)
+        statistics = CacheStatistics()
+        caching = set_up(anatomy.model, host, self.config, statistics)
+        journal.set_attribute(host, "caching", caching)
+        journal.set_attribute(host, "prepare_cache", use_growing_layers)
+        if self.config != KVCacheConfig():
+            host.report.kv_cache = statistics
+        return Change(_summary(self.config, caching.shapes))
 
 
-def use_growing_layers(cache: Any, expected_tokens: int) -> None:
-    """Replace the still empty stock layers of `cache`; layers of other kinds (linear, quantized) stay."""
-    if type(cache) is not DynamicCache or cache.offloading:
-        return
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = GrowingLayer
-    layer: Any
-    for index, layer in enumerate(cache.layers):
-        # the type first: layers of linear attention have no `is_initialized`
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[index] = GrowingLayer(expected_tokens)
-        elif type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
-            sliding = GrowingSlidingLayer(layer.sliding_window, expected_tokens)
-            sliding.record_past = layer.record_past
-            cache.layers[index] = sliding
+def _needs_attention(config: KVCacheConfig) -> bool:
+    return config.store != "device" or config.method is not None
+
+
+def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> Caching:
+    """Return what gives the model's caches the layers of `config`.
+
+    Raises:
+        UnsupportedModelError: the model's cache or attention does not allow it.
+        ConfigError: a folder that cannot be written.
+    """
+    shapes: list[LayerShape] = []
+    if config.bits is not None or _needs_attention(config) or config.prefix_reuse:
+        shapes = _shapes(model, host)
+        if config.bits == 4 and any(size % 2 for shape in shapes for size in shape.sizes):
+            raise UnsupportedModelError("4 bits pack two values into a byte, but heads of this model have an odd size.")
+    if _needs_attention(config):
+        if not all(shape.reads_held for shape in shapes):
+            raise UnsupportedModelError(
+                "The attention of this model asks for all keys and values of a layer as tensors, so that they can "
+                "neither lie elsewhere nor be given up. Load it with attn_implementation='sdpa' if it supports that; "
+                "bits and prefix_reuse work in any case."
+            )
+        if config.method is not None and any(shape.window for shape in shapes):
+            raise UnsupportedModelError(
+                "Some layers of this model have a sliding window of their own; what the others give up would have to "
+                "share their masks. Use bits or store instead of eviction."
+            )
+    prefixes = None
+    if config.prefix_reuse:
+        if reason := prefix_obstacle(model):
+            raise UnsupportedModelError(f"Prompts of this model cannot take over keys and values: {reason}.")
+        prefixes = Prefixes(_store(host, config, statistics), Codec(config.bits), shapes)
+    if config.store == "disk":
+        from hf_accel.cache.spill import Spill
+
+        Spill(config.folder).close()  # a folder that cannot be written is an error now, not at the first call
+    return Caching(config, shapes, statistics, prefixes)
+
+
+def _shapes(model: Any, host: Host) -> list[LayerShape]:
+    with host.lock:
+        key = ("cache shapes", str(model.config._attn_implementation), model.dtype, model.device)
+        if key not in host.built:
+            found = layer_shapes(model)
+            if isinstance(found, str):
+                raise UnsupportedModelError(f"This model's cache stays as it is: {found}.")
+            host.built[key] = found
+        shapes: list[LayerShape] = host.built[key]
+        return shapes
+
+
+def _store(host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> PrefixStore:
+    """Return the model's store for such a budget and folder: configs that differ in other things share it."""
+    with host.lock:
+        key = ("prefixes", config.prefix_budget_bytes, config.prefix_folder)
+        if key not in host.built:
+            files = None if config.prefix_folder is None else PrefixFiles(config.prefix_folder)
+            host.built[key] = PrefixStore(config.prefix_budget_bytes, files=files)
+        store: PrefixStore = host.built[key]
+
+        def counts() -> dict[str, Any]:
+            # names of tenants are theirs
+            found = dataclasses.asdict(dataclasses.replace(store.statistics(), tenants={}))
+            return {name: value for name, value in found.items() if name != "tenants"}
+
+        statistics.prefixes = counts
+        return store
+
+
+def _summary(config: KVCacheConfig, shapes: list[LayerShape]) -> str:
+    if config == KVCacheConfig():
+        return "keys and values are appended in place to growing buffers"
+    parts = []
+    if config.bits is not None:
+        codec = Codec(config.bits)
+        now = sum(codec.bytes_per_token(s.kv_heads, s.sizes, s.dtypes[0]) for s in shapes)
+        before = sum(s.kv_heads * sum(s.sizes) * s.dtypes[0].itemsize for s in shapes)
+        since = f" from {config.from_tokens} tokens on" if config.from_tokens else ""
+        parts.append(f"{config.bits} bits{since}: {now:,} instead of {before:,} bytes per token ({now / before:.2f})")
+    if config.store != "device":
+        budget = "least" if config.device_budget_bytes is None else f"{config.device_budget_bytes:,} bytes"
+        parts.append(f"the {budget} on the device, older blocks to {config.store}")
+    if config.method is not None:
+        parts.append(f"{config.method} leaves {config.capacity} tokens")
+    if config.prefix_reuse:
+        parts.append(f"prompts reuse prefixes, up to {config.prefix_budget_bytes:,} bytes")
+    return "cache: " + "; ".join(parts)
+
+
+def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
+    """Understand `generate(kv_cache=...)`: a KVCacheConfig, or False for the layers that go with any model.
+
+    Raises:
+        ConfigError: neither, or what the call asks for excludes it.
+        UnsupportedModelError: the model does not allow it.
+    """
+    config = KVCacheConfig() if value is False else value
+    if not isinstance(config, KVCacheConfig):
+        raise ConfigError(f"kv_cache is a KVCacheConfig, or False; {value!r} was given.")
+    general = arguments.get("generation_config") or model.generation_config
+
+    def given(name: str) -> Any:
+        return arguments.get(name, getattr(general, name, None))
+
+    if own := sorted(name for name in CALLERS_CACHES if given(name) is not None):
+        raise ConfigError(f"kv_cache and {own[0]} both say what the cache is; give one of them.")
+    if given("use_cache") is False:
+        raise ConfigError("kv_cache was given together with use_cache=False.")
+    if config.method is not None and (given("num_beams") or 1) > 1:
+        raise ConfigError(
+            f"eviction ({config.method}) with num_beams={given('num_beams')}: beams would have to share what each of "
+            "them gave up. Use bits or store with beams, or sampling with eviction."
+        )
+    if config.prefix_reuse and arguments.get("inputs_embeds") is not None:
+        raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
+    host: Any = host_of(model)
+    with host.lock:
+        key = ("kv_cache", config)
+        if key not in host.built:
+            patcher = KVCachePatcher(config)
+            if obstacles := patcher.obstacles(Anatomy.of(model)):
+                raise UnsupportedModelError("This call's kv_cache cannot be had: " + " ".join(obstacles))
+            statistics = host.report.kv_cache or CacheStatistics()
+            with torch.no_grad():
+                host.built[key] = set_up(model, host, config, statistics)
+            if config != KVCacheConfig():
+                host.report.kv_cache = statistics
+        caching: Caching = host.built[key]
+        return caching
+
+
+KEYWORDS["kv_cache"] = _kv_cache

@@ -24,7 +24,11 @@ class AppendableLayer(Protocol):
     token belongs, `first`, the first position the new tokens can see, and, where rows have different lengths, the
     `past` of each, int64 [B] on the CPU (then `past` is the largest); or None if it cannot take them that way.
     After the kernel has written the T positions of each row, `commit(T)` makes them part of the cache.
+    bits: 8 or 4 where the buffers are rows of codes, uint8 [B, G, C, R], see `hf_accel.ops.cached`.
     """
+
+    @property
+    def bits(self) -> int | None: ...
 
     def reserve(
         self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device

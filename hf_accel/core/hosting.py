@@ -12,7 +12,7 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -106,6 +106,31 @@ class CallLog:
 
 
 @dataclass
+class NewCache:
+    """A cache that `generate` has just made, and what is known of the call that it is for.
+
+    rows: B, with beams and returned sequences; expected_tokens: of the prompt and new ones; mask: [B, T] or None.
+    """
+
+    cache: Any
+    mode: Any
+    rows: int
+    expected_tokens: int
+    device: torch.device
+    mask: torch.Tensor | None
+
+
+class Caching(Protocol):
+    """What gives caches their layers, and the prompts what is known of them already."""
+
+    def fill(self, new: NewCache) -> None: ...
+
+    def prefilling(
+        self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any], tenant: str | None
+    ) -> AbstractContextManager[None]: ...
+
+
+@dataclass
 class Host:
     """What one optimised model carries, beside it and not on it (on it, `deepcopy` and `torch.save` would break)."""
 
@@ -114,7 +139,8 @@ class Host:
     calls: CallLog = field(default_factory=CallLog)
     decoder: Decoder | None = None
     speculation: Speculation | None = None
-    prepare_cache: Callable[[Any, int], None] | None = None  # (cache, expected tokens)
+    caching: Caching | None = None
+    prepare_cache: Callable[[Any, int], None] | None = None  # (cache, expected tokens): of draft models
     select_stock_attention: Callable[[], None] | None = None
     draft_model: Any = None
     built: dict[Any, Any] = field(default_factory=dict)  # what calls with a config of their own had built
@@ -150,6 +176,12 @@ def open_host(model: PreTrainedModel, host: Host) -> None:
     host.journal.did(lambda: _hosts.__delitem__(model))
     _hosts[model] = host
     host.journal.swap_class(model, subclass(Hosted, type(model)))
+
+
+def _caching(host: Host) -> Caching | None:
+    """Return what makes the caches of the call in progress."""
+    request = _request.get()
+    return request.options.get("kv_cache", host.caching) if request else host.caching
 
 
 _MODE_REASONS = {
@@ -228,9 +260,24 @@ class Hosted:
                 host.calls.note(_MODE_REASONS[generation_mode])
             if given is not None and (request := _request.get()) is not None:
                 request.has_callers_cache = True
-            if given is None and host.prepare_cache is not None:
-                host.prepare_cache(model_kwargs.get(CACHE), max_cache_length)
+            cache, caching = model_kwargs.get(CACHE), _caching(host)
+            if given is None and cache is not None and caching is not None:
+                rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+                mask = model_kwargs.get("attention_mask")
+                device: Any = self.device  # type: ignore[attr-defined]
+                caching.fill(NewCache(cache, generation_mode, rows, max_cache_length, device, mask))
         return result
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        host = host_of(self)
+        caching, request = host and _caching(host), _request.get()
+        tenant = request.options.get("tenant") if request else None
+        with (
+            caching.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if caching else nullcontext()
+        ):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -58,9 +58,9 @@ class Patcher(ABC, Generic[C]):
     """One optimisation. Subclass with `config=` to register: `class XPatcher(Patcher[XConfig], config=XConfig)`."""
 
     stage: ClassVar[Stage]
-    fidelity: ClassVar[Fidelity]
+    fidelity: Fidelity
     occupies: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]] = ()  # names of configs that are applied, too, where the plan does not have them
+    needs: tuple[str, ...] = ()  # names of configs that are applied, too, where the plan does not have them
     registry: ClassVar[dict[type[Config], type[Patcher[Any]]]] = {}
 
     def __init_subclass__(cls, config: type[Config], **kwargs: Any) -> None:

@@ -72,6 +72,7 @@ class Report:
     quality: Any = None  # a measure.quality.Quality, where lossy steps were measured
     calls: CallLog | None = None
     speculation: Any = None  # the counts of a speculative.Statistics
+    kv_cache: Any = None  # the counts of a cache.CacheStatistics
 
     @property
     def extra_bytes(self) -> int:
@@ -109,6 +110,7 @@ class Report:
             "verified": self.verified,
             "quality": self.quality and self.quality.to_dict(),
             "speculation": self.speculation and self.speculation.to_dict(),
+            "kv_cache": self.kv_cache and self.kv_cache.to_dict(),
             "calls": self.calls.to_dict() if self.calls else {"served": 0, "delegated": 0, "reasons": {}},
         }
 
@@ -139,6 +141,8 @@ class Report:
             lines += [f"    {count} x {reason}" for reason, count in self.calls.reasons.items()]
         if self.speculation is not None:
             lines.append("  speculation: " + str(self.speculation).replace("\n", "\n    "))
+        if self.kv_cache is not None:
+            lines.append("  cache: " + str(self.kv_cache).replace("\n", "\n    "))
         return "\n".join(lines)
 
 

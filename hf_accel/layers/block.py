@@ -203,6 +203,7 @@ def native_step(step: BlockStep, hidden: torch.Tensor, kwargs: dict[str, Any]) -
         or mask.dtype not in (torch.bool, hidden.dtype)
     ):
         return None
-    output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past)
+    bits = getattr(layer, "bits", None)
+    output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past, bits)
     layer.commit(tokens)
     return output

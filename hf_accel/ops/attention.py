@@ -7,6 +7,8 @@ into the query dimension turns H heads of T queries into G heads of H/G·T queri
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -45,3 +47,63 @@ def grouped_attention(
             mask = mask.reshape(mask.shape[0], groups, ratio * tokens, mask.shape[3])
     output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, tokens, value.shape[3])
+
+
+@dataclass
+class AttentionState:
+    """What attention over some of the positions has given, fp32: values [B, H, T, Dv] weighted by exp(score - top), and
+    the maximum score `top` and the sum of weights `sum`, [B, H, T], of every query (-inf and 0: it saw nothing)."""
+
+    values: torch.Tensor
+    top: torch.Tensor
+    sum: torch.Tensor
+
+    def result(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return attention [B, H, T, Dv] over all of them; zero where a query saw nothing."""
+        total = self.sum[..., None]
+        return torch.where(total == 0, 0.0, self.values / total).to(dtype)
+
+    def merge(self, other: AttentionState) -> AttentionState:
+        """Return the state over the positions of both (Milakov and Gimelshein 2018, arXiv:1805.02867, eq. 4)."""
+        top = torch.maximum(self.top, other.top)
+        mine, others = (torch.where(s.top == -torch.inf, 0.0, torch.exp(s.top - top)) for s in (self, other))
+        values = self.values * mine[..., None] + other.values * others[..., None]
+        return AttentionState(values, top, self.sum * mine + other.sum * others)
+
+
+SCORES = 1 << 23  # elements of scores at a time: 32 MiB
+
+
+def partial_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    state: AttentionState | None = None,
+) -> AttentionState:
+    """Return `state` merged with attention of query [B, H, T, D] over some keys [B, G, n, D] and values [B, G, n, Dv].
+
+    mask: bool [B or 1, 1 or H, T, n], true: visible. Scores, B·H·T·n in fp32, are made for some keys at a time.
+    """
+    batch, heads, tokens, _ = query.shape
+    groups, positions = key.shape[1:3]
+    step = max(64, min(positions, SCORES // (batch * heads * tokens)))
+    folded = query.float().unflatten(1, (groups, heads // groups)) * scale  # [B, G, H/G, T, D]
+    for start in range(0, positions, step):
+        keys, values = (x[:, :, None, start : start + step].float() for x in (key, value))
+        scores = folded @ keys.mT  # [B, G, H/G, T, n]
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.flatten(1, 2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., start : start + step], -torch.inf)
+        top = scores.amax(-1)
+        weights = torch.exp(scores - torch.where(top == -torch.inf, 0.0, top)[..., None])
+        weighted = (weights.unflatten(1, (groups, heads // groups)) @ values).flatten(1, 2)
+        part = AttentionState(weighted, top, weights.sum(-1))
+        state = part if state is None else state.merge(part)
+    if state is None:
+        raise ValueError("attention over no positions")
+    return state

@@ -3,6 +3,7 @@
 Optional: where the library was not built, `is_available()` is false and `status().reason` says why.
 """
 
+from hf_accel.kernels.native.attend import MAX_HEAD_DIM, attend, encode
 from hf_accel.kernels.native.block import BlockShape, BlockWeights, NativeBlock, Projection
 from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
 from hf_accel.kernels.native.linear import DTYPES, FEW_ROWS, MAX_ROWS, best_rows, linear, linear_group
@@ -13,13 +14,16 @@ __all__ = [
     "DTYPES",
     "FEW_ROWS",
     "ISAS",
+    "MAX_HEAD_DIM",
     "MAX_ROWS",
     "BlockShape",
     "BlockWeights",
     "NativeBlock",
     "NativeStatus",
     "Projection",
+    "attend",
     "best_rows",
+    "encode",
     "is_available",
     "linear",
     "linear_group",

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from hf_accel.kernels.native import library as _library
+from hf_accel.kernels.native.attend import FORMATS, MAX_HEAD_DIM
 from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
 
-MAX_HEAD_DIM = 256
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 NORM_STYLES = {"llama": 0, "gemma": 1}
 
 _HEAD = struct.Struct("=8q3d")
 _MATRIX = struct.Struct("=QQqqqQQqq")
 _NORMS = struct.Struct("=6Q")
-_CALL = struct.Struct("=7Q19qQ")
+_CALL = struct.Struct("=7Q19qQq")
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
@@ -205,6 +205,7 @@ class NativeBlock:
         first: int = 0,
         mask: Tensor | None = None,
         row_past: Tensor | None = None,
+        bits: int | None = None,
     ) -> Tensor:
         """The layer's output [B, T, E] for hidden [B, T, E] contiguous, B * T <= 16.
 
@@ -214,6 +215,7 @@ class NativeBlock:
         A query that a bool mask hides everything from gets zeros from the attention. No autograd.
         row_past: int64 [B] on the CPU, contiguous; sequence b is then at position row_past[b] instead of `past`, with
         first <= row_past[b] <= past. It writes and attends to nothing from row_past[b]+T on, whatever the mask says.
+        bits: None, or 8 or 4 where keys and values are rows of codes, uint8, see `hf_accel.ops.cached`.
         No sequence changes another's result: to the last bit it is the one of that sequence alone, save on AMX, where
         a single row has its products summed in another order.
         Raises: ValueError when sizes are out of range.
@@ -260,6 +262,7 @@ class NativeBlock:
             mask_stride_b,
             mask_stride_t,
             0 if row_past is None else row_past.data_ptr(),
+            FORMATS[bits],
         )
         if row_past is not None and (
             row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets in the order of `enum hfa_isa`; later ones are preferred."""
 
@@ -82,6 +82,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.hfa_packed_linear.argtypes = [pointer, ctypes.c_char_p, pointer, integer, integer]
     library.hfa_stream.argtypes = [pointer, integer, integer]
     library.hfa_stream.restype = ctypes.c_uint64
+    library.hfa_attend.argtypes = [ctypes.c_char_p]
+    library.hfa_encode.argtypes = [ctypes.c_char_p]
     library.hfa_block_forward.argtypes = [ctypes.c_char_p] * 2
 
 

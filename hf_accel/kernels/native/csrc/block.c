@@ -33,8 +33,7 @@ static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_
     }
     mine->packed = carve(&c, most);
     mine->queries = carve_floats(&c, HFA_QUERY_GROUP * block->head_dim);
-    mine->scores = carve_floats(&c, HFA_QUERY_GROUP * HFA_PIECE);
-    mine->packed_queries = carve(&c, hfa_packed_bytes(run->kernels, HFA_QUERY_GROUP, block->head_dim));
+    hfa_attend_lay_out(&run->attention, carve(&c, hfa_attend_bytes(&run->attention)), &mine->room);
     mine->ready = -1;
     mine->angles = carve_floats(&c, 3 * HFA_MAX_HEAD_DIM);
     return c.used;
@@ -151,7 +150,7 @@ static int is_valid(const hfa_block *block, const hfa_block_call *call) {
     return call->batch >= 1 && call->tokens >= 1 && call->batch * call->tokens <= HFA_MAX_ROWS && call->first >= 0
         && call->first <= call->past && (uint64_t)block->dtype < HFA_DTYPES && block->head_dim <= HFA_MAX_HEAD_DIM
         && call->rotary <= block->head_dim && call->rotary % 2 == 0 && block->kv_heads >= 1
-        && block->heads % block->kv_heads == 0;
+        && block->heads % block->kv_heads == 0 && (uint64_t)call->format < HFA_FORMATS;
 }
 
 int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
@@ -159,6 +158,8 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     const hfa_kernels *kernels = hfa_active_kernels((int)block->dtype);
     hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32),
                          .rows = (int)(call->batch * call->tokens)};
+    run.attention = (hfa_attention){.kernels = kernels, .format = call->format, .key_dim = block->head_dim, .value_dim = block->head_dim,
+                                    .scale = (float)block->scale, .softcap = (float)block->softcap};
     int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past - call->first;
     run.qkv = (hfa_products){.kernels = kernels, .count = 3, .m = run.rows, .keeps_f32 = 1,
                              .item = {{.matrix = &block->q}, {.matrix = &block->k}, {.matrix = &block->v}}};
@@ -168,7 +169,7 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     int64_t gate_row_bytes = hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
     int64_t bytes = q_size * hfa_row_bytes(kernels, &block->q) + 2 * kv_size * hfa_row_bytes(kernels, &block->k)
                     + block->hidden * (hfa_row_bytes(kernels, &block->o) + hfa_row_bytes(kernels, &block->down))
-                    + block->inner * gate_row_bytes + 2 * call->batch * kv_size * cached * kernels->element;
+                    + block->inner * gate_row_bytes + call->batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
     run.threads = hfa_useful_threads(bytes, call->threads);
     hfa_attention_plan(&run);
     size_t shared_bytes = lay_out_shared(&run, NULL);

@@ -1,15 +1,16 @@
 /* State of one decoder layer call, shared by block.c and block_attention.c. Row r = b * T + t. */
 #ifndef HFA_BLOCK_H
 #define HFA_BLOCK_H
+#include "attend.h"
 #include "product.h"
 
-#define HFA_PIECE 256 /* positions of K and V per attention task: 64 KB at D = 64 in 16 bits */
 #define HFA_QUERY_GROUP HFA_DOT_ROWS /* queries that go over a piece of K and V together */
 
 typedef struct {
     const hfa_block *block;
     const hfa_block_call *call;
     const hfa_kernels *kernels, *single; /* of the dtype; of fp32 */
+    hfa_attention attention;
     int rows, threads;                   /* R = B * T; ranges dealt out */
     hfa_barrier *barrier;
     hfa_range *ranges[5];                /* q/k/v, attention, o, gate/up, down */
@@ -28,9 +29,8 @@ typedef struct {
     float *wide;      /* [R, max(E, H D)]: what is packed next */
     char *packed; hfa_activations x; /* of the product at hand, laid out in `packed` */
     float *queries;   /* [HFA_QUERY_GROUP, D] */
-    float *scores;    /* [HFA_QUERY_GROUP, HFA_PIECE] */
-    void *packed_queries;
-    int64_t ready;    /* which sequence and kv head packed_queries is for, -1: none */
+    hfa_attend_room room; /* packed queries, scores */
+    int64_t ready;    /* which sequence and kv head the packed queries are for, -1: none */
     float *angles;    /* cos, sin, scratch: 3 * HFA_MAX_HEAD_DIM */
 } hfa_block_private;
 

@@ -33,8 +33,7 @@ static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *a
 static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t from, int64_t to) {
     const hfa_block *block = run->block;
     const hfa_block_call *call = run->call;
-    const hfa_kernels *kernels = run->kernels;
-    int64_t d = block->head_dim, size = kernels->element;
+    int64_t d = block->head_dim, size = hfa_attend_element(&run->attention);
     char *keys = (char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g) * size;
     char *values = (char *)call->values + (b * call->value_stride_b + g * call->value_stride_g) * size;
     int64_t past = hfa_past(call, b);
@@ -44,8 +43,9 @@ static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64
         memcpy(mine->queries, row + (block->heads + g) * d, (size_t)d * sizeof(float));
         load_angles(run, b, t, mine->angles);
         prepare_head(run, mine->queries, block->k_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
-        kernels->store(mine->queries, keys + at * call->key_stride_s * size, d);
-        kernels->store(row + (block->heads + block->kv_heads + g) * d, values + at * call->value_stride_s * size, d);
+        hfa_attend_write(&run->attention, mine->queries, 1, keys + at * call->key_stride_s * size);
+        memcpy(mine->queries, row + (block->heads + block->kv_heads + g) * d, (size_t)d * sizeof(float));
+        hfa_attend_write(&run->attention, mine->queries, 0, values + at * call->value_stride_s * size);
     }
 }
 
@@ -80,16 +80,15 @@ static void prepare_queries(const hfa_block_run *run, hfa_block_private *mine, i
         memcpy(query, run->projected + (b * run->call->tokens + t) * run->projected_stride + h * d, (size_t)d * sizeof(float));
         prepare_head(run, query, run->block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
     }
-    run->kernels->pack_f32(mine->queries, d, count, d, mine->packed_queries);
+    hfa_attend_pack(&run->attention, mine->queries, count, &mine->room);
 }
 
 static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
     const hfa_block *block = run->block;
     const hfa_block_call *call = run->call;
-    const hfa_kernels *kernels = run->kernels;
     int64_t d = block->head_dim, group = block->heads / block->kv_heads, queries = group * call->tokens;
     int64_t piece = run->first_piece + task % run->pieces, head = task / run->pieces, b = head / block->kv_heads,
-            g = head % block->kv_heads, size = kernels->element;
+            g = head % block->kv_heads, size = hfa_attend_element(&run->attention);
     int64_t from = piece * HFA_PIECE, to = from + HFA_PIECE;
     if (from < call->first) from = call->first;
     if (to > hfa_past(call, b) + call->tokens) to = hfa_past(call, b) + call->tokens;
@@ -101,7 +100,7 @@ static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
         memset(run->partial + task * queries * d, 0, (size_t)(queries * d) * sizeof(float));
         return;
     }
-    int64_t n = to - from, padded = (n + 15) / 16 * 16;
+    int64_t n = to - from;
     write_cache(run, mine, b, g, from, to);
     const char *keys = (const char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g + from * call->key_stride_s) * size;
     const char *values = (const char *)call->values
@@ -110,21 +109,11 @@ static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
         int count = (int)(queries - q0 < HFA_QUERY_GROUP ? queries - q0 : HFA_QUERY_GROUP);
         if (mine->ready != head || queries > HFA_QUERY_GROUP) prepare_queries(run, mine, b, g, q0, count);
         mine->ready = head;
-        kernels->dot(keys, call->key_stride_s, n, d, mine->packed_queries, count, mine->scores, HFA_PIECE);
-        float *partial = run->partial + (task * queries + q0) * d;
-        for (int i = 0; i < count; i++) {
-            float *scores = mine->scores + i * HFA_PIECE;
-            kernels->scale_scores(scores, n, (float)block->scale, (float)block->softcap);
-            apply_mask(run, scores, n, from - call->first, b, (q0 + i) / group);
-            for (int64_t j = n; j < padded; j++) scores[j] = -INFINITY; /* whole vectors: no tail with other rounding */
-            float top = kernels->maximum(scores, padded), sum = 0.0f;
-            if (top == -INFINITY) memset(scores, 0, (size_t)n * sizeof(float)); /* nothing visible here */
-            else sum = kernels->exponentials(scores, padded, top);
-            run->partial_max[task * queries + q0 + i] = top;
-            run->partial_sum[task * queries + q0 + i] = sum;
-        }
-        memset(partial, 0, (size_t)(count * d) * sizeof(float));
-        kernels->axpy(values, call->value_stride_s, n, d, mine->scores, HFA_PIECE, count, partial, d);
+        hfa_attend_score(&run->attention, keys, call->key_stride_s, n, count, &mine->room);
+        for (int i = 0; i < count; i++) apply_mask(run, mine->room.scores + i * HFA_PIECE, n, from - call->first, b, (q0 + i) / group);
+        int64_t first = task * queries + q0;
+        hfa_attend_weigh(&run->attention, values, call->value_stride_s, n, count, &mine->room, run->partial + first * d,
+                         run->partial_max + first, run->partial_sum + first);
     }
 }
 

@@ -4,6 +4,7 @@
  * G rows of x. */
 #include "float_body.h"
 #include "packed_body.h"
+#include "cached_body.h"
 
 #define DTYPE 0
 #include "dtype_body.h"
@@ -24,6 +25,6 @@
      .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .rms_norm = rms_norm_##N,                \
      .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \
      .exponentials = exponentials, .pack_int4 = pack_int4, .pack_int8 = pack_int8, .dot_int4 = dot_int4,                \
-     .dot_int8 = dot_int8}
+     .dot_int8 = dot_int8, .dot_cached = dot_cached, .axpy_cached = axpy_cached}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

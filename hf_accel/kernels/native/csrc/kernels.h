@@ -14,6 +14,7 @@
 #define HFA_PREFETCH_LEVEL 2     /* into L2: L1 is too small for this distance */
 #define HFA_PACK_ROWS 8
 #define HFA_DOT_ROWS 16 /* rows of x that meet a dense weight together */
+#define HFA_PIECE 256 /* positions of K and V per attention task: 64 KB at D = 64 in 16 bits */
 #define HFA_PANEL_ROWS 60 /* rows of W that go over a panel of x: a multiple of 2, 3 and 4 */
 
 typedef struct {
@@ -50,6 +51,12 @@ typedef struct {
     /* out[m * ldo + n] for rows n of W from row `row`, a multiple of HFA_LANES */
     void (*dot_int4)(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo);
     void (*dot_int8)(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo);
+    /* Rows of a quantized cache, see cached.h; n <= HFA_PIECE, strides of rows in bytes. Scores of m queries:
+     * out[m * ldo + n]; sums of codes: out[m * ldo + c] += sum_n coef[m * ldc + n] * code[n, c] */
+    void (*dot_cached)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, const void *packed, int m, float *out,
+                       int64_t ldo);
+    void (*axpy_cached)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, const float *coef, int64_t ldc, int m,
+                        float *out, int64_t ldo);
     float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
 } hfa_kernels;
 

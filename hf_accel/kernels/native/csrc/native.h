@@ -8,6 +8,8 @@
  *   linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
  *   packed.c      the same for weights of 8 and 4 bits, and for any number of rows of x
  *   block.c, block_attention.c   a whole pre-norm gated decoder layer in one call
+ *   attend.c, attention.c   one piece of attention; attention over parts of a cache
+ *   cached.c      rows of a quantized cache
  *   vec_*.h       one fp32 vector type per instruction set; *_body.h: the kernels written once over that type
  *   tile_avx2.h   the inner step of products on AVX2, in assembly
  *   isa_*.c       compile the bodies for one instruction set (by target pragmas, so no per-file compiler flags)
@@ -19,7 +21,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 4
+#define HFA_ABI_VERSION 5
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -64,7 +66,25 @@ typedef struct {
     int64_t key_stride_b, key_stride_g, key_stride_s, value_stride_b, value_stride_g, value_stride_s;
     int64_t mask_kind, mask_stride_b, mask_stride_t;
     const int64_t *row_past;
+    int64_t format; /* of keys and values: HFA_DENSE, or rows of bytes as in cached.h, whose strides are in bytes */
 } hfa_block_call;
+
+/* Attention over a piece of a cache, to be merged with others. query [B,H,T,D]; keys [B,G,n,D] and values [B,G,n,Dv] as in
+ * hfa_block_call; mask NULL or bool [Bm,Hm,T,n] with Hm 1 or H (stride 0 where 1). State, fp32 and contiguous: out [B,H,T,Dv] values weighted by
+ * exp(score - max), max and sum [B,H,T] of these weights; `fresh`: there was nothing before. */
+typedef struct {
+    const void *query, *keys, *values, *mask; float *out, *max, *sum;
+    int64_t dtype, format, batch, tokens, heads, kv_heads, key_dim, value_dim, positions, fresh, threads;
+    int64_t query_stride_b, query_stride_h, query_stride_t, key_stride_b, key_stride_g, key_stride_s;
+    int64_t value_stride_b, value_stride_g, value_stride_s, mask_stride_b, mask_stride_h, mask_stride_t;
+    double scale, softcap;
+} hfa_attend_call;
+
+/* rows of x [outer, inner, d] with strides in elements to rows of a cache with strides in bytes; is_key as in cached.h */
+typedef struct {
+    const void *x; void *rows; int64_t dtype, format, outer, inner, d, is_key, threads;
+    int64_t x_stride_o, x_stride_i, rows_stride_o, rows_stride_i;
+} hfa_encode_call;
 
 /* x [m, k] contiguous times `count` weights of one inner size k; out [m, rows] contiguous. Only `count` items are read. */
 typedef struct { const void *weight, *bias; void *out; int64_t stride, rows; } hfa_group_item;
@@ -84,5 +104,7 @@ HFA_EXPORT int hfa_linear_group(const hfa_group *group);
 HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *y, int64_t m, int64_t flags);
 /* Reads `bytes` (whole mebibytes, 64-byte aligned) with `threads` threads; for measuring the memory. */
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
+HFA_EXPORT int hfa_attend(const hfa_attend_call *call);
+HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
 #endif

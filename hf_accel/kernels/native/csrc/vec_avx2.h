@@ -1,5 +1,6 @@
 /* Eight fp32 lanes: AVX2, FMA and F16C. */
 #define VW 8
+#define VW_AVX /* has the instructions of AVX2 */
 typedef __m256 vf;
 
 HFA_INLINE vf vf_set1(float x) { return _mm256_set1_ps(x); }

@@ -1,5 +1,6 @@
 /* Sixteen fp32 lanes: AVX-512 F, BW, VL and DQ. */
 #define VW 16
+#define VW_AVX /* has the instructions of AVX2 */
 typedef __m512 vf;
 
 HFA_INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }

@@ -1,0 +1,76 @@
+"""What the layers of a model put into a cache, found out by a forward pass of two tokens over probing layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_accel.cache.growing import GrowingLayer
+from hf_accel.core.drift import CACHE
+from hf_accel.core.states import Held, Part
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """kv_heads G; sizes: head sizes of keys and values; window: None for full attention; reads_held: whether the
+    layer's attention takes what the cache holds as it is (`hf_accel.core.states`), and does not ask for tensors."""
+
+    kv_heads: int
+    sizes: tuple[int, int]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    window: int | None
+    reads_held: bool
+
+
+class _Probed(Held):
+    is_dense = False
+
+    def dense(self) -> Part:
+        self.is_dense = True
+        return super().dense()
+
+
+class _ProbingLayer(GrowingLayer):
+    held: _Probed
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        super().update(key_states, value_states)
+        found = self._held(0, self._stop)
+        self.held = _Probed(found.shape, found.sizes, found.dtypes, found.device, found.bits, found.parts)
+        return self.held.states()
+
+    def reserve(self, *args: Any, **kwargs: Any) -> None:
+        return None  # attention itself is asked, not a kernel for whole layers
+
+
+def layer_shapes(model: Any) -> list[LayerShape] | str:
+    """Return what each layer of the model's cache takes, or why its cache is not of layers that could be replaced."""
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    kinds = [type(layer) for layer in cache.layers]
+    if not kinds:
+        return "transformers does not say how many layers its cache has"
+    if other := {kind.__name__ for kind in kinds} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}:
+        return f"its cache has layers of other kinds ({', '.join(sorted(other))})"
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    cache.layers = [_ProbingLayer() for _ in kinds]
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+            model(input_ids=ids, use_cache=True, **{CACHE: cache})
+    finally:
+        for module in was_training:
+            module.training = True
+    found = []
+    for layer, window in zip(cache.layers, windows, strict=True):
+        if not hasattr(layer, "held"):
+            return "not all layers of its cache are written to"
+        held = layer.held
+        found.append(LayerShape(held.shape[1], held.sizes, held.dtypes, window, not held.is_dense))
+    return found
