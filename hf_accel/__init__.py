@@ -14,6 +14,7 @@ from hf_accel.errors import (
     HfAccelError,
     IrreversibleError,
     MissingDependencyError,
+    StorageError,
     UnsupportedModelError,
     VerificationError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Report",
     "SharedProjectionConfig",
     "SpeculativeConfig",
+    "StorageError",
     "UnsupportedModelError",
     "VerificationError",
     "WeightOnlyConfig",

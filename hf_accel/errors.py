@@ -7,10 +7,12 @@
     ├── MissingDependencyError (ImportError) an optional package is needed; names the extra that brings it
     ├── VerificationError (RuntimeError)    a patched model broke its promise; everything was undone
     ├── IrreversibleError (RuntimeError)    `restore` of a model whose originals were given up
-    └── CheckpointError (RuntimeError)      a file that is damaged, truncated or of another format
+    ├── CheckpointError (RuntimeError)      a file that is damaged, truncated or of another format
+    └── StorageError (RuntimeError)         a cache has no room left, or lost what it had moved to a file
 
 Each message says what was asked, what was found and what to do. After any of them the model is as it was before,
-but for an error in the middle of a step with originals="drop", which says so.
+but for an error in the middle of a step with originals="drop", which says so. A StorageError ends one call of
+`generate`; the next is not affected.
 """
 
 
@@ -44,3 +46,7 @@ class IrreversibleError(HfAccelError, RuntimeError):
 
 class CheckpointError(HfAccelError, RuntimeError):
     """A checkpoint file is damaged, truncated or of another format; the message names file and tensor."""
+
+
+class StorageError(HfAccelError, RuntimeError):
+    """Cache blocks do not fit where they were told to go, or their file was damaged; those put before are kept."""

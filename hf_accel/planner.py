@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
+from hf_accel.cache.shapes import layer_shapes
 from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers, measured
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
@@ -31,9 +32,11 @@ from hf_accel.core.plan import Plan, Step, new_report
 from hf_accel.core.report import Skip, Speed
 from hf_accel.decoding import DecodingConfig
 from hf_accel.errors import ConfigError, VerificationError
+from hf_accel.kernels import native
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.layers.audit import evaluating
 from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
+from hf_accel.measure.break_even import break_even
 from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
 from hf_accel.speculative import SpeculativeConfig
@@ -94,6 +97,7 @@ def plan_goal(
         if goal != "exact":
             text = calibration_text(anatomy.model, calibration, tokenizer)
             configs = _few_bits(plan, anatomy, text, max_kl or DEFAULT_MAX_KL[goal], progress) + configs
+            _cache_bits(plan, anatomy)
         offer(plan, anatomy, configs)
         governed = [step for step in plan.steps if isinstance(step.config, GOVERNED)]
         plan.steps = plan.without(*GOVERNED).steps
@@ -109,6 +113,23 @@ def plan_goal(
     if plan.weight_bytes is None:
         plan.quality = None
     return plan
+
+
+def _cache_bits(plan: Plan, anatomy: Anatomy) -> None:
+    """Say in the plan from how many tokens on a cache in 8 bits would pay; it is not applied unless it is named."""
+    shapes = layer_shapes(anatomy.model)
+    if isinstance(shapes, str) or not anatomy.model.device.type == "cpu" or not native.is_available():
+        return
+    config, shape = anatomy.model.config.get_text_config(decoder=True), shapes[-1]
+    if shape.dtypes[0] not in native.DTYPES or max(shape.sizes) > native.MAX_HEAD_DIM:
+        return
+    tokens = break_even(config.num_attention_heads, shape.kv_heads, shape.sizes, shape.dtypes[0], 8)
+    reason = (
+        "attention over codes is not faster up to 8,192 tokens here"
+        if tokens is None
+        else (f"attention over codes is faster from {tokens:,} tokens on here; contexts as long can name it")
+    )
+    plan.skipped.append(Skip("KVCacheConfig(bits=8)", reason))
 
 
 def _few_bits(

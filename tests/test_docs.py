@@ -28,6 +28,7 @@ EXAMPLES = (
     "quantize.py",
     "speculation.py",
     "measure_speculation.py",
+    "long_context.py",
 )
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")

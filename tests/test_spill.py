@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hf_accel.cache import spill as spilling
-from hf_accel.cache.spill import Layout, Spill, StorageError, runs_of
+from hf_accel.cache.spill import Layout, Spill, runs_of
 from hf_accel.cache.tiers import Tiers
-from hf_accel.errors import ConfigError
+from hf_accel.errors import ConfigError, StorageError
 
 CPU = torch.device("cpu")
 SHAPE = (2, 2, 4, 8)

@@ -11,9 +11,8 @@ import torch
 from tier_blocks import CPU, KINDS, SHAPES, block, expect, filled, same, size_of
 
 from hf_accel.cache.prefetch import Slot
-from hf_accel.cache.spill import StorageError
 from hf_accel.cache.tiers import Tiers
-from hf_accel.errors import ConfigError
+from hf_accel.errors import ConfigError, StorageError
 
 
 class Twins:

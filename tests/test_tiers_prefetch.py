@@ -15,7 +15,8 @@ import pytest
 import torch
 from tier_blocks import SHAPES, block, expect, filled, same
 
-from hf_accel.cache.spill import Spill, StorageError
+from hf_accel.cache.spill import Spill
+from hf_accel.errors import StorageError
 
 
 def test_blocks_are_there_before_they_are_wanted() -> None:

@@ -58,7 +58,8 @@ def grouped_attention_forward(
     if isinstance(key, CachedStates):
         if isinstance(value, CachedStates) and value.held is key.held:
             unknown = {name for name in FOREIGN if kwargs.get(name) is not None}
-            if not dropout and not unknown:
+            if not dropout and not unknown and not _is_bias(attention_mask):
+                is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
                 output = held_attention(query, key.held, attention_mask, scaling, kwargs.get("softcap"), is_causal)
                 return output.transpose(1, 2).contiguous(), None
         key, value = key.held.dense()[0], value.held.dense()[1] if isinstance(value, CachedStates) else value
@@ -72,6 +73,13 @@ def grouped_attention_forward(
         )
     output = grouped_attention(query, key, value, attention_mask, scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_bias(mask: torch.Tensor | None) -> bool:
+    """Return whether a mask does more than hide: attention over codes knows only visible or not."""
+    if mask is None or mask.dtype is torch.bool:
+        return False
+    return not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all())
 
 
 # additive, namespaced; in both registries, else transformers would drop the mask of padded batches

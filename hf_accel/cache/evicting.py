@@ -2,9 +2,9 @@
 
 Keys keep the rotary positions they were written with, so that what is left is attended to as in the full cache. Columns
 are then no positions: the layer hands attention a mask of its own (`Held.visible`), in which padding does not exist.
-Positions are given up after attention has read them, when there are more than `capacity` and a slack of SLACK tokens
-(of the prompt: at once). Cost: the choice, once per SLACK tokens; methods that look at attention also its weights,
-O(B H T S) per step over what is kept.
+Positions are given up after attention has read them, by every row when it has more than `capacity` and a slack of SLACK
+tokens (of the prompt: at once), whatever rows are beside it. Cost: the choice, once per SLACK tokens; methods that look
+at attention also its weights, O(B H T S) per step over what is kept.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class EvictingLayer(GrowingLayer):
         self.seen = 0  # tokens that came, whatever became of them
         self._valid: torch.Tensor | None = None  # bool [B, G, S] of what is kept
         self._scores: torch.Tensor | None = None  # fp32 [B, G, S]: attention received so far
+        self._counts: list[int] = []  # of each row: tokens that are kept
         super().__init__(min(expected_tokens, config.capacity + SLACK + 1), codec)
 
     def get_seq_length(self) -> int:
@@ -64,9 +65,13 @@ class EvictingLayer(GrowingLayer):
         super().update(key_states, value_states)
         batch, groups, tokens, _ = key_states.shape
         new = torch.ones(batch, tokens, dtype=torch.bool, device=key_states.device)
+        counts = [tokens] * batch
         if self.mask is not None and self.seen < self.mask.shape[1]:
+            self.mask = self.mask.repeat_interleave(batch // self.mask.shape[0], dim=0)
             some = self.mask[:, self.seen : self.seen + tokens].to(new)
-            new[:, : some.shape[1]] = some.repeat_interleave(batch // some.shape[0], dim=0)
+            new[:, : some.shape[1]] = some
+            counts = new.sum(1).tolist()
+        self._counts = [a + b for a, b in zip(self._counts or [0] * batch, counts, strict=True)]
         new = new[:, None].expand(batch, groups, tokens)
         self._valid = new if self._valid is None else torch.cat([self._valid, new], dim=2)
         self.seen += tokens
@@ -85,20 +90,33 @@ class EvictingLayer(GrowingLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self._valid, self._scores = 0, None, None
+        self.seen, self._valid, self._scores, self._counts = 0, None, None, []
+
+    def _room(self, tokens: int) -> int:
+        return max(min(self.config.capacity + SLACK + 1, 4 * tokens), tokens)
+
+    def _select(self, choose: Any) -> None:
+        super()._select(choose)
+        if self._valid is None:
+            return
+        self._valid = choose(self._valid)
+        self._counts = self._valid[:, 0].sum(1).tolist()
+        self._scores = None if self._scores is None else choose(self._scores)
+        self.mask = None if self.mask is None else choose(self.mask)
 
     def _observe(self, query: torch.Tensor, scale: float, tokens: int) -> None:
         """Take in the attention of the queries [B, H, T, D] and give up what is too much."""
         used, valid = self._stop - self._start, self._valid
-        surplus = used - self.config.capacity
-        is_due = surplus > 0 and (tokens > 1 or surplus >= SLACK)
+        least = 1 if tokens > 1 else SLACK
+        due = [count - self.config.capacity >= least for count in self._counts]
         if self.method.queries == "all":
             for start in range(0, tokens, QUERIES):
                 some = query[:, :, start : start + QUERIES]
                 weights = self._weights(some, scale, used - tokens + start)
                 self._scores = self._added(weights, valid)
-        if is_due:
-            index, visible = self._choose(query, scale, tokens)
+        if any(due):
+            index, visible = self._choose(query, scale, tokens, due)
+            self._counts = [self.config.capacity if is_due else n for n, is_due in zip(self._counts, due, strict=True)]
             keys: Any = self._used(self._keys)  # type: ignore[arg-type]
             values: Any = self._used(self._values)  # type: ignore[arg-type]
             keys, values = kept(keys, index), kept(values, index)
@@ -134,11 +152,16 @@ class EvictingLayer(GrowingLayer):
         added = accumulate(scores, weights.flatten(0, 1)[:, None], valid.flatten(0, 1))
         return added.view(batch, groups, -1)
 
-    def _choose(self, query: torch.Tensor, scale: float, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which columns to keep, int64 [B, G, K] ascending, and which of them are tokens, bool."""
-        used, valid = self._stop - self._start, self._valid
-        batch, groups = valid.shape[:2]  # type: ignore[union-attr]
-        rows: Any = valid.flatten(0, 1)  # type: ignore[union-attr]  # [B G, S]
+    def _choose(
+        self, query: torch.Tensor, scale: float, tokens: int, due: list[bool]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which columns to keep, int64 [B, G, K] ascending, and which of them are tokens, bool.
+
+        Rows that are not due keep all they have.
+        """
+        used = self._stop - self._start
+        valid: Any = self._valid
+        rows: Any = valid.flatten(0, 1)  # [B G, S]
         scores: Any = None
         if self.method.queries == "all":
             scores = self._scores.flatten(0, 1)[:, None]  # type: ignore[union-attr]
@@ -153,5 +176,9 @@ class EvictingLayer(GrowingLayer):
         elif self.config.method == "key-norm":
             scores = key_norm_scores(self._held(self._start, self._stop).dense()[0]).flatten(0, 1)[:, None]
         index, visible = keep_positions(scores, rows, self.config.capacity, self.config.sinks, self.config.recent)
-        shape = (batch, groups, -1)
-        return index[:, 0].view(shape), visible[:, 0].view(shape)
+        chosen = torch.zeros_like(rows).scatter_(1, index[:, 0], visible[:, 0]).view_as(valid)
+        if not all(due):
+            chosen = torch.where(torch.tensor(due, device=rows.device)[:, None, None], chosen, valid)
+        width = int(chosen.sum(2).max())
+        index = chosen.long().argsort(dim=2, stable=True)[:, :, used - width :]  # of shorter rows padding comes first
+        return index, chosen.gather(2, index)

@@ -16,6 +16,7 @@ from hf_accel.cache.reuse import Prefixes, prefix_obstacle
 from hf_accel.cache.shapes import LayerShape, layer_shapes
 from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import KEYWORDS, Host, host_of
 from hf_accel.core.journal import Journal
@@ -145,6 +146,18 @@ def _summary(config: KVCacheConfig, shapes: list[LayerShape]) -> str:
     return "cache: " + "; ".join(parts)
 
 
+def _missing(patcher: Patcher[Any], model: Any, host: Host) -> list[str]:
+    """Return which steps that the patcher needs were not applied to the model, and why if they could not be."""
+    found = []
+    applied = {type(step.config).__name__ for step in host.report.applied}
+    for name in patcher.needs:
+        if name not in applied:
+            reasons = Patcher.for_config(Config.from_dict({"type": name})).obstacles(Anatomy.of(model))
+            cause = "which cannot be applied: " + " ".join(reasons) if reasons else "so optimize the model with it."
+            found.append(f"It needs {name}, {cause}")
+    return found
+
+
 def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
     """Understand `generate(kv_cache=...)`: a KVCacheConfig, or False for the layers that go with any model.
 
@@ -169,6 +182,10 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
             f"eviction ({config.method}) with num_beams={given('num_beams')}: beams would have to share what each of "
             "them gave up. Use bits or store with beams, or sampling with eviction."
         )
+    if config.method is not None and (
+        given("prompt_lookup_num_tokens") or arguments.get("assistant_model") is not None
+    ):
+        raise ConfigError(f"eviction ({config.method}) with assisted generation: steps back are not possible then.")
     if config.prefix_reuse and arguments.get("inputs_embeds") is not None:
         raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
     host: Any = host_of(model)
@@ -176,7 +193,7 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
         key = ("kv_cache", config)
         if key not in host.built:
             patcher = KVCachePatcher(config)
-            if obstacles := patcher.obstacles(Anatomy.of(model)):
+            if obstacles := patcher.obstacles(Anatomy.of(model)) + _missing(patcher, model, host):
                 raise UnsupportedModelError("This call's kv_cache cannot be had: " + " ".join(obstacles))
             statistics = host.report.kv_cache or CacheStatistics()
             with torch.no_grad():

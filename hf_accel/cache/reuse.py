@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,7 +23,7 @@ from transformers import DynamicCache
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.growing import GrowingLayer, GrowingSlidingLayer
 from hf_accel.cache.prefixes import Block, PrefixStore
-from hf_accel.cache.shapes import LayerShape
+from hf_accel.cache.shapes import LayerShape, layer_shapes
 from hf_accel.core.drift import CACHE
 from hf_accel.core.stepping import recording
 
@@ -31,6 +32,7 @@ PLAIN = {CACHE, "use_cache", "logits_to_keep", "attention_mask", "position_ids"}
 # angles that depend on how long the text is when a key is written: another prompt would have written other keys
 MOVING_ROPE = {"dynamic", "longrope"}
 SAMPLES = 16
+PROCESS = secrets.token_bytes(16)  # of which hooks are, that files cannot tell apart
 ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # of peft's layers
 
 
@@ -40,6 +42,7 @@ class Prefixes:
     def __init__(self, store: PrefixStore, codec: Codec, shapes: list[LayerShape]) -> None:
         self.store, self.codec, self.shapes = store, codec, shapes
         self._contents: tuple[bytes, bytes] | None = None  # of which weights, their hash
+        self._shapes: dict[tuple[Any, ...], list[LayerShape]] = {}  # by what they may have changed with since
 
     def objection(
         self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
@@ -75,7 +78,8 @@ class Prefixes:
         self, model: Any, cache: Any, input_ids: torch.Tensor, mask: torch.Tensor | None, tenant: str | None
     ) -> Iterator[None]:
         """Take over what is stored of the prompts' beginnings, and store them after the block."""
-        root = self._root(model)
+        shapes = self._shapes_of(model)
+        root = self._root(model, shapes)
         padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(1).tolist()
         rows = [row[pad:] for row, pad in zip(input_ids.tolist(), padding, strict=True)]
         found = [self.store.match(tenant, root, row) for row in rows]
@@ -86,16 +90,22 @@ class Prefixes:
         windows = [x for x in cache.layers if isinstance(x, GrowingSlidingLayer) and not x.record_past]
         with recording(cache) if windows else nullcontext():
             if columns > max(padding):
-                self._restore(cache, found, padding, columns, model.device)
+                self._restore(cache, shapes, found, padding, columns, model.device)
             yield
             for b, row in enumerate(rows):
                 if len(row) >= size:
                     self.store.add(tenant, root, row, partial(_cut, cache, b, padding[b]))
 
     def _restore(
-        self, cache: Any, found: list[list[Block]], padding: list[int], columns: int, device: torch.device
+        self,
+        cache: Any,
+        shapes: list[LayerShape],
+        found: list[list[Block]],
+        padding: list[int],
+        columns: int,
+        device: torch.device,
     ) -> None:
-        for index, (layer, shape) in enumerate(zip(cache.layers, self.shapes, strict=True)):
+        for index, (layer, shape) in enumerate(zip(cache.layers, shapes, strict=True)):
             buffers = []
             for part in (0, 1):
                 size = (len(found), shape.kv_heads, columns, self.codec.row(shape.sizes[part]))
@@ -111,15 +121,24 @@ class Prefixes:
                 buffers.append(buffer)
             layer.adopt(buffers[0], buffers[1], shape.sizes, shape.dtypes)
 
-    def _root(self, model: Any) -> bytes:
+    def _shapes_of(self, model: Any) -> list[LayerShape]:
+        """Return the shapes of the layers, of which the dtype follows the model's and that of autocast."""
+        ways = model.dtype, _autocast(model), model.device
+        if ways not in self._shapes:
+            is_as_before = not self._shapes and ways[1] is None and model.dtype in self.shapes[0].dtypes
+            found = self.shapes if is_as_before else layer_shapes(model)
+            self._shapes[ways] = self.shapes if isinstance(found, str) else found
+        return self._shapes[ways]
+
+    def _root(self, model: Any, shapes: list[LayerShape]) -> bytes:
         """Return a digest of all that keys and values of given tokens depend on."""
         state = _weights_digest(model)
         if self.store.files is not None:
             if self._contents is None or self._contents[0] != state:
                 self._contents = state, _contents_digest(model)
-            state = self._contents[1]
-        kept = (self.codec.bits, [(s.kv_heads, s.sizes, str(s.dtypes), s.window) for s in self.shapes])
-        ways = (torch.is_autocast_enabled(model.device.type), str(model.device), str(model.config._attn_implementation))
+            state = self._contents[1] + _ways_digest(model)
+        kept = (self.codec.bits, [(s.kv_heads, s.sizes, str(s.dtypes), s.window) for s in shapes])
+        ways = (str(_autocast(model)), str(model.device), str(model.config._attn_implementation))
         return hashlib.sha256(state + _config_bytes(model) + repr((kept, ways)).encode()).digest()
 
 
@@ -143,6 +162,11 @@ def _cut(cache: Any, row: int, padding: int, start: int, stop: int) -> list[torc
     return found
 
 
+def _autocast(model: Any) -> torch.dtype | None:
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _config_bytes(model: Any) -> bytes:
     return json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
 
@@ -154,7 +178,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _weights_digest(model: Any) -> bytes:
     """Return a digest that changes when weights, adapters or hooks do: where tensors lie, their versions, samples."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_ways_digest(model))
     samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for name, tensor in _tensors(model):
         digest.update(repr((name, tensor.data_ptr(), _version(tensor), tensor.shape, tensor.dtype)).encode())
@@ -163,11 +187,21 @@ def _weights_digest(model: Any) -> bytes:
             samples.setdefault((tensor.dtype, tensor.device), []).append(flat[:: len(flat) // SAMPLES + 1])
     for group in samples.values():
         digest.update(torch.cat(group).cpu().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _ways_digest(model: Any) -> bytes:
+    """Return a digest of what modules do with their weights, as far as it can be changed from outside."""
+    digest = hashlib.sha256()
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        adapters = [getattr(module, name, None) for name in ADAPTER_STATE]
-        if hooks or any(adapter is not None for adapter in adapters):
-            digest.update(repr((name, [id(hook) for hook in hooks], adapters)).encode())
+        # keys of hooks are counted up and never come again, as addresses do
+        hooks = [*module._forward_hooks, *module._forward_pre_hooks]
+        adapters = [getattr(module, state, None) for state in ADAPTER_STATE]
+        digest.update(repr((name, type(module).__qualname__)).encode())
+        if hooks:
+            digest.update(repr((hooks, PROCESS)).encode())
+        if any(adapter is not None for adapter in adapters):
+            digest.update(repr(adapters).encode())
     return digest.digest()
 
 

@@ -19,17 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_accel.errors import ConfigError, HfAccelError
+from hf_accel.errors import ConfigError, StorageError
 
 Run = tuple[int, int, int]  # rows [0] to [0] + [2] of a result are rows [1] to [1] + [2] of what is stored
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # Bytes per second. A checksum runs at 35 GB/s: up to here it adds less than 15 % to a read.
 ALWAYS_CHECKED_BELOW = 5e9
-
-
-class StorageError(HfAccelError, RuntimeError):
-    """Cache blocks do not fit where they were told to go, or their file was damaged; those put before are kept."""
 
 
 class Layout:

@@ -43,13 +43,22 @@ class TieredLayer(GrowingLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values [B, G, T, D]; return handles of all of them, [B, G, S, D]."""
+        """Append keys and values [B, G, T, D]; return handles of all of them, [B, G, S, D]. Gradients end here.
+
+        Raises:
+            TypeError: the tensors could only be joined to what is here as another dtype.
+        """
+        key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not self._can_append(key_states, value_states):
             # fails as concatenation does
             torch.cat([self._used(self._keys), key_states], dim=-2)  # type: ignore[arg-type]
             torch.cat([self._used(self._values), value_states], dim=-2)  # type: ignore[arg-type]
+            raise TypeError(
+                f"a tiered cache layer holds {self._dtypes[0]} and {self._dtypes[1]}; {key_states.dtype} and "
+                f"{value_states.dtype} came, as under another autocast than before"
+            )
         at, tokens = 0, key_states.shape[2]
         while at < tokens:
             some = min(tokens - at, 2 * self.block_tokens - self._stop)
@@ -62,6 +71,7 @@ class TieredLayer(GrowingLayer):
 
     def _move_out(self) -> None:
         """Move the older block of the full hot buffer to the tiers."""
+        self._thaw()
         block = self.block_tokens
         keys: Any = self._keys
         values: Any = self._values
@@ -69,6 +79,10 @@ class TieredLayer(GrowingLayer):
         for buffer in (keys, values):
             buffer.narrow(2, 0, block).copy_(buffer.narrow(2, block, block))
         self._stop -= block
+
+    def _thaw(self) -> None:
+        if self._is_frozen():
+            self._grow_buffers(0)
 
     def _all(self) -> Held:
         hot = self._held(0, self._stop)
@@ -88,7 +102,7 @@ class TieredLayer(GrowingLayer):
     def keys(self, tensor: torch.Tensor | None) -> None:
         if tensor is not None:
             raise TypeError("a tiered cache layer takes keys and values by `update`, not by assignment")
-        self._keys = None
+        self._keys, self._start, self._stop = None, 0, 0
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -110,6 +124,7 @@ class TieredLayer(GrowingLayer):
         """Drop the last `-tokens_to_remove` tokens, taking blocks back where the hot part does not have so many."""
         left = max(0, self.get_seq_length() + tokens_to_remove) if tokens_to_remove <= 0 else 0
         while tokens_to_remove < 0 and left < self._away:
+            self._thaw()
             keys, values = self.tiers.pop(self.index)
             self._keys.narrow(2, 0, self.block_tokens).copy_(keys)  # type: ignore[union-attr]
             self._values.narrow(2, 0, self.block_tokens).copy_(values)  # type: ignore[union-attr]
@@ -124,7 +139,10 @@ class TieredLayer(GrowingLayer):
     def _reorder(self, rows: torch.Tensor) -> None:
         if self.get_seq_length():
             self.tiers.select(self.index, rows)
-            self._select(lambda used: used.index_select(0, rows.to(used.device)))
+            # also where nothing is hot, after `crop`: what comes next is of as many rows
+            for name in ("_keys", "_values"):
+                buffer = getattr(self, name)
+                setattr(self, name, buffer.index_select(0, rows.to(buffer.device)))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._reorder(beam_idx)

@@ -274,9 +274,7 @@ class Hosted:
         host = host_of(self)
         caching, request = host and _caching(host), _request.get()
         tenant = request.options.get("tenant") if request else None
-        with (
-            caching.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if caching else nullcontext()
-        ):
+        with caching.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if caching else nullcontext():
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     @functools.wraps(PreTrainedModel.save_pretrained)

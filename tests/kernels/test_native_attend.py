@@ -232,6 +232,18 @@ def test_nan_stays_visible(isa: str, bits: int | None) -> None:
     assert strange.sum() == 1
 
 
+@pytest.mark.xfail(strict=True, reason="merge() in attention.c drops what it scales by an exponential that underflows")
+@pytest.mark.parametrize("bits", FORMATS)
+def test_nan_stays_visible_where_later_scores_are_far_above(bits: int | None) -> None:
+    """As in the other order, and in PyTorch: nothing times NaN is NaN."""
+    keys, values = torch.zeros(1, 1, 600, 16), torch.randn(1, 1, 600, 16)
+    keys[:, :, 400:], values[0, 0, 3, 2] = 40.0, math.nan
+    case = Case((1, 1, 1, 1, 600, 16, 16), torch.float32, bits)
+    case.query.fill_(4.0)
+    case.rows = [keys, values] if bits is None else [cached.encode(x, bits, is_key=x is keys) for x in (keys, values)]
+    assert case.attend().result(torch.float32).isnan().any()
+
+
 GOOD: dict[str, Any] = {"sizes": (2, 4, 2, 3, 9, 16, 16), "dtype": torch.float32}
 
 

@@ -2,6 +2,8 @@
  * Products are summed exactly in integers, so that they are the same on every machine. */
 #include "cached.h"
 
+#define CACHED_AHEAD 4096 /* bytes */
+
 #ifdef VW_AVX
 /* out[0..3]: sums of four vectors each */
 HFA_INLINE void sums4(__m256i a, __m256i b, __m256i c, __m256i d, float *out) {
@@ -79,6 +81,7 @@ static void dot_cached(int64_t format, const void *rows, int64_t stride, int64_t
     int64_t bytes = hfa_code_bytes(format, d), whole = bytes / 16 * 16, elements = q.stride / 2;
     for (; whole && done + 4 <= n; done += 4) {
         const uint8_t *at = row + done * stride;
+        for (int64_t ahead = 0; ahead < 4 * stride; ahead += 64) __builtin_prefetch(at + CACHED_AHEAD + ahead, 0, HFA_PREFETCH_LEVEL);
         for (int i = 0; i < m; i += 2) {
             float *to = out + i * ldo + done;
             const char *x = q.codes + i * q.stride;
@@ -108,34 +111,52 @@ static void dot_cached(int64_t format, const void *rows, int64_t stride, int64_t
 }
 
 #ifdef VW_AVX
-/* Two vectors of columns from c on, against M <= 4 queries; out[m * ldo + c..] += sum_n coef[m * ldc + n] * code[n, c..]. In
- * 16-bit integers, pairs of positions at a time, it was no faster. */
-#define DEFINE_COLUMNS(M)                                                                                             \
-    HFA_INLINE void columns_##M(int64_t format, const uint8_t *row, int64_t stride, int64_t n, int64_t beside, const float *coef, \
-                                int64_t ldc, float *out, int64_t ldo) {                                               \
-        __m256 sum[M][2];                                                                                             \
-        for (int i = 0; i < M; i++) for (int v = 0; v < 2; v++) sum[i][v] = _mm256_loadu_ps(out + i * ldo + v * beside); \
+/* 2 W vectors of columns against M queries, W M = 4: eight sums, as many as hide the latency of the one before. Vectors w
+ * are columns 16 w and 16 w + 8 of int8; of int4 columns 8 w and the same bytes' other halves. In 16-bit integers, pairs of
+ * positions at a time, it was no faster. */
+#define DEFINE_COLUMNS(M, W)                                                                                          \
+    HFA_INLINE void columns_##M##_##W(int64_t format, const uint8_t *row, int64_t stride, int64_t n, int64_t half, int begins, \
+                                      const float *coef, int64_t ldc, float *out, int64_t ldo) {                      \
+        int64_t step = format == HFA_INT8 ? 16 : 8, beside = format == HFA_INT8 ? 8 : half;                           \
+        __m256 sum[M][2 * W];                                                                                         \
+        for (int i = 0; i < M; i++)                                                                                   \
+            for (int v = 0; v < 2 * W; v++) sum[i][v] = _mm256_loadu_ps(out + i * ldo + v / 2 * step + v % 2 * beside); \
         for (int64_t j = 0; j < n; j++, row += stride) {                                                              \
-            __m256 x, y;                                                                                              \
-            if (format == HFA_INT8) {                                                                                 \
-                x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)row)));                  \
-                y = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + 8))));            \
-            } else {                                                                                                  \
-                __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)row));                           \
-                x = _mm256_cvtepi32_ps(_mm256_and_si256(wide, _mm256_set1_epi32(15)));                                \
-                y = _mm256_cvtepi32_ps(_mm256_srli_epi32(wide, 4));                                                   \
-            }                                                                                                         \
-            for (int i = 0; i < M; i++) {                                                                             \
-                __m256 by = _mm256_broadcast_ss(coef + i * ldc + j);                                                  \
-                sum[i][0] = _mm256_fmadd_ps(x, by, sum[i][0]);                                                        \
-                sum[i][1] = _mm256_fmadd_ps(y, by, sum[i][1]);                                                        \
+            if (begins) __builtin_prefetch(row + CACHED_AHEAD, 0, HFA_PREFETCH_LEVEL);                                \
+            for (int w = 0; w < W; w++) {                                                                             \
+                __m256 x, y;                                                                                          \
+                if (format == HFA_INT8) {                                                                             \
+                    x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + 16 * w))));   \
+                    y = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + 16 * w + 8)))); \
+                } else {                                                                                              \
+                    __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(row + 8 * w)));             \
+                    x = _mm256_cvtepi32_ps(_mm256_and_si256(wide, _mm256_set1_epi32(15)));                            \
+                    y = _mm256_cvtepi32_ps(_mm256_srli_epi32(wide, 4));                                               \
+                }                                                                                                     \
+                for (int i = 0; i < M; i++) {                                                                         \
+                    __m256 by = _mm256_broadcast_ss(coef + i * ldc + j);                                              \
+                    sum[i][2 * w] = _mm256_fmadd_ps(x, by, sum[i][2 * w]);                                            \
+                    sum[i][2 * w + 1] = _mm256_fmadd_ps(y, by, sum[i][2 * w + 1]);                                    \
+                }                                                                                                     \
             }                                                                                                         \
         }                                                                                                             \
-        for (int i = 0; i < M; i++) for (int v = 0; v < 2; v++) _mm256_storeu_ps(out + i * ldo + v * beside, sum[i][v]); \
+        for (int i = 0; i < M; i++)                                                                                   \
+            for (int v = 0; v < 2 * W; v++) _mm256_storeu_ps(out + i * ldo + v / 2 * step + v % 2 * beside, sum[i][v]); \
     }
-DEFINE_COLUMNS(1)
-DEFINE_COLUMNS(2)
-DEFINE_COLUMNS(4)
+DEFINE_COLUMNS(1, 1)
+DEFINE_COLUMNS(1, 4)
+DEFINE_COLUMNS(2, 1)
+DEFINE_COLUMNS(2, 2)
+DEFINE_COLUMNS(4, 1)
+/* all columns that fill vectors, for M queries; returns the bytes of a row that they are in */
+#define COLUMNS(M, W)                                                                                                 \
+    do {                                                                                                              \
+        int64_t at = 0, each = format == HFA_INT8 ? 16 : 8;                                                           \
+        for (; at + W * each <= bytes; at += W * each)                                                                \
+            columns_##M##_##W(format, row + at, stride, n, d / 2, !i && !at, coef + i * ldc, ldc, out + i * ldo + at, ldo); \
+        for (; at + each <= bytes; at += each)                                                                        \
+            columns_##M##_1(format, row + at, stride, n, d / 2, !i && !at, coef + i * ldc, ldc, out + i * ldo + at, ldo); \
+    } while (0)
 #endif
 
 /* out[m * ldo + c] += sum_n coef[m * ldc + n] * code[n, c]; coef already has the scales in it */
@@ -143,28 +164,24 @@ static void axpy_cached(int64_t format, const void *rows, int64_t stride, int64_
                         float *out, int64_t ldo) {
     int64_t bytes = hfa_code_bytes(format, d), whole = 0;
 #ifdef VW_AVX
-    /* c and, of int8, the eight columns after, of int4 the same bytes' other halves */
-    int64_t step = format == HFA_INT8 ? 16 : 8, beside = format == HFA_INT8 ? 8 : d / 2;
-    for (; whole + step <= bytes; whole += step) {
-        const uint8_t *row = (const uint8_t *)rows + whole;
-        float *to = out + whole;
-        int i = 0;
-        for (; i + 4 <= m; i += 4) columns_4(format, row, stride, n, beside, coef + i * ldc, ldc, to + i * ldo, ldo);
-        for (; i + 2 <= m; i += 2) columns_2(format, row, stride, n, beside, coef + i * ldc, ldc, to + i * ldo, ldo);
-        if (i < m) columns_1(format, row, stride, n, beside, coef + i * ldc, ldc, to + i * ldo, ldo);
-    }
+    const uint8_t *row = rows;
+    int i = 0;
+    for (; i + 4 <= m; i += 4) COLUMNS(4, 1);
+    for (; i + 2 <= m; i += 2) COLUMNS(2, 2);
+    if (i < m) COLUMNS(1, 4);
+    whole = format == HFA_INT8 ? bytes / 16 * 16 : bytes / 8 * 8;
 #endif
     if (whole == bytes) return;
-    for (int i = 0; i < m; i++)
+    for (int q = 0; q < m; q++)
         for (int64_t j = 0; j < n; j++) {
-            const uint8_t *row = (const uint8_t *)rows + j * stride;
-            float by = coef[i * ldc + j], *to = out + i * ldo;
+            const uint8_t *at = (const uint8_t *)rows + j * stride;
+            float by = coef[q * ldc + j], *to = out + q * ldo;
             if (format == HFA_INT8)
-                for (int64_t c = whole; c < d; c++) to[c] += by * (float)(int8_t)row[c];
+                for (int64_t c = whole; c < d; c++) to[c] += by * (float)(int8_t)at[c];
             else
                 for (int64_t c = whole; c < bytes; c++) {
-                    to[c] += by * (float)(row[c] & 15);
-                    to[d / 2 + c] += by * (float)(row[c] >> 4);
+                    to[c] += by * (float)(at[c] & 15);
+                    to[d / 2 + c] += by * (float)(at[c] >> 4);
                 }
         }
 }
