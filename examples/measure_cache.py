@@ -165,9 +165,10 @@ def disk_child(options: argparse.Namespace) -> None:
     )
     steps = sorted(b - a for a, b in zip(times[2:-2], times[3:-1], strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = hf_accel.report(model).kv_cache
     print(json.dumps({"new": result[0, tokens:].tolist(), "prompt_s": times[1] - times[0],
                       "step_ms": 1000 * statistics.median(steps), "grew_bytes": peak - before,
-                      "held": hf_accel.report(model).to_dict()["kv_cache"]["peak_bytes"]}))  # fmt: skip
+                      "held": dict(held.peak_bytes) if held else {}}))  # fmt: skip
 
 
 def disk(options: argparse.Namespace) -> None:

@@ -118,7 +118,7 @@ def plan_goal(
 def _cache_bits(plan: Plan, anatomy: Anatomy) -> None:
     """Say in the plan from how many tokens on a cache in 8 bits would pay; it is not applied unless it is named."""
     shapes = layer_shapes(anatomy.model)
-    if isinstance(shapes, str) or not anatomy.model.device.type == "cpu" or not native.is_available():
+    if isinstance(shapes, str) or anatomy.model.device.type != "cpu" or not native.is_available():
         return
     config, shape = anatomy.model.config.get_text_config(decoder=True), shapes[-1]
     if shape.dtypes[0] not in native.DTYPES or max(shape.sizes) > native.MAX_HEAD_DIM:

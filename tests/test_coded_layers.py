@@ -221,9 +221,25 @@ class CodedApart(Apart):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_row_sees_what_it_would_see_alone(bits: int, window: int | None, kernels: float) -> None:
     for seed in range(3):
-        layers = CodedApart(1 + seed, window, (0, 400, 0)[seed], seed, bits)
-        layers.begin(1 + 29 * seed)  # the last soon outgrows its buffers, with rows apart
+        layers = CodedApart(1 + seed, window, (0, 30, 400)[seed], seed, bits)
+        layers.begin(1 + 7 * seed)
         layers.walk(25, kernels)
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize("kernels", [0.0, 1.0])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_buffers_grow_while_rows_are_apart(bits: int, kernels: float) -> None:
+    layers = CodedApart(2, None, 0, 3, bits)
+    layers.begin(40)
+    layers.step(5, bool(kernels))
+    layers.keep([40, 44])
+    before = layers.ours._keys.shape[2]
+    for _ in range(8):  # the shorter row never reaches where the longer one has been
+        lengths = layers.lengths
+        layers.step(5, bool(kernels))
+        layers.keep([lengths[0] + 1, lengths[1] + 5])
+    assert layers.ours._keys.shape[2] > before
 
 
 @pytest.mark.parametrize("window", [None, 6])

@@ -28,7 +28,7 @@ from hf_accel.core.drift import CACHE
 
 NEW = 8
 ONE, SEVERAL = prompt(1, 66), padded([66, 40, 49, 57])
-WIDE, HARD = ("llama", "gemma3"), ("padded", "beams that sample", "continued")
+WIDE, HARD = ("llama", "gemma3"), ("padded", "continued by other rows")
 MOVABLE = [name for name in NAMES if name not in WITHOUT_TIERS]
 BITS = [None, 8, 4]
 
@@ -47,16 +47,31 @@ def continued(model: Any, **own: Any) -> Any:
     return found.sequences, [int(found[CACHE].get_seq_length()), found[CACHE].get_mask_sizes(5, 0)]
 
 
+def continued_by_other_rows(model: Any, **own: Any) -> Any:
+    """Return what a second call makes of some rows of the cache that the first one returned, in another order."""
+    first = ask(model, SEVERAL, return_dict_in_generate=True, **own)
+    rows = torch.tensor([2, 0, 3])
+    first[CACHE].batch_select_indices(rows)
+    ids = torch.cat([first.sequences[rows], prompt(3, 3, seed=8)], dim=1)
+    mask = torch.cat([SEVERAL["attention_mask"][rows], torch.ones(3, NEW + 3, dtype=torch.long)], dim=1)
+    given = {"cache": first[CACHE], "max_new_tokens": NEW, "do_sample": False}
+    return model.generate(ids, attention_mask=mask, **given)
+
+
+SHORT = [{"input_ids": prompt(1, 6), "attention_mask": torch.ones(1, 6, dtype=torch.long)}, padded([6, 4])]
+LONG = {"max_new_tokens": 50}
 # rows, and the call
 CALLS: dict[str, tuple[int, Any]] = {
     "greedy": (1, ask),
     "sampling": (1, lambda model, **own: ask(model, do_sample=True, temperature=0.9, top_k=40, **own)),
-    "beams": (4, lambda model, **own: ask(model, num_beams=4, num_return_sequences=2, **own)),
-    "beams that sample": (6, lambda model, **own: ask(model, padded([66, 50]), num_beams=3, do_sample=True, **own)),
+    # long texts after short prompts, so that what beams have chosen moves out, too
+    "beams": (4, lambda model, **own: ask(model, SHORT[0], num_beams=4, num_return_sequences=2, **LONG, **own)),
+    "beams that sample": (8, lambda model, **own: ask(model, SHORT[1], num_beams=4, do_sample=True, **LONG, **own)),
     "sequences": (3, lambda model, **own: ask(model, num_return_sequences=3, do_sample=True, **own)),
     "padded": (4, lambda model, **own: ask(model, SEVERAL, **own)),
     "chunks": (4, lambda model, **own: ask(model, SEVERAL, prefill_chunk_size=23, **own)),
     "continued": (1, continued),
+    "continued by other rows": (4, continued_by_other_rows),
 }
 
 
@@ -176,7 +191,7 @@ def test_attention_that_needs_tensors(name: str, bits: int | None) -> None:
     reference = ask(stock(name), return_dict_in_generate=True, output_logits=True)
     first = reference.logits[0]
     assert (expected.logits[0] - first).norm() <= {None: 1e-4, 8: 0.05, 4: 0.5}[bits] * first.norm()
-    for title in ("beams", "sequences", "padded", "chunks", "continued"):
+    for title in ("beams", "sequences", "padded", "chunks", "continued", "continued by other rows"):
         if bits is None:
             assert_same_outcome(outcome(title, stock(name)), outcome(title, model))
         else:

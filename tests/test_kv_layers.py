@@ -171,14 +171,15 @@ def test_steps_of_which_one_block_is_taken_back_touch_no_tier(monkeypatch: pytes
 
 def test_rows_are_chosen_where_nothing_is_hot() -> None:
     layer = tiered()
-    states = filled(layer, 9)
+    states = torch.randn(2, HEADS, 9, SIZE)
+    layer.update(states, states)
     layer.crop(-5)
     assert layer._stop == 0
-    layer.batch_repeat_interleave(2)
-    assert torch.equal(layer.keys, states[[0, 0], :, :4])  # type: ignore[arg-type]
-    filled_again = torch.randn(2, HEADS, 7, SIZE)
-    layer.update(filled_again, filled_again)
-    assert torch.equal(layer.keys[:, :, 4:], filled_again)  # type: ignore[index]
+    layer.batch_select_indices(torch.tensor([1, 1, 0]))
+    assert torch.equal(layer.keys, states[[1, 1, 0], :, :4])  # type: ignore[arg-type]
+    more = torch.randn(3, HEADS, 7, SIZE)
+    layer.update(more, more)
+    assert torch.equal(layer.keys[:, :, 4:], more)  # type: ignore[index]
 
 
 def test_layers_share_tiers_and_do_not_disturb_each_other() -> None:

@@ -180,7 +180,9 @@ DEFECTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "columns as if nothing was padded": (
         reuse.Prefixes,
         "_restore",
-        lambda old: lambda self, cache, found, padding, *rest: old(self, cache, found, [0] * len(padding), *rest),
+        lambda old: (
+            lambda self, cache, shapes, found, pads, *rest: old(self, cache, shapes, found, [0] * len(pads), *rest)
+        ),
     ),
     "cut as if nothing was padded": (
         reuse,

@@ -81,6 +81,8 @@ class KVCacheConfig(Config):
             raise ConfigError(f'{name}.folder is for store="disk"; for prefixes there is prefix_folder.')
         if self.prefix_folder is not None and not self.prefix_reuse:
             raise ConfigError(f"{name}.prefix_folder needs prefix_reuse=True.")
+        if self.prefix_reuse and self.store != "device":
+            raise ConfigError(f'{name}: prefix_reuse is for store="device"; blocks that have moved out are not kept.')
         if self.from_tokens and self.bits is None:
             raise ConfigError(f"{name}.from_tokens says from when on `bits` are used; there are none.")
         if self.eviction is not None and self.eviction not in METHODS:

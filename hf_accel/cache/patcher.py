@@ -21,6 +21,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import KEYWORDS, Host, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.report import Applied
 from hf_accel.errors import ConfigError, UnsupportedModelError
 
 CALLERS_CACHES = {CACHE, "past_key_values", "cache", "cache_implementation"}
@@ -146,16 +147,37 @@ def _summary(config: KVCacheConfig, shapes: list[LayerShape]) -> str:
     return "cache: " + "; ".join(parts)
 
 
-def _missing(patcher: Patcher[Any], model: Any, host: Host) -> list[str]:
-    """Return which steps that the patcher needs were not applied to the model, and why if they could not be."""
-    found = []
+def _missing(patcher: KVCachePatcher, host: Host) -> list[Patcher[Any]]:
+    """Return the patchers of what the patcher needs and the model was optimised without."""
     applied = {type(step.config).__name__ for step in host.report.applied}
-    for name in patcher.needs:
-        if name not in applied:
-            reasons = Patcher.for_config(Config.from_dict({"type": name})).obstacles(Anatomy.of(model))
-            cause = "which cannot be applied: " + " ".join(reasons) if reasons else "so optimize the model with it."
-            found.append(f"It needs {name}, {cause}")
-    return found
+    needed = (name for name in patcher.needs if name not in applied)
+    return [Patcher.for_config(Config.from_dict({"type": name})) for name in needed]
+
+
+def _built(model: Any, host: Host, config: KVCacheConfig) -> Caching:
+    """Set `config` up for calls that name it, with what it needs; on an error nothing stays.
+
+    Raises:
+        UnsupportedModelError: the model does not allow it.
+    """
+    patcher, anatomy = KVCachePatcher(config), Anatomy.of(model)
+    missing = _missing(patcher, host)
+    if obstacles := [text for each in (patcher, *missing) for text in each.obstacles(anatomy)]:
+        raise UnsupportedModelError("This call's kv_cache cannot be had: " + " ".join(obstacles))
+    before = len(host.journal)
+    try:
+        added = [(each, each.patch(anatomy, host.journal)) for each in missing]
+        with torch.no_grad():
+            caching = set_up(model, host, config, host.report.kv_cache or CacheStatistics())
+    except BaseException:
+        host.journal.undo(before)
+        raise
+    for each, change in added:
+        fidelity = each.fidelity.value
+        host.report.applied.append(Applied(each.config, f"per call: {change.summary}", change.extra_bytes, fidelity))
+    if config != KVCacheConfig():
+        host.report.kv_cache = caching.statistics
+    return caching
 
 
 def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
@@ -192,14 +214,7 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
     with host.lock:
         key = ("kv_cache", config)
         if key not in host.built:
-            patcher = KVCachePatcher(config)
-            if obstacles := patcher.obstacles(Anatomy.of(model)) + _missing(patcher, model, host):
-                raise UnsupportedModelError("This call's kv_cache cannot be had: " + " ".join(obstacles))
-            statistics = host.report.kv_cache or CacheStatistics()
-            with torch.no_grad():
-                host.built[key] = set_up(model, host, config, statistics)
-            if config != KVCacheConfig():
-                host.report.kv_cache = statistics
+            host.built[key] = _built(model, host, config)
         caching: Caching = host.built[key]
         return caching
 
