@@ -186,10 +186,26 @@ def test_calls_that_are_refused() -> None:
     refused_call("assisted", ConfigError, kv_cache=KVCacheConfig(window=16), prompt_lookup_num_tokens=3)
     reuse = KVCacheConfig(prefix_reuse=True)
     refused_call("inputs_embeds", ConfigError, kv_cache=reuse, inputs_embeds=torch.zeros(1, 50, 52))
-    plain = hf_accel.optimize(build("llama"), [DecodingConfig()])
-    with pytest.raises(UnsupportedModelError, match="AttentionConfig, so optimize the model with it"):
-        ask(plain, kv_cache=KVCacheConfig(store="cpu"))
-    assert torch.equal(ask(plain, kv_cache=KVCacheConfig()), ask(build("llama")))
+
+
+def test_a_call_brings_the_attention_that_its_cache_needs() -> None:
+    model, expected = build("llama"), ask(build("llama"))
+    before = fingerprint(model)
+    hf_accel.optimize(model, [DecodingConfig()])
+    assert torch.equal(ask(model, kv_cache=KVCacheConfig(store="cpu")), expected)
+    assert model.config._attn_implementation == "hfaccel_grouped"
+    assert [type(step.config).__name__ for step in hf_accel.report(model).applied] == [
+        "DecodingConfig",
+        "AttentionConfig",
+    ]
+    hf_accel.restore(model)
+    assert not changes(before, fingerprint(model))
+    # where the cache cannot be had, the attention does not stay either
+    refusing = hf_accel.optimize(build("deepseek_v3"), [DecodingConfig()])
+    with pytest.raises(UnsupportedModelError, match="asks for all keys and values"):
+        ask(refusing, kv_cache=KVCacheConfig(store="cpu"))
+    assert refusing.config._attn_implementation == "sdpa"
+    assert len(hf_accel.report(refusing).applied) == 1
 
 
 def test_kv_cache_false_is_the_plain_cache() -> None:

@@ -72,6 +72,7 @@ class AttentionState:
 
 
 SCORES = 1 << 23  # elements of scores at a time: 32 MiB
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def partial_attention(
@@ -85,12 +86,54 @@ def partial_attention(
 ) -> AttentionState:
     """Return `state` merged with attention of query [B, H, T, D] over some keys [B, G, n, D] and values [B, G, n, Dv].
 
-    mask: bool [B or 1, 1 or H, T, n], true: visible. Scores, B·H·T·n in fp32, are made for some keys at a time.
+    mask: bool [B or 1, 1 or H, T, n], true: visible. In fp32; where ATen's fused attention cannot be had (another
+    device, a soft cap, values of another size), B·H·T·n scores are made, for some keys at a time.
     """
+    if mask is not None and bool(mask.all()):
+        mask = None
+    has_flash = _flash is not None and query.is_cpu and not softcap and key.shape[3] == value.shape[3]
+    part = (_fused if has_flash else _in_steps)(query, key, value, mask, scale, softcap)
+    return part if state is None else state.merge(part)
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    _: float | None,
+) -> AttentionState:
+    """Attention by ATen, which also gives the logarithm of the sum of exponentials: a state whose sum is 1."""
+    batch, heads, tokens, size = query.shape
+    groups = key.shape[1]
+    folded = query.float().reshape(batch, groups, heads // groups * tokens, size)  # [B, G, H/G·T, D]
+    bias = None
+    if mask is not None:
+        mask = mask.expand(-1, heads, -1, -1)
+        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        bias = bias.reshape(mask.shape[0], groups, heads // groups * tokens, mask.shape[3])
+    output, total = _flash(folded, key.float(), value.float(), 0.0, False, attn_mask=bias, scale=scale)  # type: ignore[misc]
+    top, total = total.reshape(batch, heads, tokens), torch.ones(batch, heads, tokens)
+    if mask is not None:
+        blind = ~mask.any(-1)  # what such a query is given is not attention
+        top, total = top.masked_fill(blind, -torch.inf), total.masked_fill(blind, 0.0)
+    return AttentionState(output.reshape(batch, heads, tokens, size) * total[..., None], top, total)
+
+
+def _in_steps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> AttentionState:
     batch, heads, tokens, _ = query.shape
     groups, positions = key.shape[1:3]
     step = max(64, min(positions, SCORES // (batch * heads * tokens)))
     folded = query.float().unflatten(1, (groups, heads // groups)) * scale  # [B, G, H/G, T, D]
+    state: AttentionState | None = None
     for start in range(0, positions, step):
         keys, values = (x[:, :, None, start : start + step].float() for x in (key, value))
         scores = folded @ keys.mT  # [B, G, H/G, T, n]
