@@ -234,14 +234,14 @@ def hot_bytes(outcome: Any) -> int:
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("name, store", [("llama", "cpu"), ("llama", "disk"), ("gemma3", "disk"), ("gpt2", "disk")])
+@pytest.mark.parametrize("name, store", [("llama", "cpu"), ("llama", "disk"), ("gemma3", "disk")])
 def test_a_budget_is_kept_to_the_byte(name: str, store: str, bits: int | None) -> None:
     model = shared(name)
     inputs = padded([40, 30, 17])
     given: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
     least = smallest(model, 3, 79, bits)
     expected = None
-    for more in (0, 1, 1000, 20_000, 10**7):
+    for more in (0, 1, 20_000, 10**7):
         config = KVCacheConfig(bits=bits, store=store, device_budget_bytes=least + more)
         found = model.generate(**inputs, **given, kv_cache=config)
         held = peaks(model)
@@ -250,7 +250,7 @@ def test_a_budget_is_kept_to_the_byte(name: str, store: str, bits: int | None) -
         division = divide(config, Codec(bits), shapes, 3, 79, CPU)
         assert hot_bytes(found) <= division.hot_bytes
         assert held["near"] <= division.near_bytes
-        assert (held[store] > 0) == (more < 1000) or more in (1000, 20_000)
+        assert (held[store] > 0) == (more <= 1) or more == 20_000
         expected = found.sequences if expected is None else expected
         assert torch.equal(found.sequences, expected)
     refusing = KVCacheConfig(bits=bits, store=store, device_budget_bytes=least - 1)

@@ -61,7 +61,7 @@ static void merge(const hfa_kernels *single, const hfa_attend_call *call, int64_
     if (max == -INFINITY) return;
     float top = max > before || max != max ? max : before, keep = before == -INFINITY ? 0.0f : expf(before - top), weight = expf(max - top);
     if (keep != 1.0f)
-        for (int64_t c = 0; c < call->value_dim; c++) out[c] = keep == 0.0f ? 0.0f : out[c] * keep;
+        for (int64_t c = 0; c < call->value_dim; c++) out[c] *= keep; /* a NaN stays */
     single->axpy(partial, call->value_dim, 1, call->value_dim, &weight, 1, 1, out, call->value_dim);
     call->sum[at] = call->sum[at] * keep + sum * weight;
     call->max[at] = top;
