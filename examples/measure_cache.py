@@ -10,9 +10,10 @@ evict    retrieval by a small trained model, by method and compression
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +59,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new", type=int, default=16, help="disk: new tokens")
+    parser.add_argument("--chunk", type=int, default=128, help="disk: tokens of the prompt that are read at a time")
+    parser.add_argument("--cold", action="store_true", help="disk: nothing of the file stays in the page cache")
     parser.add_argument("--budget", type=int, default=64 << 20, help="disk: bytes of memory")
     parser.add_argument("--config", help="disk-child: what the cache is, as JSON")
     return parser.parse_args()
@@ -149,7 +153,7 @@ def disk_child(options: argparse.Namespace) -> None:
     tokens = options.tokens or 65536
     ids = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(1))
     model.generate(ids[:, :600], max_new_tokens=4, do_sample=False)  # what libraries load lazily counts before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print("ready", flush=True)
     times: list[float] = []
 
     class Clock:
@@ -161,14 +165,45 @@ def disk_child(options: argparse.Namespace) -> None:
 
     config = Config.from_dict(json.loads(options.config))
     result = model.generate(
-        ids, max_new_tokens=options.new, do_sample=False, prefill_chunk_size=512, kv_cache=config, streamer=Clock()
+        ids,
+        max_new_tokens=options.new,
+        do_sample=False,
+        prefill_chunk_size=options.chunk,
+        kv_cache=config,
+        streamer=Clock(),
     )
     steps = sorted(b - a for a, b in zip(times[2:-2], times[3:-1], strict=True))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     held = hf_accel.report(model).kv_cache
-    print(json.dumps({"new": result[0, tokens:].tolist(), "prompt_s": times[1] - times[0],
-                      "step_ms": 1000 * statistics.median(steps), "grew_bytes": peak - before,
-                      "held": dict(held.peak_bytes) if held else {}}))  # fmt: skip
+    found = {"new": result[0, tokens:].tolist(), "prompt_s": times[1] - times[0]}
+    found |= {"step_ms": 1000 * statistics.median(steps), "held": dict(held.peak_bytes) if held else {}}
+    print(json.dumps(found))
+
+
+def drop_pages(process: psutil.Process) -> None:
+    """Have the system forget what it holds in memory of the files without a name that a process has open (Linux)."""
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(link).endswith("(deleted)"):
+                file = os.open(link, os.O_RDONLY)
+                os.fdatasync(file)  # pages that were never written cannot be dropped
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(file)
+
+
+def watched(command: list[str], is_cold: bool) -> dict[str, Any]:
+    """Return what a process prints, and by how many bytes its resident memory grew at most after it said "ready"."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        output: Any = child.stdout
+        output.readline()
+        process = psutil.Process(child.pid)
+        before = peak = process.memory_info().rss
+        while child.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max(peak, process.memory_info().rss)
+                if is_cold:
+                    drop_pages(process)
+            time.sleep(0.005)
+        return json.loads(output.read()) | {"grew_bytes": peak - before}
 
 
 def disk(options: argparse.Namespace) -> None:
@@ -183,8 +218,8 @@ def disk(options: argparse.Namespace) -> None:
     expected = None
     for name, config in runs.items():
         command = [sys.executable, __file__, "disk-child", "--config", json.dumps(config), "--new", str(options.new)]
-        command += ["--tokens", str(options.tokens or 65536)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command += ["--tokens", str(options.tokens or 65536), "--chunk", str(options.chunk)]
+        found = watched(command, options.cold)
         expected = expected or found["new"]
         print(f"{name:20s} {found['step_ms']:7.1f} ms per token, prompt {found['prompt_s']:6.1f} s, resident memory "
               f"grew by {found['grew_bytes'] / 2**20:6.1f} MiB, held {found['held']}, "

@@ -149,6 +149,7 @@ def test_rows_of_a_batch_begin_differently(seen: list[int]) -> None:
     mixed = torch.cat([ids[1:2], ids[:1], torch.cat([ids[:1, :70], ids[2:, 70:]], 1)])
     found, fresh = computed(seen, model, mixed)
     assert fresh == 150 - 64, "all rows of a cache have as many columns"
+    assert said_of(model)["prefixes"]["reused_tokens"] == 3 * 64, "what was found is not what is reused"
     assert torch.equal(found, text(stock("llama"), mixed))
     assert computed(seen, model, mixed)[1] == 22
     found, fresh = computed(seen, model, ids)  # of the third nothing is known

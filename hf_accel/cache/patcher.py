@@ -212,7 +212,7 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
         raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
     host: Any = host_of(model)
     with host.lock:
-        key = ("kv_cache", config)
+        key = ("kv_cache", config, model.dtype, str(model.device))  # budgets are divided by what a token takes
         if key not in host.built:
             host.built[key] = _built(model, host, config)
         caching: Caching = host.built[key]

@@ -48,7 +48,7 @@ class PrefixCounts:
 
     hits: int = 0  # calls of `match` that found at least one block
     misses: int = 0
-    reused_tokens: int = 0
+    reused_tokens: int = 0  # that were not computed
     added_blocks: int = 0  # to memory, from `make` or from files
     evicted_blocks: int = 0
     cleared_blocks: int = 0
@@ -118,10 +118,15 @@ class PrefixStore:
             for counts in (self._total, self._counts_of(tenant)):
                 counts.hits += bool(found)
                 counts.misses += not found
-                counts.reused_tokens += len(found) * self.block_tokens
         if self.files is not None:
             self.files.touch([key for key, _ in chain[: len(found)]])
         return found
+
+    def count_reused(self, tenant: str | None, tokens: int) -> None:
+        """Note how many tokens of what `match` returned were made use of: rows of a batch take equally many columns."""
+        with self._lock:
+            for counts in (self._total, self._counts_of(tenant)):
+                counts.reused_tokens += tokens
 
     def add(
         self,

@@ -91,6 +91,7 @@ class Prefixes:
         with recording(cache) if windows else nullcontext():
             if columns > max(padding):
                 self._restore(cache, shapes, found, padding, columns, model.device)
+                self.store.count_reused(tenant, sum(columns - pad for pad in padding))
             yield
             for b, row in enumerate(rows):
                 if len(row) >= size:
