@@ -38,6 +38,7 @@ from hf_accel import (
 from hf_accel.assets import demo_path
 from hf_accel.cache.caching import Caching
 from hf_accel.cache.codec import Codec
+from hf_accel.cache.shapes import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
@@ -71,7 +72,7 @@ def filled(model: Any, tokens: int, batch: int, bits: int | None, is_stock: bool
     config = model.config
     cache = DynamicCache(config=config)
     if not is_stock:
-        Caching(KVCacheConfig(), [], CacheStatistics()).replace(cache, tokens + 64, Codec(bits))
+        Caching(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, tokens + 64, Codec(bits))
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for layer in cache.layers:
@@ -130,7 +131,7 @@ def quality(options: argparse.Namespace) -> None:
             total = 0.0
             for row in rows:
                 cache = DynamicCache(config=model.config)
-                Caching(KVCacheConfig(), [], CacheStatistics()).replace(cache, tokens, Codec(bits))
+                Caching(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, tokens, Codec(bits))
                 logits = model(input_ids=row[None], use_cache=True, **{CACHE: cache}).logits[0, :-1]
                 total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
             found[bits] = math.exp(total / (rows.numel() - len(rows)))
@@ -203,6 +204,8 @@ def watched(command: list[str], is_cold: bool) -> dict[str, Any]:
                 if is_cold:
                     drop_pages(process)
             time.sleep(0.005)
+        if child.returncode:
+            raise subprocess.CalledProcessError(child.returncode, command)
         return json.loads(output.read()) | {"grew_bytes": peak - before}
 
 
@@ -238,14 +241,17 @@ def prefix(options: argparse.Namespace) -> None:
     first: dict[str, list[float]] = {"computed": [], "reused": []}
     for number in range(max(2, options.rounds // 2)):
         ids = torch.cat([shared, torch.randint(10, 10_000, (1, 32), generator=generator)], dim=1)
-        texts = []
         if number == 0:
             model.generate(ids[:, :-16], max_new_tokens=1, do_sample=False, kv_cache=reuse)
         for name, config in (("computed", KVCacheConfig()), ("reused", reuse)):
             start = time.perf_counter()
             model.generate(ids, max_new_tokens=1, do_sample=False, kv_cache=config)
             first[name].append(time.perf_counter() - start)
-            texts.append(model.generate(ids, max_new_tokens=4, do_sample=False, kv_cache=config))
+        # cut at the same place: the last tokens alone go through kernels that round in another order
+        texts = [
+            model.generate(ids, max_new_tokens=4, do_sample=False, **way)
+            for way in ({"kv_cache": KVCacheConfig(), "prefill_chunk_size": tokens}, {"kv_cache": reuse})
+        ]
         print(f"  {'same' if torch.equal(*texts) else 'other'} tokens", flush=True)
     computed, reused = (statistics.median(found) for found in first.values())
     print(f"first token after {tokens} shared and 32 new tokens: {computed:.3f} s computed, {reused:.3f} s reused, "

@@ -77,7 +77,7 @@ def stock(name: str) -> Any:
 
 def smallest(model: Any, rows: int, tokens: int, bits: int | None = None) -> int:
     """Return the bytes with which blocks of 16 tokens just fit."""
-    shapes = _shapes(model, host_of(model))  # type: ignore[arg-type]
+    shapes = _shapes(host_of(model)).of(model)  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as raised:
         divide(KVCacheConfig(store="cpu", device_budget_bytes=1), Codec(bits), shapes, rows, tokens, CPU)
     return int(re.search(r"take ([\d,]+) bytes", str(raised.value))[1].replace(",", ""))  # type: ignore[index]

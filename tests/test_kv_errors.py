@@ -111,7 +111,7 @@ def refused_call(words: str, error: type[Exception], **given: Any) -> None:
     """A call fails before anything runs; those after it are as ever."""
     model = shared("llama")
     before, text, calls = fingerprint(model), ask(model), hf_accel.report(model).to_dict()["calls"]
-    _shapes(model, host_of(model))  # type: ignore[arg-type]  # found by a forward pass, once
+    _shapes(host_of(model)).of(model)  # type: ignore[arg-type]  # found by a forward pass, once
     steps: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: steps.append(1))
     try:
@@ -246,7 +246,7 @@ def test_a_budget_is_kept_to_the_byte(name: str, store: str, bits: int | None) -
         found = model.generate(**inputs, **given, kv_cache=config)
         held = peaks(model)
         assert held["near"] + hot_bytes(found) <= least + more
-        shapes = _shapes(model, host_of(model))  # type: ignore[arg-type]
+        shapes = _shapes(host_of(model)).of(model)  # type: ignore[arg-type]
         division = divide(config, Codec(bits), shapes, 3, 79, CPU)
         assert hot_bytes(found) <= division.hot_bytes
         assert held["near"] <= division.near_bytes
@@ -320,3 +320,19 @@ def test_restoring_and_what_the_report_says(config: KVCacheConfig, fidelity: str
     with torch.no_grad():
         assert torch.equal(model(**padded([9, 20])).logits, logits)
     assert torch.equal(ask(model), text)
+
+
+def test_budgets_follow_the_dtype_that_the_model_has_now() -> None:
+    model = hf_accel.optimize(build("llama").bfloat16(), [KVCacheConfig(), AttentionConfig(), DecodingConfig()])
+    few, ids = smallest(model, 1, 79), prompt(1, 40)
+    config = KVCacheConfig(store="cpu", device_budget_bytes=few)
+    given: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "kv_cache": config}
+    model.generate(ids, **given)
+    model.float()
+    least = smallest(model, 1, 79)
+    assert least > few
+    with pytest.raises(ConfigError, match=f"{least:,} bytes"):
+        model.generate(ids, **given)
+    model.bfloat16()
+    found = model.generate(ids, **given, return_dict_in_generate=True)
+    assert peaks(model)["near"] + hot_bytes(found) <= few

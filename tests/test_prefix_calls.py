@@ -103,6 +103,17 @@ def test_codes_are_reused_as_codes(name: str, bits: int, seen: list[int]) -> Non
     assert computed(seen, model, prompt(1, 150))[1] == 150, "codes are nothing for caches without"
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_half_precision_reads_the_rest_as_a_chunk(name: str, seen: list[int]) -> None:
+    model, ids = optimised(build(name).bfloat16()), prompt(1, 150)
+    given: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
+    text(model, ids[:, :140], kv_cache=REUSING)
+    chunks = text(model, ids, prefill_chunk_size=128, **given)
+    found, fresh = computed(seen, model, ids, kv_cache=REUSING, **given)
+    assert fresh == 22
+    assert torch.equal(torch.stack(found.logits), torch.stack(chunks.logits))
+
+
 STRATEGIES: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "temperature": 0.9, "seed": 3},
     "beams": {"num_beams": 3},

@@ -18,7 +18,7 @@ from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.evicting import EvictingLayer
 from hf_accel.cache.growing import GrowingLayer, GrowingSlidingLayer
 from hf_accel.cache.reuse import Prefixes
-from hf_accel.cache.shapes import LayerShape
+from hf_accel.cache.shapes import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.cache.tiered import TieredLayer
 from hf_accel.cache.tiers import Tiers
@@ -35,19 +35,16 @@ WHOLE = {
 
 def use_growing_layers(cache: Any, expected_tokens: int) -> None:
     """Replace the still empty stock layers of `cache`; layers of other kinds (linear, quantized) stay."""
-    Caching(KVCacheConfig(), [], CacheStatistics()).replace(cache, expected_tokens)
+    Caching(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, expected_tokens)
 
 
 class Caching:
-    """One config at work for one model.
-
-    shapes: of the model's layers; empty where nothing asks for them.
-    """
+    """One config at work for one model."""
 
     def __init__(
         self,
         config: KVCacheConfig,
-        shapes: list[LayerShape],
+        shapes: ModelShapes,
         statistics: CacheStatistics,
         prefixes: Prefixes | None = None,
     ) -> None:
@@ -99,8 +96,8 @@ class Caching:
                 cache.layers[index] = sliding
 
     def _tiered(self, new: NewCache, codec: Codec) -> Any:
-        config, device = self.config, new.device
-        division = divide(config, codec, self.shapes, new.rows, new.expected_tokens, device)
+        config, device = self.config, new.model.device
+        division = divide(config, codec, self.shapes.of(new.model), new.rows, new.expected_tokens, device)
         tiers = Tiers(
             device,
             store=config.store,  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.prefix_files import PrefixFiles
 from hf_accel.cache.prefixes import PrefixStore
 from hf_accel.cache.reuse import Prefixes, prefix_obstacle
-from hf_accel.cache.shapes import LayerShape, layer_shapes
+from hf_accel.cache.shapes import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
@@ -54,7 +54,7 @@ class KVCachePatcher(Patcher[KVCacheConfig], config=KVCacheConfig):
         journal.set_attribute(host, "prepare_cache", use_growing_layers)
         if self.config != KVCacheConfig():
             host.report.kv_cache = statistics
-        return Change(_summary(self.config, caching.shapes))
+        return Change(_summary(self.config, anatomy.model, caching.shapes))
 
 
 def _needs_attention(config: KVCacheConfig) -> bool:
@@ -68,9 +68,9 @@ def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStati
         UnsupportedModelError: the model's cache or attention does not allow it.
         ConfigError: a folder that cannot be written.
     """
-    shapes: list[LayerShape] = []
+    known = _shapes(host)
     if config.bits is not None or _needs_attention(config) or config.prefix_reuse:
-        shapes = _shapes(model, host)
+        shapes = known.of(model)
         if config.bits == 4 and any(size % 2 for shape in shapes for size in shape.sizes):
             raise UnsupportedModelError("4 bits pack two values into a byte, but heads of this model have an odd size.")
     if _needs_attention(config):
@@ -89,23 +89,17 @@ def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStati
     if config.prefix_reuse:
         if reason := prefix_obstacle(model):
             raise UnsupportedModelError(f"Prompts of this model cannot take over keys and values: {reason}.")
-        prefixes = Prefixes(_store(host, config, statistics), Codec(config.bits), shapes)
+        prefixes = Prefixes(_store(host, config, statistics), Codec(config.bits), known)
     if config.store == "disk":
         from hf_accel.cache.spill import Spill
 
         Spill(config.folder).close()  # a folder that cannot be written is an error now, not at the first call
-    return Caching(config, shapes, statistics, prefixes)
+    return Caching(config, known, statistics, prefixes)
 
 
-def _shapes(model: Any, host: Host) -> list[LayerShape]:
+def _shapes(host: Host) -> ModelShapes:
     with host.lock:
-        key = ("cache shapes", str(model.config._attn_implementation), model.dtype, model.device)
-        if key not in host.built:
-            found = layer_shapes(model)
-            if isinstance(found, str):
-                raise UnsupportedModelError(f"This model's cache stays as it is: {found}.")
-            host.built[key] = found
-        shapes: list[LayerShape] = host.built[key]
+        shapes: ModelShapes = host.built.setdefault("cache shapes", ModelShapes())
         return shapes
 
 
@@ -127,12 +121,12 @@ def _store(host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> Pr
         return store
 
 
-def _summary(config: KVCacheConfig, shapes: list[LayerShape]) -> str:
+def _summary(config: KVCacheConfig, model: Any, known: ModelShapes) -> str:
     if config == KVCacheConfig():
         return "keys and values are appended in place to growing buffers"
     parts = []
     if config.bits is not None:
-        codec = Codec(config.bits)
+        codec, shapes = Codec(config.bits), known.of(model)
         now = sum(codec.bytes_per_token(s.kv_heads, s.sizes, s.dtypes[0]) for s in shapes)
         before = sum(s.kv_heads * sum(s.sizes) * s.dtypes[0].itemsize for s in shapes)
         since = f" from {config.from_tokens} tokens on" if config.from_tokens else ""
@@ -212,7 +206,7 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
         raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
     host: Any = host_of(model)
     with host.lock:
-        key = ("kv_cache", config, model.dtype, str(model.device))  # budgets are divided by what a token takes
+        key = ("kv_cache", config)
         if key not in host.built:
             host.built[key] = _built(model, host, config)
         caching: Caching = host.built[key]

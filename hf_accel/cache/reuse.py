@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.growing import GrowingLayer, GrowingSlidingLayer
 from hf_accel.cache.prefixes import Block, PrefixStore
-from hf_accel.cache.shapes import LayerShape, layer_shapes
+from hf_accel.cache.shapes import LayerShape, ModelShapes, autocast_dtype
 from hf_accel.core.drift import CACHE
 from hf_accel.core.stepping import recording
 
@@ -39,10 +39,9 @@ ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scal
 class Prefixes:
     """The stored beginnings of one model's prompts, in the form that `codec` and the layers' `shapes` give them."""
 
-    def __init__(self, store: PrefixStore, codec: Codec, shapes: list[LayerShape]) -> None:
+    def __init__(self, store: PrefixStore, codec: Codec, shapes: ModelShapes) -> None:
         self.store, self.codec, self.shapes = store, codec, shapes
         self._contents: tuple[bytes, bytes] | None = None  # of which weights, their hash
-        self._shapes: dict[tuple[Any, ...], list[LayerShape]] = {}  # by what they may have changed with since
 
     def objection(
         self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
@@ -78,7 +77,7 @@ class Prefixes:
         self, model: Any, cache: Any, input_ids: torch.Tensor, mask: torch.Tensor | None, tenant: str | None
     ) -> Iterator[None]:
         """Take over what is stored of the prompts' beginnings, and store them after the block."""
-        shapes = self._shapes_of(model)
+        shapes = self.shapes.of(model)
         root = self._root(model, shapes)
         padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(1).tolist()
         rows = [row[pad:] for row, pad in zip(input_ids.tolist(), padding, strict=True)]
@@ -122,15 +121,6 @@ class Prefixes:
                 buffers.append(buffer)
             layer.adopt(buffers[0], buffers[1], shape.sizes, shape.dtypes)
 
-    def _shapes_of(self, model: Any) -> list[LayerShape]:
-        """Return the shapes of the layers, of which the dtype follows the model's and that of autocast."""
-        ways = model.dtype, _autocast(model), model.device
-        if ways not in self._shapes:
-            is_as_before = not self._shapes and ways[1] is None and model.dtype in self.shapes[0].dtypes
-            found = self.shapes if is_as_before else layer_shapes(model)
-            self._shapes[ways] = self.shapes if isinstance(found, str) else found
-        return self._shapes[ways]
-
     def _root(self, model: Any, shapes: list[LayerShape]) -> bytes:
         """Return a digest of all that keys and values of given tokens depend on."""
         state = _weights_digest(model)
@@ -139,7 +129,7 @@ class Prefixes:
                 self._contents = state, _contents_digest(model)
             state = self._contents[1] + _ways_digest(model)
         kept = (self.codec.bits, [(s.kv_heads, s.sizes, str(s.dtypes), s.window) for s in shapes])
-        ways = (str(_autocast(model)), str(model.device), str(model.config._attn_implementation))
+        ways = (str(autocast_dtype(model)), str(model.device), str(model.config._attn_implementation))
         return hashlib.sha256(state + _config_bytes(model) + repr((kept, ways)).encode()).digest()
 
 
@@ -161,11 +151,6 @@ def _cut(cache: Any, row: int, padding: int, start: int, stop: int) -> list[torc
         for buffer in (layer._keys, layer._values):
             found.append(buffer[row, :, padding + start : padding + stop])
     return found
-
-
-def _autocast(model: Any) -> torch.dtype | None:
-    kind = model.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _config_bytes(model: Any) -> bytes:

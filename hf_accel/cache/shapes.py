@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_accel.cache.growing import GrowingLayer
 from hf_accel.core.drift import CACHE
 from hf_accel.core.states import Held, Part
+from hf_accel.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,28 @@ def layer_shapes(model: Any) -> list[LayerShape] | str:
         held = layer.held
         found.append(LayerShape(held.shape[1], held.sizes, held.dtypes, window, not held.is_dense))
     return found
+
+
+def autocast_dtype(model: Any) -> torch.dtype | None:
+    """Return what autocast computes in on the model's device, None where it is off."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class ModelShapes:
+    """The shapes of one model's layers; they follow its dtype, device, attention and autocast; found once for each."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], list[LayerShape]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, model: Any) -> list[LayerShape]:
+        """Return the shapes as the model is now. Raises UnsupportedModelError where its layers cannot be replaced."""
+        ways = str(model.config._attn_implementation), model.dtype, model.device, autocast_dtype(model)
+        with self._lock:
+            if ways not in self._found:
+                found = layer_shapes(model)
+                if isinstance(found, str):
+                    raise UnsupportedModelError(f"This model's cache stays as it is: {found}.")
+                self._found[ways] = found
+            return self._found[ways]

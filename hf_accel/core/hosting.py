@@ -107,16 +107,16 @@ class CallLog:
 
 @dataclass
 class NewCache:
-    """A cache that `generate` has just made, and what is known of the call that it is for.
+    """A cache that `generate` has just made for `model`, and what is known of the call that it is for.
 
     rows: B, with beams and returned sequences; expected_tokens: of the prompt and new ones; mask: [B, T] or None.
     """
 
     cache: Any
+    model: Any
     mode: Any
     rows: int
     expected_tokens: int
-    device: torch.device
     mask: torch.Tensor | None
 
 
@@ -264,8 +264,7 @@ class Hosted:
             if given is None and cache is not None and caching is not None:
                 rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
                 mask = model_kwargs.get("attention_mask")
-                device: Any = self.device  # type: ignore[attr-defined]
-                caching.fill(NewCache(cache, generation_mode, rows, max_cache_length, device, mask))
+                caching.fill(NewCache(cache, self, generation_mode, rows, max_cache_length, mask))
         return result
 
     def _prefill(
