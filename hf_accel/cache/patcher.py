@@ -68,8 +68,9 @@ def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStati
         UnsupportedModelError: the model's cache or attention does not allow it.
         ConfigError: a folder that cannot be written.
     """
-    known = _shapes(host)
+    known = ModelShapes()  # growing layers as they are ask for none
     if config.bits is not None or _needs_attention(config) or config.prefix_reuse:
+        known = _shapes(host)
         shapes = known.of(model)
         if config.bits == 4 and any(size % 2 for shape in shapes for size in shape.sizes):
             raise UnsupportedModelError("4 bits pack two values into a byte, but heads of this model have an odd size.")
