@@ -1,0 +1,49 @@
+"""Run as a program: `guard_sweep.py SEED SECONDS [plain]`; at least one case of each kind, printed before it runs.
+
+With "plain" memory has no guards, for a library that a sanitizer watches.
+
+The last line is JSON: per kind and instruction set how many cases ran, how many were bit-equal to portable C, and the
+largest relative difference. A read outside an operand ends the process, so that the line before names the case.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+import time
+
+import torch
+from guard_cases import KINDS, Cases
+from guarding import Pages, outputs_in
+
+from hf_accel.kernels import native
+
+
+def sweep(seed: int, seconds: float, are_guarded: bool = True) -> dict[str, dict[str, list[float]]]:
+    cases = Cases(seed, Pages(are_guarded=are_guarded))
+    found: dict[str, dict[str, list[float]]] = {}
+    end, count = time.monotonic() + seconds, 0
+    while count < len(KINDS) or time.monotonic() < end:
+        case = cases.draw(KINDS[count % len(KINDS)])
+        count += 1
+        results = {}
+        torch.set_num_threads(cases.random.choice([1, 1, 1, 2, 3]))
+        for isa in native.supported_isas():
+            native.set_isa(isa)
+            print(f"{isa}: {case.title}", flush=True)
+            with outputs_in(cases.pages):
+                results[isa] = case.run()
+        portable = results["portable"].double()
+        key = f"{case.kind} {str(case.dtype)[6:]}"
+        for isa, result in results.items():
+            difference = (result.double() - portable).norm() / portable.norm().clamp_min(1e-9)
+            ran, equal, worst = found.setdefault(key, {}).setdefault(isa, [0, 0, 0.0])
+            found[key][isa] = [ran + 1, equal + torch.equal(result, results["portable"]), max(worst, difference.item())]
+    cases.pages.clear()
+    return found
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    print(json.dumps(sweep(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:] != ["plain"])))
