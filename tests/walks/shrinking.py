@@ -50,7 +50,8 @@ NOT_ARGUMENTS = (
     "id2label",
     "label2id",
 )
-TOKENS: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
+# a head of its own: a tied one repeats the last token, whatever came before
+TOKENS: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1, "tie_word_embeddings": False}
 # tried in turn: as many key/value heads as the sizes say, sizes given that are None, as many as query heads
 FILLINGS: list[dict[str, Any]] = [{}, {"head_dim": 16, "num_key_value_heads": 2}, {"num_key_value_heads": 4}]
 _TWO_HYBRIDS = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
