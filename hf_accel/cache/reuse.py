@@ -25,12 +25,11 @@ from hf_accel.cache.growing import GrowingLayer, GrowingSlidingLayer
 from hf_accel.cache.prefixes import Block, PrefixStore
 from hf_accel.cache.shapes import LayerShape, ModelShapes, autocast_dtype
 from hf_accel.core.drift import CACHE
+from hf_accel.core.rope import moving_rope
 from hf_accel.core.stepping import recording
 
 BLOCK_TOKENS = 64
 PLAIN = {CACHE, "use_cache", "logits_to_keep", "attention_mask", "position_ids"}
-# angles that depend on how long the text is when a key is written: another prompt would have written other keys
-MOVING_ROPE = {"dynamic", "longrope"}
 SAMPLES = 16
 PROCESS = secrets.token_bytes(16)  # of which hooks are, that files cannot tell apart
 ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # of peft's layers
@@ -135,13 +134,9 @@ class Prefixes:
 
 def prefix_obstacle(model: Any) -> str | None:
     """Return why no prompt of this model can take over keys and values, None if they can."""
-    config = model.config.get_text_config(decoder=True)
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    moving = {str(kind.get("rope_type", kind.get("type", ""))) for kind in kinds} & MOVING_ROPE
-    if moving:
-        return f"its rotary embeddings ({', '.join(sorted(moving))}) depend on the length of the text"
-    return None
+    # another prompt of another length would have written other keys
+    rope = moving_rope(model)
+    return None if rope is None else str(rope)
 
 
 def _cut(cache: Any, row: int, padding: int, start: int, stop: int) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from hf_accel.core.contracts import Draft, Session, Speculation
 from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Call
+from hf_accel.core.rope import moving_rope
 from hf_accel.core.rows import Rows
 from hf_accel.core.stepping import Stepper, rollback_objection
 from hf_accel.decoding.choosing import NO_TOKEN, Chooser, processor_objection
@@ -45,7 +46,29 @@ def verification_objection(call: Call) -> str | None:
         return "the cache of a batch is the caller's"
     if batch > 1 and call.model_kwargs.get("position_ids") is None:
         return "the model takes no positions, so rows cannot be apart"
-    return processor_objection(call.logits_processor)
+    return processor_objection(call.logits_processor) or _rope_objection(call)
+
+
+def _rope_objection(call: Call) -> str | None:
+    """Return why the positions of this call leave no steps of several tokens that equal single ones."""
+    rope = moving_rope(call.model)
+    if rope is None:
+        return None
+    following, prompt_tokens = _following(call), call.input_ids.shape[1]
+    first = prompt_tokens if following is None else int(following.max())
+    stop = first + Ends(call).maximum - prompt_tokens - 1  # the last token is not taken in
+    if rope.beyond is not None and first >= rope.beyond:
+        return f"{rope} at every token from {rope.beyond} on"
+    if call.input_ids.shape[0] > 1 and not rope.is_steady(first, stop):
+        # frequencies follow the row that is furthest, so rows apart would change one another's
+        return f"{rope}, and those of the batch change before it ends"
+    return None
+
+
+def _following(call: Call) -> torch.Tensor | None:
+    """Return the position of every row's first new token, [B]; None where the model is not told positions."""
+    positions = call.model_kwargs.get("position_ids")
+    return None if positions is None else positions[..., -1].expand(call.input_ids.shape[0]) + 1
 
 
 class VerifiedSteps(Steps):
@@ -54,11 +77,10 @@ class VerifiedSteps(Steps):
     def __init__(self, call: Call, speculation: Speculation, outputs: Any) -> None:
         self.speculation = speculation
         config, kwargs = call.generation_config, call.model_kwargs
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask, following = kwargs.get("attention_mask"), _following(call)
         self.rows = rows = Rows(call.input_ids, mask, config.max_length)
-        next_positions = None if positions is None else positions[..., -1].expand(len(rows)) + 1
         self.cache = kwargs[CACHE]
-        self.stepper = Stepper(call.model, self.cache, rows.lengths, mask, next_positions, rows.prompt_tokens)
+        self.stepper = Stepper(call.model, self.cache, rows.lengths, mask, following, rows.prompt_tokens)
         self.stepper.keep(rows.lengths)
         self.chooser = Chooser(call.logits_processor, config.do_sample, rows, speculation.has_own_draws)
         self._ends = Ends(call)
@@ -231,7 +253,7 @@ def _draw_one(probabilities: torch.Tensor) -> int:
 
 
 class Ends:
-    """Where rows end for certain: after an end-of-text token, and at the maximal length."""
+    """Where rows end for certain: after an end-of-text token, and at the maximal length; and where steps have to."""
 
     def __init__(self, call: Call) -> None:
         self.maximum = int(call.generation_config.max_length)
@@ -243,10 +265,21 @@ class Ends:
                 self.eos |= set(criterion.eos_token_id.flatten().tolist())
         config = call.model.config.get_text_config(decoder=True)
         self.positions = int(getattr(config, "max_position_embeddings", None) or self.maximum)
+        following = _following(call)
+        prompt_tokens = call.input_ids.shape[1]
+        # of the last token of a row, which its next step begins with, beyond the row's length
+        self._offsets = [0] * len(call.input_ids) if following is None else (following - prompt_tokens).tolist()
+        self._rope = moving_rope(call.model)
 
     def room(self, rows: Rows, row: int) -> int:
-        """Return how many tokens a step may feed to the row without looking beyond the maximal length or context."""
-        return min(self.maximum, self.positions) - rows.lengths[row]
+        """Return how many tokens a step may feed to the row without looking beyond the maximal length or context.
+
+        Nor does it pass where rotary frequencies change: all of its tokens would have those of the last.
+        """
+        length = rows.lengths[row]
+        room = min(self.maximum, self.positions) - length
+        steady = self._rope.room(length - 1 + self._offsets[row]) if self._rope is not None else None
+        return room if steady is None else min(room, steady)
 
     def cut(self, rows: Rows, row: int, tokens: list[int]) -> list[int]:
         """Return the tokens up to where the row ends, and note that it does."""
