@@ -101,7 +101,7 @@ def optimize(
     host = Host(journal, new_report(anatomy, chosen))
     host.report.calls = host.calls
     reference = None if verify_on is None else Reference(anatomy.model, verify_on)
-    chosen.apply(anatomy, host)
+    chosen.apply(anatomy, host, leaves_out=isinstance(goal_or_configs, str))
     if quality is not None:
         host.report.quality = quality.compare()
     if reference is not None:

@@ -50,3 +50,9 @@ class CheckpointError(HfAccelError, RuntimeError):
 
 class StorageError(HfAccelError, RuntimeError):
     """Cache blocks do not fit where they were told to go, or their file was damaged; those put before are kept."""
+
+
+def described(error: BaseException) -> str:
+    """Return kind and first line of an error that is not of this tree, for a sentence about what failed."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

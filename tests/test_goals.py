@@ -7,7 +7,6 @@ import math
 import time
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from models import NAMES, build, padded, prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_accel
-import hf_accel.planner
+import hf_accel.planner.goals
+import hf_accel.planner.timing
 from hf_accel import ConfigError, WeightOnlyConfig
 from hf_accel.assets import demo_path
 from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers
@@ -42,10 +42,10 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     def same_time(model: Any, inputs: Any, new_tokens: int, **arguments: Any) -> Run:
         return Run(0.001, [0.001] * (new_tokens - 1), inputs["input_ids"])
 
-    monkeypatch.setattr(hf_accel.planner, "BUDGET_S", 0.3)
-    monkeypatch.setattr(hf_accel.planner, "NOISE", 0.9)
-    monkeypatch.setattr(hf_accel.planner, "timed_generate", same_time)
-    monkeypatch.setattr(hf_accel.planner, "losers", lambda anatomy, config: [])
+    monkeypatch.setattr(hf_accel.planner.timing, "BUDGET_S", 0.3)
+    monkeypatch.setattr(hf_accel.planner.timing, "NOISE", 0.9)
+    monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", same_time)
+    monkeypatch.setattr(hf_accel.planner.goals, "losers", lambda anatomy, config: [])
 
 
 def chosen(plan: hf_accel.Plan) -> WeightOnlyConfig | None:
@@ -106,7 +106,7 @@ def test_a_measure_that_is_no_number_chooses_nothing() -> None:
 def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = demo()
     anatomy = Anatomy.of(model)
-    anatomy.prepared = WeakKeyDictionary()
+    anatomy.keep_prepared()
     reference = QualityReference(model, CalibrationText(prompt(1, 8), "a test", False))
     choice = choose_bits(anatomy, "fast", reference, 10.0)
     assert choice.config is not None
@@ -133,7 +133,7 @@ def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("settled")
 def test_slow_products_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = "model.layers.1.mlp.down_proj"
-    monkeypatch.setattr(hf_accel.planner, "losers", lambda anatomy, config: [slow])
+    monkeypatch.setattr(hf_accel.planner.goals, "losers", lambda anatomy, config: [slow])
     model = hf_accel.optimize(demo(), "fast")
     assert not isinstance(model.get_submodule(slow), QuantizedLinear)
     assert isinstance(model.model.layers[2].mlp.down_proj, QuantizedLinear)

@@ -13,7 +13,8 @@ from fingerprint import changes, fingerprint
 from models import NAMES, UNDESCRIBED, build, padded, prompt
 
 import hf_accel
-import hf_accel.planner
+import hf_accel.planner.goals
+import hf_accel.planner.timing
 from hf_accel import (
     AttentionConfig,
     DecoderBlockConfig,
@@ -31,12 +32,13 @@ from hf_accel.decoding.loop import TokenLoop
 from hf_accel.decoding.steps import PlainSteps
 from hf_accel.kernels import native
 from hf_accel.layers.block import DecoderBlockPatcher
+from hf_accel.planner.timing import Times, is_slower
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models need no second and a half; the decisions themselves are not changed."""
-    monkeypatch.setattr(hf_accel.planner, "BUDGET_S", 0.3)
+    monkeypatch.setattr(hf_accel.planner.timing, "BUDGET_S", 0.15)
 
 
 def text(model: Any) -> torch.Tensor:
@@ -53,8 +55,8 @@ def skips(found: Any) -> dict[str, str]:
 
 def keep_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make timing undecided, so that a test does not depend on how busy the machine is."""
-    monkeypatch.setattr(hf_accel.planner, "NOISE", 0.9)
-    monkeypatch.setattr(hf_accel.planner, "timed_generate", same_time)
+    monkeypatch.setattr(hf_accel.planner.timing, "NOISE", 0.9)
+    monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", same_time)
 
 
 def same_time(model: Any, inputs: Any, new_tokens: int, **arguments: Any) -> Any:
@@ -112,19 +114,29 @@ def test_one_disturbed_measurement_costs_no_step(monkeypatch: pytest.MonkeyPatch
     """What looks like a loss, as all steps together were slowed down by other programs, is measured again."""
     calls: list[set[str]] = []
 
-    def times(ways: dict[str, Any], *arguments: Any, **options: Any) -> dict[str, list[float]]:
+    def times(ways: dict[str, Any], *arguments: Any, **options: Any) -> dict[str, list[Times]]:
         calls.append(set(ways))
         seconds = {"stock": 3.0, "all": 1.0 if len(calls) > 1 else 2.0, "DecodingConfig": 1.5}
-        return {name: [seconds.get(name, 2.5)] for name in ways}
+        return {name: [Times([seconds.get(name, 2.5)] * 4)] for name in ways}
 
-    monkeypatch.setattr(hf_accel.planner, "alternate", times)
+    monkeypatch.setattr(hf_accel.planner.timing, "alternate", times)
     plan = hf_accel.plan(build("llama"))
     assert "DecodingConfig" in names(plan)
-    assert calls[1] == {"all", "DecodingConfig"}
+    assert calls[1] == {"stock", "all", "DecodingConfig"}
+
+
+def test_a_loss_is_shown_beyond_what_times_vary_by() -> None:
+    assert is_slower(Times([1.1] * 8), Times([1.0] * 8))
+    assert not is_slower(Times([1.01] * 8), Times([1.0] * 8)), "noise"
+    assert not is_slower(Times([1.1, 1.1, 1.6, 1.7]), Times([1.0, 1.0, 1.5, 1.6])), "they vary by more than they differ"
+    waiting = [5.0, 9.0, 20.0, 40.0]
+    assert not is_slower(Times(waiting, [1.0] * 4), Times([4.0] * 4, [1.0] * 4)), "others had the machine"
+    assert is_slower(Times([9.0] * 4, [1.0] * 4), Times([1.0] * 4, [1.0] * 4)), "it waits for something of its own"
+    assert is_slower(Times([9.0] * 4, [1.3] * 4), Times([9.0] * 4, [1.0] * 4)), "the processor's time shows it"
 
 
 def test_when_nothing_pays_nothing_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = hf_accel.planner.timed_generate
+    real = hf_accel.planner.timing.timed_generate
 
     def slower_when_optimised(model: Any, *arguments: Any) -> Any:
         run = real(model, *arguments)
@@ -132,7 +144,7 @@ def test_when_nothing_pays_nothing_is_applied(monkeypatch: pytest.MonkeyPatch) -
             run.tokens_s[:] = [seconds + 1.0 for seconds in run.tokens_s]
         return run
 
-    monkeypatch.setattr(hf_accel.planner, "timed_generate", slower_when_optimised)
+    monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", slower_when_optimised)
     model = build("llama")
     before = fingerprint(model)
     plan = hf_accel.plan(model)
@@ -234,7 +246,7 @@ def test_steps_are_applied_in_the_order_of_their_stages() -> None:
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     keep_everything(monkeypatch)
-    monkeypatch.setattr(hf_accel.planner, "read_bandwidth", lambda device: 40e9)
+    monkeypatch.setattr(hf_accel.planner.timing, "read_bandwidth", lambda device: 40e9)
     hf_accel.optimize(model, "exact", verify_on=padded([4, 9]))
     found = hf_accel.report(model)
     text(model)

@@ -139,3 +139,20 @@ def test_native_layers_serve_a_plain_model() -> None:
     layer.step.kernel = lambda *args: (calls.append(args[0].shape), kernel(*args))[1]
     text(model)
     assert len(calls) == 15, "every step after the prompt of 2 x 9 rows"
+
+
+def test_a_device_map_with_one_device_is_not_split() -> None:
+    from accelerate import dispatch_model
+
+    model = build("llama")
+    expected = model.generate(prompt(), max_new_tokens=8, do_sample=False)
+    for hooks in (False, True):
+        placed = dispatch_model(build("llama"), {"": "cpu"}, main_device="cpu", force_hooks=hooks)
+        hf_accel.optimize(placed)
+        assert torch.equal(placed.generate(prompt(), max_new_tokens=8, do_sample=False), expected)
+        hf_accel.restore(placed)
+
+
+def test_what_torch_compile_returned_is_refused_with_the_order() -> None:
+    with pytest.raises(hf_accel.UnsupportedModelError, match=r"Optimise first, compile after"):
+        hf_accel.optimize(torch.compile(build("llama")))

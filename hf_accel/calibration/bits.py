@@ -114,7 +114,7 @@ def losers(anatomy: Anatomy, config: WeightOnlyConfig, rounds: int = 5) -> list[
     """
     shapes: dict[Any, list[Any]] = {}
     for target in targets(anatomy, config)[0]:
-        ready = (anatomy.prepared or {}).get(target.module, {})
+        ready = anatomy.prepared_for(target.module)
         made = next((m for key, m in ready.items() if key[0] == target.scheme), None)
         if target.scheme is not None and isinstance(made, QuantizedLinear):
             key = (made.in_features, made.out_features, target.scheme)

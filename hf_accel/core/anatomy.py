@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.contracts import PackedProduct
-from hf_accel.errors import UnsupportedModelError
+from hf_accel.core.support import check_supported, unwrap
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -133,9 +133,11 @@ class Anatomy:
     device: torch.device
     dtype: torch.dtype
     blocks: list[DecoderBlock] = field(default_factory=list)
-    blocks_missing: str = ""
-    # replacements made once and put in place again and again while steps are timed; None: nothing is kept
-    prepared: WeakKeyDictionary[nn.Module, dict[Any, nn.Module]] | None = None
+    blocks_missing: str = ""  # why none is described
+    odd_layers: tuple[str, ...] = ()  # sentences on layers that are not as described, beside those that are
+    # what was made of a weight, or found out about a layer, once, while steps are applied again and again to be timed;
+    # by the weight, which copies of the model share; None: nothing is kept
+    prepared: WeakIdKeyDictionary | None = None
 
     draft_model: Any = None  # a smaller model with the same tokenizer, if the user has one
     progress: Callable[[], None] | None = None  # called after each part of a step that takes long
@@ -148,11 +150,23 @@ class Anatomy:
             UnsupportedModelError: it cannot generate text token by token, is split over devices or not in memory.
         """
         unwrapped = unwrap(model)
-        _check_supported(unwrapped)
+        check_supported(unwrapped)
         parameter = next(unwrapped.parameters())
         anatomy = Anatomy(unwrapped, parameter.device, unwrapped.dtype)
-        anatomy.blocks, anatomy.blocks_missing = _blocks(unwrapped)
+        anatomy.blocks, anatomy.odd_layers, anatomy.blocks_missing = _blocks(unwrapped)
         return anatomy
+
+    def keep_prepared(self) -> None:
+        """Keep from now on what steps make of weights and find out about layers."""
+        self.prepared = WeakIdKeyDictionary()
+
+    def prepared_for(self, module: nn.Module) -> dict[Any, Any]:
+        """Return what is kept for a module, by its first weight; a dictionary of no use where nothing is kept."""
+        weight = next(module.parameters(), None)
+        if self.prepared is None or weight is None:
+            return {}
+        found: dict[Any, Any] = self.prepared.setdefault(weight, {})
+        return found
 
     @property
     def weight_bytes(self) -> int:
@@ -199,59 +213,37 @@ class Anatomy:
 
     def stacked_experts(self) -> int:
         """How many modules hold the weights of several experts as one 3-D parameter."""
-        return sum(any(p.dim() == 3 for p in m.parameters(recurse=False)) for m in self.model.modules())
+        return sum(map(holds_experts, self.model.modules()))
 
 
-def unwrap(model: Any) -> Any:
-    """Return the transformers model inside a PeftModel or a pipeline; anything else as it is."""
-    for name in ("get_base_model",):
-        if callable(getattr(model, name, None)):
-            return unwrap(getattr(model, name)())
-    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
-        return unwrap(model.model)
-    return model
+def holds_experts(module: nn.Module) -> bool:
+    """Return whether `module` holds the weights of several experts in 3-D parameters, in whatever layout.
+
+    Convolutions and tables of positions have three dimensions, too: a module of experts knows how many it has.
+    """
+    counts = {getattr(module, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    is_named = "expert" in type(module).__name__.lower()
+    return any(p.dim() == 3 and (is_named or p.shape[0] in counts) for p in module.parameters(recurse=False))
 
 
-def _check_supported(model: Any) -> None:
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"hf_accel optimises transformers models, PeftModels around them and pipelines; it was given {name}. "
-            "Pass the model that `AutoModelForCausalLM.from_pretrained` returns."
-        )
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder model; hf_accel optimises decoder-only models so far. Use it as it is."
-        )
-    if not callable(getattr(model, "generate", None)) or not model.can_generate():
-        raise UnsupportedModelError(
-            f"{name} has no `generate`. Load the model with its language-modelling head, "
-            "for example by `AutoModelForCausalLM.from_pretrained`."
-        )
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise UnsupportedModelError(
-            f"{name} has weights on the meta device (not loaded, or offloaded by a device_map). "
-            "Load all weights into memory first."
-        )
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UnsupportedModelError(
-            f"{name} is split by a device_map ({getattr(model, 'hf_device_map', 'accelerate hooks on its modules')}). "
-            "Load it on one device, without device_map."
-        )
-    if getattr(model, "_pp_stage", None) is not None or getattr(model, "_tp_size", None) not in (None, 1):
-        raise UnsupportedModelError(f"{name} is sharded over processes (tensor or pipeline parallel). Use it as it is.")
-
-
-def _blocks(model: PreTrainedModel) -> tuple[list[DecoderBlock], str]:
+def _blocks(model: PreTrainedModel) -> tuple[list[DecoderBlock], tuple[str, ...], str]:
+    """Return the layers that are as described, sentences on those that are not, and why there is none at all."""
     config = model.config.get_text_config(decoder=True)
     style = STYLES.get(config.model_type)
     if style is None:
-        return [], f"there is no description of a {config.model_type} decoder layer, so its layers run as they are"
+        return [], (), f"there is no description of a {config.model_type} decoder layer, so its layers run as they are"
     layers = [module for module in model.modules() if type(module).__name__ == style.layer_class]
-    try:
-        return [_block(layer, index, style, config) for index, layer in enumerate(layers)], ""
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return [], f"a {style.layer_class} of this model is not as described ({error}), so its layers run as they are"
+    found, odd = [], []
+    for index, layer in enumerate(layers):
+        try:
+            found.append(_block(layer, index, style, config))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            odd.append(f"layer {index} runs as it is: it is not as a {style.layer_class} is described ({error})")
+    if not layers:
+        return [], (), f"there is no {style.layer_class} in this model"
+    if not found:
+        return [], (), f"no {style.layer_class} of this model is as described, so they run as they are: {odd[0]}"
+    return found, tuple(odd), ""
 
 
 def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBlock:
@@ -266,7 +258,8 @@ def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBl
 
     def rows(parent: nn.Module, name: str, start: int, stop: int) -> LinearSlice:
         if type(parent._modules[name]) is not nn.Linear and not isinstance(parent._modules[name], PackedProduct):
-            raise TypeError(f"{name} is a {type(parent._modules[name]).__name__}, not a plain nn.Linear")
+            kind = type(parent._modules[name])
+            raise TypeError(f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain nn.Linear")
         return LinearSlice(parent, name, start, stop)
 
     if style.fused_qkv:

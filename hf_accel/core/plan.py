@@ -11,7 +11,7 @@ from hf_accel.core.config import Config
 from hf_accel.core.hosting import Host, open_host
 from hf_accel.core.patcher import Change, Patcher
 from hf_accel.core.report import Applied, Report, Skip
-from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
+from hf_accel.errors import ConfigError, ConflictError, HfAccelError, UnsupportedModelError, described
 
 
 @dataclass(frozen=True)
@@ -137,34 +137,47 @@ class Plan:
                     f"{claims[patcher.occupies]} and {name} both change the {patcher.occupies}. Keep one of them."
                 )
             claims[patcher.occupies] = name
-        obstacles = [f"{type(p.config).__name__}: {text}" for p in patchers for text in p.obstacles(anatomy)]
+        obstacles = [f"{type(p.config).__name__}: {text}" for p in patchers for text in _obstacles(p, anatomy)]
         if obstacles:
             listed = "\n  - ".join(obstacles)
             raise UnsupportedModelError(f"The plan cannot be applied to this model:\n  - {listed}")
         return patchers
 
-    def apply(self, anatomy: Anatomy, host: Host) -> None:
-        """Apply every step through the host's journal and fill the host's report; on any error nothing stays."""
+    def apply(self, anatomy: Anatomy, host: Host, *, leaves_out: bool = False) -> None:
+        """Apply every step through the host's journal and fill the host's report; on any error nothing stays.
+
+        leaves_out: a step that fails is left out, with the reason in the report; else its error is raised.
+
+        Raises:
+            UnsupportedModelError: a step failed with an error that is not of this tree, which is the cause.
+        """
         patchers = self.check(anatomy)
         gains = {step.config: step.gain for step in self.steps}
-        before = len(host.journal)
+        before, failed = len(host.journal), set[str]()
         try:
             host.draft_model = self.draft_model
             open_host(anatomy.model, host)
             for patcher in patchers:
-                change: Change = patcher.patch(anatomy, host.journal)
+                name = type(patcher.config).__name__
+                if missing := sorted(failed & set(patcher.needs)):
+                    failed.add(name)
+                    host.report.skipped.append(Skip(name, f"it needs {missing[0]}, which is left out"))
+                    continue
+                start = len(host.journal)
+                try:
+                    change = _patched(patcher, anatomy, host)
+                except HfAccelError as error:
+                    if not leaves_out or host.journal.given_up:
+                        raise
+                    host.journal.undo(start)
+                    failed.add(name)
+                    host.report.skipped.append(Skip(name, str(error)))
+                    continue
                 if change.weight_bytes is not None:
                     host.report.patched_weight_bytes = change.weight_bytes
-                name = type(patcher.config).__name__
-                host.report.applied.append(
-                    Applied(
-                        patcher.config,
-                        change.summary,
-                        change.extra_bytes,
-                        patcher.fidelity.value,
-                        gains.get(patcher.config),
-                    )
-                )
+                gain = gains.get(patcher.config)
+                fidelity = patcher.fidelity.value
+                host.report.applied.append(Applied(patcher.config, change.summary, change.extra_bytes, fidelity, gain))
                 host.report.skipped += [Skip(name, reason) for reason in change.left_out]
         except BaseException as error:
             if host.journal.given_up:
@@ -176,6 +189,32 @@ class Plan:
             host.journal.undo(before)
             host.report.applied.clear()
             raise
+
+
+def _obstacles(patcher: Patcher[Any], anatomy: Anatomy) -> list[str]:
+    try:
+        return patcher.obstacles(anatomy)
+    except HfAccelError:
+        raise
+    except Exception as error:
+        kind = type(anatomy.model).__name__
+        raise UnsupportedModelError(
+            f"Whether {type(patcher.config).__name__} fits this {kind} could not be found out ({described(error)})."
+        ) from error
+
+
+def _patched(patcher: Patcher[Any], anatomy: Anatomy, host: Host) -> Change:
+    """Apply one step; an error that is not of this tree becomes the cause of one that is."""
+    try:
+        return patcher.patch(anatomy, host.journal)
+    except HfAccelError:
+        raise
+    except Exception as error:
+        name = type(patcher.config).__name__
+        raise UnsupportedModelError(
+            f"{name} could not be set up on this {type(anatomy.model).__name__} ({described(error)}). Leave it out, or "
+            "use a goal, which leaves out what fails."
+        ) from error
 
 
 def new_report(anatomy: Anatomy, plan: Plan) -> Report:

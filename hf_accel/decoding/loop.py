@@ -34,6 +34,7 @@ class DecodingPatcher(Patcher[DecodingConfig], config=DecodingConfig):
     stage = Stage.DECODING
     fidelity = Fidelity.EXACT
     occupies = "token loop"
+    does_equal_work = True
 
     def obstacles(self, anatomy: Anatomy) -> list[str]:
         return []

@@ -1,14 +1,17 @@
 """Audits a replacement of decoder layers: each layer's own forward is recorded once and compared with the replacement.
 
-One forward pass of two short rows, the first left-padded, so that masks, positions and grouped heads all matter.
+One forward pass of two short rows, the first left-padded, so that masks, positions and grouped heads all matter. It is
+made on a copy that shares the tensors, where neither hooks of the user's nor other threads are met.
 Cost: one small prefill and the replacement of it, no memory beyond the recorded activations.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import nn
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.contracts import Reserved
 from hf_accel.core.drift import CACHE
+from hf_accel.core.shadow import twin
 
 TOKENS = 4
 
@@ -55,23 +59,28 @@ class Record:
         return float((found - expected).norm() / expected.norm())
 
 
-def record(anatomy: Anatomy) -> list[Record]:
-    """Run the decoder once on random tokens and return what each described layer was given and returned."""
-    records: list[Record] = []
+def record(anatomy: Anatomy) -> dict[int, Record]:
+    """Run the decoder once on random tokens; return what each described layer was given and returned, by its index."""
+    records: dict[int, Record] = {}
+    model = twin(anatomy.model)
+    blocks = anatomy.blocks if model is anatomy.model else Anatomy.of(model).blocks
+    thread = threading.get_ident()
 
-    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() != thread:  # another thread generates meanwhile
+            return
         given = args[0] if args else kwargs["hidden_states"]
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        records.append(Record(len(records), given.clone(), rest, output.clone()))
+        records[index] = Record(index, given.clone(), rest, output.clone())
 
-    vocabulary = anatomy.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0)).to(anatomy.device)
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    hooks = [block.layer.register_forward_hook(keep, with_kwargs=True) for block in anatomy.blocks]
+    hooks = [block.layer.register_forward_hook(partial(keep, block.index), with_kwargs=True) for block in blocks]
     try:
         with torch.no_grad():
-            anatomy.model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=True)
+            model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=True)
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,13 +9,13 @@ import torch
 
 from hf_accel.kernels import native
 
-_BYTES = 512 << 20  # more than the caches of one machine's share; under a tenth of a second per pass
+_BYTES = 256 << 20  # more than the caches of one machine's share; some hundredths of a second per pass
 
 
 def read_bandwidth(device: torch.device | str = "cpu") -> float:
     """Return bytes per second read by all of torch's threads (CPU) or the device, the best of several passes.
 
-    Cost: 512 MiB for the duration of the measurement, which is made once per process, device and number of threads.
+    Cost: 256 MiB for the duration of the measurement, which is made once per process, device and number of threads.
     """
     return _measured(str(device), torch.get_num_threads())
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -60,7 +59,7 @@ def run_bench(
         VerificationError: a step of the plan failed its own check.
     """
     anatomy = Anatomy.of(model)
-    anatomy.prepared = WeakKeyDictionary()  # weights in few bits are made once and put in place in every round
+    anatomy.keep_prepared()  # weights in few bits are made once and put in place in every round
     given = dict(inputs) if inputs is not None else workload.inputs(model)
     bandwidth = read_bandwidth(anatomy.device)
     ways = {"stock": _Way(anatomy, None, workload, given), "patched": _Way(anatomy, plan, workload, given)}

@@ -32,11 +32,15 @@ PLAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One `generate` call: the time to the first token, the time of each further one, and the ids [B, S]."""
+    """One `generate` call: the time to the first token, the time of each further one, and the ids [B, S].
+
+    tokens_cpu_s: what each further token took of the time of all processors, as far as this process used it.
+    """
 
     prefill_s: float
     tokens_s: list[float]
     ids: torch.Tensor
+    tokens_cpu_s: list[float] = field(default_factory=list)
 
     @property
     def token_s(self) -> float:
@@ -69,11 +73,13 @@ class _Clock(BaseStreamer):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
 
     def put(self, value: Any) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
 
     def end(self) -> None:
         """All tokens have arrived."""
@@ -86,7 +92,11 @@ def timed_generate(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens
     start = time.perf_counter()
     ids = model.generate(**inputs, **(options | arguments), streamer=clock)  # type: ignore[operator]
     arrivals = clock.times[1:]
-    return Run(arrivals[0] - start, [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)], ids)
+    return Run(arrivals[0] - start, _steps(arrivals), ids, _steps(clock.cpu_times[1:]))
+
+
+def _steps(times: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 
 
 def alternate(

@@ -74,7 +74,6 @@ class CompressedTensorsPatcher(Patcher[CompressedTensorsConfig], config=Compress
             f"{len(found)} products of a {METHOD} checkpoint; weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB",
             extra_bytes=0 if journal.originals == "drop" else after,
             weight_bytes=after,
-            read_bytes=anatomy.read_bytes,
         )
 
 

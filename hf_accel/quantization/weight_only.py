@@ -240,14 +240,13 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
             extra_bytes=added if journal.originals != "drop" else 0,
             left_out=tuple(left_out),
             weight_bytes=after,
-            read_bytes=anatomy.read_bytes,
         )
 
     def _prepared(self, target: Target, original: Any, anatomy: Anatomy) -> nn.Module:
         """Return the replacement of a product; while steps are timed, the one made before."""
         if anatomy.prepared is None:
             return self._replacement(target, original, anatomy.dtype)
-        made = anatomy.prepared.setdefault(original, {})
+        made = anatomy.prepared_for(original)
         key = (target.scheme, self.config.bits_of(target.path), self.config.group_size, self.config.symmetric)
         if key not in made:
             made[key] = self._replacement(target, original, anatomy.dtype)

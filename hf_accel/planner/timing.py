@@ -1,0 +1,306 @@
+"""Times the steps of a plan on the model itself and drops those that are shown not to pay.
+
+All steps together against stock, and each left out in turn, alternating in the same rounds: what a step is worth is
+what a token costs without it. Cost: a second, and for models of a billion parameters some 25 tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_accel.attention import AttentionConfig
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.drift import CACHE
+from hf_accel.core.hosting import Host
+from hf_accel.core.journal import Journal
+from hf_accel.core.patcher import Patcher, Stage
+from hf_accel.core.plan import Plan, Step, new_report
+from hf_accel.core.report import Skip, Speed
+from hf_accel.errors import described
+from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
+from hf_accel.quantization import WeightOnlyConfig
+
+BUDGET_S = 0.6
+PROMPT_TOKENS = 1
+FEWEST_TOKENS, MOST_TOKENS = 3, 33
+ROUNDS = 7
+VERIFY_TOKENS = 64
+# what these change only shows in steps of several query tokens, as speculation and chunked prompts make them
+VERIFIERS = (AttentionConfig,)
+# a step may cost a token this much time before it counts as a loss: less cannot be told from noise
+NOISE = 0.02
+# steps that do the work of what they replace save or cost microseconds of a token: too little to show beside this
+EQUAL_WORK_S = 0.02
+# a process that waited for more than its own computing took was not alone on the machine
+WAITING = 1.1
+
+
+@dataclass
+class Times:
+    """Seconds per token of one way of running the model: by the clock, and of the processor."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def __add__(self, other: Times) -> Times:
+        return Times(self.wall + other.wall, self.cpu + other.cpu)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other programs took the machine from this one for much of the time."""
+        return bool(self.cpu) and sum(self.wall) > WAITING * sum(self.cpu)
+
+
+def least(seconds: list[float]) -> float:
+    """Return the lower quartile: other programs only ever add time, and a single token may be lucky."""
+    return sorted(seconds)[len(seconds) // 4]
+
+
+def spread(seconds: list[float]) -> float:
+    """Return how far the lower half of the values lies apart, relative to the least of them."""
+    return statistics.median(seconds) / min(seconds) - 1
+
+
+def is_slower(one: Times, other: Times) -> bool:
+    """Return whether `one` is shown to take longer than `other`: by more than noise and what each of them varies by.
+
+    By the clock; where other programs took the machine even from the faster one, by the time of the processor, unless
+    the clock shows twice the time.
+    """
+    if not other.is_disturbed:
+        return _is_longer(one.wall, other.wall)
+    return _is_longer(one.cpu, other.cpu) or _is_longer(one.wall, other.wall, factor=2.0)
+
+
+def _is_longer(one: list[float], other: list[float], factor: float = 1 / (1 - NOISE)) -> bool:
+    return least(one) > factor * least(other) * (1 + max(spread(one), spread(other)))
+
+
+def keep_what_pays(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
+    """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole."""
+    timing = _Timing(plan, anatomy, progress)
+    if not timing.drop_what_fails() or not timing.drop_what_loses():
+        return
+    timing.judge_verifiers()
+    plan.measured = timing.speed()
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One set of steps to time."""
+
+    anatomy: Anatomy
+    plan: Plan
+    new_tokens: int
+
+    def decode(self) -> Times:
+        """Return the seconds of each token but the first at batch 1 with these steps applied."""
+        with self._applied() as model:
+            prompt = random_prompt(model, PROMPT_TOKENS)
+            inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+            run = timed_generate(model, inputs, self.new_tokens)
+            return Times(run.tokens_s, run.tokens_cpu_s)
+
+    @torch.no_grad()
+    def verify(self) -> Times:
+        """Return the seconds of steps of several query tokens over a left-padded batch and its cache."""
+        with self._applied() as model:
+            ids = random_prompt(model, VERIFY_TOKENS, batch=2)
+            mask = torch.ones_like(ids)
+            mask[0, :8] = 0
+            cache, found = DynamicCache(config=model.config.get_text_config(decoder=True)), Times()
+            for start, stop in ((0, 32), (32, 40), (40, 48), (48, 56), (56, 64)):
+                wall, cpu = time.perf_counter(), time.process_time()
+                model(ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **{CACHE: cache})
+                if start:
+                    found.wall.append(time.perf_counter() - wall)
+                    found.cpu.append(time.process_time() - cpu)
+            return found
+
+    @contextmanager
+    def _applied(self) -> Iterator[PreTrainedModel]:
+        journal = applied(self.plan, self.anatomy) if self.plan.steps else Journal()
+        try:
+            yield self.anatomy.model
+        finally:
+            journal.undo()
+
+
+def applied(plan: Plan, anatomy: Anatomy) -> Journal:
+    """Apply a plan and return the journal that undoes it."""
+    journal = Journal()
+    plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
+    return journal
+
+
+class _Timing:
+    """The steps of one plan, which it takes out where they fail or lose."""
+
+    def __init__(self, plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
+        self.plan, self.anatomy, self.progress = plan, anatomy, progress
+        config = anatomy.model.config.get_text_config(decoder=True)
+        self.room_tokens = (getattr(config, "max_position_embeddings", None) or 4096) - PROMPT_TOKENS
+        self.times: dict[str, Times] = {}
+        self.new_tokens = FEWEST_TOKENS
+        self.first_s = 0.0  # of a token, by stock
+        self.times_everything = False
+
+    def drop_what_fails(self) -> bool:
+        """Run stock, then all steps, once; return whether there is anything left to time."""
+        try:
+            first = self._way(Plan()).decode()
+        except Exception as error:  # whatever the model's own code raises
+            reason = f"nothing could be timed: the model itself cannot continue a random prompt ({described(error)})"
+            self._drop(self.plan.steps, reason)
+            return False
+        self.first_s = min(first.wall)
+        while self.plan.steps:
+            try:
+                self._way(self.plan).decode()
+                return True
+            except Exception as error:
+                self._drop(
+                    self._culprits(error) or list(self.plan.steps),
+                    f"text could not be written with it ({described(error)})",
+                )
+        return False
+
+    def _culprits(self) -> list[Step]:
+        found = []
+        for step in self.plan.steps:
+            try:
+                self._way(Plan(steps=[step])).decode()
+            except Exception:  # whatever it is, the step is to blame
+                found.append(step)
+        return found
+
+    def drop_what_loses(self) -> bool:
+        """Time the steps and drop those that are shown to cost more than they gain; return whether any is left."""
+        plan = self.plan
+        while plan.steps:
+            steps = self._timed_steps()
+            plans = {"stock": Plan(), "all": plan} | {name_of(step): plan.without(type(step.config)) for step in steps}
+            self.new_tokens = self._tokens(len(plans))
+            rounds = round(BUDGET_S / (len(plans) * (self.new_tokens + 1) * self.first_s))
+            self.times = self._alternate(plans, max(2, min(ROUNDS, rounds)))
+            losers = [step for step in steps if is_slower(self.times["all"], self.times[name_of(step)])]
+            if losers or is_slower(self.times["all"], self.times["stock"]):  # one disturbed run must not cost a step
+                again = {name: plans[name] for name in ("stock", "all", *map(name_of, losers))}
+                for name, more in self._alternate(again, 3).items():
+                    self.times[name] += more
+                losers = [step for step in losers if is_slower(self.times["all"], self.times[name_of(step)])]
+            loses = is_slower(self.times["all"], self.times["stock"]) and plan.goal != "memory"
+            if not loses and not losers:
+                break
+            if loses and losers:  # one step may cost more than all others gain: leave it out and look again
+                losers = [min(losers, key=self._gain)]
+            if losers:
+                for step in losers:
+                    self._drop([step], _loss(self._gain(step)))
+                if not loses:  # what is reported is the speed of the steps that stay
+                    self.times |= self._alternate({"stock": Plan(), "all": plan}, 2)
+                    break
+            elif not self.times_everything:
+                self.times_everything = True
+                continue
+            else:
+                ms = {name: 1e3 * least(self.times[name].wall) for name in ("all", "stock")}
+                slower = f"all steps took {ms['all']:.2f} ms per token, stock {ms['stock']:.2f} ms"
+                self._drop(self.plan.steps, slower)
+        plan.steps = [self._with_gain(step) for step in plan.steps]
+        return bool(plan.steps)
+
+    def judge_verifiers(self) -> None:
+        """Keep steps that show in passes of several tokens only where they are faster there."""
+        for step in [step for step in self.plan.steps if isinstance(step.config, VERIFIERS)]:
+            if self.room_tokens < VERIFY_TOKENS:
+                self._drop([step], "the model's context is too short to measure what it gains")
+                continue
+            pair = {
+                "with": self._way(self.plan).verify,
+                "without": self._way(self.plan.without(type(step.config))).verify,
+            }
+            try:
+                runs = alternate(pair, 3, self.progress, budget_s=BUDGET_S)
+            except Exception as error:
+                self._drop([step], f"passes of several tokens over a padded batch fail here ({described(error)})")
+                continue
+            seconds = {name: least([s for times in found for s in times.wall]) for name, found in runs.items()}
+            gain = seconds["without"] / seconds["with"]
+            if gain < 1 + NOISE:
+                self._drop([step], _loss(gain))
+            else:
+                self.plan.steps = [replace(s, gain=round(gain, 3)) if s is step else s for s in self.plan.steps]
+
+    def speed(self) -> Speed:
+        """Return the speed of stock and of the steps that are left."""
+        return Speed(
+            stock_tokens_per_s=1 / statistics.median(self.times["stock"].wall),
+            patched_tokens_per_s=1 / statistics.median(self.times["all"].wall),
+            weight_bytes=self._read_bytes(),
+            read_bandwidth_bytes_per_s=read_bandwidth(self.anatomy.device),
+            prompt_tokens=PROMPT_TOKENS,
+            threads=torch.get_num_threads(),
+        )
+
+    def _timed_steps(self) -> list[Step]:
+        found = []
+        for step in self.plan.steps:
+            patcher = Patcher.for_config(step.config)
+            does_equal_work = patcher.does_equal_work and self.first_s > EQUAL_WORK_S and not self.times_everything
+            if isinstance(step.config, VERIFIERS) or does_equal_work:
+                continue
+            if self.plan.goal == "memory" and isinstance(step.config, WeightOnlyConfig):
+                continue  # few bits are there to save memory, whatever they do to speed
+            found.append(step)
+        return found
+
+    def _tokens(self, ways: int) -> int:
+        wanted = round(BUDGET_S / 2 / ways / self.first_s)
+        return max(FEWEST_TOKENS, min(MOST_TOKENS, self.room_tokens, wanted))
+
+    def _alternate(self, plans: dict[str, Plan], rounds: int) -> dict[str, Times]:
+        ways = {name: self._way(plan).decode for name, plan in plans.items()}
+        runs = alternate(ways, rounds, self.progress, budget_s=BUDGET_S)
+        return {name: sum(found, Times()) for name, found in runs.items()}
+
+    def _way(self, plan: Plan) -> _Way:
+        return _Way(self.anatomy, plan, self.new_tokens)
+
+    def _gain(self, step: Step) -> float:
+        return least(self.times[name_of(step)].wall) / least(self.times["all"].wall)
+
+    def _with_gain(self, step: Step) -> Step:
+        return replace(step, gain=round(self._gain(step), 3)) if name_of(step) in self.times else step
+
+    def _drop(self, steps: list[Step], reason: str) -> None:
+        kept = self.plan.without(*(type(step.config) for step in steps)).steps
+        for step in [step for step in self.plan.steps if step not in kept]:
+            self.plan.skipped.append(Skip(name_of(step), reason))
+        self.plan.steps = kept
+
+    def _read_bytes(self) -> int:
+        """Return the bytes of weights that a token reads with the plan applied."""
+        if all(Patcher.for_config(step.config).stage is not Stage.WEIGHTS for step in self.plan.steps):
+            return self.anatomy.read_bytes
+        journal = applied(self.plan, self.anatomy)
+        try:
+            return self.anatomy.read_bytes
+        finally:
+            journal.undo()
+
+
+def name_of(step: Step) -> str:
+    """Return the name of a step's config class."""
+    return type(step.config).__name__
+
+
+def _loss(gain: float) -> str:
+    return f"it does not pay here: without it a step takes {gain:.2f} of the time"
