@@ -9,7 +9,6 @@ on its own position alone, and steps of several tokens, rows apart and keys of a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +56,15 @@ def moving_rope(model: nn.Module) -> MovingRope | None:
     kinds: set[str] = set()
     switches: set[int] = set()
     beyond: set[int] = set()
-    for kind, is_switch, position in (*_of_configs(model), *_of_modules(model)):
+    configs: dict[int, Any] = {}
+    found: list[Found] = []
+    for module in model.modules():
+        config = vars(module).get("config")
+        configs[id(config)] = config
+        found += _of_module(module)
+    for config in _with_inner(list(configs.values())):
+        found += _of_config(config)
+    for kind, is_switch, position in found:
         kinds.add(kind)
         (switches if is_switch and position is not None else beyond).add(position or 0)
     if not kinds:
@@ -68,37 +75,38 @@ def moving_rope(model: nn.Module) -> MovingRope | None:
 Found = tuple[str, bool, int | None]  # (type, whether frequencies change once, at which position where that is known)
 
 
-def _of_configs(model: nn.Module) -> Iterator[Found]:
-    for config in _configs(model):
-        for parameters in _parameters(config):
-            kind = str(parameters.get("rope_type", parameters.get("type", "")))
-            if SWITCHING.search(kind) or SWITCHING_PARAMETERS & set(parameters):
-                yield kind or "longrope", True, _first(parameters, config, LENGTHS[:1])
-            elif GROWING.search(kind):
-                yield kind, False, _first(config, None, LENGTHS[2:])
-        if getattr(config, "use_dynamic_ntk", False) is True:
-            yield "dynamic ntk", False, _first(config, None, reversed(LENGTHS))
+def _of_config(config: Any) -> list[Found]:
+    found: list[Found] = []
+    for parameters in _parameters(config):
+        kind = str(parameters.get("rope_type", parameters.get("type", "")))
+        if SWITCHING.search(kind) or SWITCHING_PARAMETERS & set(parameters):
+            found.append((kind or "longrope", True, _first(parameters, config, LENGTHS[:1])))
+        elif GROWING.search(kind):
+            found.append((kind, False, _first(config, None, LENGTHS[2:])))
+    if getattr(config, "use_dynamic_ntk", False) is True:
+        found.append(("dynamic ntk", False, _first(config, None, reversed(LENGTHS))))
+    return found
 
 
-def _of_modules(model: nn.Module) -> Iterator[Found]:
-    for module in model.modules():
-        held = vars(module)
-        types = held.get("rope_type")
-        if types is None:
-            if "inv_freq" in module._buffers and CLASS_NAMES.search(type(module).__name__):
-                yield type(module).__name__, False, _first(held, held.get("config"), LENGTHS)
-            continue
-        for kind in types.values() if isinstance(types, dict) else [types]:
-            if GROWING.search(str(kind)):
-                yield str(kind), False, _first(held, held.get("config"), LENGTHS[1:])
-            elif SWITCHING.search(str(kind)) and not any(map(_parameters, [held.get("config")])):
-                yield str(kind), True, None  # where, only its config could say
+def _of_module(module: nn.Module) -> list[Found]:
+    held = vars(module)
+    types = held.get("rope_type")
+    if types is None:
+        if "inv_freq" not in module._buffers or not CLASS_NAMES.search(type(module).__name__):
+            return []
+        return [(type(module).__name__, False, _first(held, held.get("config"), LENGTHS))]
+    found: list[Found] = []
+    for kind in map(str, types.values() if isinstance(types, dict) else [types]):
+        if GROWING.search(kind):
+            found.append((kind, False, _first(held, held.get("config"), LENGTHS[1:])))
+        elif SWITCHING.search(kind) and not _parameters(held.get("config")):
+            found.append((kind, True, None))  # where, only its config could say
+    return found
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """Return all configs that the model and its modules hold, those within others included."""
+def _with_inner(waiting: list[Any]) -> list[Any]:
+    """Return all configs among `waiting`, and those within others."""
     found: dict[int, Any] = {}
-    waiting = [vars(module).get("config") for module in model.modules()]
     while waiting:
         config = waiting.pop()
         if isinstance(config, PreTrainedConfig) and id(config) not in found:
