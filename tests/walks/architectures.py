@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 AUTO = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-LARGEST = 10_000_000  # parameters: a model that stays larger was not understood by `small_config`
+LARGEST = 16_000_000  # parameters: a model that stays larger was not understood by `small_config`
 # of embeddings and of matrices; the first pair that gives finite and varied text is taken
 SCALES = ((1.0, 0.25), (0.2, 0.25), (1.0, 0.35), (0.1, 0.35), (0.3, 0.1), (0.1, 0.05), (3.0, 0.5))
 

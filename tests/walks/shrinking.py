@@ -55,18 +55,29 @@ TOKENS: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id
 # tried in turn: as many key/value heads as the sizes say, sizes given that are None, as many as query heads
 FILLINGS: list[dict[str, Any]] = [{}, {"head_dim": 16, "num_key_value_heads": 2}, {"num_key_value_heads": 4}]
 _TWO_HYBRIDS = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
+_SECTIONS = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
+}
 # what a name cannot tell: sizes that follow from one another, and defaults with which nothing can be built
 QUIRKS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dory": {
         "num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
     },
+    "dots3_note": {"text_config": {"head_dim": 32}},
+    "dots3_note_text": {"head_dim": 32},
     "falcon_h1": {"mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "glm46v": _SECTIONS,
+    "glm4v": _SECTIONS,
+    "glm5_next": {"text_config": {"index_kpool": 2}},
+    "glm_ocr": _SECTIONS,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "qwen4_exp_text": {
@@ -112,11 +123,13 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     count, kept = kept_layers(values)
     made: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            if name == "per_layer_config":
-                made[name] = {kept.index(int(k)): shrunk(v) for k, v in value.items() if int(k) in kept}
-            else:
-                made[name] = shrunk(value) if "model_type" in value or name.endswith("config") else value
+        if name == "per_layer_config" and isinstance(value, dict):
+            made[name] = {kept.index(int(layer)): shrunk(v) for layer, v in value.items() if int(layer) in kept}
+        elif name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
+            part = int(4 * value.get("partial_rotary_factor", 1.0))
+            made[name] = value | {"mrope_section": [part, part // 2, part // 2]}
+        elif isinstance(value, dict):
+            made[name] = shrunk(value) if "model_type" in value or name.endswith("config") else value
         elif isinstance(value, (list, tuple)) and count > 1 and len(value) == count:
             made[name] = [value[i] for i in kept]
         elif name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and value == count and count:
@@ -124,6 +137,14 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
         else:
             made[name] = small(name, value)
     return made
+
+
+def give(values: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Set those of `wanted` that a config, and each config in it, has."""
+    values.update({name: value for name, value in wanted.items() if name in values})
+    for value in values.values():
+        if isinstance(value, dict):
+            give(value, wanted)
 
 
 def small_configs(model_type: str) -> list[Callable[[], PreTrainedConfig]]:
@@ -135,7 +156,8 @@ def small_configs(model_type: str) -> list[Callable[[], PreTrainedConfig]]:
     found = []
     for filled in FILLINGS:
         made = shrunk(values)
-        for config in (made, *(value for value in made.values() if isinstance(value, dict))):
-            config.update({name: value for name, value in (TOKENS | filled).items() if name in config})
-        found.append(functools.partial(cls, **made | QUIRKS.get(model_type, {})))
+        give(made, TOKENS | filled)
+        for name, value in QUIRKS.get(model_type, {}).items():
+            made[name] = made[name] | value if name == "text_config" else value
+        found.append(functools.partial(cls, **made))
     return found
