@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,12 +13,14 @@ import torch
 from hf_accel.calibration import calibration_text
 from hf_accel.core.anatomy import Anatomy, unwrap
 from hf_accel.core.config import Config
+from hf_accel.core.failures import converting
 from hf_accel.core.hosting import CallLog, Host, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Fidelity
 from hf_accel.core.plan import Plan, new_report
+from hf_accel.core.progress import shown
 from hf_accel.core.report import Report
-from hf_accel.errors import ConfigError, ConflictError, VerificationError
+from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError, VerificationError
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.reference import TOLERANCES, Reference
 from hf_accel.planner import plan_goal
@@ -56,7 +58,8 @@ def plan(
     """
     anatomy = _anatomy(model)
     anatomy.draft_model = draft_model
-    chosen, _ = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
+    with shown(f"planning for {type(anatomy.model).__name__}") as anatomy.progress:
+        chosen, _ = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
     return chosen
 
 
@@ -85,27 +88,33 @@ def optimize(
         originals: what becomes of weights that lossy steps replace: "keep" leaves them where they are, beside the new
             ones; "cpu" moves them to main memory; "drop" gives each up as soon as it is replaced, so that memory
             never holds more than the original model and one layer, and `restore` is no longer possible.
-        progress: called after each measurement and each product that is quantized.
+        progress: called after each measurement and each product that is quantized. None: a bar on standard error, if
+            that is a terminal, from two seconds on.
 
     Raises:
-        UnsupportedModelError: the model cannot be optimised, or not by these configs; every obstacle is listed.
+        UnsupportedModelError: the model cannot be optimised, or not by these configs; every obstacle is listed. Or a
+            step failed with an error of another kind, which is the cause. Goals leave out what fails.
         ConflictError: the model is optimised already, or two configs claim one place.
         ConfigError: the goal or a config does not exist or does not fit.
         VerificationError: the optimised model differs by more than rounding explains; it has been restored.
     """
     anatomy = _anatomy(model)
     journal = Journal(originals)
-    anatomy.progress = progress
-    anatomy.draft_model = draft_model
-    chosen, quality = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
-    host = Host(journal, new_report(anatomy, chosen))
-    host.report.calls = host.calls
-    reference = None if verify_on is None else Reference(anatomy.model, verify_on)
-    chosen.apply(anatomy, host, leaves_out=isinstance(goal_or_configs, str))
-    if quality is not None:
-        host.report.quality = quality.compare()
-    if reference is not None:
-        _verify(reference, host)
+    with shown(f"optimising {type(anatomy.model).__name__}") if progress is None else nullcontext(progress) as step:
+        anatomy.progress = step
+        anatomy.draft_model = draft_model
+        chosen, quality = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
+        host = Host(journal, new_report(anatomy, chosen))
+        host.report.calls = host.calls
+        reference = None
+        if verify_on is not None:
+            with converting(ConfigError, "The model itself cannot continue the text given as verify_on"):
+                reference = Reference(anatomy.model, verify_on)
+        chosen.apply(anatomy, host, leaves_out=isinstance(goal_or_configs, str))
+        if quality is not None:
+            host.report.quality = quality.compare()
+        if reference is not None:
+            _verify(reference, host)
     return model
 
 
@@ -177,7 +186,8 @@ def _plan(
         raise ConfigError('max_kl bounds the goals "fast" and "memory"; configs are applied as they are given.')
     quality = None
     if calibration is not None:
-        quality = QualityReference(anatomy.model, calibration_text(anatomy.model, calibration, tokenizer))
+        with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
+            quality = QualityReference(anatomy.model, calibration_text(anatomy.model, calibration, tokenizer))
     if isinstance(goal_or_configs, Plan):
         if anatomy.draft_model is None:
             return goal_or_configs, quality
@@ -196,7 +206,8 @@ def _verify(reference: Reference, host: Host) -> None:
     if any(step.fidelity == Fidelity.LOSSY.value for step in host.report.applied):
         bound = math.inf
     try:
-        difference = reference.difference()
+        with converting(VerificationError, "The optimised model could not be verified, and has been restored"):
+            difference = reference.difference()
     except BaseException:
         host.journal.undo()
         raise

@@ -31,7 +31,17 @@ class BackEndName(str):
     """The name of a back end in the config of an optimised model; copies and pickles of it say "sdpa".
 
     A deep copy or a saved pickle of an optimised model is a stock model, which works where hf_accel is not installed.
+    Models that compare the name, to choose the form of their masks, find it equal to "sdpa", whose masks this takes;
+    its hash is that of its own letters, so that registries, which are dictionaries, keep the two apart.
     """
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == "sdpa"
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type, tuple[str]]:
         return str, ("sdpa",)
@@ -110,10 +120,11 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
 
         def select(name: str) -> None:
             for config in configs:
-                if config._attn_implementation in ("sdpa", NAME):
+                if config._attn_implementation == NAME:  # "sdpa", too; what the user chose since stays
                     config._attn_implementation = name
 
         select(NAME)
+        journal.did(partial(select, "sdpa"))  # models that were made from one of these configs share it
         # the manager of continuous batching keeps reading the name after it is made, so the model stays with sdpa
         select_stock = partial(select, "sdpa")
         journal.set_attribute(host_of(anatomy.model), "select_stock_attention", select_stock)

@@ -24,7 +24,7 @@ def own_configs(model: Any, journal: Journal) -> list[Any]:
 
 
 def _carry_over(own: Any, before: dict[str, Any], original: Any) -> None:
-    """Write what the user changed in the model's own config (a resized vocabulary, say) into the original."""
+    """Write to the original what the user changed in the model's own config: a resized vocabulary, other attention."""
     for name, value in vars(own).items():
-        if name != "_attn_implementation_internal" and (name not in before or before[name] is not value):
+        if name not in before or (before[name] is not value and before[name] != value):
             vars(original)[name] = value

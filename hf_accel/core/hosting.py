@@ -150,6 +150,9 @@ class Host:
 # our own keywords of `generate`: name -> what the token loop finds in `Call.options`, given the model, the value and
 # all other arguments; an error raised there reaches the caller before anything runs
 KEYWORDS: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {}
+# what writes the text of calls that need a token loop of ours, on a model that was optimised without one: keyword ->
+# maker of the loop; a keyword of ours is understood whatever was found to pay
+LOOPS: dict[str, Callable[[], Decoder]] = {}
 POSITIONAL = ("inputs", "generation_config")  # arguments of `generate` that are often given without their names
 
 
@@ -182,6 +185,12 @@ def _caching(host: Host) -> Caching | None:
     """Return what makes the caches of the call in progress."""
     request = _request.get()
     return request.options.get("kv_cache", host.caching) if request else host.caching
+
+
+def _loop_for(call: Call) -> Decoder | None:
+    """Return a token loop for a call that asks for what only a loop of ours does."""
+    makers = [make for name, make in LOOPS.items() if call.options.get(name)]
+    return makers[0]() if makers else None
 
 
 _MODE_REASONS = {
@@ -232,15 +241,16 @@ class Hosted:
             request.has_callers_cache,
         )
         host = host_of(self)
-        if host is None or host.decoder is None:
+        decoder = None if host is None else host.decoder or _loop_for(call)
+        if host is None or decoder is None:
             if host is not None:
                 host.calls.note("no token loop of ours is applied")
             return super()._sample(input_ids, **call.stock_arguments())  # type: ignore[misc]
-        reason = host.decoder.objection(call)
+        reason = decoder.objection(call)
         host.calls.note(reason or "")
         if reason:
             return super()._sample(input_ids, **call.stock_arguments())  # type: ignore[misc]
-        return host.decoder.run(call)
+        return decoder.run(call)
 
     def _prepare_cache_for_generation(
         self,

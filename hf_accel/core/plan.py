@@ -8,10 +8,11 @@ from typing import Any
 
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
+from hf_accel.core.failures import converting
 from hf_accel.core.hosting import Host, open_host
 from hf_accel.core.patcher import Change, Patcher
 from hf_accel.core.report import Applied, Report, Skip
-from hf_accel.errors import ConfigError, ConflictError, HfAccelError, UnsupportedModelError, described
+from hf_accel.errors import ConfigError, ConflictError, HfAccelError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -192,29 +193,16 @@ class Plan:
 
 
 def _obstacles(patcher: Patcher[Any], anatomy: Anatomy) -> list[str]:
-    try:
+    name, kind = type(patcher.config).__name__, type(anatomy.model).__name__
+    with converting(UnsupportedModelError, f"Whether {name} fits this {kind} could not be found out"):
         return patcher.obstacles(anatomy)
-    except HfAccelError:
-        raise
-    except Exception as error:
-        kind = type(anatomy.model).__name__
-        raise UnsupportedModelError(
-            f"Whether {type(patcher.config).__name__} fits this {kind} could not be found out ({described(error)})."
-        ) from error
 
 
 def _patched(patcher: Patcher[Any], anatomy: Anatomy, host: Host) -> Change:
-    """Apply one step; an error that is not of this tree becomes the cause of one that is."""
-    try:
+    name, kind = type(patcher.config).__name__, type(anatomy.model).__name__
+    advice = "Leave it out, or use a goal, which leaves out what fails."
+    with converting(UnsupportedModelError, f"{name} could not be set up on this {kind}", advice):
         return patcher.patch(anatomy, host.journal)
-    except HfAccelError:
-        raise
-    except Exception as error:
-        name = type(patcher.config).__name__
-        raise UnsupportedModelError(
-            f"{name} could not be set up on this {type(anatomy.model).__name__} ({described(error)}). Leave it out, or "
-            "use a goal, which leaves out what fails."
-        ) from error
 
 
 def new_report(anatomy: Anatomy, plan: Plan) -> Report:

@@ -17,7 +17,7 @@ from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.contracts import Speculation
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import Call, host_of
+from hf_accel.core.hosting import LOOPS, Call, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.stepping import recording, stop_recording
@@ -156,3 +156,6 @@ class TokenLoop:
         if not call.has_callers_cache:  # whose windows may record for reasons of the caller's
             stop_recording(call.model_kwargs[CACHE].layers)
         return PlainSteps(call, outputs)
+
+
+LOOPS["speculative"] = TokenLoop

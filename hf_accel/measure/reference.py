@@ -20,7 +20,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 class _Force(LogitsProcessor):
-    """Lets only the given continuation [B, NEW_TOKENS] be chosen."""
+    """Lets only the given continuation [B, new tokens] be chosen."""
 
     def __init__(self, prompt_tokens: int, continuation: torch.Tensor) -> None:
         self.prompt_tokens, self.continuation = prompt_tokens, continuation
@@ -33,8 +33,8 @@ class _Force(LogitsProcessor):
 class Reference:
     """The logits of a model on some text before it is patched."""
 
-    def __init__(self, model: PreTrainedModel, text: Any) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, text: Any, new_tokens: int = NEW_TOKENS) -> None:
+        self.model, self.new_tokens = model, new_tokens
         self.inputs = dict(text) if isinstance(text, Mapping) else {"input_ids": torch.as_tensor(text)}
         self.inputs.setdefault("attention_mask", torch.ones_like(self.inputs["input_ids"]))
         self.inputs = {name: tensor.to(model.device) for name, tensor in self.inputs.items()}
@@ -43,8 +43,8 @@ class Reference:
 
     def _generate(self, processors: list[LogitsProcessor]) -> tuple[torch.Tensor, torch.Tensor]:
         options = PLAIN | {
-            "max_new_tokens": NEW_TOKENS,
-            "min_new_tokens": NEW_TOKENS,
+            "max_new_tokens": self.new_tokens,
+            "min_new_tokens": self.new_tokens,
             "pad_token_id": 0,
             "output_logits": True,
             "return_dict_in_generate": True,

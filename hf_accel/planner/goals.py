@@ -28,7 +28,8 @@ from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjec
 from hf_accel.layers.audit import evaluating
 from hf_accel.measure.break_even import break_even
 from hf_accel.measure.quality import CalibrationText, QualityReference
-from hf_accel.planner.timing import VERIFIERS, applied, keep_what_pays, name_of
+from hf_accel.planner.timing import VERIFIERS, keep_what_pays
+from hf_accel.planner.trying import applied, name_of
 from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
 from hf_accel.speculative import SpeculativeConfig
 

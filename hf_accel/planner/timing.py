@@ -18,13 +18,13 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_accel.attention import AttentionConfig
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import Host
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Patcher, Stage
-from hf_accel.core.plan import Plan, Step, new_report
-from hf_accel.core.report import Skip, Speed
+from hf_accel.core.plan import Plan, Step
+from hf_accel.core.report import Speed
 from hf_accel.errors import described
 from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
+from hf_accel.planner.trying import applied, drop, drop_what_fails, name_of
 from hf_accel.quantization import WeightOnlyConfig
 
 BUDGET_S = 0.6
@@ -85,8 +85,9 @@ def _is_longer(one: list[float], other: list[float], factor: float = 1 / (1 - NO
 
 def keep_what_pays(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
     """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole."""
+    drop_what_fails(plan, anatomy, progress)
     timing = _Timing(plan, anatomy, progress)
-    if not timing.drop_what_fails() or not timing.drop_what_loses():
+    if not timing.drop_what_loses():
         return
     timing.judge_verifiers()
     plan.measured = timing.speed()
@@ -133,13 +134,6 @@ class _Way:
             journal.undo()
 
 
-def applied(plan: Plan, anatomy: Anatomy) -> Journal:
-    """Apply a plan and return the journal that undoes it."""
-    journal = Journal()
-    plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
-    return journal
-
-
 class _Timing:
     """The steps of one plan, which it takes out where they fail or lose."""
 
@@ -152,38 +146,11 @@ class _Timing:
         self.first_s = 0.0  # of a token, by stock
         self.times_everything = False
 
-    def drop_what_fails(self) -> bool:
-        """Run stock, then all steps, once; return whether there is anything left to time."""
-        try:
-            first = self._way(Plan()).decode()
-        except Exception as error:  # whatever the model's own code raises
-            reason = f"nothing could be timed: the model itself cannot continue a random prompt ({described(error)})"
-            self._drop(self.plan.steps, reason)
-            return False
-        self.first_s = min(first.wall)
-        while self.plan.steps:
-            try:
-                self._way(self.plan).decode()
-                return True
-            except Exception as error:
-                self._drop(
-                    self._culprits(error) or list(self.plan.steps),
-                    f"text could not be written with it ({described(error)})",
-                )
-        return False
-
-    def _culprits(self) -> list[Step]:
-        found = []
-        for step in self.plan.steps:
-            try:
-                self._way(Plan(steps=[step])).decode()
-            except Exception:  # whatever it is, the step is to blame
-                found.append(step)
-        return found
-
     def drop_what_loses(self) -> bool:
         """Time the steps and drop those that are shown to cost more than they gain; return whether any is left."""
         plan = self.plan
+        if plan.steps:
+            self.first_s = min(self._way(Plan()).decode().wall)
         while plan.steps:
             steps = self._timed_steps()
             plans = {"stock": Plan(), "all": plan} | {name_of(step): plan.without(type(step.config)) for step in steps}
@@ -203,7 +170,7 @@ class _Timing:
                 losers = [min(losers, key=self._gain)]
             if losers:
                 for step in losers:
-                    self._drop([step], _loss(self._gain(step)))
+                    drop(self.plan, [step], _loss(self._gain(step)))
                 if not loses:  # what is reported is the speed of the steps that stay
                     self.times |= self._alternate({"stock": Plan(), "all": plan}, 2)
                     break
@@ -213,7 +180,7 @@ class _Timing:
             else:
                 ms = {name: 1e3 * least(self.times[name].wall) for name in ("all", "stock")}
                 slower = f"all steps took {ms['all']:.2f} ms per token, stock {ms['stock']:.2f} ms"
-                self._drop(self.plan.steps, slower)
+                drop(self.plan, self.plan.steps, slower)
         plan.steps = [self._with_gain(step) for step in plan.steps]
         return bool(plan.steps)
 
@@ -221,7 +188,7 @@ class _Timing:
         """Keep steps that show in passes of several tokens only where they are faster there."""
         for step in [step for step in self.plan.steps if isinstance(step.config, VERIFIERS)]:
             if self.room_tokens < VERIFY_TOKENS:
-                self._drop([step], "the model's context is too short to measure what it gains")
+                drop(self.plan, [step], "the model's context is too short to measure what it gains")
                 continue
             pair = {
                 "with": self._way(self.plan).verify,
@@ -230,12 +197,12 @@ class _Timing:
             try:
                 runs = alternate(pair, 3, self.progress, budget_s=BUDGET_S)
             except Exception as error:
-                self._drop([step], f"passes of several tokens over a padded batch fail here ({described(error)})")
+                drop(self.plan, [step], f"passes of several tokens over a padded batch fail here ({described(error)})")
                 continue
             seconds = {name: least([s for times in found for s in times.wall]) for name, found in runs.items()}
             gain = seconds["without"] / seconds["with"]
             if gain < 1 + NOISE:
-                self._drop([step], _loss(gain))
+                drop(self.plan, [step], _loss(gain))
             else:
                 self.plan.steps = [replace(s, gain=round(gain, 3)) if s is step else s for s in self.plan.steps]
 
@@ -280,12 +247,6 @@ class _Timing:
     def _with_gain(self, step: Step) -> Step:
         return replace(step, gain=round(self._gain(step), 3)) if name_of(step) in self.times else step
 
-    def _drop(self, steps: list[Step], reason: str) -> None:
-        kept = self.plan.without(*(type(step.config) for step in steps)).steps
-        for step in [step for step in self.plan.steps if step not in kept]:
-            self.plan.skipped.append(Skip(name_of(step), reason))
-        self.plan.steps = kept
-
     def _read_bytes(self) -> int:
         """Return the bytes of weights that a token reads with the plan applied."""
         if all(Patcher.for_config(step.config).stage is not Stage.WEIGHTS for step in self.plan.steps):
@@ -295,11 +256,6 @@ class _Timing:
             return self.anatomy.read_bytes
         finally:
             journal.undo()
-
-
-def name_of(step: Step) -> str:
-    """Return the name of a step's config class."""
-    return type(step.config).__name__
 
 
 def _loss(gain: float) -> str:

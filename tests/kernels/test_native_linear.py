@@ -206,16 +206,27 @@ def test_the_environment_lowers_the_instruction_set(monkeypatch: pytest.MonkeyPa
     try:
         for asked, expected in (("portable", (True, "portable")), ("nonsense", (False, "none"))):
             monkeypatch.setenv("HF_ACCEL_ISA", asked)
-            library._load.cache_clear()
+            monkeypatch.setattr(library, "_loaded", None)
             status = native.status()
             assert (status.available, status.isa) == expected
             assert status.available or "HF_ACCEL_ISA=nonsense is not one of portable" in status.reason
         with pytest.raises(RuntimeError, match="HF_ACCEL_ISA=nonsense"):
             library.library()
     finally:
-        monkeypatch.delenv("HF_ACCEL_ISA")
-        library._load.cache_clear()
+        monkeypatch.undo()
         native.set_isa(before)
+
+
+def test_a_failure_to_load_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.status().isa
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setenv("HF_ACCEL_ISA", "nonsense")
+    assert not native.is_available()
+    monkeypatch.delenv("HF_ACCEL_ISA")
+    assert not native.is_available(), "looked for at every call"
+    monkeypatch.setattr(library, "_failed_at", -math.inf)  # a second later
+    assert native.is_available()
+    native.set_isa(before)
 
 
 def test_an_instruction_set_the_machine_lacks_is_refused() -> None:

@@ -8,9 +8,10 @@ both and no second pool competes for the cores. Without a runtime the kernels ru
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ ABI_VERSION = 5
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets in the order of `enum hfa_isa`; later ones are preferred."""
 
+RETRY_S = 1.0  # asking costs microseconds, looking for the library some tenths of a millisecond
 _THREADING_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -87,8 +89,21 @@ def _declare(library: ctypes.CDLL) -> None:
     library.hfa_block_forward.argtypes = [ctypes.c_char_p] * 2
 
 
-@cache
+_loaded: _Loaded | None = None
+_failed_at = -math.inf
+
+
 def _load() -> _Loaded:
+    """Load the library, once; a failure is remembered for a second, as what was missing may have come since."""
+    global _loaded, _failed_at
+    if _loaded is None or (_loaded.library is None and time.monotonic() - _failed_at > RETRY_S):
+        _loaded = _try_load()
+        if _loaded.library is None:
+            _failed_at = time.monotonic()
+    return _loaded
+
+
+def _try_load() -> _Loaded:
     folder = Path(__file__).parent
     candidates = sorted(folder.glob("_native*.so"))
     if not candidates:

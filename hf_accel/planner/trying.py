@@ -1,0 +1,91 @@
+"""Tries the steps of a plan before they are timed: what fails, or changes logits by more than rounding, is left out.
+
+Two short rows, the first left-padded, are continued by stock and with the steps. Cost: some five forward passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.hosting import Host
+from hf_accel.core.journal import Journal
+from hf_accel.core.patcher import Fidelity, Patcher
+from hf_accel.core.plan import Plan, Step, new_report
+from hf_accel.core.report import Skip
+from hf_accel.errors import described
+from hf_accel.measure import random_prompt
+from hf_accel.measure.reference import TOLERANCES, Reference
+
+TOKENS, NEW_TOKENS = 4, 2
+
+
+def drop_what_fails(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
+    """Write a text by stock and with all steps; take steps out of the plan that fail or give other logits."""
+    try:
+        reference = _reference(anatomy.model)
+    except Exception as error:  # whatever the model's own code raises
+        reason = f"nothing could be tried: the model itself cannot continue a random prompt ({described(error)})"
+        drop(plan, plan.steps, reason)
+        return
+    fault = _fault(plan, anatomy, reference, progress)
+    if fault is None:
+        return
+    faults = [(step, _fault(Plan(steps=[step]), anatomy, reference, progress)) for step in plan.steps]
+    for step, own in faults:
+        if own is not None:
+            drop(plan, [step], own)
+    if not any(own for _, own in faults) or _fault(plan, anatomy, reference, progress):
+        drop(plan, plan.steps, fault)
+
+
+def applied(plan: Plan, anatomy: Anatomy) -> Journal:
+    """Apply a plan and return the journal that undoes it."""
+    journal = Journal()
+    plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
+    return journal
+
+
+def drop(plan: Plan, steps: list[Step], reason: str) -> None:
+    """Take steps, and those that need them, out of the plan, with the reason."""
+    kept = plan.without(*(type(step.config) for step in steps)).steps
+    for step in [step for step in plan.steps if step not in kept]:
+        plan.skipped.append(Skip(name_of(step), reason))
+    plan.steps = kept
+
+
+def name_of(step: Step) -> str:
+    """Return the name of a step's config class."""
+    return type(step.config).__name__
+
+
+def _reference(model: PreTrainedModel) -> Reference:
+    ids = random_prompt(model, TOKENS, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    return Reference(model, {"input_ids": ids, "attention_mask": mask}, NEW_TOKENS)
+
+
+def _fault(plan: Plan, anatomy: Anatomy, reference: Reference, progress: Callable[[], None] | None) -> str | None:
+    """Return what is wrong with the text of a plan, None if its logits are stock's up to rounding."""
+    bound = TOLERANCES.get(anatomy.dtype, 1e-3)
+    if any(Patcher.for_config(step.config).fidelity is not Fidelity.EXACT for step in plan.steps):
+        bound = math.inf
+    try:
+        journal = applied(plan, anatomy)
+        try:
+            difference = reference.difference()
+        finally:
+            journal.undo()
+    except Exception as error:  # whatever it is: a goal leaves out what fails
+        return f"text could not be written with it ({described(error)})"
+    finally:
+        if progress is not None:
+            progress()
+    if difference <= bound or bound == math.inf:
+        return None
+    return f"logits differ from stock's by {difference:.1e} of their norm; rounding explains {bound:.0e}"
