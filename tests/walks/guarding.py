@@ -1,4 +1,4 @@
-"""Tensors whose memory ends exactly at a page that cannot be read, or begins right behind one: what reads past, dies."""
+"""Tensors whose memory ends exactly at a page that cannot be read, or begins right behind one."""
 
 from __future__ import annotations
 
