@@ -3,8 +3,8 @@
 With "plain" memory has no guards, for a library that a sanitizer watches.
 
 The last line is JSON: per kind and instruction set how many cases ran, how many were bit-equal to portable C and to the
-best instruction set, and the largest relative difference from portable C. A read outside an operand ends the process, so
-that the line before names the case.
+best instruction set, and the largest relative difference from portable C. A read outside an operand ends the process;
+the line before names the case.
 """
 
 from __future__ import annotations
