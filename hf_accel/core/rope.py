@@ -117,6 +117,20 @@ def _with_inner(waiting: list[Any]) -> list[Any]:
     return list(found.values())
 
 
+def unfamiliar_lengths(model: nn.Module) -> list[int]:
+    """Return the lengths that configs name, where rotary embeddings are not transformers' own."""
+    known = [
+        type(module).__module__.startswith("transformers.") or "rope_type" in vars(module)
+        for module in model.modules()
+        if "inv_freq" in module._buffers
+    ]
+    if all(known):
+        return []
+    configs = _with_inner([vars(module).get("config") for module in model.modules()])
+    places = [place for config in configs for place in (vars(config), *_parameters(config))]
+    return sorted({place[name] for place in places for name in LENGTHS if isinstance(place.get(name), int)})
+
+
 def _parameters(config: Any) -> list[dict[str, Any]]:
     """Return the rotary parameters of a config: one dictionary, or one per kind of layers; by either of their names."""
     found: list[dict[str, Any]] = []

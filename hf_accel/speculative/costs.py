@@ -1,12 +1,13 @@
 """What steps cost on this machine: a step of several tokens against one of a single token, and drafting a token.
 
-Measured once on the model when speculation is set up (a dozen forward passes), then followed while it runs. Only
-ratios decide, and medians, as machines are noisy.
+Measured once on the model when speculation is set up, then followed while it runs. Only ratios decide, and medians, as
+machines are noisy.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 import statistics
 import time
 from collections import deque
@@ -16,6 +17,26 @@ from dataclasses import dataclass, field
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 RECENT = 7
 REFRESH = 4
+SHORT_S = 0.25  # passes that take less in all are timed again, as noise is large among them
+
+
+def settle(seconds: dict[int, float], again: Callable[[int], None], rounds: int = 2) -> None:
+    """Remove what noise has added to the seconds by rows, of which `again(rows)` times one more pass.
+
+    Short passes are all timed again, of long ones those that take longer than a wider one or more per row than a
+    narrower one. No more rows can take less time, so in the end none does.
+    """
+    points = sorted(seconds)
+    is_short = sum(seconds.values()) < SHORT_S
+    for _ in range(rounds):
+        for rows in points:
+            wider = [seconds[point] for point in points if point > rows]
+            narrower = [seconds[point] / point for point in points if point < rows]
+            is_slow = seconds[rows] > min(wider, default=math.inf)
+            if is_short or is_slow or seconds[rows] / rows > min(narrower, default=math.inf):
+                again(rows)
+    for rows, next_rows in zip(points[-2::-1], points[:0:-1], strict=True):
+        seconds[rows] = min(seconds[rows], seconds[next_rows])
 
 
 @dataclass

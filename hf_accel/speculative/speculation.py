@@ -5,7 +5,6 @@ Built once per config; a session is opened for every `generate` call that can be
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +15,13 @@ from hf_accel.core.rows import Rows
 from hf_accel.core.stepping import Stepper
 from hf_accel.speculative.arms import Arm, Source
 from hf_accel.speculative.config import SpeculativeConfig
-from hf_accel.speculative.costs import RowCosts, StepCosts
+from hf_accel.speculative.costs import StepCosts
 from hf_accel.speculative.drafting import Drafter, OwnCacheDrafter, SharedCacheDrafter
 from hf_accel.speculative.lookup import TenantHistory
 from hf_accel.speculative.matching import LookupDrafter
+from hf_accel.speculative.proof import SMALL_ROWS, Proof
 from hf_accel.speculative.session import SpeculativeSession
 from hf_accel.speculative.statistics import Statistics
-
-SMALL_ROWS = 16  # up to here products of few rows may have kernels of their own
 
 
 class ModelSpeculation:
@@ -33,13 +31,12 @@ class ModelSpeculation:
         self,
         config: SpeculativeConfig,
         sources: list[Source],
-        rows: RowCosts,
+        proof: Proof,
         rounding: tuple[float, float],
-        apart_difference: float,
         prepare_cache: Callable[[Any, int], None] | None,
     ) -> None:
-        self.config, self.sources, self.row_costs, self.rounding = config, sources, rows, rounding
-        self.apart_difference, self.prepare_cache = apart_difference, prepare_cache
+        self.config, self.sources, self.proof, self.rounding = config, sources, proof, rounding
+        self.row_costs, self.prepare_cache = proof.rows, prepare_cache
         self.has_own_draws = config.sampling == "residual"
         self.statistics = Statistics()
         self.history = TenantHistory(config.history_tokens) if config.history_tokens else None
@@ -50,11 +47,13 @@ class ModelSpeculation:
 
     def objection(self, call: Call) -> str | None:
         batch = call.input_ids.shape[0]
-        if batch > 1 and self.apart_difference == math.inf:
+        if self.proof.objection is not None:
+            return self.proof.objection
+        if batch > 1 and self.proof.apart is not None:
             return "rows of this model cannot have different lengths"
         # Single tokens could settle near-ties only over keys and values that single tokens wrote. Writing those anew
         # takes a step for every token so far, so where steps round differently, plain decoding is the fastest way.
-        if self.config.strict and (self.rounding[0] > 0 or (batch > 1 and self.apart_difference > 0)):
+        if self.config.strict and (self.rounding[0] > 0 or (batch > 1 and self.proof.apart_difference > 0)):
             return "strict, and steps of several tokens round differently here"
         if self.config.strict and 2 * batch > SMALL_ROWS:
             return f"strict, and only steps of up to {SMALL_ROWS} rows round alike"

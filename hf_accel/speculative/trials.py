@@ -1,12 +1,14 @@
-"""Trials of a model on itself, before speculation is used: what steps cost, how they round, what drafts are worth.
+"""Trials of a model on itself, before speculation is used: the text to try steps on, and what drafts are worth.
 
-Some thirty forward passes of up to 32 rows; where a model drafts, TEXT_TOKENS more of one row, as drafts are only
-worth something on text that the model would write.
+A dozen forward passes of one row; where a model drafts, TEXT_TOKENS more, as drafts are only worth something on text
+that the model would write.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,66 +17,81 @@ import torch
 from transformers import DynamicCache
 
 from hf_accel.core.drift import CACHE
-from hf_accel.core.stepping import Stepper, apart_objection
+from hf_accel.core.stepping import Stepper
 from hf_accel.speculative.copies import Form, layer_list, without_layers
 from hf_accel.speculative.costs import RowCosts
 
 TEXT_TOKENS = 16
 PROMPT_TOKENS = 8
-# relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+SINGLES = 6  # tokens taken in one by one, where the model need not write
 
 
 @dataclass
 class Trials:
-    """The model, how its caches are made, and the text [1, PROMPT_TOKENS + TEXT_TOKENS] that it wrote."""
+    """The model, how its caches are made, and the text [1, PROMPT_TOKENS + TEXT_TOKENS] that it wrote.
+
+    singles: logits [1, n, V] of the tokens after the prompt, taken in one by one as plain decoding does; single_s: the
+    least time that took. first_position: of the text. layers, cache_config: of the caches, those layers that the model
+    uses, and the config they are made for, where the model is a copy without some layers.
+    """
 
     model: Any
     prepare_cache: Callable[[Any, int], None] | None
     text: torch.Tensor
+    first_position: int = 0
+    layers: list[int] | None = None
+    cache_config: Any = None
+    single_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.singles = self.text.new_zeros((1, 0, 0), dtype=torch.float32)
+        self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, prepare_cache: Callable[[Any, int], None] | None, writes: bool) -> Trials:
+    def of(
+        cls,
+        model: Any,
+        prepare_cache: Callable[[Any, int], None] | None,
+        writes: bool,
+        first_position: int = 0,
+        layers: list[int] | None = None,
+        cache_config: Any = None,
+    ) -> Trials:
         """Let the model write its text; where that does not matter (`writes` False), take any tokens."""
         vocabulary = model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + TEXT_TOKENS), generator=generator).to(model.device)
-        if not writes:
-            return cls(model, prepare_cache, ids)
-        ids = ids[:, :PROMPT_TOKENS]
-        trials = cls(model, prepare_cache, ids)
-        stepper = trials.stepper(1)
-        fed = ids
-        for _ in range(TEXT_TOKENS):
-            fed = stepper.forward(fed)[:, -1:].argmax(dim=-1)
-            ids = torch.cat([ids, fed], dim=1)
-        trials.text = ids
+        trials = cls(model, prepare_cache, ids, first_position, layers, cache_config)
+        stepper = trials.stepper(1, records=False)
+        singles = []
+        logits = stepper.forward(ids[:, :PROMPT_TOKENS])
+        for at in range(PROMPT_TOKENS, PROMPT_TOKENS + (TEXT_TOKENS if writes else SINGLES)):
+            if writes:
+                ids[:, at] = logits[:, -1].argmax(dim=-1)
+            start = time.perf_counter()
+            logits = stepper.forward(ids[:, at : at + 1])
+            logits[0, -1, 0].item()  # waits for a device
+            trials.single_s = min(trials.single_s, time.perf_counter() - start)
+            singles.append(logits.float())
+        trials.singles = torch.cat(singles, dim=1)
         return trials
 
-    def stepper(self, batch: int) -> Stepper:
-        """Return a stepper over a new, empty cache."""
-        cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+    def tokens(self, start: int, count: int) -> torch.Tensor:
+        """Return tokens [1, count] of the text from `start` on, which begins anew where it ends."""
+        return torch.cat([self.text] * 3, dim=1)[:, start : start + count]
+
+    def stepper(self, batch: int, records: bool = True) -> Stepper:
+        """Return a stepper over a new, empty cache. records: whether steps can be taken back beyond windows."""
+        config = self.cache_config or self.model.config
+        cache: Any = DynamicCache(config=config.get_text_config(decoder=True))
         if self.prepare_cache is not None:
             self.prepare_cache(cache, 128)
-        cache.activate_past_recording()
-        positions = torch.zeros(batch, dtype=torch.long, device=self.model.device)
-        return Stepper(self.model, cache, [0] * batch, None, positions, 0)
-
-    @torch.no_grad()
-    def row_costs(self, highest: int) -> RowCosts:
-        """Time steps of 1 to `highest` rows."""
-        stepper = self.stepper(1)
-        stepper.forward(self.text)
-        start = stepper.lengths
-        stepper.keep(start)
-        filler = self.text[:, :1].expand(1, highest)
-
-        def forward(rows: int) -> None:
-            stepper.forward(filler[:, :rows])
-            stepper.keep(start)
-
-        return RowCosts.measure(forward, highest)
+        if records:
+            cache.activate_past_recording()
+        positions = torch.full((batch,), self.first_position, device=self.model.device)
+        told = positions if self._takes_positions else None
+        return Stepper(self.model, cache, [0] * batch, None, told, 0, self.layers)
 
     @torch.no_grad()
     def rounding(self, widths: Sequence[int], tokens: int = TEXT_TOKENS) -> float:
@@ -89,26 +106,6 @@ class Trials:
 
         single = logits(1)
         return max(float((logits(width) - single).abs().max()) for width in widths)
-
-    @torch.no_grad()
-    def apart_difference(self) -> float:
-        """Return how far (relative, Frobenius) a row beside a longer one is from itself alone; inf: it cannot be."""
-        if apart_objection(self.model):
-            return math.inf
-        alone = self.stepper(1)
-        alone.forward(self.text[:, :4])
-        alone.keep([4])
-        expected = alone.forward(self.text[:, 4:6])[0].double()
-        both = self.stepper(2)
-        both.forward(self.text[:, :6].expand(2, 6).contiguous())
-        both.keep([6, 4])
-        fed = torch.cat([self.text[:, 6:8], self.text[:, 4:6]])
-        try:
-            found = both.forward(fed)[1].double()
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
-            return math.inf  # the model does not take masks of its attention's kind
-        difference = float((found - expected).norm() / expected.norm())
-        return difference if difference <= TOLERANCES.get(self.model.dtype, 1e-3) else math.inf
 
     @torch.no_grad()
     def agreement(self, form: Form) -> float:

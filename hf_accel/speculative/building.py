@@ -1,0 +1,150 @@
+"""Sets up speculation for a model: tries steps of several tokens on it, then builds and tries its drafters."""
+
+from __future__ import annotations
+
+import math
+
+from hf_accel.core.anatomy import Anatomy, unwrap
+from hf_accel.core.config import Config
+from hf_accel.core.hosting import Host
+from hf_accel.core.patcher import Change
+from hf_accel.core.rope import moving_rope
+from hf_accel.core.stepping import apart_objection
+from hf_accel.core.undisturbed import undisturbed
+from hf_accel.errors import HfAccelError, UnsupportedModelError
+from hf_accel.speculative.arms import Source
+from hf_accel.speculative.config import SpeculativeConfig
+from hf_accel.speculative.copies import Form, few_bits, sped_up
+from hf_accel.speculative.costs import RowCosts
+from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, prove
+from hf_accel.speculative.speculation import ModelSpeculation
+from hf_accel.speculative.trials import Trials
+
+# a drafter whose token costs more than this share of a plain step never pays
+HIGHEST_COST = 0.7
+# how much further than in the trials logits may be apart elsewhere
+MARGIN = 8
+
+
+def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
+    """Build the drafters of `config` and try them on the model, to which the other steps of the plan are applied.
+
+    Raises:
+        UnsupportedModelError: steps of several tokens, or a drafter that was asked for by name, fail on this model.
+    """
+    model = anatomy.model
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with undisturbed(model):
+            return _tried(anatomy, host, config)
+    except HfAccelError:
+        raise
+    except Exception as error:  # whatever a model raises that takes its inputs in a way of its own
+        raise UnsupportedModelError(f"Steps of several tokens fail on this model: {_named(error)}.") from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tried(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
+    model = anatomy.model
+    trials = Trials.of(model, host.prepare_cache, config.drafters(anatomy.draft_model is not None) != ("lookup",))
+    proof = prove(trials)
+    sources: list[Source] = []
+    left_out: list[str] = []
+    if proof.objection is not None:
+        left_out.append(f"every call is decoded plainly: {proof.objection}")
+    else:
+        sources, left_out = _sources(anatomy, host, config, trials, proof.rows)
+        if proof.apart is not None:
+            left_out.append(f"batches are decoded plainly: {proof.apart}")
+        if (rope := moving_rope(model)) is not None:
+            lengths = " and ".join(map(str, [*rope.switches, *([] if rope.beyond is None else [rope.beyond])]))
+            left_out.append(f"no drafts across {lengths} tokens, where batches are decoded plainly: {rope}")
+    speculation = ModelSpeculation(config, sources, proof, _rounding(trials, proof, config), host.prepare_cache)
+    forms = [source.form for source in sources if source.form is not None]
+    costs = ", ".join(f"{count} rows {proof.rows.ratio(count, 1):.2f} x" for count in (2, 4, 8) if config.adaptive)
+    summary = "; ".join(
+        [f"drafts by {', '.join(source.name for source in sources) or 'nobody'}"]
+        + [form.summary for form in forms]
+        + ([f"a step of {costs} a single one"] if costs else [])
+    )
+    return speculation, Change(summary, sum(form.extra_bytes for form in forms), tuple(left_out))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _rounding(trials: Trials, proof: Proof, config: SpeculativeConfig) -> tuple[float, float]:
+    """Return how far logits of a step may lie from those of steps of one token: of few rows, and of more."""
+    if config.strict and proof.objection is None:  # every width that may come
+        widest = min(config.max_draft_tokens + 1, SMALL_ROWS)
+        return MARGIN * trials.rounding(range(2, widest + 1)), 0.0
+    return MARGIN * proof.rounding[0], MARGIN * proof.rounding[1]
+
+
+def _sources(
+    anatomy: Anatomy, host: Host, config: SpeculativeConfig, trials: Trials, rows: RowCosts
+) -> tuple[list[Source], list[str]]:
+    """Return the drafters in the order in which they are asked, and sentences on those left out."""
+    found: list[Source] = []
+    left_out: list[str] = []
+    for name in config.drafters(anatomy.draft_model is not None):
+        if name == "lookup":
+            found.append(Source.lookup())
+            continue
+        try:
+            found_source = _model_source(name, anatomy, host, config, trials, rows, left_out)
+        except Exception as error:  # whatever a model raises that cannot be cut or quantized so
+            if config.drafter != "auto":
+                if isinstance(error, HfAccelError):
+                    raise
+                raise UnsupportedModelError(f'The drafter "{name}" fails on this model: {_named(error)}.') from error
+            left_out.append(f"drafter {name}: {error if isinstance(error, HfAccelError) else _named(error)}")
+            continue
+        found += found_source
+    return found, left_out
+
+
+def _model_source(
+    name: str,
+    anatomy: Anatomy,
+    host: Host,
+    config: SpeculativeConfig,
+    trials: Trials,
+    rows: RowCosts,
+    left_out: list[str],
+) -> list[Source]:
+    """Return the drafter that runs a model; none where it never pays, with a sentence on it in `left_out`."""
+    form, agreement = _form(name, anatomy, host, config, trials)
+    with undisturbed(form.model):
+        draft_s = trials.draft_seconds(form)
+        can_be_apart = not form.has_own_cache or _can_be_apart(form, host)
+    share = draft_s / rows.seconds[1]
+    if config.adaptive and share > HIGHEST_COST:
+        left_out.append(f"drafter {name}: drafting a token takes {share:.2f} of a plain step here")
+        return []
+    form.summary += f" ({100 * agreement:.0f} % agreement on own text, {share:.2f} of a step per token)"
+    if not can_be_apart:
+        left_out.append(f"drafter {name} in batches: rows of the draft model cannot have different lengths")
+    return [Source.model(form, agreement, draft_s, can_be_apart)]
+
+
+def _can_be_apart(form: Form, host: Host) -> bool:
+    if apart_objection(form.model):
+        return False
+    trials = Trials.of(form.model, host.prepare_cache, writes=False)
+    return apart_difference(trials, Tolerance.of(form.model)) < math.inf
+
+
+def _form(name: str, anatomy: Anatomy, host: Host, config: SpeculativeConfig, trials: Trials) -> tuple[Form, float]:
+    applied: list[Config] = [step.config for step in host.report.applied]
+    if name == "layer_skip":
+        return trials.best_skip(anatomy.progress)
+    if name == "self":
+        form = few_bits(anatomy, config.bits, config.group_size, applied)
+    else:
+        form = sped_up(unwrap(anatomy.draft_model), applied)
+    return form, trials.agreement(form)

@@ -1,0 +1,207 @@
+"""Whether steps of several tokens equal steps of one on this model, how they round, and what they take.
+
+Drafts stand on that equality, and stock does not promise it: masks and caches may disagree past a window, experts may
+depend on what else is in the batch. So it is tried, on the model itself and, where there are windows, on a copy with
+small ones: tokens one by one as plain decoding takes them in, against steps of up to 32 that are partly taken back,
+and against two rows of different lengths. The same forward passes are timed; about twenty in all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from hf_accel.core.contracts import PackedProduct
+from hf_accel.core.rope import unfamiliar_lengths
+from hf_accel.core.stepping import apart_objection
+from hf_accel.speculative.costs import RowCosts, settle
+from hf_accel.speculative.trials import PROMPT_TOKENS, Trials
+from hf_accel.speculative.windows import NARROW, narrowed, widest_window
+
+SMALL_ROWS = 16  # up to here products of few rows may have kernels of their own
+WIDTHS = (2, 4, 8, 16, 32)
+NEEDED = 8  # up to here every width is tried, whatever it takes
+KEPT = {8: 2, 16: 2}  # how many tokens of a step stay, all others are taken back
+HOPELESS = 6.0  # drafts never pay where a step takes so many times as long as a single one
+# relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+PACKED = 2e-2  # the least where products quantize their inputs, as weights in few bits have it
+OTHER = "steps of several tokens give other logits than single ones"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding explains on a model. is_rough: whether it may also turn a router's choice between experts."""
+
+    limit: float
+    is_rough: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Tolerance:
+        dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        limit = TOLERANCES.get(dtype, 1e-3)
+        is_packed = any(isinstance(module, PackedProduct) for module in model.modules())
+        return cls(max(limit, PACKED) if is_packed else limit, is_packed or dtype.itemsize <= 2)
+
+    def typical(self, relative: torch.Tensor) -> float:
+        """Return the largest difference of all positions, the median where a single position proves nothing."""
+        return float(relative.flatten().median() if self.is_rough else relative.max())
+
+
+@dataclass
+class Wide:
+    """Steps of several tokens against single ones: relative difference of logits by width, and the largest difference.
+
+    few, many: the latter in steps of up to SMALL_ROWS rows, and in all.
+    """
+
+    rows: RowCosts
+    relative: dict[int, float]
+    few: float
+    many: float
+
+    def is_equal(self, tolerance: Tolerance) -> bool:
+        return all(difference <= tolerance.limit for difference in self.relative.values())  # not if NaN
+
+
+@dataclass
+class Proof:
+    """What was found.
+
+    rounding: how far logits were from those of single steps, in few rows and more; 0 where no text shows it, as in
+    fp32. objection: why every call is decoded plainly; apart: why batches are; None: they need not be.
+    """
+
+    rows: RowCosts
+    rounding: tuple[float, float]
+    apart_difference: float
+    objection: str | None = None
+    apart: str | None = None
+
+
+@torch.no_grad()
+def prove(trials: Trials) -> Proof:
+    """Try steps on the model of `trials`, past its windows, and where rotary embeddings of others' code may change."""
+    tolerance = Tolerance.of(trials.model)
+    wide = compare(trials, tolerance)
+    proof = Proof(wide.rows, (wide.few, wide.many) if tolerance.is_rough else (0.0, 0.0), math.inf)
+    if not wide.is_equal(tolerance):
+        proof.objection = OTHER
+        return proof
+    proof.objection = _far_objection(trials, tolerance)
+    proof.apart = apart_objection(trials.model)
+    if proof.apart is None:
+        proof.apart_difference = apart_difference(trials, tolerance)
+    window = widest_window(trials.model)
+    if window is not None and window > NARROW and proof.objection is None:
+        _pass_window(proof, trials, window, tolerance)
+    if proof.apart is None and proof.apart_difference == math.inf:
+        proof.apart = "rows of different lengths get other results than alone"
+    return proof
+
+
+def _pass_window(proof: Proof, trials: Trials, window: int, tolerance: Tolerance) -> None:
+    """Try the same past windows made small."""
+    try:
+        model, layers, config = narrowed(trials.model)
+    except LookupError as error:
+        proof.objection = f"steps past the window of {window} tokens could not be tried: {error}"
+        return
+    narrow = Trials.of(model, trials.prepare_cache, writes=False, layers=layers, cache_config=config)
+    wide = compare(narrow, tolerance, is_timed=False)
+    # a step of two ends where the window does: what differs there is rounding
+    limit = min(tolerance.limit, max(4 * wide.relative[2], tolerance.limit / 8))
+    tolerance = replace(tolerance, limit=limit)
+    if not wide.is_equal(tolerance):
+        proof.objection = f"{OTHER} past the window of {window} tokens"
+    elif proof.apart_difference < math.inf and apart_difference(narrow, tolerance) == math.inf:
+        proof.apart_difference = math.inf
+        proof.apart = f"rows of different lengths get other results than alone past the window of {window} tokens"
+
+
+def _far_objection(trials: Trials, tolerance: Tolerance) -> str | None:
+    """Return what objects to steps around the lengths that a model with code of its own names."""
+    for length in unfamiliar_lengths(trials.model):
+        first = max(0, length - PROMPT_TOKENS - NEEDED // 2)
+        try:
+            far = Trials.of(trials.model, trials.prepare_cache, writes=False, first_position=first)
+            wide = compare(far, tolerance, is_timed=False)
+        except (IndexError, RuntimeError, ValueError):
+            continue  # stock cannot go there, either
+        if not wide.is_equal(tolerance):
+            return f"{OTHER} around position {length}"
+    return None
+
+
+@torch.no_grad()
+def compare(trials: Trials, tolerance: Tolerance, is_timed: bool = True) -> Wide:
+    """Compare steps of several tokens with the single ones of `trials`, and time them."""
+    stepper = trials.stepper(1)
+    at = PROMPT_TOKENS
+    stepper.forward(trials.tokens(0, at))
+    stepper.keep([at])
+    seconds = {1: trials.single_s}
+    wide = Wide(RowCosts(seconds), {}, 0.0, 0.0)
+
+    def step(width: int) -> torch.Tensor:
+        start = time.perf_counter()
+        logits = stepper.forward(trials.tokens(at, width))
+        logits[0, -1, 0].item()  # waits for a device
+        seconds[width] = min(seconds.get(width, math.inf), time.perf_counter() - start)
+        return logits
+
+    def again(width: int) -> None:
+        step(width)
+        stepper.keep([at])
+
+    for width in WIDTHS:
+        logits = step(width)
+        single = trials.singles[:, at - PROMPT_TOKENS :][:, :width]
+        difference = _subtract(logits[:, : single.shape[1]], single)
+        wide.relative[width] = tolerance.typical(_relative(difference, single))
+        wide.many = max(wide.many, float(difference.abs().max()))
+        wide.few = wide.many if width <= SMALL_ROWS else wide.few
+        at += KEPT.get(width, 0)
+        stepper.keep([at])
+        if is_timed and width >= NEEDED and seconds[width] > HOPELESS * seconds[1]:
+            break
+    if is_timed:
+        settle(seconds, again)
+    return wide
+
+
+@torch.no_grad()
+def apart_difference(trials: Trials, tolerance: Tolerance) -> float:
+    """Return how far (relative) two rows that are apart are from each alone; inf: further than rounding, or no way."""
+    first = PROMPT_TOKENS
+    stepper = trials.stepper(2)
+    found: list[torch.Tensor] = []
+    try:
+        stepper.forward(trials.tokens(0, first).expand(2, first).contiguous())
+        stepper.keep([first, first])
+        stepper.forward(trials.tokens(first, 2).expand(2, 2).contiguous())
+        for lengths, width in (((first + 2, first + 1), 2), ((first + 4, first + 2), 1)):
+            stepper.keep(list(lengths))
+            fed = torch.cat([trials.tokens(length, width) for length in lengths])
+            logits = stepper.forward(fed)
+            for row, length in enumerate(lengths):
+                single = trials.singles[:, length - first :][:, :width]
+                found.append(_relative(_subtract(logits[row : row + 1], single), single).flatten())
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return math.inf  # the model does not take masks of its attention's kind
+    relative = torch.cat(found)
+    return float(relative.max()) if tolerance.typical(relative) <= tolerance.limit else math.inf
+
+
+def _subtract(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the difference; 0 where both are the same infinity."""
+    return torch.where(found == expected, 0.0, found.float() - expected.float())
+
+
+def _relative(difference: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the difference [1, T, V] at every position, relative to what was expected."""
+    return difference.norm(dim=-1) / expected.masked_fill(expected.isinf(), 0.0).norm(dim=-1).clamp(min=1e-30)
