@@ -25,6 +25,7 @@ from transformers import DynamicCache
 import hf_accel
 from hf_accel import KVCacheConfig
 from hf_accel.core.drift import CACHE
+from hf_accel.decoding.loop import TokenLoop
 
 NAME = "llama"
 TIERED = KVCacheConfig(store="disk", cpu_budget_bytes=0)
@@ -130,3 +131,62 @@ def test_an_error_of_a_callback_arrives_and_leaves_nothing(way: str, callback: s
 def test_errors_at_every_step(way: str, callback: str, kind: str, rows: int) -> None:
     for step in (0, 1, 2, 5, 9, 12):
         check(way, callback, step, kind, rows)
+
+
+def wrapped(patch: pytest.MonkeyPatch) -> None:
+    run = TokenLoop.run
+
+    def wrong(self: Any, call: Any) -> Any:
+        try:
+            return run(self, call)
+        except Exception as error:
+            raise RuntimeError(str(error)) from error
+
+    patch.setattr(TokenLoop, "run", wrong)
+
+
+def with_a_draw_more(patch: pytest.MonkeyPatch) -> None:
+    run = TokenLoop.run
+
+    def wrong(self: Any, call: Any) -> Any:
+        try:
+            return run(self, call)
+        except Exception:
+            torch.rand(1)
+            raise
+
+    patch.setattr(TokenLoop, "run", wrong)
+
+
+def with_a_file_left_open(patch: pytest.MonkeyPatch) -> None:
+    run, left = TokenLoop.run, []
+
+    def wrong(self: Any, call: Any) -> Any:
+        left.append(open(os.devnull))  # noqa: SIM115
+        found = run(self, call)
+        left.pop().close()
+        return found
+
+    patch.setattr(TokenLoop, "run", wrong)
+
+
+def with_a_cache_cleared(patch: pytest.MonkeyPatch) -> None:
+    run = TokenLoop.run
+
+    def wrong(self: Any, call: Any) -> Any:
+        try:
+            return run(self, call)
+        except Exception:
+            call.model_kwargs[CACHE].reset()
+            raise
+
+    patch.setattr(TokenLoop, "run", wrong)
+
+
+@pytest.mark.parametrize("defect", [wrapped, with_a_draw_more, with_a_file_left_open, with_a_cache_cleared])
+def test_a_planted_defect_is_seen(defect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        defect(patch)
+        with pytest.raises((AssertionError, RuntimeError)):
+            check("plain", "processor", 1, "Raised", 2)
+    check("plain", "processor", 1, "Raised", 2)
