@@ -23,7 +23,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.core.drift import CACHE
-from hf_accel.core.journal import Journal, subclass
+from hf_accel.core.journal import Journal, beneath, subclass
 
 if TYPE_CHECKING:
     from hf_accel.core.contracts import Speculation
@@ -207,13 +207,13 @@ class Hosted:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         host = host_of(self)
         if host is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            return beneath(Hosted, self, "generate")(*args, **kwargs)
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in KEYWORDS}
         others = dict(zip(POSITIONAL, args, strict=False)) | kwargs
         token = _request.set(Request({name: KEYWORDS[name](self, value, others) for name, value in own.items()}))
         try:
             with host.calls.counting():
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+                return beneath(Hosted, self, "generate")(*args, **kwargs)
         finally:
             _request.reset(token)
 
@@ -245,11 +245,11 @@ class Hosted:
         if host is None or decoder is None:
             if host is not None:
                 host.calls.note("no token loop of ours is applied")
-            return super()._sample(input_ids, **call.stock_arguments())  # type: ignore[misc]
+            return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
         reason = decoder.objection(call)
         host.calls.note(reason or "")
         if reason:
-            return super()._sample(input_ids, **call.stock_arguments())  # type: ignore[misc]
+            return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
         return decoder.run(call)
 
     def _prepare_cache_for_generation(
@@ -261,7 +261,7 @@ class Hosted:
         max_cache_length: int,
     ) -> Any:
         given = model_kwargs.get(CACHE)
-        result = super()._prepare_cache_for_generation(  # type: ignore[misc]
+        result = beneath(Hosted, self, "_prepare_cache_for_generation")(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         host = host_of(self)
@@ -284,14 +284,22 @@ class Hosted:
         caching, request = host and _caching(host), _request.get()
         tenant = request.options.get("tenant") if request else None
         with caching.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if caching else nullcontext():
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+            return beneath(Hosted, self, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    @functools.wraps(PreTrainedModel.resize_token_embeddings)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        # where packed weights have the rows of the old vocabulary, it is refused before transformers begins
+        check = getattr(getattr(self, "hf_quantizer", None), "check_resize", None)
+        if check is not None and (new_num_tokens is not None or args or kwargs):
+            check(self)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         # packed weights are saved by what stands as the model's quantizer; an adapter beside them by transformers
         save = getattr(getattr(self, "hf_quantizer", None), "save_packed", None)
         if save is None or getattr(self, "_hf_peft_config_loaded", False):
-            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            return beneath(Hosted, self, "save_pretrained")(*args, **kwargs)
         if "save_directory" in kwargs:
             args = (kwargs.pop("save_directory"), *args)
         return save(self, *args, **kwargs)
@@ -301,4 +309,4 @@ class Hosted:
         host = host_of(self)
         if host is not None and host.select_stock_attention is not None:
             host.select_stock_attention()
-        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        return beneath(Hosted, self, "init_continuous_batching")(*args, **kwargs)

@@ -36,6 +36,19 @@ def subclass(mixin: type, original: type, **attributes: Any) -> type:
     return type(original.__name__, (mixin, original), {**names, **attributes, "__reduce_ex__": __reduce_ex__})
 
 
+def beneath(mixin: type, instance: Any, name: str) -> Any:
+    """Return the method `name` that `instance` has beneath `mixin`, as `super()` would within the mixin.
+
+    Another thread may take the mixin off while a method of it runs; then `super()` fails, and this gives the method
+    that the instance has now.
+    """
+    classes = type(instance).__mro__
+    if mixin in classes:
+        classes = classes[classes.index(mixin) + 1 :]
+    found = next(vars(cls)[name] for cls in classes if name in vars(cls))
+    return found.__get__(instance)
+
+
 class Journal:
     """The undo stack of one model.
 

@@ -19,7 +19,7 @@ from hf_accel.core.anatomy import Anatomy, DecoderBlock, LinearSlice
 from hf_accel.core.config import Config
 from hf_accel.core.contracts import PackedProduct
 from hf_accel.core.drift import CACHE
-from hf_accel.core.journal import Journal, subclass
+from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.errors import VerificationError
 from hf_accel.kernels import native
@@ -181,7 +181,7 @@ class NativeLayer:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = None if args else native_step(self.step, hidden_states, kwargs)
-        return super().forward(hidden_states, *args, **kwargs) if result is None else result  # type: ignore[misc]
+        return beneath(NativeLayer, self, "forward")(hidden_states, *args, **kwargs) if result is None else result
 
 
 def native_step(

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_accel.core.anatomy import Anatomy, Siblings
 from hf_accel.core.config import Config
-from hf_accel.core.journal import Journal, subclass
+from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 
 
@@ -69,7 +69,7 @@ def _obstacle(modules: list[Any]) -> str | None:
 
 
 def _join(siblings: Siblings, max_rows: int, journal: Journal) -> None:
-    modules: list[nn.Linear] = [siblings.parent._modules[name] for name in siblings.names]  # type: ignore[misc]
+    modules: list[nn.Linear] = [siblings.parent._modules[name] for name in siblings.names]
     group = Group(modules, max_rows)
     for index, module in enumerate(modules):
         journal.swap_class(module, subclass(SharedProduct, type(module), group=group, index=index))
@@ -154,4 +154,4 @@ class SharedProduct:
             part = group.product(self.index, input)
             if part is not None:
                 return part
-        return super().forward(input)  # type: ignore[misc]
+        return beneath(SharedProduct, self, "forward")(input)

@@ -81,19 +81,27 @@ def plan_goal(
     configs.append(SpeculativeConfig(drafter="lookup" if anatomy.draft_model is None else ("lookup", "model")))
     with evaluating(trial.model):
         if goal != "exact":
-            text = calibration_text(trial.model, calibration, tokenizer)
-            configs = _few_bits(plan, trial, text, max_kl or DEFAULT_MAX_KL[goal], progress) + configs
-            _cache_bits(plan, trial)
+            try:
+                text = calibration_text(trial.model, calibration, tokenizer)
+                configs = _few_bits(plan, trial, text, max_kl or DEFAULT_MAX_KL[goal], progress) + configs
+                _cache_bits(plan, trial)
+            except ConfigError:
+                raise
+            except Exception as error:  # memory may be short, or the model's own code may fail
+                reason = f"what it costs could not be measured ({described(error)})"
+                plan.skipped.append(Skip(WeightOnlyConfig.__name__, reason))
         offer(plan, trial, configs)
         governed = [step for step in plan.steps if isinstance(step.config, GOVERNED)]
         plan.steps = plan.without(*GOVERNED).steps
         _verify(plan, trial, progress)
         if plan.steps:
             keep_what_pays(plan, trial, progress)
-        if any(isinstance(step.config, DecodingConfig) for step in plan.steps):
-            plan.steps += governed
-        else:
-            plan.skipped += [Skip(name_of(step), "it needs the token loop, which is left out") for step in governed]
+        for step in governed:
+            missing = set(Patcher.for_config(step.config).needs) - {name_of(other) for other in plan.steps}
+            if missing:
+                plan.skipped.append(Skip(name_of(step), f"it needs {min(missing)}, which is left out"))
+            else:
+                plan.steps.append(step)
         for step in plan.steps:
             plan.weight_bytes = Patcher.for_config(step.config).weight_bytes(trial) or plan.weight_bytes
     if plan.weight_bytes is None:
@@ -140,12 +148,8 @@ def _few_bits(
     if obstacles := Patcher.for_config(WeightOnlyConfig()).obstacles(anatomy):
         plan.skipped.append(Skip(name, "; ".join(obstacle.rstrip(".") for obstacle in obstacles)))
         return []
-    try:
-        reference = QualityReference(anatomy.model, text)
-        choice = choose_bits(anatomy, plan.goal, reference, max_kl, progress)
-    except Exception as error:  # memory may be short, or the model's own code may fail
-        plan.skipped.append(Skip(name, f"what it costs could not be measured ({described(error)})"))
-        return []
+    reference = QualityReference(anatomy.model, text)
+    choice = choose_bits(anatomy, plan.goal, reference, max_kl, progress)
     if choice.config is None:
         plan.skipped.append(Skip(name, f"even 8 bits cost more than max_kl={max_kl:g}: {choice.quality}"))
         return []
