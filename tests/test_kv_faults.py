@@ -118,10 +118,8 @@ def test_a_file_that_is_truncated(prefetch: bool) -> None:
 
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_a_file_that_is_overwritten(prefetch: bool) -> None:
-    """A block is checked when it is read the first time."""
     model, expected = spilling(prefetch=prefetch), ask(stock("llama"))
-    with watched() as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_accel.cache.spill.ALWAYS_CHECKED_BELOW", 1e30)
+    with watched() as made:
 
         def overwrite() -> None:
             os.pwrite(made[-1]._spill._file.fileno(), b"\x55" * 64, 64)  # type: ignore[union-attr]
