@@ -201,3 +201,14 @@ def test_bench_refuses(options: tuple[str, ...], words: str) -> None:
     result = run("bench", demo_path(), *BENCH, *options)
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("out", ["file/sub", "/proc/nowhere/out"])
+def test_a_folder_that_cannot_be_written_is_found_out_first(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("hf_accel.cli.quantize.load_model", lambda *_: pytest.fail("loaded before the folder was tried"))
+    result = run("quantize", demo_path(), str(tmp_path / out))
+    assert result.exit_code == 2
+    assert "OUT cannot be written" in " ".join(result.stderr.split())

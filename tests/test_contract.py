@@ -131,8 +131,9 @@ def test_an_error_in_mid_patch_leaves_nothing(name: str, model_name: str, monkey
         raise RuntimeError("planted")
 
     monkeypatch.setattr(last, "patch", breaks)
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(hf_accel.UnsupportedModelError, match="planted") as raised:
         hf_accel.optimize(model, configs)
+    assert isinstance(raised.value.__cause__, RuntimeError)
     assert not changes(before, fingerprint(model))
     assert torch.equal(logits(model), bits)
     monkeypatch.undo()

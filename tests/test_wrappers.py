@@ -156,3 +156,25 @@ def test_a_device_map_with_one_device_is_not_split() -> None:
 def test_what_torch_compile_returned_is_refused_with_the_order() -> None:
     with pytest.raises(hf_accel.UnsupportedModelError, match=r"Optimise first, compile after"):
         hf_accel.optimize(torch.compile(build("llama")))
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_of_peft_are_honoured_and_named(kind: str) -> None:
+    """Keys and values of the prompt depend on them, and columns of the cache are counted from the first of them."""
+    import peft
+
+    model = peft.get_peft_model(build("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.7)
+    inputs = padded([70, 90])
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert not torch.equal(model.get_base_model().generate(**inputs, max_new_tokens=8, do_sample=False), expected)
+    hf_accel.optimize(model, exact(model.get_base_model(), speculates=True))
+    reuse = hf_accel.KVCacheConfig(prefix_reuse=True)
+    for keywords in ({}, {"kv_cache": reuse}, {"kv_cache": reuse}, {"speculative": "lookup"}):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False, **keywords), expected), keywords
+    found = hf_accel.report(model)
+    assert "peft's virtual tokens" in str(found.kv_cache)
+    assert "peft's virtual tokens" in str(found.speculation)

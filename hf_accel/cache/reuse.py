@@ -27,6 +27,7 @@ from hf_accel.cache.shapes import LayerShape, ModelShapes, autocast_dtype
 from hf_accel.core.drift import CACHE
 from hf_accel.core.rope import moving_rope
 from hf_accel.core.stepping import recording
+from hf_accel.core.support import foreign_inputs
 
 BLOCK_TOKENS = 64
 PLAIN = {CACHE, "use_cache", "logits_to_keep", "attention_mask", "position_ids"}
@@ -46,6 +47,8 @@ class Prefixes:
         self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
     ) -> str | None:
         """Return why this call's prompt is computed as a whole, None if a beginning may be taken over."""
+        if reason := foreign_inputs(model):
+            return reason
         cache: Any = kwargs.get(CACHE)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if other := sorted(name for name in set(kwargs) - PLAIN if kwargs[name] is not None):

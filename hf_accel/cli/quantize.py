@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -51,8 +52,7 @@ def quantize(
         head=head or None,
         embeddings=8 if embeddings else None,
     )
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"OUT is the folder to write; {str(out)!r} is a file.")
+    _check_folder(out)
     given = None if calibration is None else _text(calibration)
     use_threads(threads)
     loaded = load_model(model, dtype.torch)
@@ -82,6 +82,24 @@ def quantize(
     results.print(
         f"written to {out}; load it with hf_accel.from_pretrained", markup=False, highlight=False, soft_wrap=True
     )
+
+
+def _check_folder(out: Path) -> None:
+    """Find out before anything is loaded whether OUT can be written, leaving nothing behind.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"OUT is the folder to write; {str(out)!r} is a file.")
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        with TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUT cannot be written: {nearest} takes no files ({error.strerror or error}). Name another folder."
+        ) from error
 
 
 def _pair(text: str) -> tuple[str, int | None]:

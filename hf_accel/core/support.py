@@ -73,3 +73,13 @@ def _parts(hook: Any) -> list[Any]:
 
 def _with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+
+
+def foreign_inputs(model: Any) -> str | None:
+    """Return who stands between the caller's tokens and what `model` is given in this call, None if nobody does."""
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if owner is None or owner is model:
+        return None
+    if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
+        return "peft's virtual tokens stand before the prompt"
+    return f"a {type(owner).__name__} prepares the model's inputs"
