@@ -26,10 +26,9 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 @dataclass(frozen=True)
 class Method:
-    """What a method looks at: which queries' attention, and whether the kv heads of a layer keep the same positions."""
+    """What a method looks at: which queries' attention."""
 
     queries: Literal["none", "last", "window", "all"]
-    is_shared: bool
     paper: str
 
     @property
@@ -38,11 +37,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "streaming": Method("none", is_shared=True, paper="arXiv:2309.17453"),
-    "snapkv": Method("window", is_shared=False, paper="arXiv:2404.14469"),
-    "h2o": Method("all", is_shared=False, paper="arXiv:2306.14048"),
-    "tova": Method("last", is_shared=True, paper="arXiv:2401.06104"),
-    "key-norm": Method("none", is_shared=False, paper="arXiv:2406.11430"),
+    "streaming": Method("none", paper="arXiv:2309.17453"),
+    "snapkv": Method("window", paper="arXiv:2404.14469"),
+    "h2o": Method("all", paper="arXiv:2306.14048"),
+    "tova": Method("last", paper="arXiv:2401.06104"),
+    "key-norm": Method("none", paper="arXiv:2406.11430"),
 }
 
 
