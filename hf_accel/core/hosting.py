@@ -287,12 +287,14 @@ class Hosted:
             return beneath(Hosted, self, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     @functools.wraps(PreTrainedModel.resize_token_embeddings)
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        # where packed weights have the rows of the old vocabulary, it is refused before transformers begins
-        check = getattr(getattr(self, "hf_quantizer", None), "check_resize", None)
-        if check is not None and (new_num_tokens is not None or args or kwargs):
-            check(self)
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # refused, before transformers begins, where packed weights have the rows of the old vocabulary
+        if (check := getattr(getattr(self, "hf_quantizer", None), "check_resize", None)) is not None:
+            check(self, new_num_tokens, pad_to_multiple_of)
+        resize = beneath(Hosted, self, "resize_token_embeddings")
+        return resize(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -42,10 +42,12 @@ class QuantizedExperts(nn.Module):
 
     def __init__(self, gate_up: list[QuantizedLinear], down: list[QuantizedLinear], original: Any) -> None:
         super().__init__()
+        # the original's rule for the gate reads what it likes: limits, factors, an activation, the config
+        self.__dict__ |= {name: value for name, value in vars(original).items() if name not in self.__dict__}
+        self._modules |= original._modules
         self.num_experts = len(gate_up)
         self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up), nn.ModuleList(down)
-        self.act_fn = original.act_fn
-        self.original_class = type(original)  # its rule for the gate; some clamp
+        self.original_class = type(original)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, E], top_k_index and top_k_weights [T, k] -> [T, E]; index `num_experts` means none."""

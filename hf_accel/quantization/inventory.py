@@ -1,29 +1,37 @@
 """What a model with packed weights consists of on disk, and whether the published format can hold it.
 
-Products that stand for `nn.Linear` fit the published layout. Packed `Conv1D`, experts and embeddings do not; with any
-of them the model is stored in a layout of our own, in files that nothing else opens. Cost: the model's empty skeleton.
+Products that stand for `nn.Linear` fit the published layout, if stock transformers builds the model of its saved config
+as it is. Packed `Conv1D`, experts and embeddings do not fit; with any of them the model is stored in a layout of our
+own, in files that nothing else opens. Cost: the model's empty skeleton.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.initialization import no_init_weights
 
-from hf_accel.errors import UnsupportedModelError
+from hf_accel.errors import UnsupportedModelError, described
 from hf_accel.kernels.packed import PackedWeight
 from hf_accel.quantization.embedding import QuantizedEmbedding
 from hf_accel.quantization.experts import QuantizedExperts
-from hf_accel.quantization.formats import to_config, to_tensors
+from hf_accel.quantization.formats import stored_shapes, to_config, to_tensors
 from hf_accel.quantization.linear import QuantizedLinear
+from hf_accel.quantization.rebuilding import (
+    Shapes,
+    obstacle_to_stock,
+    saved_and_read,
+    skeleton,
+    tied_names,
+    wanted_shapes,
+)
 
 _OWN_BUFFERS = ("codes", "scales", "offsets")
+_WAY_OUT = "Make the config say what the model is, or hf_accel.restore(model) and save that."
 
 
 @dataclass
@@ -31,7 +39,8 @@ class Inventory:
     """The parts of a model to store.
 
     packed: name -> weight, in the model's order; shared: name of a table of embeddings -> name of the product with the
-    same codes; plain: name -> tensor stored as it is; private_reason: why the published layout cannot hold it, or "".
+    same codes; plain: name -> tensor stored as it is; private_reason: why the published layout cannot hold it, or "";
+    saved_config: the transformers config to write, of the layout chosen.
     """
 
     packed: dict[str, PackedWeight] = field(default_factory=dict)
@@ -40,10 +49,19 @@ class Inventory:
     ignore: list[str] = field(default_factory=list)
     private_reason: str = ""
     dtype: torch.dtype = torch.float32
+    saved_config: Any = None
 
     @property
     def is_public(self) -> bool:
         return not self.private_reason
+
+    def shapes(self) -> Shapes:
+        """Return name -> shape of every tensor to store."""
+        shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.plain.items()}
+        for name, weight in self.packed.items():
+            stored = stored_shapes(weight.scheme, weight.rows, weight.columns)
+            shapes |= {f"{name}.{suffix}": shape for suffix, shape in stored.items()}
+        return shapes
 
     def config(self) -> dict[str, Any]:
         """Return the `quantization_config` that describes the stored model."""
@@ -60,10 +78,10 @@ def take_inventory(model: Any) -> Inventory:
     """Return what there is to store of a model with packed weights.
 
     Raises:
-        UnsupportedModelError: parts of it are not the architecture's, as those of an adapter; or none is packed.
+        UnsupportedModelError: parts of it are not the architecture's, as those of an adapter; or no loader would build
+            it of its config; or none of it is packed.
     """
     found = Inventory(dtype=model.dtype)
-    originals = dict(_skeleton(model).named_modules())
     places: dict[int, str] = {}
     tables: dict[str, QuantizedEmbedding] = {}
     module: Any
@@ -71,8 +89,6 @@ def take_inventory(model: Any) -> Inventory:
         if isinstance(module, QuantizedLinear):
             found.packed[name] = module.packed
             places[module.packed.codes.data_ptr()] = name
-            if name in originals and not isinstance(originals[name], nn.Linear):
-                found.private_reason = f"{name} stands for a {type(originals[name]).__name__}"
         elif isinstance(module, QuantizedEmbedding):
             tables[name] = module
             found.private_reason = f"{name} is a packed table of embeddings"
@@ -87,12 +103,31 @@ def take_inventory(model: Any) -> Inventory:
             found.shared[name] = product
         else:
             found.packed[name] = table.packed
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    if found.is_public and any(isinstance(conversion, WeightConverter) for conversion in conversions):
-        found.private_reason = "its checkpoints store experts one by one"
     found.plain = _plain(model, {*found.packed, *tables})
-    _check_parts(model, found, {*originals} | {""}, tables)
+    empty = _rebuilt(model, found, tables)
+    if found.is_public:
+        found.private_reason = obstacle_to_stock(empty, found.packed, found.shapes())
+    found.saved_config = saved_config(model, found)
     return found
+
+
+def saved_config(model: Any, found: Inventory) -> Any:
+    """Return a copy of the model's config as it is to be saved with what was found."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(found.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.quantization_config = found.config()
+    head = model.get_output_embeddings()
+    is_tied = head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if getattr(part, "tie_word_embeddings", False) and not is_tied:
+            part.tie_word_embeddings = False
+    return config
+
+
+def written(config: Any) -> dict[str, Any]:
+    """Return what config.json will say of a transformers config."""
+    return json.loads(config.to_json_string())  # type: ignore[no-any-return]
 
 
 def _plain(model: Any, packed: set[str]) -> dict[str, Tensor]:
@@ -101,10 +136,40 @@ def _plain(model: Any, packed: set[str]) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
     tied = {
         name
-        for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        for name, source in tied_names(model).items()
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
     }
     return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def _rebuilt(model: Any, found: Inventory, tables: dict[str, Any]) -> Any:
+    """Return the empty model that our loader will fill, having seen that it asks for just what is stored."""
+    kind = type(model).__name__
+    try:
+        empty = skeleton(saved_and_read(saved_config(model, found)))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"No {kind} can be built of the config that would be saved ({described(error)}), so nothing could load "
+            "what is saved. " + _WAY_OUT
+        ) from error
+    _check_parts(model, found, {name for name, _ in empty.named_modules()} | {""}, tables)
+    if not isinstance(model, type(empty)):
+        raise UnsupportedModelError(f"The config that would be saved leads to a {type(empty).__name__}. " + _WAY_OUT)
+    schemes = {name: weight.scheme for name, weight in found.packed.items()}
+    stored, tied = found.shapes(), tied_names(empty)
+    try:
+        wanted = wanted_shapes(empty, schemes, found.shared)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"A {kind} of the config that would be saved is another: {error}. " + _WAY_OUT
+        ) from error
+    for name in [*stored, *wanted]:
+        if stored.get(name) != wanted.get(name) and not (name in tied and name not in stored):
+            raise UnsupportedModelError(
+                f"{name} has the shape {stored.get(name)} here and {wanted.get(name)} in a {kind} of the config that "
+                "would be saved, so nothing could load what is saved. " + _WAY_OUT
+            )
+    return empty
 
 
 def _check_parts(model: Any, found: Inventory, modules: set[str], tables: dict[str, Any]) -> None:
@@ -116,10 +181,3 @@ def _check_parts(model: Any, found: Inventory, modules: set[str], tables: dict[s
                 f"{name} is no part of a plain {type(model).__name__} (an adapter?), so the model cannot be saved with "
                 "its packed weights. Save the adapter by itself, or hf_accel.restore(model) and save that."
             )
-
-
-def _skeleton(model: Any) -> nn.Module:
-    """The architecture of `model` as its config describes it, without weights."""
-    config = copy.deepcopy(model.config)
-    with torch.device("meta"), no_init_weights():
-        return type(model)(config)  # type: ignore[no-any-return]

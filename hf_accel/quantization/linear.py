@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.kernels.packed import PackedWeight, dequantized_linear, packed_linear
@@ -19,11 +20,13 @@ from hf_accel.ops.affine import Scheme
 class SealedWeight:
     """Stands where code looks for the weight of a product: what it was, not what it is stored as.
 
-    Libraries read shape, dtype and device of a weight to build adapters. Changing the values (merging an adapter,
-    resizing a vocabulary) is refused with the reason.
+    Libraries read shape, dtype and device of a weight to build adapters. Some architectures compute with a weight
+    themselves: they get its values, made anew each time. Changing the values (merging an adapter, resizing a
+    vocabulary) is refused with the reason.
     """
 
     requires_grad = False
+    _is_hf_initialized = True  # transformers initialises no weight that says so
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
         self._packed = packed
@@ -49,11 +52,47 @@ class SealedWeight:
         return self._packed.dequantize(self.dtype)
 
     @property
-    def data(self) -> Tensor:
-        raise UnsupportedModelError(
+    def data(self) -> SealedWeight:
+        return self
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise self._unchangeable()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        given = (arguments, options or {})
+        if getattr(function, "__name__", "").endswith("_"):
+            raise next(value for value in tree_leaves(given) if isinstance(value, SealedWeight))._unchangeable()
+        arguments, options = tree_map_only(SealedWeight, SealedWeight.dequantize, given)
+        return function(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name.endswith("_"):
+            raise self._unchangeable()
+        return getattr(self.dequantize(), name)
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.dequantize() @ other
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dequantize()[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self._unchangeable()
+
+    def __iadd__(self, value: Any) -> SealedWeight:
+        raise self._unchangeable()
+
+    __isub__ = __imul__ = __itruediv__ = __iadd__
+
+    def _unchangeable(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
             f"This weight of shape {tuple(self.shape)} is stored in {self._packed.scheme.bits} bits; an adapter cannot "
             "be merged into it, nor its values be changed, without rounding them once more. Keep the adapter beside "
-            "it, or hf_accel.restore(model) first and merge into the original weights."
+            "it, or hf_accel.restore(model) first and change the original weights."
         )
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_accel.core.anatomy import Anatomy
-from hf_accel.errors import CheckpointError, ConfigError
+from hf_accel.errors import CheckpointError, ConfigError, HfAccelError, MissingDependencyError, described
 from hf_accel.kernels.packed import PackedWeight
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.checkpoint import Checkpoint, read_json
@@ -28,10 +28,11 @@ from hf_accel.quantization.embedding import QuantizedEmbedding
 from hf_accel.quantization.experts import QuantizedExperts, has_known_layout
 from hf_accel.quantization.formats import PRIVATE_METHOD, Rules, from_tensors, stored_names, stored_shapes
 from hf_accel.quantization.linear import QuantizedLinear, linear_weight
+from hf_accel.quantization.rebuilding import EXPERT, loaded_names, model_class
 from hf_accel.quantization.saving import PRIVATE_STEM, PUBLIC_STEM
 from hf_accel.quantization.storage import Seal
 
-_EXPERT = re.compile(r"(.+)\.(gate_up_proj|down_proj)\.(\d+)")
+_CONFIG = "config.json"
 
 
 def from_pretrained(
@@ -40,7 +41,7 @@ def from_pretrained(
     """Load a model that `save_pretrained` wrote, with packed weights or without, in evaluation mode.
 
     Reads compressed-tensors checkpoints (`pack-quantized`, weights of 4 or 8 bits) of any origin, without that package.
-    A folder without packed weights is loaded by `AutoModelForCausalLM`.
+    The model is of the class that was saved. A folder without packed weights is loaded by transformers.
 
     Args:
         folder: a local folder, or the name of a model on the hub.
@@ -48,26 +49,54 @@ def from_pretrained(
         device: where the model is put; None: the CPU.
 
     Raises:
-        CheckpointError: a file is missing, damaged, truncated or of another format; it and the tensor are named.
-        ConfigError: `dtype` is none.
+        CheckpointError: a file is missing, damaged, truncated or of another format; it and the tensor are named. Or
+            transformers, or the memory, does not allow to load it; their error is the cause.
+        ConfigError: `dtype` is no dtype, or the model cannot be put on `device`.
+        MissingDependencyError: the folder is of a format that another package reads.
     """
     wanted = _dtype(dtype)
+    try:
+        model = _opened(folder, wanted)
+    except HfAccelError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(f"{folder} cannot be loaded without another package ({error}).") from error
+    except Exception as error:  # of files that fit no code, and of memory that is short
+        raise CheckpointError(f"{folder} cannot be loaded ({described(error)}).") from error
+    if device is None:
+        return model
+    try:
+        return model.to(device)
+    except Exception as error:
+        raise ConfigError(f"The model cannot be put on the device {device!r} ({described(error)}).") from error
+
+
+def _opened(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
     path = Path(folder)
     if path.is_dir():
-        description = read_json(path / "config.json").get("quantization_config")
+        is_packed = read_json(path / _CONFIG).get("quantization_config") is not None
     else:
-        description = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    if not description:
-        options = {} if wanted is None else {"dtype": wanted}
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        return model if device is None else model.to(device)
+        is_packed = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None
+    if not is_packed:
+        return _by_stock(folder, dtype)
     if not path.is_dir():
         path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
-        description = read_json(path / "config.json")["quantization_config"]
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{path / 'config.json'} is damaged: its quantization_config is no object.")
-    model = _load(path, description, wanted)
-    return model if device is None else model.to(device)
+    config = read_json(path / _CONFIG)
+    if not isinstance(config.get("quantization_config"), dict):
+        raise CheckpointError(f"{path / _CONFIG} is damaged: its quantization_config is no object.")
+    return _load(path, config, dtype)
+
+
+def _by_stock(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
+    """Load a model without packed weights by transformers, which would fill in what is missing."""
+    cls: Any = model_class(AutoConfig.from_pretrained(folder))
+    options = {} if dtype is None else {"dtype": dtype}
+    model, report = cls.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks the tensor {missing[0]} of a {cls.__name__}; the checkpoint is not complete."
+        )
+    return model
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
@@ -79,10 +108,19 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _load(folder: Path, description: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
-    rules = Rules(description, str(folder / "config.json"))
+def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+    description = config["quantization_config"]
+    try:
+        rules = Rules(description, str(folder / _CONFIG))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / _CONFIG} is damaged: its quantization_config holds values of a wrong kind ({described(error)})."
+        ) from error
     checkpoint = Checkpoint(folder, PUBLIC_STEM if rules.is_public else PRIVATE_STEM)
+    checkpoint.check_config(config, without="quantization_config")
     model = _empty_model(folder, dtype)
+    if rules.is_public:
+        checkpoint.rename(loaded_names(model, checkpoint.files))
     loader = _Loader(model, checkpoint, dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)) and (scheme := rules.scheme(name, module)) is not None:
@@ -94,30 +132,40 @@ def _load(folder: Path, description: Mapping[str, Any], dtype: torch.dtype | Non
         for name, source in shared.items():
             loader.share(name, source)
     loader.fill()
+    checkpoint.check_config(config)
     model.hf_quantizer = Seal()
     if model.can_generate() and (folder / "generation_config.json").exists():
-        read_json(folder / "generation_config.json")
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _generation_config(folder)
     return model.eval()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    path = folder / "generation_config.json"
+    read_json(path)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{path} describes no generation config ({described(error)}).") from error
 
 
 def _empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model ({error}).") from error
-    del config.quantization_config
-    config.name_or_path = str(folder)
-    stored = getattr(config, "dtype", None) or torch.float32
-    with no_init_weights():  # memory of empty weights is reserved and never touched
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype or stored)
+        del config.quantization_config
+        config.name_or_path = str(folder)
+        cls: Any = model_class(config)
+        stored = getattr(config, "dtype", None) or torch.float32
+        with no_init_weights():  # memory of empty weights is reserved and never touched
+            return cls._from_config(copy.deepcopy(config), dtype=dtype or stored)
+    except Exception as error:
+        raise CheckpointError(f"{folder / _CONFIG} does not describe a model ({described(error)}).") from error
 
 
 def _experts(rules: Rules) -> dict[str, dict[tuple[str, int], Scheme]]:
     """Module of experts -> (product, expert) -> scheme, of the layout that names them one by one."""
     found: dict[str, dict[tuple[str, int], Scheme]] = {}
     for target in () if rules.is_public else rules.targets:
-        if match := _EXPERT.fullmatch(target):
+        if match := EXPERT.fullmatch(target):
             scheme = rules.scheme(target, None)
             if scheme is not None:
                 found.setdefault(match[1], {})[match[2], int(match[3])] = scheme
@@ -251,11 +299,14 @@ def _compute_buffers(model: Any) -> None:
     """Let modules compute the buffers that no checkpoint holds, where the architecture does so by initialising."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
-    for module in model.modules():
+    owners: dict[str, Any] = {}  # each module is initialised by the nearest model that holds it
+    for name, module in model.named_modules():
+        owner = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
+        owners[name] = owner
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
             continue  # complete, and no weights to initialise
         own = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-        for name in own:
-            module._buffers[name]._is_hf_initialized = False
+        for buffer in own:
+            module._buffers[buffer]._is_hf_initialized = False  # type: ignore[union-attr]
         if own:
-            model._init_weights(module)
+            owner._init_weights(module)

@@ -5,17 +5,24 @@ Cost: the seal is an attribute; saving keeps one shard in memory, 5 GB unless as
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import HfQuantizer
 
 from hf_accel.errors import ConfigError, UnsupportedModelError
-from hf_accel.quantization.inventory import take_inventory
-from hf_accel.quantization.saving import write
+from hf_accel.quantization.embedding import QuantizedEmbedding
+from hf_accel.quantization.integrity import changed_values, stamp
+from hf_accel.quantization.inventory import Inventory, take_inventory, written
+from hf_accel.quantization.linear import QuantizedLinear
+from hf_accel.quantization.rebuilding import loaded_names
+from hf_accel.quantization.saving import unshared, write
 
 # options of transformers' save_pretrained that change nothing where there is no adapter and nothing is uploaded
 _WITHOUT_EFFECT = {"save_peft_format", "save_original_format", "safe_serialization", "token"}
@@ -76,16 +83,52 @@ class Seal(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         found = take_inventory(model)
-        if not found.is_public:
+        reason = found.private_reason or _reverted(model, found)
+        config = copy.deepcopy(model.config)
+        config.dtype, config.architectures = found.saved_config.dtype, found.saved_config.architectures
+        config.quantization_config = found.config()
+        changed = changed_values(written(found.saved_config), written(config))
+        if reason or changed:
             raise UnsupportedModelError(
                 f"The packed weights of this {type(model).__name__} do not fit a published format "
-                f"({found.private_reason}). Save it by hf_accel.save_pretrained(model, folder)."
+                f"({reason or changed[0] + ' of its config is not what the model is'}). "
+                "Save it by hf_accel.save_pretrained(model, folder)."
             )
         state = dict(found.plain)
         for name in found.packed:
             state |= found.tensors(name)
-        model.config.quantization_config = found.config()
-        return state, {}
+        state = unshared(state)
+        model.config.quantization_config = _Passing(model.config, found.config())
+        return state, stamp(written(config), state)
+
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """Refuse: the codes are all there is of the weights.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"The packed weights of this {type(model).__name__} are not unpacked; hf_accel.restore(model) puts the "
+            "original weights back where they were kept."
+        )
+
+    def check_resize(self, model: Any, rows: int | None, multiple: int | None) -> None:
+        """Refuse to resize the vocabulary of an optimised model whose table or head is packed.
+
+        Raises:
+            UnsupportedModelError: it is, and would get another number of rows; the model has not changed.
+        """
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if not isinstance(module, (QuantizedEmbedding, QuantizedLinear)):
+                continue
+            here = module.packed.rows
+            wanted = -(-(rows or here) // (multiple or 1)) * (multiple or 1)
+            if wanted != here:
+                raise UnsupportedModelError(
+                    f"A vocabulary of {wanted} tokens was asked for; the {type(module).__name__} of this "
+                    f"{type(model).__name__} and its original have rows for {here}. Resize before optimising: "
+                    "hf_accel.restore(model), resize, and optimise again."
+                )
 
     def save_packed(
         self,
@@ -109,3 +152,26 @@ class Seal(HfQuantizer):
                 )
         if is_main_process:
             write(model, Path(folder), max_shard_size)
+
+
+class _Passing:
+    """A `quantization_config` that is written once: transformers saves a config and leaves it as it was made."""
+
+    def __init__(self, owner: Any, content: dict[str, Any]) -> None:
+        self.owner, self.content = owner, content
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return copy.deepcopy(self.content, memo)
+
+    def to_dict(self) -> dict[str, Any]:
+        if vars(self.owner).get("quantization_config") is self:
+            del self.owner.quantization_config
+        return self.content
+
+
+def _reverted(model: Any, found: Inventory) -> str:
+    """Return why what transformers stores under names of its own would not come back under the model's, or ""."""
+    names = found.shapes().keys()
+    stored = revert_weight_conversion(model, {name: torch.empty(0, device="meta") for name in names}).keys()
+    lost = names - set(loaded_names(model, stored).values())
+    return f"transformers stores {min(lost)} under a name that does not lead back" if lost else ""
