@@ -8,6 +8,7 @@ Cost: one small prefill and the replacement of it, no memory beyond the recorded
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.anatomy import Anatomy, DecoderBlock
 from hf_accel.core.contracts import Reserved
 from hf_accel.core.drift import CACHE
 from hf_accel.core.shadow import twin
+from hf_accel.errors import VerificationError
 
 TOKENS = 4
+AUDITED = "audited as a decoder layer"
+Replacement = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor | None]
 
 
 @contextmanager
@@ -46,7 +50,7 @@ class Record:
     kwargs: dict[str, Any]
     returned: torch.Tensor
 
-    def difference(self, replacement: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor | None]) -> float:
+    def difference(self, replacement: Replacement) -> float:
         """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused."""
         kwargs = self.kwargs | {CACHE: _ProbeCache(self.index + 1)}
         with torch.no_grad():
@@ -57,6 +61,49 @@ class Record:
         valid[0, 0] = False
         expected, found = self.returned[valid].double(), output[valid].double()
         return float((found - expected).norm() / expected.norm())
+
+
+class Audit:
+    """Compares replacements of layers with the layers' own forward; what was compared is remembered with the anatomy."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.records: dict[int, Record] | None = None
+
+    def check(self, block: DecoderBlock, replacement: Replacement, bound: float) -> None:
+        """Raise VerificationError if a replacement gives another result than the layer's own forward."""
+        kept, parts = self.anatomy.prepared_for(block.layer), _parts(block)
+        if _is_same(kept.get(AUDITED), parts):
+            return  # a copy with the same weights
+        if self.records is None:
+            self.records = record(self.anatomy)
+        if block.index not in self.records:
+            raise VerificationError(f"Layer {block.index} was not reached by a forward pass of the decoder.")
+        difference = self.records[block.index].difference(replacement)
+        if not difference <= bound:
+            raise VerificationError(
+                f"Layer {block.index} ({type(block.layer).__name__}) differs from its own forward by "
+                f"{difference:.1e} when run natively; rounding explains {bound:.0e}. "
+                "It was not replaced. Leave DecoderBlockConfig out for this model."
+            )
+        # weak references: what is given up must go
+        kept[AUDITED] = [(name, [*map(weakref.ref, tensors)]) for name, tensors in parts]
+
+
+def _parts(block: DecoderBlock) -> list[tuple[str, list[torch.Tensor]]]:
+    """Return class and tensors of every module of a layer: copies that share these compute the same."""
+    return [
+        (type(module).__qualname__, [*module.parameters(recurse=False), *module.buffers(recurse=False)])
+        for module in (block.layer, *block.modules)
+    ]
+
+
+def _is_same(kept: Any, parts: list[tuple[str, list[torch.Tensor]]]) -> bool:
+    if kept is None or [name for name, _ in kept] != [name for name, _ in parts]:
+        return False
+    before = [reference() for _, references in kept for reference in references]
+    now = [tensor for _, tensors in parts for tensor in tensors]
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
 def record(anatomy: Anatomy) -> dict[int, Record]:

@@ -8,7 +8,6 @@ plain decoding step (hooks, gradients, adapters, foreign caches, more rows) goes
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +20,8 @@ from hf_accel.core.contracts import PackedProduct
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.errors import VerificationError
 from hf_accel.kernels import native
-from hf_accel.layers.audit import Record, evaluating, record
+from hf_accel.layers.audit import Audit, evaluating
 from hf_accel.layers.guard import Guard
 from hf_accel.layers.linear import native_obstacles
 
@@ -33,7 +31,6 @@ ATTENTION = frozenset({"eager", "sdpa", "hfaccel_grouped"})
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 # with packed weights a last bit may also send an activation to the next of 255 codes
 PACKED_TOLERANCE = 1e-2
-AUDITED = "audited as a decoder layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +64,14 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
         most = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
         count = 0
         with evaluating(anatomy.model):
-            records = _Audited(anatomy)
+            audit = Audit(anatomy)
             for block in anatomy.blocks:
                 try:
                     step = BlockStep(block, most)
                 except ValueError as error:  # packed weights cannot be taken apart everywhere
                     left_out.append(f"layer {block.index} runs as it is: {error}")
                     continue
-                records.check(step)
+                audit.check(block, partial(native_step, step, is_audit=True), _bound(block, anatomy.dtype))
                 if not step.guard.is_plain():
                     left_out.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
                 journal.swap_class(block.layer, subclass(NativeLayer, type(block.layer), step=step))
@@ -83,35 +80,9 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
         return Change(summary, left_out=tuple(left_out))
 
 
-class _Audited:
-    """Compares native calls with the layers' own forward; what was compared is remembered while steps are timed."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.records: dict[int, Record] | None = None
-
-    def check(self, step: BlockStep) -> None:
-        """Raise VerificationError if the call gives another result than the layer's own forward."""
-        block, dtype = step.block, self.anatomy.dtype
-        kept = self.anatomy.prepared_for(block.layer)
-        parts = [block.layer, *block.modules]
-        if [part() for part in kept.get(AUDITED, ())] == parts:
-            return
-        if self.records is None:
-            self.records = record(self.anatomy)
-        if block.index not in self.records:
-            raise VerificationError(f"Layer {block.index} was not reached by a forward pass of the decoder.")
-        difference = self.records[block.index].difference(partial(native_step, step, is_audit=True))
-        bound = TOLERANCES[dtype]
-        if any(isinstance(module, PackedProduct) for module in block.modules):
-            bound = max(bound, PACKED_TOLERANCE)
-        if not difference <= bound:
-            raise VerificationError(
-                f"Layer {block.index} ({type(block.layer).__name__}) differs from its own forward by "
-                f"{difference:.1e} when run natively; rounding explains {bound:.0e}. "
-                "It was not replaced. Leave DecoderBlockConfig out for this model."
-            )
-        kept[AUDITED] = [weakref.ref(part) for part in parts]  # which must not keep originals that are given up
+def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
+    is_packed = any(isinstance(module, PackedProduct) for module in block.modules)
+    return max(TOLERANCES[dtype], PACKED_TOLERANCE) if is_packed else TOLERANCES[dtype]
 
 
 class BlockStep:
