@@ -64,7 +64,7 @@ class Record:
 
 
 class Audit:
-    """Compares replacements of layers with the layers' own forward; what was compared is remembered with the anatomy."""
+    """Compares replacements of layers with their own forward; what was compared is remembered with the anatomy."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy

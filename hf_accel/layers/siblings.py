@@ -69,7 +69,7 @@ def _obstacle(modules: list[Any]) -> str | None:
 
 
 def _join(siblings: Siblings, max_rows: int, journal: Journal) -> None:
-    modules: list[nn.Linear] = [siblings.parent._modules[name] for name in siblings.names]
+    modules: list[nn.Linear] = [siblings.parent._modules[name] for name in siblings.names]  # type: ignore[misc]
     group = Group(modules, max_rows)
     for index, module in enumerate(modules):
         journal.swap_class(module, subclass(SharedProduct, type(module), group=group, index=index))
