@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from hf_accel.errors import ConfigError
+from hf_accel.errors import ConfigError, described
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,4 +51,9 @@ class Config:
         fields = {field.name for field in dataclasses.fields(found)}
         if unknown := sorted(set(values) - fields):
             raise ConfigError(f"{name} has no field {unknown}. It has: {', '.join(sorted(fields)) or 'none'}.")
-        return found(**values)
+        try:
+            return found(**values)
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{values!r} are no values of a {name} ({described(error)}).") from error

@@ -79,12 +79,13 @@ class Plan:
             ConfigError: it does not describe a plan, or a config does not exist or does not fit.
         """
         try:
+            _check_values(data)
             steps = [Step(Config.from_dict(step["config"]), step.get("gain")) for step in data.get("steps", [])]
             skipped = [Skip(**skip) for skip in data.get("skipped", [])]
             return cls(
                 goal=data.get("goal", "configs"), steps=steps, skipped=skipped, weight_bytes=data.get("weight_bytes")
             )
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
             raise ConfigError(
                 f"This does not describe a plan ({error!r}). A plan is what `Plan.to_dict` or `Plan.to_json` returned."
             ) from error
@@ -101,8 +102,8 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"A plan is read from JSON; the text given is none ({error}).") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"A plan is read from JSON; what was given is none ({error}).") from error
         return cls.from_dict(data)
 
     def __str__(self) -> str:
@@ -190,6 +191,25 @@ class Plan:
             host.journal.undo(before)
             host.report.applied.clear()
             raise
+
+
+def _check_values(data: dict[str, Any]) -> None:
+    """Check the values of a plan's description, but for its configs, which check themselves.
+
+    Raises:
+        TypeError: one is of another type; or AttributeError, where there is no dictionary.
+    """
+    expected: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (data, {"goal": str, "steps": list, "skipped": list, "weight_bytes": (int, type(None))})
+    ]
+    expected += [(step, {"config": dict, "gain": (int, float, type(None))}) for step in data.get("steps", [])]
+    expected += [(skip, {"what": str, "reason": str}) for skip in data.get("skipped", [])]
+    for values, types in expected:
+        for name, value in values.items():
+            if not isinstance(value, types[name]) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}")
+            if isinstance(value, int):
+                float(value)  # it is printed as one
 
 
 def _obstacles(patcher: Patcher[Any], anatomy: Anatomy) -> list[str]:
