@@ -2,7 +2,8 @@
 
 One safetensors file per block, named by the block's key: neither tenant nor tokens are in it, keys and values are.
 Every byte is under a BLAKE2b checksum against damage, not against forgery: who may write to the folder decides what is
-generated. Files written or found least recently are deleted first, whoever their tenant is.
+generated, so a folder that others may write to is refused, and a file that is not this user's own left alone.
+Files written or found least recently are deleted first, whoever their tenant is.
 Cost: a file and its checksum per block, on two shared cores 4 ms per MiB read and 10 ms per MiB written; before
 writing, the folder is listed at most every second and for at most a twentieth of the time.
 """
@@ -11,38 +12,27 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import platform
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
+from hf_accel.cache.owned import distrust, is_own, make_folder, open_own
+from hf_accel.cache.prefix_format import FORMAT, Record, encode, read_block, read_owner
 from hf_accel.errors import CheckpointError, ConfigError
 
-FORMAT = "1"
 LEFTOVER_SECONDS = 3600.0
 
 _BLOCK = re.compile(r"[0-9a-f]{64}\.\d+\.safetensors")  # of every format: all are under the budget
 _PARTIAL = re.compile(r"[0-9a-f]{64}\.(\d+)\.([0-9a-f]{8})\.\d+\.part")
-_FIELD = b'"checksum":"'
-_BLANK = "0" * 64
-_NUMBERS = itertools.count()
-
-
-class Record(NamedTuple):
-    """What a file holds; `owner` and `tokens` are opaque digests for the caller to compare."""
-
-    owner: str
-    tokens: str
-    tensors: tuple[torch.Tensor, ...]
+# not from 0: a process that was killed may have had the same id, and left a file of the same name
+_NUMBERS = itertools.count(secrets.randbits(48))
 
 
 class PrefixFiles:
@@ -56,35 +46,51 @@ class PrefixFiles:
         """Create the folder if need be, try to write to it, and remove what killed processes left unfinished.
 
         Raises:
-            ConfigError: the folder cannot be written, or budget_bytes is no whole number of at least 1.
+            ConfigError: the folder cannot be written, or others may write to it; or budget_bytes is no whole number
+                of at least 1.
         """
         if type(budget_bytes) is not int or budget_bytes < 1:
             raise ConfigError(f"budget_bytes is a whole number, at least 1; {budget_bytes!r} was given.")
-        self.folder, self.budget_bytes = Path(folder), budget_bytes
+        self.folder, self.budget_bytes = Path(folder).absolute(), budget_bytes
         self.stopped: str | None = None
-        self.read_blocks = self.written_blocks = self.deleted_blocks = self.damaged = 0
+        self.read_blocks = self.written_blocks = self.deleted_blocks = self.damaged = self.refused = 0
         self._counting, self._writing = threading.Lock(), threading.Lock()
         self._known: dict[str, tuple[int, int]] = {}  # name: last access in ns, bytes; as of the last look
         self._next_scan = 0.0
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = self._partial(bytes(32))
-            _write(probe, b"")
-            probe.unlink()
-            self._remove_leftovers()
-            self._make_room(0)
-        except OSError as error:
+            make_folder(self.folder)
+            reason = distrust(self.folder)
+            if reason is None:
+                probe = self._partial(bytes(32))
+                _write(probe, b"")
+                probe.unlink()
+                self._remove_leftovers()
+                self._make_room(0)
+        except (OSError, ValueError) as error:  # ValueError: what can be no path
             raise ConfigError(
-                f"Blocks of prompts cannot be kept in {self.folder}: {error.strerror or error}. "
+                f"Blocks of prompts cannot be kept in {self.folder}: {getattr(error, 'strerror', None) or error}. "
                 "Name a folder that this process may write to, or none to keep them in memory only."
             ) from error
+        if reason is not None:
+            raise ConfigError(
+                f"Blocks of prompts are not kept in {self.folder}, for who may write there decides what is "
+                f"generated: {reason}."
+            )
 
     def read(self, key: bytes) -> Record | None:
-        """Return the block of a key (32 bytes), None if there is none; a damaged file is deleted and counted."""
-        if self.stopped is not None:
+        """Return the block of a key (32 bytes), None if there is none.
+
+        A damaged file is deleted and counted; what is no regular file, or another user's, is left alone and counted.
+        """
+        if not self._is_trusted("read from"):
             return None
         try:
-            data = self._path(key).read_bytes()
+            file = open_own(self._path(key))
+            if file is None:
+                self._count("refused")
+                return None
+            with file:
+                record = read_block(file, key, self.budget_bytes)
         except FileNotFoundError:
             if not self.folder.is_dir():
                 self._stop("read from", "the folder is gone")
@@ -92,8 +98,6 @@ class PrefixFiles:
         except OSError as error:
             self._stop("read from", error)
             return None
-        try:
-            record = _decode(data, key)
         except CheckpointError:
             self._count("damaged")
             self.remove(key)
@@ -106,13 +110,13 @@ class PrefixFiles:
 
         `owner` and `tokens` are digests that `read` returns; tensors are contiguous and share no memory.
         """
-        if self.stopped is not None:
+        if not self._is_trusted("written to"):
             return False
         path, partial = self._path(key), self._partial(key)
         try:
-            data = _encode(key, owner, tokens, tensors)
+            data = encode(key, owner, tokens, tensors)
             with self._writing:
-                if path.exists() or len(data) > self.budget_bytes:
+                if _stat(path) is not None or path.is_dir() or len(data) > self.budget_bytes:
                     return False
                 self._make_room(len(data))
                 try:
@@ -171,7 +175,8 @@ class PrefixFiles:
             self._next_scan = time.monotonic() + max(1.0, 20 * (time.monotonic() - began))
         total = sum(weight for _, weight in self._known.values())
         while total + size > self.budget_bytes and self._known:
-            name = min(self._known, key=lambda known: self._known[known][0])
+            # what is larger than the budget is not ours, whatever its name
+            name = min(self._known, key=lambda known: (self._known[known][1] <= self.budget_bytes, self._known[known]))
             stamp, weight = self._known[name]
             found = _stat(self.folder / name)
             if found is not None and found[0] != stamp:  # used since
@@ -207,6 +212,17 @@ class PrefixFiles:
     def _partial(self, key: bytes) -> Path:
         return self.folder / f"{key.hex()}.{os.getpid()}.{_machine()}.{next(_NUMBERS)}.part"
 
+    def _is_trusted(self, what: str) -> bool:
+        """Whether the folder may be used. It is looked at every time: modes change, and so does what has its name."""
+        if self.stopped is None:
+            try:
+                reason = distrust(self.folder)
+            except OSError:
+                reason = None  # what it is to be used for will tell
+            if reason is not None:
+                self._stop(what, reason)
+        return self.stopped is None
+
     def _count(self, name: str) -> None:
         with self._counting:
             setattr(self, name, getattr(self, name) + 1)
@@ -218,66 +234,15 @@ class PrefixFiles:
                 self.stopped = f"{self.folder} could not be {what}: {why}"
 
 
-def _encode(key: bytes, owner: str, tokens: str, tensors: Sequence[torch.Tensor]) -> bytes:
-    named = {f"{number:06}": tensor.cpu() for number, tensor in enumerate(tensors)}
-    metadata = {"format": FORMAT, "key": key.hex(), "owner": owner, "tokens": tokens, "checksum": _BLANK}
-    try:
-        data = save(named, metadata)
-    except KeyError as error:
-        raise CheckpointError(f"safetensors files cannot hold tensors of {error}") from error
-    at = _checksum_at(data)
-    return b"".join((data[:at], _checksum(data, at), data[at + len(_BLANK) :]))
-
-
-def _decode(data: bytes, key: bytes) -> Record:
-    """Return what a file holds.
-
-    Raises:
-        CheckpointError: it is truncated, altered, of another format, or another block's.
-    """
-    at = _checksum_at(data)
-    if data[at : at + len(_BLANK)] != _checksum(data, at):
-        raise CheckpointError("the checksum does not match")
-    try:
-        metadata, tensors = _metadata(data), load(data)
-        if (metadata["format"], metadata["key"]) != (FORMAT, key.hex()):
-            raise CheckpointError("it is another block, or of another format")
-        return Record(metadata["owner"], metadata["tokens"], tuple(tensors[name] for name in sorted(tensors)))
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"it is not what was written ({error})") from error
-
-
-def _checksum_at(data: bytes) -> int:
-    """Return where the digits of the checksum are.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    at = data.find(_FIELD, 8, 8 + int.from_bytes(data[:8], "little"))
-    if at < 0 or at + len(_FIELD) + len(_BLANK) > len(data):
-        raise CheckpointError("there is no checksum")
-    return at + len(_FIELD)
-
-
-def _checksum(data: bytes, at: int) -> bytes:
-    """Return the checksum, as hexadecimal digits, of all bytes but its own."""
-    view = memoryview(data)
-    digest = hashlib.blake2b(view[:at], digest_size=32)
-    digest.update(view[at + len(_BLANK) :])
-    return digest.hexdigest().encode()
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-
-
 def _owner_in(path: Path) -> str | None:
     """Return the owner that the head of a file names, None if it names none."""
     try:
-        with open(path, "rb") as file:
-            size = file.read(8)
-            return _metadata(size + file.read(min(int.from_bytes(size, "little"), 1 << 20)))["owner"]
-    except (OSError, ValueError, KeyError, TypeError):
+        file = open_own(path)
+        if file is None:
+            return None
+        with file:
+            return read_owner(file)
+    except OSError:
         return None
 
 
@@ -290,17 +255,17 @@ def _write(path: Path, data: bytes) -> None:
 def _mark(path: Path, now: int, depth: int) -> int:
     """Mark a file as used `now`, in ns; deeper ones as used earlier, so that the first of a chain is deleted last."""
     stamp = now - 1000 * depth
-    os.utime(path, ns=(stamp, stamp))
+    os.utime(path, ns=(stamp, stamp), follow_symlinks=os.utime not in os.supports_follow_symlinks)
     return stamp
 
 
 def _stat(path: str | Path) -> tuple[int, int] | None:
-    """Return the last access in ns and the bytes of a file, None if there is no file."""
+    """Return the last access in ns and the bytes of a file, None if there is no file or it is not this user's own."""
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except FileNotFoundError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return (found.st_mtime_ns, found.st_size) if is_own(found) else None
 
 
 def _machine() -> str:

@@ -11,18 +11,20 @@ import hashlib
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import EllipsisType
 
 import torch
 
+from hf_accel.cache.prefix_counts import Counting, PrefixCounts, PrefixStatistics
 from hf_accel.cache.prefix_files import PrefixFiles
 from hf_accel.errors import ConfigError
 
 MAXIMUM_TENANTS_COUNTED = 1024
 
+Victims = list[tuple[str | None, bytes]]  # tenant and key of blocks that have to go
 Chain = list[tuple[bytes, bytes]]  # key and tokens of each whole block of a prompt, the first block first
 
 
@@ -40,33 +42,6 @@ class Block:
     def size(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixCounts:
-    """Counts since the store was made, of calls, tokens or blocks; but `stored_blocks` and `bytes` are of now."""
-
-    hits: int = 0  # calls of `match` that found at least one block
-    misses: int = 0
-    reused_tokens: int = 0  # that were not computed
-    added_blocks: int = 0  # to memory, from `make` or from files
-    evicted_blocks: int = 0
-    cleared_blocks: int = 0
-    stored_blocks: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixStatistics(PrefixCounts):
-    """The counts of all tenants together, of each that was active lately, and of files."""
-
-    crossings: int = 0  # blocks that a tenant would have been given though another stored them; they were refused
-    tenants: Mapping[str | None, PrefixCounts] = field(default_factory=dict)
-    file_blocks_read: int = 0
-    file_blocks_written: int = 0
-    file_blocks_deleted: int = 0  # for the budget of the folder
-    damaged: int = 0  # files that were truncated or altered, and deleted for that
-    files_stopped: str | None = None  # why blocks are no longer read from nor written to files
 
 
 class PrefixStore:
@@ -92,9 +67,15 @@ class PrefixStore:
         self.budget_bytes, self.block_tokens, self.files = budget_bytes, block_tokens, files
         self._shelves: dict[str | None, _Shelf] = {}  # of tenants that hold at least one block
         self._bytes = self._crossings = self._clears = 0
-        self._total = _Counts()
-        self._counts: OrderedDict[str | None, _Counts] = OrderedDict()
+        self._total = Counting()
+        self._counts: OrderedDict[str | None, Counting] = OrderedDict()
         self._lock = threading.Lock()
+
+    def resize(self, budget_bytes: int) -> None:
+        """Keep at most `budget_bytes` from now on: calls with budgets of their own share what they store."""
+        with self._lock:
+            self.budget_bytes = budget_bytes
+            self._evict(self._victims(None, 0, []) or [])
 
     def match(self, tenant: str | None, root: bytes, tokens: Sequence[int]) -> list[Block]:
         """Return the longest stored chain of whole blocks that `tokens` begin with, and mark it as used.
@@ -217,6 +198,7 @@ class PrefixStore:
                 file_blocks_written=files.written_blocks if files else 0,
                 file_blocks_deleted=files.deleted_blocks if files else 0,
                 damaged=files.damaged if files else 0,
+                refused=files.refused if files else 0,
                 files_stopped=files.stopped if files else None,
             )
 
@@ -279,15 +261,7 @@ class PrefixStore:
         victims = self._victims(tenant, block.size, chain[:at])
         if victims is None:
             return False
-        for name, key in victims:
-            shelf = self._shelves[name]
-            size = shelf.blocks.pop(key).size
-            shelf.size -= size
-            self._bytes -= size
-            if not shelf.blocks:
-                del self._shelves[name]
-            for counts in (self._total, self._counts_of(name)):
-                counts.evicted_blocks += 1
+        self._evict(victims)
         shelf = self._shelves.setdefault(tenant, _Shelf())
         shelf.blocks[chain[at][0]] = block
         shelf.size += block.size
@@ -297,13 +271,24 @@ class PrefixStore:
             counts.added_blocks += 1
         return True
 
-    def _victims(self, tenant: str | None, size: int, before: Chain) -> list[tuple[str | None, bytes]] | None:
+    def _evict(self, victims: Victims) -> None:
+        for name, key in victims:
+            shelf = self._shelves[name]
+            size = shelf.blocks.pop(key).size
+            shelf.size -= size
+            self._bytes -= size
+            if not shelf.blocks:
+                del self._shelves[name]
+            for counts in (self._total, self._counts_of(name)):
+                counts.evicted_blocks += 1
+
+    def _victims(self, tenant: str | None, size: int, before: Chain) -> Victims | None:
         """Return whom to evict for `size` bytes that a tenant adds behind the chain `before`; None: there is no room.
 
         Nothing is evicted for a block that would not find room after all.
         """
         missing = self._bytes + size - self.budget_bytes
-        victims: list[tuple[str | None, bytes]] = []
+        victims: Victims = []
         if missing <= 0 or size > self.budget_bytes:
             return None if missing > 0 else victims
         self._touch(tenant, before)
@@ -324,8 +309,8 @@ class PrefixStore:
             missing -= block.size
         return victims
 
-    def _counts_of(self, tenant: str | None) -> _Counts:
-        counts = self._counts.setdefault(tenant, _Counts())
+    def _counts_of(self, tenant: str | None) -> Counting:
+        counts = self._counts.setdefault(tenant, Counting())
         self._counts.move_to_end(tenant)
         if len(self._counts) > MAXIMUM_TENANTS_COUNTED:
             self._counts.popitem(last=False)
@@ -338,16 +323,6 @@ class _Shelf:
 
     blocks: OrderedDict[bytes, Block] = field(default_factory=OrderedDict)
     size: int = 0
-
-
-@dataclass
-class _Counts:
-    hits: int = 0
-    misses: int = 0
-    reused_tokens: int = 0
-    added_blocks: int = 0
-    evicted_blocks: int = 0
-    cleared_blocks: int = 0
 
 
 def _check(tenant: str | None) -> None:
