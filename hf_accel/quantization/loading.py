@@ -20,7 +20,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_accel.core.anatomy import Anatomy
-from hf_accel.errors import CheckpointError, ConfigError, HfAccelError, MissingDependencyError, described
+from hf_accel.core.failures import converting
+from hf_accel.errors import CheckpointError, ConfigError, MissingDependencyError, described
 from hf_accel.kernels.packed import PackedWeight
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.checkpoint import Checkpoint, read_json
@@ -55,20 +56,15 @@ def from_pretrained(
         MissingDependencyError: the folder is of a format that another package reads.
     """
     wanted = _dtype(dtype)
-    try:
-        model = _opened(folder, wanted)
-    except HfAccelError:
-        raise
-    except ImportError as error:
-        raise MissingDependencyError(f"{folder} cannot be loaded without another package ({error}).") from error
-    except Exception as error:  # of files that fit no code, and of memory that is short
-        raise CheckpointError(f"{folder} cannot be loaded ({described(error)}).") from error
+    with converting(CheckpointError, f"{folder} cannot be loaded"):  # files that fit no code, memory that is short
+        try:
+            model = _opened(folder, wanted)
+        except ImportError as error:
+            raise MissingDependencyError(f"{folder} cannot be loaded without another package ({error}).") from error
     if device is None:
         return model
-    try:
+    with converting(ConfigError, f"The model cannot be put on the device {device!r}"):
         return model.to(device)
-    except Exception as error:
-        raise ConfigError(f"The model cannot be put on the device {device!r} ({described(error)}).") from error
 
 
 def _opened(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
@@ -142,23 +138,19 @@ def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) ->
 def _generation_config(folder: Path) -> GenerationConfig:
     path = folder / "generation_config.json"
     read_json(path)
-    try:
+    with converting(CheckpointError, f"{path} describes no generation config"):
         return GenerationConfig.from_pretrained(folder)
-    except Exception as error:
-        raise CheckpointError(f"{path} describes no generation config ({described(error)}).") from error
 
 
 def _empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
-    try:
+    # memory of empty weights is reserved and never touched
+    with converting(CheckpointError, f"{folder / _CONFIG} does not describe a model"), no_init_weights():
         config = AutoConfig.from_pretrained(folder)
         del config.quantization_config
         config.name_or_path = str(folder)
         cls: Any = model_class(config)
         stored = getattr(config, "dtype", None) or torch.float32
-        with no_init_weights():  # memory of empty weights is reserved and never touched
-            return cls._from_config(copy.deepcopy(config), dtype=dtype or stored)
-    except Exception as error:
-        raise CheckpointError(f"{folder / _CONFIG} does not describe a model ({described(error)}).") from error
+        return cls._from_config(copy.deepcopy(config), dtype=dtype or stored)
 
 
 def _experts(rules: Rules) -> dict[str, dict[tuple[str, int], Scheme]]:

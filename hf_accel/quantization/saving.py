@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_accel.errors import CheckpointError, ConfigError, described
+from hf_accel.core.failures import converting
+from hf_accel.errors import CheckpointError, ConfigError
 from hf_accel.kernels.packed import PackedWeight
 from hf_accel.quantization.checkpoint import read_json
 from hf_accel.quantization.formats import stored_shapes
@@ -55,15 +55,14 @@ def write(model: Any, folder: Path, max_shard_size: int | str) -> None:
         raise CheckpointError(f"{folder} is a file; a model is saved into a folder. Name another place.")
     beside = folder / _BESIDE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not found.is_public:
-            _refuse_foreign(folder)
-        shutil.rmtree(beside, ignore_errors=True)  # of a save that was interrupted
-        beside.mkdir()
-        _write_all(model, found, beside, max_shard_size)
-        _move_all(beside, folder)
-    except (OSError, SafetensorError, MemoryError) as error:
-        raise CheckpointError(f"{folder} cannot be written ({described(error)}). Name another place.") from error
+        with converting(CheckpointError, f"{folder} cannot be written", "Name another place, or free memory."):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not found.is_public:
+                _refuse_foreign(folder)
+            shutil.rmtree(beside, ignore_errors=True)  # of a save that was interrupted
+            beside.mkdir()
+            _write_all(model, found, beside, max_shard_size)
+            _move_all(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -150,6 +150,8 @@ class Seal(HfQuantizer):
                     f"save_pretrained with {name!r} is not served for packed weights; leave it out. "
                     "To publish the folder, upload it with huggingface_hub.upload_folder."
                 )
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise ConfigError(f"A model is saved into a folder, named by a text or a path; {folder!r} was given.")
         if is_main_process:
             write(model, Path(folder), max_shard_size)
 
