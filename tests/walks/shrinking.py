@@ -79,16 +79,31 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "glm_ocr": _SECTIONS,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"qk_head_dim": 32},
     "mamba2": {"num_heads": 8},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "paddleocr_vl": _SECTIONS,
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "num_buckets": 4,
         "attn_layers": ["local", "lsh"],
     },
-    "zamba": {"num_hidden_layers": 5, "layers_block_type": _TWO_HYBRIDS},
+    "qwen2_5_vl": _SECTIONS,
+    "qwen2_vl": _SECTIONS,
+    "zamba": {
+        "num_hidden_layers": 5, "layers_block_type": _TWO_HYBRIDS,
+        "attention_hidden_size": 128, "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "num_hidden_layers": 5,
+        "layers_block_type": _TWO_HYBRIDS,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16, "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+    },
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import hf_accel
 from hf_accel.errors import HfAccelError
 
 # unlike one another and unlike those of tests/models.py; deepseek_v32 asks its config which attention it has
-FEW = ["cohere2", "deepseek_v32", "falcon", "bloom", "granitemoe", "recurrent_gemma", "olmo2", "t5"]
+FEW = ["cohere2", "deepseek_v32", "falcon", "bloom", "granitemoe", "jamba", "olmo2", "t5"]
 REPEATING = torch.tensor([[11, 12, 13, 14, 11, 12, 13, 14, 11, 12]])
 PLAIN: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
 CALLS: dict[str, Callable[[Any], Any]] = {
