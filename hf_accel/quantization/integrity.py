@@ -6,7 +6,6 @@ Cost: about a second per GB, at saving and at loading.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -15,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 KEY = "hf_accel"
-_ALGORITHM = "blake2b-128"
+_ALGORITHM = "xxh3-128"
 # written anew by whoever saves or moves a config; nothing is computed with them
 _FREE = {"transformers_version", "_name_or_path"}
 
 
 def checksum(name: str, tensor: Tensor) -> str:
     """Return the sum over the name, dtype, shape and bytes of a tensor."""
-    found = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
+    found = xxhash.xxh3_128(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
     found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
@@ -39,7 +39,7 @@ def stamp(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
 
 def digest(metadata: Mapping[str, str]) -> str:
     """Return the sum over a stamp: what an index says of each of its files."""
-    return hashlib.blake2b(metadata[KEY].encode(), digest_size=16).hexdigest()
+    return xxhash.xxh3_128_hexdigest(metadata[KEY].encode())
 
 
 def order_metadata(path: Path) -> None:
