@@ -16,7 +16,7 @@ from fingerprint import changes, fingerprint
 from models import build
 from quantized_files import FOUR, logits, quantized, saved, wide
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
@@ -157,6 +157,20 @@ def test_a_model_that_its_config_does_not_describe_is_refused(tmp_path: Path) ->
     with pytest.raises(hf_accel.UnsupportedModelError, match=r"layers\.2.* so nothing could load"):
         model.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_biases_that_share_memory_are_stored_each_by_itself(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bert", vocab_size=128, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, is_decoder=True, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = quantized(AutoModelForCausalLM.from_config(config).eval(), EIGHT)
+    head = model.cls.predictions
+    assert head.bias.data_ptr() == head.decoder.bias.data_ptr()
+    model.save_pretrained(tmp_path / "ours")
+    copy.deepcopy(model).save_pretrained(tmp_path / "stock")
+    for folder in ("ours", "stock"):
+        assert torch.equal(logits(hf_accel.from_pretrained(tmp_path / folder)), logits(model))
 
 
 def test_every_tensor_has_a_checksum(tmp_path: Path) -> None:
