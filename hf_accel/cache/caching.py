@@ -134,5 +134,6 @@ class Caching:
             self.statistics.skipped(f"prefixes are not reused: {reason}")
             yield
             return
+        self.prefixes.store.resize(self.config.prefix_budget_bytes)
         with self.prefixes.reusing(model, kwargs[CACHE], input_ids, kwargs.get("attention_mask"), tenant):
             yield

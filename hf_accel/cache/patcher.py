@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -21,9 +22,11 @@ from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import KEYWORDS, Host, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.recent import Recent
 from hf_accel.core.report import Applied
 from hf_accel.errors import ConfigError, UnsupportedModelError
 
+MOST_CONFIGS = 16  # of calls, that stay set up
 CALLERS_CACHES = {CACHE, "past_key_values", "cache", "cache_implementation"}
 
 
@@ -31,6 +34,7 @@ class KVCachePatcher(Patcher[KVCacheConfig], config=KVCacheConfig):
     stage = Stage.CACHE
     fidelity = Fidelity.EXACT
     occupies = "key/value cache"
+    does_equal_work = True
 
     def __init__(self, config: KVCacheConfig) -> None:
         super().__init__(config)
@@ -105,18 +109,23 @@ def _shapes(host: Host) -> ModelShapes:
 
 
 def _store(host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> PrefixStore:
-    """Return the model's store for such a budget and folder: configs that differ in other things share it."""
+    """Return the model's store for a folder, or for none: configs that differ in other things share it.
+
+    Its budget is that of the call in progress, so that any number of budgets take no more memory than one of them.
+    """
     with host.lock:
-        key = ("prefixes", config.prefix_budget_bytes, config.prefix_folder)
-        if key not in host.built:
+        # lives as long as a config that is at work or kept for later calls
+        stores: Any = host.built.setdefault("prefixes", WeakValueDictionary())
+        found: PrefixStore | None = stores.get(config.prefix_folder)
+        if found is None:
             files = None if config.prefix_folder is None else PrefixFiles(config.prefix_folder)
-            host.built[key] = PrefixStore(config.prefix_budget_bytes, files=files)
-        store: PrefixStore = host.built[key]
+            found = stores[config.prefix_folder] = PrefixStore(config.prefix_budget_bytes, files=files)
+        store = found
 
         def counts() -> dict[str, Any]:
             # names of tenants are theirs
-            found = dataclasses.asdict(dataclasses.replace(store.statistics(), tenants={}))
-            return {name: value for name, value in found.items() if name != "tenants"}
+            counted = dataclasses.asdict(dataclasses.replace(store.statistics(), tenants={}))
+            return {name: value for name, value in counted.items() if name != "tenants"}
 
         statistics.prefixes = counts
         return store
@@ -207,10 +216,11 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
         raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
     host: Any = host_of(model)
     with host.lock:
-        key = ("kv_cache", config)
-        if key not in host.built:
-            host.built[key] = _built(model, host, config)
-        caching: Caching = host.built[key]
+        built: Recent[KVCacheConfig, Caching] = host.built.setdefault("kv_cache", Recent(MOST_CONFIGS))
+        caching = built.get(config)
+        if caching is None:
+            caching = _built(model, host, config)
+            built.put(config, caching)
         return caching
 
 

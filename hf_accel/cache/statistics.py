@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MOST_REASONS = 64
+
 
 class CacheStatistics:
     """Counts over all calls; every method may be called from any thread."""
@@ -28,7 +30,9 @@ class CacheStatistics:
     def skipped(self, reason: str) -> None:
         """Count something that was asked for in general and could not be done in a call."""
         with self._lock:
-            self.not_done[reason] += 1
+            # some name numbers of the call's config, of which there may be any
+            is_one_more = reason not in self.not_done and len(self.not_done) >= MOST_REASONS
+            self.not_done["other reasons" if is_one_more else reason] += 1
 
     def evicted(self, seen: int, kept: int) -> None:
         """Count tokens of a row and head before and after positions were given up."""
