@@ -18,7 +18,7 @@ from test_prefixes import ROOT, telling, verify
 
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
-from hf_accel.cache import owned
+from hf_accel.cache import owned, prefix_files
 from hf_accel.cache.prefix_files import PrefixFiles
 from hf_accel.cache.prefix_format import LARGEST_HEAD
 from hf_accel.cache.spill import Spill
@@ -125,6 +125,19 @@ def test_what_is_no_file_of_this_user(change: Callable[[Path], None], at: int, t
     store.clear("a")
     store.clear()
     assert not [path for path in tmp_path.glob("*.safetensors") if not path.is_dir()]
+
+
+def always(path: Path) -> Any:
+    return open(path, "rb")
+
+
+@pytest.mark.parametrize("change", [as_link, as_writable_by_others])
+def test_a_planted_reader_of_anything_is_seen(
+    change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_files, "open_own", always)
+    with pytest.raises(AssertionError):
+        test_what_is_no_file_of_this_user(change, 0, tmp_path)
 
 
 @pytest.fixture

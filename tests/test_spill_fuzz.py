@@ -141,6 +141,25 @@ def test_damage_at_any_moment(name: str) -> None:
     walk(name, range(25))
 
 
+def sums(self: Layout, parts: list[Any]) -> list[list[bytes]]:
+    """Stand for digests that ignore order."""
+    return [
+        [row.astype("u8").sum().tobytes() for row in part.reshape(self.rows, size)]
+        for part, size in zip(parts, self.row_bytes)
+    ]
+
+
+def never(self: Layout, parts: list[Any]) -> list[list[bytes]]:
+    return [[b""] * self.rows for _ in parts]
+
+
+@pytest.mark.parametrize("name, digests", [("words", sums), ("pages", never), ("zeros", never), ("bit", never)])
+def test_planted_digests_are_seen(name: str, digests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Layout, "digests", digests)
+    with pytest.raises(AssertionError):
+        walk(name, range(25))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_much_damage_at_any_moment(name: str) -> None:
