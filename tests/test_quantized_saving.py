@@ -231,6 +231,16 @@ def test_a_loaded_model_is_resized_as_stock_is(rows: int, tmp_path: Path) -> Non
         assert torch.equal(hf_accel.from_pretrained(tmp_path / "resized")(ids).logits, model(ids).logits)
 
 
+def test_a_loaded_table_refuses_to_be_resized(tmp_path: Path) -> None:
+    expected = saved(tmp_path, wide(), WeightOnlyConfig(bits=8, embeddings=8))
+    model = hf_accel.from_pretrained(tmp_path)
+    before = fingerprint(model)
+    with pytest.raises(hf_accel.UnsupportedModelError, match="stored in 8 bits"):
+        model.resize_token_embeddings(140)
+    assert not changes(before, fingerprint(model))
+    assert torch.equal(logits(model), expected)
+
+
 def test_without_the_stamp_nothing_is_checked_and_nothing_else_changes(tmp_path: Path) -> None:
     """A folder copied by tools that drop metadata is one of other origin."""
     from safetensors.torch import load_file, save_file
