@@ -28,6 +28,8 @@ from hf_accel.quantization.rebuilding import causal_class
 FEW = ["llama4_text", "llava", "gpt_neox", "bert", "mllama", "mamba", "gpt_bigcode", "gemma3n_text", "aria_text"]
 # stock code scales weights in place when it first computes; packed weights refuse, with an error of ours
 SCALES_WEIGHTS = {"rwkv"}
+# transformers 5.24 sets a row of the table to zero when it loads any checkpoint of it, of its own making, too
+NOT_LOADED_AS_SAVED = {"youtu"}
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -68,7 +70,7 @@ def check(model_type: str, folder: Path) -> str:
         if not public:
             with pytest.raises(OSError, match=r"no file named model\.safetensors"):
                 cls.from_pretrained(folder / "ours")
-        elif importlib.util.find_spec("compressed_tensors"):
+        elif importlib.util.find_spec("compressed_tensors") and model_type not in NOT_LOADED_AS_SAVED:
             compare_weights(again, cls.from_pretrained(folder / "ours"))
     if public:
         again.save_pretrained(folder / "stock")  # of transformers, under names of its own
