@@ -151,6 +151,17 @@ def test_what_saving_writes_is_not_left_in_the_config(tmp_path: Path) -> None:
     assert model.config.to_dict() == before
 
 
+@pytest.mark.compressed_tensors
+def test_a_copy_of_a_model_taken_over_keeps_its_own_description(tmp_path: Path) -> None:
+    saved(tmp_path / "packed", wide(), EIGHT)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    model = copy.deepcopy(hf_accel.optimize(stock, hf_accel.CompressedTensorsConfig()))
+    described = model.config.quantization_config
+    model.save_pretrained(tmp_path / "again")
+    assert model.config.quantization_config is described
+    assert torch.equal(logits(hf_accel.from_pretrained(tmp_path / "again")), logits(model))
+
+
 def test_a_model_that_its_config_does_not_describe_is_refused(tmp_path: Path) -> None:
     model = quantized(wide(), EIGHT)
     del model.model.layers[1]
