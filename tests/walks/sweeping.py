@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,19 @@ def copy_of_the_package(folder: Path, flags: list[str], change: Callable[[Path],
         change(folder / NATIVE / "csrc")
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
     library = folder / NATIVE / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+    def compiled(source: str) -> str:
+        made = str(folder / Path(source).with_suffix(".o").name)
+        compiler = ["gcc", *build["extra-compile-args"], "-fPIC", *flags]
+        subprocess.run([*compiler, "-c", source, "-o", made], cwd=folder, check=True, capture_output=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, build["sources"]))
     libraries = [f"-l{name}" for name in build["libraries"]]
-    command = ["gcc", *build["extra-compile-args"], "-fPIC", "-shared", *flags, *build["sources"], "-o", str(library)]
-    subprocess.run([*command, *libraries], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        ["gcc", "-shared", *flags, *objects, "-o", str(library), *libraries], check=True, capture_output=True
+    )
     return folder
 
 

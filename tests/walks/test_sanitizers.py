@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from sweeping import ROOT, copy_of_the_package, runtime_of, sweep
+from test_guard_pages import read_whole_steps
 
 pytestmark = [
     pytest.mark.native,
@@ -55,8 +56,6 @@ def test_the_kernels_tests_have_no_fault(package: Path) -> None:
 
 
 def test_an_overflow_is_seen(tmp_path: Path) -> None:
-    from test_guard_pages import read_whole_steps
-
-    package = copy_of_the_package(tmp_path, FLAGS, read_whole_steps)
+    package = copy_of_the_package(tmp_path, ["-fsanitize=address", "-O1"], read_whole_steps)
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
         sweep(1, 30.0, "plain", package=package, **ENVIRONMENT)
