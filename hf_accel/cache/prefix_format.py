@@ -70,6 +70,7 @@ def _head(file: BinaryIO) -> tuple[Any, int]:
 
 
 def encode(key: bytes, owner: str, tokens: str, tensors: Sequence[torch.Tensor]) -> bytes:
+    """Return the file of a block. Raises CheckpointError for tensors that no such file can hold."""
     named = {f"{number:06}": tensor.cpu() for number, tensor in enumerate(tensors)}
     metadata = {"format": FORMAT, "key": key.hex(), "owner": owner, "tokens": tokens, "checksum": _BLANK}
     try:
