@@ -40,6 +40,7 @@ class Style:
     fused_gate_up: bool = False
     qk_norm: bool = False
     sandwich_norms: bool = False
+    softcap: bool = False
     activation: str = "hidden_act"
 
 
@@ -50,7 +51,12 @@ STYLES = {
     "qwen3": Style("Qwen3DecoderLayer", qk_norm=True),
     "phi3": Style("Phi3DecoderLayer", fused_qkv=True, fused_gate_up=True),
     "gemma2": Style(
-        "Gemma2DecoderLayer", norm_style="gemma", norm_eps="eps", sandwich_norms=True, activation="hidden_activation"
+        "Gemma2DecoderLayer",
+        norm_style="gemma",
+        norm_eps="eps",
+        sandwich_norms=True,
+        softcap=True,
+        activation="hidden_activation",
     ),
     "gemma3_text": Style(
         "Gemma3DecoderLayer",
@@ -272,8 +278,19 @@ def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBl
         gate, up = rows(mlp, "gate_up_proj", 0, inner), rows(mlp, "gate_up_proj", inner, 2 * inner)
     else:
         gate, up = rows(mlp, "gate_proj", 0, inner), rows(mlp, "up_proj", 0, inner)
-    input_norm = layer.get_submodule("input_layernorm")
     sandwich = style.sandwich_norms
+    norms: dict[str, Any] = {
+        "input_norm": layer.get_submodule("input_layernorm"),
+        "mlp_norm": layer.get_submodule("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"),
+        "attention_out_norm": parts["post_attention_layernorm"] if sandwich else None,
+        "mlp_out_norm": parts["post_feedforward_layernorm"] if sandwich else None,
+        "q_norm": attention._modules["q_norm"] if style.qk_norm else None,
+        "k_norm": attention._modules["k_norm"] if style.qk_norm else None,
+    }
+    epsilons = {_number(getattr(norm, style.norm_eps)) for norm in norms.values() if norm is not None}
+    if len(epsilons) > 1:
+        raise ValueError("its norms have different epsilons")
+    softcap: Any = attention.attn_logit_softcapping if style.softcap else None
     return DecoderBlock(
         layer=layer,
         attention=attention,
@@ -285,18 +302,19 @@ def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBl
         gate=gate,
         up=up,
         down=rows(mlp, "down_proj", 0, config.hidden_size),
-        input_norm=input_norm,
-        mlp_norm=layer.get_submodule("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"),
-        attention_out_norm=parts["post_attention_layernorm"] if sandwich else None,
-        mlp_out_norm=parts["post_feedforward_layernorm"] if sandwich else None,
-        q_norm=attention._modules["q_norm"] if style.qk_norm else None,
-        k_norm=attention._modules["k_norm"] if style.qk_norm else None,
+        **norms,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         activation=ACTIVATIONS[getattr(config, style.activation)],
-        norm_eps=float(getattr(input_norm, style.norm_eps)),  # type: ignore[arg-type]
+        norm_eps=epsilons.pop(),
         norm_style=style.norm_style,
-        scale=float(attention.scaling),  # type: ignore[arg-type]
-        softcap=getattr(attention, "attn_logit_softcapping", None),  # type: ignore[arg-type]
+        scale=_number(attention.scaling),
+        softcap=None if softcap is None else _number(softcap),
     )
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)):  # a tensor could change in place
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)

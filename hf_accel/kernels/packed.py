@@ -42,7 +42,7 @@ class PackedWeight:
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None = None
-    _fields: dict[tuple[int, ...], bytes] = field(default_factory=dict, repr=False)
+    _fields: dict[Any, bytes] = field(default_factory=dict, repr=False)
     _chosen: dict[tuple[int, torch.dtype], vendor.Product | None] = field(default_factory=dict, repr=False)
 
     @property
@@ -132,23 +132,47 @@ class PackedWeight:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_fields": {}, "_chosen": {}}
 
+    def check(self) -> None:
+        """Raise ValueError unless the tensors lie in memory as the kernels take them; they may have been changed."""
+        groups = 1 if self.scheme.group_size is None else -(-self.columns // self.scheme.group_size)
+        parts, padded = -(-self.rows // LANES), -(-self.columns // QUANTUM) * QUANTUM
+        is_8 = self.scheme.bits == 8
+        shape = (parts, padded // 2, LANES, 2) if is_8 else (parts, padded // 8, LANES, 4)
+        rowwise = (parts, groups, LANES)
+        fits = self.codes.dtype is (torch.int8 if is_8 else torch.uint8) and self.codes.shape == shape
+        fits = fits and self.scales.dtype in (torch.int16, torch.int32) and self.scales.shape == rowwise
+        kept = [self.codes, self.scales]
+        if self.offsets is not None:
+            kept.append(self.offsets)
+            fits = fits and self.offsets.dtype is torch.int32 and self.offsets.shape == rowwise
+        if not fits or not all(t.is_contiguous() and t.is_cpu and t.data_ptr() for t in kept):
+            raise ValueError("a packed weight's tensors were changed to what its kernels cannot read")
+
     def matrix(self, bias: Tensor | None = None) -> bytes:
         """The `hfa_matrix` of this weight for C; valid as long as the tensors stay where they are."""
         offsets = self.offsets
-        # tensors keep their identity when their memory moves (`.data`, `share_memory`, copies of this object)
+        codes, scales = self.codes, self.scales
+        # tensors keep their identity when their memory moves (`.data`, `share_memory`, copies of this object), and
+        # their address when they are given another layout
         pointers = (
-            self.codes.data_ptr(),
-            self.scales.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
             0 if offsets is None else offsets.data_ptr(),
             0 if bias is None else bias.data_ptr(),
         )
-        found = self._fields.get(pointers)
+        key = (pointers, codes.stride(), codes.shape, codes.dtype, scales.stride(), scales.shape, scales.dtype,
+               None if offsets is None else (offsets.stride(), offsets.shape, offsets.dtype),
+               None if bias is None else (bias.stride(), bias.shape))  # fmt: skip
+        found = self._fields.get(key)
         if found is None:
+            self.check()
+            if bias is not None and (bias.shape != (self.rows,) or bias.stride() != (1,) or not pointers[3]):
+                raise ValueError(f"bias {tuple(bias.shape)} with strides {bias.stride()} is not one row of {self.rows}")
             self._fields.clear()
-            found = self._fields[pointers] = _MATRIX.pack(
+            found = self._fields[key] = _MATRIX.pack(
                 pointers[0],
                 pointers[3],
-                int(self.scales.dtype is torch.int32),
+                int(scales.dtype is torch.int32),
                 self.rows,
                 self.columns,
                 pointers[1],

@@ -8,6 +8,7 @@ plain decoding step (hooks, gradients, adapters, foreign caches, more rows) goes
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,9 +21,9 @@ from hf_accel.core.contracts import PackedProduct
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.watching import Surroundings, Watch
 from hf_accel.kernels import native
 from hf_accel.layers.audit import Audit, evaluating
-from hf_accel.layers.guard import Guard
 from hf_accel.layers.linear import native_obstacles
 
 # attention back ends whose masks the native call understands and whose mathematics it does
@@ -31,6 +32,12 @@ ATTENTION = frozenset({"eager", "sdpa", "hfaccel_grouped"})
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 # with packed weights a last bit may also send an activation to the next of 255 codes
 PACKED_TOLERANCE = 1e-2
+# attributes that may change without an end to the native call: only training reads them, or they are read anew;
+# `forward` and accelerate's hooks stand before a layer's own forward, which is what the call is made for
+FOLLOWED = frozenset(
+    {"config", "_packed", "attention_dropout", "gradient_checkpointing", "_gradient_checkpointing_func"}
+)
+OF_THE_LAYER = frozenset({"forward", "_hf_hook", "_old_forward"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +72,15 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
         count = 0
         with evaluating(anatomy.model):
             audit = Audit(anatomy)
+            surroundings = Surroundings(m for block in anatomy.blocks for m in (block.layer, *block.modules))
             for block in anatomy.blocks:
                 try:
-                    step = BlockStep(block, most)
+                    step = BlockStep(block, most, surroundings)
                 except ValueError as error:  # packed weights cannot be taken apart everywhere
                     left_out.append(f"layer {block.index} runs as it is: {error}")
                     continue
                 audit.check(block, partial(native_step, step, is_audit=True), _bound(block, anatomy.dtype))
-                if not step.guard.is_plain():
+                if step.watch.is_hooked():
                     left_out.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
                 journal.swap_class(block.layer, subclass(NativeLayer, type(block.layer), step=step))
                 count += 1
@@ -88,12 +96,13 @@ def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
 class BlockStep:
     """The native call of one layer, and the check that it still stands for the layer."""
 
-    def __init__(self, block: DecoderBlock, max_rows: int) -> None:
-        self.block = block
+    def __init__(self, block: DecoderBlock, max_rows: int, surroundings: Surroundings) -> None:
         self.max_rows = max_rows
-        self.kernel = self._build()
+        self.surroundings = surroundings
+        self.block = block
+        self._build()
 
-    def _build(self) -> native.NativeBlock:
+    def _build(self) -> None:
         block = self.block
 
         def projection(part: LinearSlice) -> native.Projection:
@@ -124,25 +133,50 @@ class BlockStep:
             softcap=block.softcap,
         )
         kernel = native.NativeBlock(shape, native.BlockWeights(**parts, **norms))
-        self.guard = Guard(block.layer, block.modules)
-        self.config = vars(block.attention)["config"]
-        self._config_values = vars(self.config)
-        self.dtype = kernel.dtype
-        return kernel
+        self.watch = Watch(block.layer, block.modules)
+        self._refused: Watch | None = None
+        self.kernel, self.dtype = kernel, kernel.dtype
+        self._attention = vars(block.attention)
 
     def is_current(self) -> bool:
-        """Return whether the layer is still the one described: same modules, weights in place, nothing hooked on."""
-        if self._config_values.get("_attn_implementation_internal") not in ATTENTION or not self.guard.is_plain():
+        """Return whether the call still stands for the layer, having followed what may change."""
+        config, block = self._attention.get("config"), self.block
+        values = getattr(config, "__dict__", {})
+        attention = values.get("_attn_implementation_internal")
+        if (
+            attention not in ATTENTION
+            or (block.softcap is not None and attention != "eager")  # the others know no soft cap
+            or values.get("num_attention_heads") != block.heads  # read at every call where q, k and v are one product
+            or not self.surroundings.hold(block.index)
+            or self.watch.is_hooked()
+        ):
             return False
-        return (self.guard.is_in_place() and vars(self.block.attention)["config"] is self.config) or self._rebuild()
+        if not self.watch.is_same() and not self._follow():
+            return False
+        changed = self.surroundings.changed
+        if changed:
+            changed.discard(id(self))
+        return not changed
 
-    def _rebuild(self) -> bool:
-        """Follow weights that moved (`load_state_dict`, `.data`, `.to`); False if they no longer fit the kernel."""
-        try:
-            self.kernel = self._build()
-        except (ValueError, AttributeError, TypeError):
+    def _follow(self) -> bool:
+        """Take over weights that moved (`load_state_dict`, `.data`, `.to`), if they fit; else remember what does not.
+
+        Where a layer was changed in another way, the others run their own forwards, too: the model is stock's to the
+        last bit then. Where a module was exchanged, as adapters do, only its layer does.
+        """
+        if self._refused is not None and self._refused.is_same():
             return False
-        return True
+        try:
+            if self.watch.is_same_but(FOLLOWED, OF_THE_LAYER):
+                self._build()
+                return True
+        except (ValueError, AttributeError, TypeError, KeyError, RuntimeError):
+            self._refused = None
+        if self.watch.has_its_modules():
+            self.surroundings.changed.add(id(self))
+        with suppress(RuntimeError):  # tensors without memory are looked at again
+            self._refused = Watch(self.block.layer, self.block.modules)
+        return False
 
 
 class NativeLayer:
@@ -182,6 +216,8 @@ def native_step(
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= block.index:
             cache.layers.append(cache.layer_class_to_replicate())
+    if block.index >= len(cache.layers):  # stock's error
+        return None
     layer = cache.layers[block.index]
     reserve = getattr(layer, "reserve", None)
     if reserve is None or not (is_audit or step.is_current()):
@@ -208,5 +244,6 @@ def native_step(
         return None
     bits = getattr(layer, "bits", None)
     output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past, bits)
-    layer.commit(tokens)
+    if output is not None:  # else nothing was computed, and what was written is written over
+        layer.commit(tokens)
     return output

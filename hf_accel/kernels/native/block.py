@@ -25,6 +25,7 @@ _HEAD = struct.Struct("=8q3d")
 _MATRIX = struct.Struct("=QQqqqQQqq")
 _NORMS = struct.Struct("=6Q")
 _CALL = struct.Struct("=7Q19qQq")
+_STRANGE = 1  # see hfa_block_forward
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
@@ -36,6 +37,8 @@ class PackedMatrix(Protocol):
 
     @property
     def shape(self) -> torch.Size: ...
+
+    def check(self) -> None: ...
 
     def matrix(self, bias: Tensor | None = None) -> bytes: ...
 
@@ -108,6 +111,13 @@ def _check_tensor(name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the block's sizes ask for {size}")
     if tensor.stride(-1) != 1:
         raise ValueError(f"{name} has strides {tensor.stride()}; the last one must be 1")
+    _check_memory(name, tensor)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    if not tensor.data_ptr() or (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"the memory of {name} has been given up")
 
 
 def _check(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
@@ -122,7 +132,7 @@ def _check(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
         raise ValueError(f"head_dim is {shape.head_dim}; the native block takes 1 to {MAX_HEAD_DIM}")
     if shape.kv_heads < 1 or shape.heads % shape.kv_heads:
         raise ValueError(f"heads ({shape.heads}) must be a multiple of kv_heads ({shape.kv_heads})")
-    if shape.softcap is not None and shape.softcap <= 0:
+    if shape.softcap is not None and not shape.softcap > 0:
         raise ValueError(f"softcap is {shape.softcap}; it must be positive, or None for no soft cap")
     for name, size in _sizes(shape).items():
         value = getattr(weights, name)
@@ -131,6 +141,8 @@ def _check(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
                 _check_tensor(f"{name}.weight", value.weight, size, dtype)
             elif tuple(value.weight.shape) != size:
                 raise ValueError(f"{name}.weight has shape {tuple(value.weight.shape)}; the block asks for {size}")
+            else:
+                value.weight.check()
             if value.bias is not None:
                 _check_tensor(f"{name}.bias", value.bias, size[:1], dtype)
         elif value is not None:
@@ -206,7 +218,7 @@ class NativeBlock:
         mask: Tensor | None = None,
         row_past: Tensor | None = None,
         bits: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The layer's output [B, T, E] for hidden [B, T, E] contiguous, B * T <= 16.
 
         cos, sin [1 or B, T, rotary] in the dtype of the weights; keys, values: the buffers [B, G, C, D] with the last
@@ -218,6 +230,7 @@ class NativeBlock:
         bits: None, or 8 or 4 where keys and values are rows of codes, uint8, see `hf_accel.ops.cached`.
         No sequence changes another's result: to the last bit it is the one of that sequence alone, save on AMX, where
         a single row has its products summed in another order.
+        None: a score of the attention is not finite, so that PyTorch's result depends on which attention runs.
         Raises: ValueError when sizes are out of range.
         """
         batch, tokens, _ = hidden.shape
@@ -268,7 +281,10 @@ class NativeBlock:
             row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()
         ):
             raise ValueError(f"row_past must be contiguous int64 [{batch}], got {row_past.dtype} {[*row_past.shape]}")
-        if past + tokens > keys.shape[2] or self._function(self._packed, call):
+        status = -1 if past + tokens > keys.shape[2] else self._function(self._packed, call)
+        if status == _STRANGE:
+            return None
+        if status:
             raise ValueError(
                 f"native block takes 1 to {MAX_ROWS} rows and a buffer that holds them, got {batch} x {tokens} rows "
                 f"at position {past} of a buffer of {keys.shape[2]} positions (first visible: {first}"

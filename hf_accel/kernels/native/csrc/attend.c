@@ -30,12 +30,14 @@ void hfa_attend_pack(const hfa_attention *a, float *queries, int count, const hf
     else hfa_cached_pack(a->format, queries, count, a->key_dim, room->queries);
 }
 
-void hfa_attend_score(const hfa_attention *a, const void *keys, int64_t stride, int64_t n, int count, const hfa_attend_room *room) {
+int hfa_attend_score(const hfa_attention *a, const void *keys, int64_t stride, int64_t n, int count, const hfa_attend_room *room) {
     if (a->format == HFA_DENSE)
         a->kernels->dot(keys, stride, n, a->key_dim, room->queries, count, room->scores, HFA_PIECE);
     else
         a->kernels->dot_cached(a->format, keys, stride, n, a->key_dim, room->queries, count, room->scores, HFA_PIECE);
-    for (int i = 0; i < count; i++) a->kernels->scale_scores(room->scores + i * HFA_PIECE, n, a->scale, a->softcap);
+    float strange = 0.0f;
+    for (int i = 0; i < count; i++) strange += a->kernels->scale_scores(room->scores + i * HFA_PIECE, n, a->scale, a->softcap);
+    return strange == 0.0f;
 }
 
 /* Scales go into the weights; what the minima of int4 add is the same for all columns of a query. */
@@ -56,6 +58,12 @@ static void weigh_codes(const hfa_attention *a, const void *values, int64_t stri
     a->kernels->axpy_cached(a->format, values, stride, n, a->value_dim, weights, HFA_PIECE, count, out, a->value_dim);
 }
 
+static int has_nan(const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (x[i] != x[i]) return 1;
+    return 0;
+}
+
 void hfa_attend_weigh(const hfa_attention *a, const void *values, int64_t stride, int64_t n, int count,
                       const hfa_attend_room *room, float *out, float *max, float *sum) {
     int64_t padded = (n + 15) / 16 * 16;
@@ -64,6 +72,7 @@ void hfa_attend_weigh(const hfa_attention *a, const void *values, int64_t stride
         for (int64_t j = n; j < padded; j++) scores[j] = -INFINITY; /* whole vectors: no tail with other rounding */
         max[i] = a->kernels->maximum(scores, padded);
         sum[i] = 0.0f;
+        if (max[i] == -INFINITY && has_nan(scores, n)) max[i] = NAN; /* comparisons lose it */
         if (max[i] == -INFINITY) memset(scores, 0, (size_t)n * sizeof(float)); /* nothing visible here */
         else sum[i] = a->kernels->exponentials(scores, padded, max[i]);
     }

@@ -25,8 +25,9 @@ static inline int64_t hfa_attend_element(const hfa_attention *a) { return a->for
 void hfa_attend_write(const hfa_attention *attention, float *x, int is_key, void *to);
 /* queries [count, D] fp32, may be changed */
 void hfa_attend_pack(const hfa_attention *attention, float *queries, int count, const hfa_attend_room *room);
-/* room->scores of n <= HFA_PIECE keys, scaled and soft-capped; the caller hides what is not visible (-inf) */
-void hfa_attend_score(const hfa_attention *attention, const void *keys, int64_t stride, int64_t n, int count, const hfa_attend_room *room);
+/* room->scores of n <= HFA_PIECE keys, scaled and soft-capped; the caller hides what is not visible (-inf). Returns whether all
+ * are finite. */
+int hfa_attend_score(const hfa_attention *attention, const void *keys, int64_t stride, int64_t n, int count, const hfa_attend_room *room);
 /* Softmax over these n alone: per query its maximum score, the sum of exponentials and [D] values weighted by them. */
 void hfa_attend_weigh(const hfa_attention *attention, const void *values, int64_t stride, int64_t n, int count,
                       const hfa_attend_room *room, float *out, float *max, float *sum);

@@ -68,6 +68,7 @@ static void merge(const hfa_kernels *single, const hfa_attend_call *call, int64_
 }
 
 int hfa_attend(const hfa_attend_call *call) {
+    if (!call->query || !call->keys || !call->values || !call->out || !call->max || !call->sum) return -1;
     if (call->batch < 1 || call->tokens < 1 || call->positions < 1 || (uint64_t)call->dtype >= HFA_DTYPES || (uint64_t)call->format >= HFA_FORMATS
         || call->kv_heads < 1 || call->heads % call->kv_heads || call->key_dim > HFA_MAX_HEAD_DIM || call->value_dim > HFA_MAX_HEAD_DIM)
         return -1;
@@ -122,6 +123,7 @@ static void encode_task(void *arg, int self, int team) {
 int hfa_encode(const hfa_encode_call *call) {
     if ((uint64_t)call->dtype >= HFA_DTYPES || (call->format != HFA_INT8 && call->format != HFA_INT4) || call->d < 1 || call->d > HFA_MAX_HEAD_DIM)
         return -1;
+    if (call->outer > 0 && call->inner > 0 && (!call->x || !call->rows)) return -1;
     hfa_encode_call copy = *call;
     hfa_parallel(encode_task, &copy, hfa_useful_threads(call->outer * call->inner * call->d * 4, call->threads));
     return 0;

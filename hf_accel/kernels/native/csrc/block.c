@@ -1,7 +1,8 @@
 /* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3) for up to 16 rows in one parallel
  * region. Phases are separated by barriers; what is small (norms, residual sums, packing) every thread does for itself
  * instead of waiting for one that does. Intermediates are fp32 that hold values of the dtype, rounded at the same
- * points as the eager PyTorch layer rounds them. */
+ * points as the eager PyTorch layer rounds them. What the PyTorch layer makes of scores that are not finite depends on which of
+ * ATen's attentions runs and on their number, so such a call ends without a result. */
 #include <string.h>
 #include "block.h"
 
@@ -121,6 +122,7 @@ static void block_task(void *arg, int self, int team) {
 
     hfa_attention_run(run, &mine, self);
     hfa_barrier_wait(run->barrier, team);
+    if (run->is_strange) return;
 
     hfa_attention_merge(run, mine.wide, wide);
     pack(&run->output, mine.wide, wide, block->heads * block->head_dim, &mine);
@@ -144,6 +146,11 @@ static void block_task(void *arg, int self, int team) {
 }
 
 static int is_valid(const hfa_block *block, const hfa_block_call *call) {
+    const void *needed[] = {block->q.weight, block->k.weight, block->v.weight, block->o.weight, block->gate.weight, block->up.weight,
+                            block->down.weight, block->input_norm, block->mlp_norm, call->hidden, call->out, call->keys, call->values};
+    for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
+        if (!needed[i]) return 0;
+    if (call->rotary && (!call->cos || !call->sin)) return 0;
     if (call->row_past && call->batch <= HFA_MAX_ROWS)
         for (int64_t b = 0; b < call->batch; b++)
             if (call->row_past[b] < call->first || call->row_past[b] > call->past) return 0;
@@ -198,5 +205,5 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     hfa_ranges_deal(run.ranges[3], run.threads, (block->inner + run.gate_rows - 1) / run.gate_rows);
     hfa_ranges_deal(run.ranges[4], run.threads, hfa_products_plan(&run.down, run.threads));
     hfa_parallel(block_task, &run, run.threads);
-    return 0;
+    return run.is_strange;
 }

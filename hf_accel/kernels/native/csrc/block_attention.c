@@ -109,7 +109,7 @@ static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
         int count = (int)(queries - q0 < HFA_QUERY_GROUP ? queries - q0 : HFA_QUERY_GROUP);
         if (mine->ready != head || queries > HFA_QUERY_GROUP) prepare_queries(run, mine, b, g, q0, count);
         mine->ready = head;
-        hfa_attend_score(&run->attention, keys, call->key_stride_s, n, count, &mine->room);
+        if (!hfa_attend_score(&run->attention, keys, call->key_stride_s, n, count, &mine->room)) run->is_strange = 1;
         for (int i = 0; i < count; i++) apply_mask(run, mine->room.scores + i * HFA_PIECE, n, from - call->first, b, (q0 + i) / group);
         int64_t first = task * queries + q0;
         hfa_attend_weigh(&run->attention, values, call->value_stride_s, n, count, &mine->room, run->partial + first * d,

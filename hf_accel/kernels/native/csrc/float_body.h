@@ -31,21 +31,24 @@ HFA_INLINE vf vf_tanh(vf x) {
 }
 
 /* The tail goes through a padded vector: an element's result never depends on where
- * the end is. */
-static void scale_scores(float *s, int64_t n, float scale, float softcap) {
+ * the end is. Returns 0, or NaN where a score is not finite. */
+static float scale_scores(float *s, int64_t n, float scale, float softcap) {
     int64_t i = 0;
-    vf k = vf_set1(scale), cap = vf_set1(softcap);
+    vf k = vf_set1(scale), cap = vf_set1(softcap), zero = vf_set1(0.0f), strange = zero;
     for (; i + VW <= n; i += VW) {
         vf v = vf_mul(vf_load(s + i), k);
+        strange = vf_fma(v, zero, strange);
         vf_store(s + i, softcap > 0 ? vf_mul(cap, vf_tanh(vf_div(v, cap))) : v);
     }
     if (i < n) {
         float tail[VW] = {0};
         memcpy(tail, s + i, (size_t)(n - i) * sizeof(float));
         vf v = vf_mul(vf_load(tail), k);
+        strange = vf_fma(v, zero, strange);
         vf_store(tail, softcap > 0 ? vf_mul(cap, vf_tanh(vf_div(v, cap))) : v);
         memcpy(s + i, tail, (size_t)(n - i) * sizeof(float));
     }
+    return vf_sum(strange);
 }
 
 static float maximum(const float *s, int64_t n) {

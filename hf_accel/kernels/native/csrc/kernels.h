@@ -41,8 +41,8 @@ typedef struct {
     void (*add)(const float *a, const float *b, int64_t n, float *out);     /* rounded sum */
     /* x [head_dim], the first `rotary` rotated in place; cosine, sine fp32 */
     void (*rotate)(float *x, const float *cosine, const float *sine, int64_t rotary, float *scratch);
-    /* scores -> scores * scale, soft-capped */
-    void (*scale_scores)(float *s, int64_t n, float scale, float softcap);
+    /* scores -> scores * scale, soft-capped; 0, or NaN where one is not finite before it is capped */
+    float (*scale_scores)(float *s, int64_t n, float scale, float softcap);
     float (*maximum)(const float *s, int64_t n);
     /* Packed weights. Rows of x are rounded to 8 bits (for int4) or 16 bits (for int8) in blocks of HFA_QUANTUM columns
      * with a scale each, in groups of up to HFA_ROUNDED_ROWS rows: see packed_body.h. x is fp32 [m, k]. */

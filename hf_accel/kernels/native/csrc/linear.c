@@ -88,7 +88,7 @@ int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int
                int64_t flags) {
     int64_t dtype = flags & 0xff, threads = flags >> 16;
     int is_transposed = flags >> 8 & 1;
-    if (m < 1 || (is_transposed && m > HFA_MAX_ROWS) || k < 1 || n < 1 || dtype >= HFA_DTYPES) return -1;
+    if (m < 1 || (is_transposed && m > HFA_MAX_ROWS) || k < 1 || n < 1 || dtype >= HFA_DTYPES || !x || !weight || !y) return -1;
     hfa_matrix w = {.weight = weight, .bias = bias, .stride = stride, .rows = n, .inner = k};
     const hfa_kernels *kernels = hfa_active_kernels((int)dtype);
     if (m > HFA_MAX_ROWS) return hfa_packed_linear(x, &w, y, m, dtype | threads << 16);
@@ -98,7 +98,7 @@ int hfa_linear(const void *x, const void *weight, const void *bias, void *y, int
 }
 
 int hfa_linear_group(const hfa_group *g) {
-    if (g->m < 1 || g->m > HFA_MAX_ROWS || g->k < 1 || g->count < 1 || g->count > HFA_MAX_GROUP || (uint64_t)g->dtype >= HFA_DTYPES)
+    if (!g->x || g->m < 1 || g->m > HFA_MAX_ROWS || g->k < 1 || g->count < 1 || g->count > HFA_MAX_GROUP || (uint64_t)g->dtype >= HFA_DTYPES)
         return -1;
     const hfa_kernels *kernels = hfa_active_kernels((int)g->dtype);
     linear_call call = {.products = {.kernels = kernels, .count = (int)g->count, .m = (int)g->m}};
@@ -106,7 +106,7 @@ int hfa_linear_group(const hfa_group *g) {
     int64_t bytes = 0;
     for (int i = 0; i < g->count; i++) {
         const hfa_group_item *item = &g->item[i];
-        if (item->rows < 1) return -1;
+        if (item->rows < 1 || !item->weight || !item->out) return -1;
         weights[i] = (hfa_matrix){.weight = item->weight, .bias = item->bias, .stride = item->stride, .rows = item->rows, .inner = g->k};
         call.products.item[i] = (hfa_product){&weights[i], item->out, item->rows};
         bytes += item->rows * g->k * kernels->element;

@@ -21,7 +21,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 5
+#define HFA_ABI_VERSION 6
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -106,5 +106,6 @@ HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
 HFA_EXPORT int hfa_attend(const hfa_attend_call *call);
 HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
+/* 0; -1 for arguments out of range; 1: a score of the attention is not finite, and there is no result. */
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
 #endif

@@ -61,7 +61,7 @@ static void packed_task(void *arg, int thread, int team) {
 int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, int64_t flags) {
     int64_t dtype = flags & 0xff, threads = flags >> 16;
     int is_dense = w->format == HFA_DENSE;
-    if (m < 1 || w->inner < 1 || w->rows < 1 || (!is_dense && w->group < 1) || (uint64_t)w->format >= HFA_FORMATS || dtype >= HFA_DTYPES)
+    if (!x || !y || !w->weight || (!is_dense && !w->scales) || m < 1 || w->inner < 1 || w->rows < 1 || (!is_dense && w->group < 1) || (uint64_t)w->format >= HFA_FORMATS || dtype >= HFA_DTYPES)
         return -1;
     const hfa_kernels *kernels = hfa_active_kernels((int)dtype);
     int64_t row_bytes = hfa_row_bytes(kernels, w);

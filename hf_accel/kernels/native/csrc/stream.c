@@ -28,7 +28,7 @@ static void stream_task(void *arg, int thread, int team) {
 uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads) {
     stream_call call = {.data = data, .bytes = bytes, .threads = threads < 1 ? 1 : threads > HFA_MAX_THREADS ? HFA_MAX_THREADS : (int)threads};
     call.ranges = hfa_scratch(sizeof(hfa_range) * (size_t)call.threads);
-    if (!call.ranges) return 0;
+    if (!data || !call.ranges) return 0;
     hfa_ranges_deal(call.ranges, call.threads, bytes / CHUNK);
     hfa_parallel(stream_task, &call, call.threads);
     return call.sum;
