@@ -32,6 +32,8 @@ def rollback_objection(cache: Any, is_batch: bool) -> str | None:
         # quantized layers inherit `crop` and claim to be croppable, but drop only what is not quantized yet
         if not isinstance(layer, DynamicLayer) or isinstance(layer, QuantizedLayer) or not layer.is_croppable:
             return f"a {type(layer).__name__} of the cache cannot take steps back"
+        if hasattr(layer, "update_indexer"):  # among equal scores, the best k are others in a matrix of another shape
+            return f"keys of a {type(layer).__name__} are chosen otherwise in steps of several tokens"
         if is_batch and not isinstance(layer, RaggedLayer):
             return f"rows of a {type(layer).__name__} cannot have different lengths"
     return None

@@ -16,9 +16,9 @@ from hf_accel.speculative.arms import Source
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.copies import Form, few_bits, sped_up
 from hf_accel.speculative.costs import RowCosts
-from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, prove
+from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, named, prove
 from hf_accel.speculative.speculation import ModelSpeculation
-from hf_accel.speculative.trials import Trials
+from hf_accel.speculative.trials import CONTEXT_TOKENS, Trials
 
 # a drafter whose token costs more than this share of a plain step never pays
 HIGHEST_COST = 0.7
@@ -41,7 +41,7 @@ def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
     except HfAccelError:
         raise
     except Exception as error:  # whatever a model raises that takes its inputs in a way of its own
-        raise UnsupportedModelError(f"Steps of several tokens fail on this model: {_named(error)}.") from error
+        raise UnsupportedModelError(f"Steps of several tokens fail on this model: {named(error)}.") from error
     finally:
         for module in training:
             module.training = True
@@ -49,7 +49,11 @@ def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
 
 def _tried(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
     model = anatomy.model
-    trials = Trials.of(model, host.prepare_cache, config.drafters(anatomy.draft_model is not None) != ("lookup",))
+    rope = moving_rope(model)
+    # of a switch that a short text would pass, beyond it
+    first = 0 if rope is None or rope.is_steady(0, CONTEXT_TOKENS) else max(rope.switches, default=0)
+    writes = config.drafters(anatomy.draft_model is not None) != ("lookup",)
+    trials = Trials.of(model, host.prepare_cache, writes, first)
     proof = prove(trials)
     sources: list[Source] = []
     left_out: list[str] = []
@@ -59,7 +63,7 @@ def _tried(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
         sources, left_out = _sources(anatomy, host, config, trials, proof.rows)
         if proof.apart is not None:
             left_out.append(f"batches are decoded plainly: {proof.apart}")
-        if (rope := moving_rope(model)) is not None:
+        if rope is not None:
             lengths = " and ".join(map(str, [*rope.switches, *([] if rope.beyond is None else [rope.beyond])]))
             left_out.append(f"no drafts across {lengths} tokens, where batches are decoded plainly: {rope}")
     speculation = ModelSpeculation(config, sources, proof, _rounding(trials, proof, config), host.prepare_cache)
@@ -71,10 +75,6 @@ def _tried(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
         + ([f"a step of {costs} a single one"] if costs else [])
     )
     return speculation, Change(summary, sum(form.extra_bytes for form in forms), tuple(left_out))
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _rounding(trials: Trials, proof: Proof, config: SpeculativeConfig) -> tuple[float, float]:
@@ -101,8 +101,8 @@ def _sources(
             if config.drafter != "auto":
                 if isinstance(error, HfAccelError):
                     raise
-                raise UnsupportedModelError(f'The drafter "{name}" fails on this model: {_named(error)}.') from error
-            left_out.append(f"drafter {name}: {error if isinstance(error, HfAccelError) else _named(error)}")
+                raise UnsupportedModelError(f'The drafter "{name}" fails on this model: {named(error)}.') from error
+            left_out.append(f"drafter {name}: {error if isinstance(error, HfAccelError) else named(error)}")
             continue
         found += found_source
     return found, left_out

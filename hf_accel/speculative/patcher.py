@@ -16,12 +16,9 @@ from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.speculative.building import set_up
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.copies import few_bits_config, layer_list, shadow
-from hf_accel.speculative.proof import SMALL_ROWS
 from hf_accel.speculative.speculation import ModelSpeculation
-from hf_accel.speculative.trials import PROMPT_TOKENS, TEXT_TOKENS
+from hf_accel.speculative.trials import CONTEXT_TOKENS
 
-# what the trials feed at most
-CONTEXT_TOKENS = PROMPT_TOKENS + TEXT_TOKENS + 2 * SMALL_ROWS
 # arguments by which a caller asks stock for its own assisted generation
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 

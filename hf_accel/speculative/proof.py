@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from hf_accel.core.contracts import PackedProduct
-from hf_accel.core.rope import unfamiliar_lengths
+from hf_accel.core.rope import moving_rope, unfamiliar_lengths
 from hf_accel.core.stepping import apart_objection
 from hf_accel.speculative.costs import RowCosts, settle
-from hf_accel.speculative.trials import PROMPT_TOKENS, Trials
+from hf_accel.speculative.trials import PROMPT_TOKENS, WIDEST, Trials
 from hf_accel.speculative.windows import NARROW, narrowed, widest_window
 
 SMALL_ROWS = 16  # up to here products of few rows may have kernels of their own
-WIDTHS = (2, 4, 8, 16, 32)
+WIDTHS = (2, 4, 8, 16, WIDEST)
 NEEDED = 8  # up to here every width is tried, whatever it takes
 KEPT = {8: 2, 16: 2}  # how many tokens of a step stay, all others are taken back
 HOPELESS = 6.0  # drafts never pay where a step takes so many times as long as a single one
@@ -93,7 +93,7 @@ def prove(trials: Trials) -> Proof:
         proof.objection = OTHER
         return proof
     proof.objection = _far_objection(trials, tolerance)
-    proof.apart = apart_objection(trials.model)
+    proof.apart = apart_objection(trials.model) if trials.takes_positions else "it takes no positions"
     if proof.apart is None:
         proof.apart_difference = apart_difference(trials, tolerance)
     window = widest_window(trials.model)
@@ -108,11 +108,11 @@ def _pass_window(proof: Proof, trials: Trials, window: int, tolerance: Tolerance
     """Try the same past windows made small."""
     try:
         model, layers, config = narrowed(trials.model)
-    except LookupError as error:
-        proof.objection = f"steps past the window of {window} tokens could not be tried: {error}"
+        narrow = Trials.of(model, trials.prepare_cache, writes=False, layers=layers, cache_config=config)
+        wide = compare(narrow, tolerance, is_timed=False)
+    except Exception as error:  # stock itself may fail there
+        proof.objection = f"steps past the window of {window} tokens could not be tried: {named(error)}"
         return
-    narrow = Trials.of(model, trials.prepare_cache, writes=False, layers=layers, cache_config=config)
-    wide = compare(narrow, tolerance, is_timed=False)
     # a step of two ends where the window does: what differs there is rounding
     limit = min(tolerance.limit, max(4 * wide.relative[2], tolerance.limit / 8))
     tolerance = replace(tolerance, limit=limit)
@@ -124,9 +124,11 @@ def _pass_window(proof: Proof, trials: Trials, window: int, tolerance: Tolerance
 
 
 def _far_objection(trials: Trials, tolerance: Tolerance) -> str | None:
-    """Return what objects to steps around the lengths that a model with code of its own names."""
-    for length in unfamiliar_lengths(trials.model):
-        first = max(0, length - PROMPT_TOKENS - NEEDED // 2)
+    """Return what objects to steps beyond a rope's switch, or around the lengths that foreign rotary code names."""
+    rope = moving_rope(trials.model)
+    beyond = [] if rope is None else [(n, n) for n in rope.switches if n > trials.first_position]
+    around = [(n, max(0, n - PROMPT_TOKENS - NEEDED // 2)) for n in unfamiliar_lengths(trials.model)]
+    for length, first in (*beyond, *around):
         try:
             far = Trials.of(trials.model, trials.prepare_cache, writes=False, first_position=first)
             wide = compare(far, tolerance, is_timed=False)
@@ -135,6 +137,11 @@ def _far_objection(trials: Trials, tolerance: Tolerance) -> str | None:
         if not wide.is_equal(tolerance):
             return f"{OTHER} around position {length}"
     return None
+
+
+def named(error: Exception) -> str:
+    """Return an error's kind and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @torch.no_grad()
@@ -160,7 +167,7 @@ def compare(trials: Trials, tolerance: Tolerance, is_timed: bool = True) -> Wide
 
     for width in WIDTHS:
         logits = step(width)
-        single = trials.singles[:, at - PROMPT_TOKENS :][:, :width]
+        single = trials.expected[:, at:][:, :width]
         difference = _subtract(logits[:, : single.shape[1]], single)
         wide.relative[width] = tolerance.typical(_relative(difference, single))
         wide.many = max(wide.many, float(difference.abs().max()))
@@ -176,21 +183,29 @@ def compare(trials: Trials, tolerance: Tolerance, is_timed: bool = True) -> Wide
 
 @torch.no_grad()
 def apart_difference(trials: Trials, tolerance: Tolerance) -> float:
-    """Return how far (relative) two rows that are apart are from each alone; inf: further than rounding, or no way."""
-    first = PROMPT_TOKENS
-    stepper = trials.stepper(2)
+    """Return how far (relative) two rows that are apart are from each alone; inf: further than rounding, or no way.
+
+    One of them is padded, and both begin in step, as stock's batches are: some models hide padding in a way of theirs.
+    """
     found: list[torch.Tensor] = []
+
+    def step(starts: tuple[int, int], width: int) -> None:
+        logits = stepper.forward(torch.cat([trials.tokens(start, width) for start in starts]))
+        for row, start in enumerate(starts):
+            single = trials.expected[:, start:][:, :width]
+            found.append(_relative(_subtract(logits[row : row + 1], single), single).flatten())
+
+    n = PROMPT_TOKENS
     try:
-        stepper.forward(trials.tokens(0, first).expand(2, first).contiguous())
-        stepper.keep([first, first])
-        stepper.forward(trials.tokens(first, 2).expand(2, 2).contiguous())
-        for lengths, width in (((first + 2, first + 1), 2), ((first + 4, first + 2), 1)):
-            stepper.keep(list(lengths))
-            fed = torch.cat([trials.tokens(length, width) for length in lengths])
-            logits = stepper.forward(fed)
-            for row, length in enumerate(lengths):
-                single = trials.singles[:, length - first :][:, :width]
-                found.append(_relative(_subtract(logits[row : row + 1], single), single).flatten())
+        stepper = trials.padded(n)  # row 1 is a token behind in text, not in columns
+        stepper.keep([n, n])
+        step((n, n - 1), 1)
+        stepper.keep([n + 1, n + 1])
+        step((n + 1, n), 2)
+        stepper.keep([n + 3, n + 2])
+        step((n + 3, n + 1), 2)
+        stepper.keep([n + 4, n + 3])
+        step((n + 4, n + 2), 1)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return math.inf  # the model does not take masks of its attention's kind
     relative = torch.cat(found)

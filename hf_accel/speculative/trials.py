@@ -23,6 +23,8 @@ from hf_accel.speculative.costs import RowCosts
 
 TEXT_TOKENS = 16
 PROMPT_TOKENS = 8
+WIDEST = 32
+CONTEXT_TOKENS = PROMPT_TOKENS + TEXT_TOKENS + WIDEST  # what the trials feed at most
 SINGLES = 6  # tokens taken in one by one, where the model need not write
 
 
@@ -30,9 +32,9 @@ SINGLES = 6  # tokens taken in one by one, where the model need not write
 class Trials:
     """The model, how its caches are made, and the text [1, PROMPT_TOKENS + TEXT_TOKENS] that it wrote.
 
-    singles: logits [1, n, V] of the tokens after the prompt, taken in one by one as plain decoding does; single_s: the
-    least time that took. first_position: of the text. layers, cache_config: of the caches, those layers that the model
-    uses, and the config they are made for, where the model is a copy without some layers.
+    expected: logits [1, n, V] of the text: of the prompt, and of tokens taken in one by one as plain decoding does;
+    single_s: the least time that took. first_position: of the text. layers, cache_config: of the caches, those layers
+    that the model uses, and the config they are made for, where the model is a copy without some layers.
     """
 
     model: Any
@@ -44,8 +46,8 @@ class Trials:
     single_s: float = math.inf
 
     def __post_init__(self) -> None:
-        self.singles = self.text.new_zeros((1, 0, 0), dtype=torch.float32)
-        self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.expected = self.text.new_zeros((1, 0, 0), dtype=torch.float32)
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     @classmethod
     @torch.no_grad()
@@ -64,8 +66,8 @@ class Trials:
         ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + TEXT_TOKENS), generator=generator).to(model.device)
         trials = cls(model, prepare_cache, ids, first_position, layers, cache_config)
         stepper = trials.stepper(1, records=False)
-        singles = []
         logits = stepper.forward(ids[:, :PROMPT_TOKENS])
+        expected = [logits.float()]
         for at in range(PROMPT_TOKENS, PROMPT_TOKENS + (TEXT_TOKENS if writes else SINGLES)):
             if writes:
                 ids[:, at] = logits[:, -1].argmax(dim=-1)
@@ -73,8 +75,8 @@ class Trials:
             logits = stepper.forward(ids[:, at : at + 1])
             logits[0, -1, 0].item()  # waits for a device
             trials.single_s = min(trials.single_s, time.perf_counter() - start)
-            singles.append(logits.float())
-        trials.singles = torch.cat(singles, dim=1)
+            expected.append(logits.float())
+        trials.expected = torch.cat(expected, dim=1)
         return trials
 
     def tokens(self, start: int, count: int) -> torch.Tensor:
@@ -83,15 +85,30 @@ class Trials:
 
     def stepper(self, batch: int, records: bool = True) -> Stepper:
         """Return a stepper over a new, empty cache. records: whether steps can be taken back beyond windows."""
+        positions = torch.full((batch,), self.first_position, device=self.model.device)
+        told = positions if self.takes_positions else None
+        return Stepper(self.model, self._cache(records), [0] * batch, None, told, 0, self.layers)
+
+    def padded(self, columns: int) -> Stepper:
+        """Return a stepper of two rows that hold the text's beginning, the second one with a column of padding."""
+        model, device = self.model, self.model.device
+        ids = torch.cat([self.text[:, :columns], self.text[:, :columns].roll(1, dims=1)])
+        mask = torch.ones_like(ids)
+        mask[1, 0] = 0
+        positions = self.first_position + torch.arange(columns, device=device).expand(2, columns) - 1 + mask[:, :1]
+        cache = self._cache(records=True)
+        given = {"attention_mask": mask, "position_ids": positions.clamp(min=0), CACHE: cache}
+        model(ids, use_cache=True, return_dict=True, **given)
+        return Stepper(model, cache, [columns] * 2, mask, positions[:, -1] + 1, columns, self.layers)
+
+    def _cache(self, records: bool) -> Any:
         config = self.cache_config or self.model.config
         cache: Any = DynamicCache(config=config.get_text_config(decoder=True))
         if self.prepare_cache is not None:
             self.prepare_cache(cache, 128)
         if records:
             cache.activate_past_recording()
-        positions = torch.full((batch,), self.first_position, device=self.model.device)
-        told = positions if self._takes_positions else None
-        return Stepper(self.model, cache, [0] * batch, None, told, 0, self.layers)
+        return cache
 
     @torch.no_grad()
     def rounding(self, widths: Sequence[int], tokens: int = TEXT_TOKENS) -> float:
