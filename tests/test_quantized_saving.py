@@ -14,7 +14,7 @@ import pytest
 import torch
 from fingerprint import changes, fingerprint
 from models import build
-from quantized_files import FOUR, logits, quantized, saved, wide
+from quantized_files import FOUR, logits, quantized, reloaded, saved, wide
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -182,6 +182,22 @@ def test_biases_that_share_memory_are_stored_each_by_itself(tmp_path: Path) -> N
     copy.deepcopy(model).save_pretrained(tmp_path / "stock")
     for folder in ("ours", "stock"):
         assert torch.equal(logits(hf_accel.from_pretrained(tmp_path / folder)), logits(model))
+
+
+def test_a_model_without_parameters_of_its_own_generates_and_comes_back(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "olmo", vocab_size=128, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = reloaded(AutoModelForCausalLM.from_config(config), torch.bfloat16)
+    model = quantized(model, WeightOnlyConfig(bits=8, embeddings=8))
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    assert (model.dtype, model.device.type) == (torch.bfloat16, "cpu")
+    text = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
+    model.save_pretrained(tmp_path)
+    again = hf_accel.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(again.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4), text)
 
 
 def test_every_tensor_has_a_checksum(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ class QuantizedEmbedding(nn.Embedding):
 
     codes: Tensor
     scales: Tensor
-    like: Tensor  # empty; casting the model casts it, and so says in which dtype embeddings are wanted
+    # empty; casting the model casts it, and so says in which dtype embeddings are wanted. A parameter, because
+    # transformers asks a model's parameters for its device, and there may be no others
+    like: nn.Parameter
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,7 +31,7 @@ class QuantizedEmbedding(nn.Embedding):
         self.num_embeddings, self.embedding_dim = packed.rows, packed.columns
         self.padding_idx = original.padding_idx
         self.scheme = packed.scheme
-        self.register_buffer("like", torch.empty(0, dtype=original.weight.dtype), persistent=False)
+        self.like = nn.Parameter(torch.empty(0, dtype=original.weight.dtype), requires_grad=False)
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
 

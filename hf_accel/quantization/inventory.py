@@ -30,7 +30,7 @@ from hf_accel.quantization.rebuilding import (
     wanted_shapes,
 )
 
-_OWN_BUFFERS = ("codes", "scales", "offsets")
+OWN_TENSORS = ("codes", "scales", "offsets", "like")  # of packed modules, in the model's state
 _WAY_OUT = "Make the config say what the model is, or hf_accel.restore(model) and save that."
 
 
@@ -132,7 +132,7 @@ def written(config: Any) -> dict[str, Any]:
 
 def _plain(model: Any, packed: set[str]) -> dict[str, Tensor]:
     """Every tensor of the state that is not part of a packed weight; of tied ones, the one that is not derived."""
-    own = {f"{name}.{buffer}" for name in packed for buffer in _OWN_BUFFERS}
+    own = {f"{name}.{tensor}" for name in packed for tensor in OWN_TENSORS}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
     tied = {
         name

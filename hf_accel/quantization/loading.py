@@ -28,6 +28,7 @@ from hf_accel.quantization.checkpoint import Checkpoint, read_json
 from hf_accel.quantization.embedding import QuantizedEmbedding
 from hf_accel.quantization.experts import QuantizedExperts, has_known_layout
 from hf_accel.quantization.formats import PRIVATE_METHOD, Rules, from_tensors, stored_names, stored_shapes
+from hf_accel.quantization.inventory import OWN_TENSORS
 from hf_accel.quantization.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.rebuilding import EXPERT, loaded_names, model_class
 from hf_accel.quantization.saving import PRIVATE_STEM, PUBLIC_STEM
@@ -253,10 +254,10 @@ class _Loader:
 
     def _unpacked_names(self) -> list[str]:
         packed = {
-            f"{name}.{buffer}"
+            f"{name}.{tensor}"
             for name, module in self.model.named_modules()
             if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
-            for buffer in ("codes", "scales", "offsets")
+            for tensor in OWN_TENSORS
         }
         return [name for name in self.model.state_dict() if name not in packed]
 
