@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_accel.attention.held import held_attention
 from hf_accel.core.anatomy import Anatomy
@@ -50,6 +52,7 @@ class BackEndName(str):
 # a name without "flash", "sdpa" or "flex", which transformers would take for its own back ends
 NAME = BackEndName("hfaccel_grouped")
 MAX_QUERIES = 16
+_fused_attention = functional.scaled_dot_product_attention
 FOREIGN = ("position_bias", "s_aux", "cache")  # what some architectures hand to attention, and only stock's understands
 
 
@@ -77,8 +80,11 @@ def grouped_attention_forward(
     tokens = query.shape[2]
     causal = tokens > 1 and attention_mask is None and (is_causal if is_causal is not None else True)
     plain = not causal and not dropout and kwargs.get("position_bias") is None and kwargs.get("cache") is None
-    if groups == 1 or tokens > MAX_QUERIES or not plain or kwargs.get("softcap") is not None:
-        return sdpa_attention_forward(
+    stock: Any = ALL_ATTENTION_FUNCTIONS.get("sdpa", sdpa_attention_forward)  # the user's, where one was registered
+    is_own = stock is sdpa_attention_forward and functional.scaled_dot_product_attention is _fused_attention
+    fits = groups != 1 and query.shape[1] == groups * key.shape[1] and tokens <= MAX_QUERIES
+    if not is_own or not fits or not plain or kwargs.get("softcap") is not None:
+        return stock(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     output = grouped_attention(query, key, value, attention_mask, scaling)
@@ -92,9 +98,13 @@ def _is_bias(mask: torch.Tensor | None) -> bool:
     return not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all())
 
 
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    return ALL_MASK_ATTENTION_FUNCTIONS.get("sdpa", sdpa_mask)(*args, **kwargs)
+
+
 # additive, namespaced; in both registries, else transformers would drop the mask of padded batches
 AttentionInterface.register(NAME, grouped_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,6 @@ class Watch:
         self._children = [module._modules for module in everything]
         self._kept_children = [dict(children) for children in self._children]
         owners = [owner for module in everything for owner in (module._parameters, module._buffers)]
-        self._empty = [owner for owner in owners if not owner]
         self._owners = [owner for owner in owners if owner]
         self._kept_owners = [dict(owner) for owner in self._owners]
         self._tensors = [t for owner in self._owners for t in owner.values() if t is not None]
@@ -135,7 +134,6 @@ class Watch:
                 self._attributes == self._kept_attributes
                 and self._children == self._kept_children
                 and self._owners == self._kept_owners
-                and not any(self._empty)
                 and not (self._single and any(owner[name] is not tensor for owner, name, tensor in self._single))
                 and list(map(type, self._modules)) == self._kinds
                 and list(map(_data_ptr, self._tensors)) == self._pointers
@@ -158,7 +156,6 @@ class Watch:
         first, *rest = map(differing, self._attributes, self._kept_attributes)
         return (
             self.has_its_modules()
-            and not any(self._empty)
             and list(map(set, self._owners)) == list(map(set, self._kept_owners))
             and first <= names | of_the_layer
             and all(changed <= names for changed in rest)

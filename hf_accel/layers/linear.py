@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Linear, Parameter, functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.anatomy import Anatomy
@@ -21,6 +21,13 @@ from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.kernels import native
 
 ANY_ROWS = 2**40  # more than memory holds
+# whoever puts something else in their place wants it run
+_FORWARDS = (Linear.forward, Conv1D.forward, functional.linear)
+
+
+def is_stock() -> bool:
+    """Return whether products are what they were when this was imported: no class or function was patched since."""
+    return (Linear.forward, Conv1D.forward, functional.linear) == _FORWARDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +122,16 @@ class NativeProduct:
             or input.dtype is not weight.dtype
             or input.dtype not in native.DTYPES
             or not input.numel()
-            or input.shape[-1] != weight.shape[0 if self.transposed else 1]
             or not weight.is_cpu
             or not input.is_cpu
             or torch.is_grad_enabled()
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
+            or not is_stock()
+            or weight.dim() != 2
             or weight.stride(1) != 1
+            or input.shape[-1] != weight.shape[0 if self.transposed else 1]
+            or not weight.data_ptr()  # its memory has been given up: stock's error
             or (bias is not None and not _bias_fits(bias, weight, self.transposed))
         ):
             return beneath(NativeProduct, self, "forward")(input)
@@ -134,6 +144,7 @@ def _bias_fits(bias: torch.Tensor, weight: torch.Tensor, transposed: bool) -> bo
         type(bias) is Parameter
         and bias.dtype is weight.dtype
         and bias.is_cpu
-        and bias.numel() == weight.shape[1 if transposed else 0]
+        and bias.shape == weight.shape[1 if transposed else 0 :][:1]
         and bias.is_contiguous()
+        and bias.data_ptr() != 0
     )

@@ -18,6 +18,7 @@ from hf_accel.core.anatomy import Anatomy, Siblings
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.layers.linear import is_stock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ class Group:
 
     def __init__(self, modules: list[nn.Linear], max_rows: int) -> None:
         self.modules, self.max_rows = modules, max_rows
+        self.parts: dict[str, tuple[torch.Tensor, ...]] = {}
         self.rows = [module.weight.shape[0] for module in modules]
         self.weight = self._joined("weight")
         self.bias = self._joined("bias") if modules[0].bias is not None else None
@@ -89,7 +91,8 @@ class Group:
     def _joined(self, name: str) -> torch.Tensor:
         parameters = [module._parameters[name] for module in self.modules]
         joined = torch.cat([p.detach() for p in parameters if p is not None])
-        for parameter, part in zip(parameters, joined.split(self.rows), strict=True):
+        self.parts[name] = joined.split(self.rows)
+        for parameter, part in zip(parameters, self.parts[name], strict=True):
             parameter.data = part  # type: ignore[union-attr]
         return joined
 
@@ -98,17 +101,13 @@ class Group:
         return self._holds("weight", self.weight) and self._holds("bias", self.bias)
 
     def _holds(self, name: str, joined: torch.Tensor | None) -> bool:
-        offset = 0 if joined is None else joined.data_ptr()
-        for module, rows in zip(self.modules, self.rows, strict=True):
+        for module, part in zip(self.modules, (None,) * len(self.rows) if joined is None else self.parts[name]):
             parameter = module._parameters.get(name)
-            if parameter is None or joined is None:
-                if parameter is not joined or name not in module._parameters:
+            if parameter is None or part is None:
+                if parameter is not part or name not in module._parameters:
                     return False
-                continue
-            size = rows * joined.stride(0)
-            if parameter.data_ptr() != offset or parameter.numel() != size or parameter.dtype is not joined.dtype:
+            elif parameter.dtype is not part.dtype or not parameter.is_set_to(part):  # memory, shape and strides
                 return False
-            offset += size * joined.element_size()
         return True
 
     def split(self) -> None:
@@ -149,6 +148,7 @@ class SharedProduct:
             and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled(input.device.type)
             and input.dtype is group.weight.dtype
+            and is_stock()
             and group.is_joined()
         ):
             part = group.product(self.index, input)
