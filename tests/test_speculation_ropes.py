@@ -16,7 +16,7 @@ import torch
 from comparison import assert_same_outcome, run
 from models import PAD, SMALL, Tiny, build, padded, prompt, randomize
 from speculating import FEW_TOKENS, always, counts, total
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_accel
 from hf_accel import KVCacheConfig
@@ -163,7 +163,7 @@ def test_room_and_steadiness() -> None:
 
 def test_ropes_are_found_wherever_configs_and_modules_have_them() -> None:
     def found(**values: Any) -> Any:
-        return moving_rope(LlamaForCausalLM(AutoConfig.for_model("llama", **SMALL | HEAD | values)))
+        return moving_rope(LlamaForCausalLM(LlamaConfig(**SMALL | HEAD | values)))
 
     assert found() is None
     assert found(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}) is None

@@ -10,6 +10,7 @@ from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.hosting import KEYWORDS, host_of
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.recent import Recent
 from hf_accel.core.report import Applied
 from hf_accel.core.stepping import rollback_objection
 from hf_accel.errors import ConfigError, UnsupportedModelError
@@ -19,6 +20,8 @@ from hf_accel.speculative.copies import few_bits_config, layer_list, shadow
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS
 
+MOST_CONFIGS = 4  # of calls, kept with the weights that their drafters have of their own
+PER_CALL = "per call: "
 # arguments by which a caller asks stock for its own assisted generation
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -98,7 +101,7 @@ def _trial_obstacle(model: Any) -> str | None:
     if isinstance(context, int) and context < CONTEXT_TOKENS:
         return f"a context of {context} tokens is too short to try drafts in; it takes {CONTEXT_TOKENS}"
     reason = rollback_objection(DynamicCache(config=config), is_batch=False)
-    return reason and f"{reason}, so rejected drafts cannot be taken back"
+    return reason and f"{reason}, so drafts cannot be verified"
 
 
 def _speculative(model: Any, value: Any, arguments: dict[str, Any]) -> ModelSpeculation | None:
@@ -133,22 +136,28 @@ def built_for(model: Any, config: SpeculativeConfig) -> ModelSpeculation:
     with host.lock:
         if host.speculation is not None and host.speculation.config == config:
             return host.speculation  # type: ignore[no-any-return]
-        if config in host.built:
-            return host.built[config]  # type: ignore[no-any-return]
+        kept: Recent[SpeculativeConfig, ModelSpeculation] = host.built.setdefault("speculative", Recent(MOST_CONFIGS))
+        if (found := kept.get(config)) is not None:
+            return found
         anatomy = Anatomy.of(model)
         anatomy.draft_model = host.draft_model
         if obstacles := SpeculativePatcher(config).obstacles(anatomy):
             raise UnsupportedModelError("This model cannot be speculated for so: " + " ".join(obstacles))
         speculation, change = set_up(anatomy, host, config)
-        host.built[config] = speculation
+        kept.put(config, speculation)
         if host.report.speculation is None:
             host.report.speculation = speculation.statistics
         else:
             speculation.statistics = host.report.speculation
-        host.report.applied.append(
-            Applied(config, f"per call: {change.summary}", change.extra_bytes, Fidelity.EXACT.value)
-        )
+        # of configs of calls the report tells the latest
+        applied = host.report.applied
+        applied[:] = [a for a in applied if not (isinstance(a.config, SpeculativeConfig) and _is_of_a_call(a))]
+        applied.append(Applied(config, f"{PER_CALL}{change.summary}", change.extra_bytes, Fidelity.EXACT.value))
         return speculation
+
+
+def _is_of_a_call(applied: Applied) -> bool:
+    return applied.summary.startswith(PER_CALL)
 
 
 def _tenant(model: Any, value: Any, arguments: dict[str, Any]) -> str:
