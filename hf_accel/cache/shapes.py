@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_accel.cache.growing import GrowingLayer
 from hf_accel.core.drift import CACHE
+from hf_accel.core.modes import evaluating
 from hf_accel.core.states import Held, Part
 from hf_accel.errors import UnsupportedModelError
 
@@ -60,15 +61,9 @@ def layer_shapes(model: Any) -> list[LayerShape] | str:
         return f"its cache has layers of other kinds ({', '.join(sorted(other))})"
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     cache.layers = [_ProbingLayer() for _ in kinds]
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-            model(input_ids=ids, use_cache=True, **{CACHE: cache})
-    finally:
-        for module in was_training:
-            module.training = True
+    with evaluating(model), torch.no_grad():
+        ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+        model(input_ids=ids, use_cache=True, **{CACHE: cache})
     found = []
     for layer, window in zip(cache.layers, windows, strict=True):
         if not hasattr(layer, "held"):

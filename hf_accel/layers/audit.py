@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_accel.core.anatomy import Anatomy, DecoderBlock
 from hf_accel.core.contracts import Reserved
@@ -27,18 +25,6 @@ from hf_accel.errors import VerificationError
 TOKENS = 4
 AUDITED = "audited as a decoder layer"
 Replacement = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor | None]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode for the block, and each back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass

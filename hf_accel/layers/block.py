@@ -20,10 +20,11 @@ from hf_accel.core.config import Config
 from hf_accel.core.contracts import PackedProduct
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, beneath, subclass
+from hf_accel.core.modes import evaluating
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.watching import Surroundings, Watch
 from hf_accel.kernels import native
-from hf_accel.layers.audit import Audit, evaluating
+from hf_accel.layers.audit import Audit
 from hf_accel.layers.linear import native_obstacles
 
 # attention back ends whose masks the native call understands and whose mathematics it does

@@ -25,7 +25,7 @@ ANY_ROWS = 2**40  # more than memory holds
 _FORWARDS = (Linear.forward, Conv1D.forward, functional.linear)
 
 
-def is_stock() -> bool:
+def _is_stock() -> bool:
     """Return whether products are what they were when this was imported: no class or function was patched since."""
     return (Linear.forward, Conv1D.forward, functional.linear) == _FORWARDS
 
@@ -127,7 +127,7 @@ class NativeProduct:
             or torch.is_grad_enabled()
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
-            or not is_stock()
+            or not _is_stock()
             or weight.dim() != 2
             or weight.stride(1) != 1
             or input.shape[-1] != weight.shape[0 if self.transposed else 1]

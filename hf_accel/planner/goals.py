@@ -17,6 +17,7 @@ from hf_accel.cache.shapes import layer_shapes
 from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers, measured
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
+from hf_accel.core.modes import evaluating
 from hf_accel.core.patcher import Patcher
 from hf_accel.core.plan import Plan, Step
 from hf_accel.core.report import Skip
@@ -25,7 +26,6 @@ from hf_accel.decoding import DecodingConfig
 from hf_accel.errors import ConfigError, HfAccelError, described
 from hf_accel.kernels import native
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
-from hf_accel.layers.audit import evaluating
 from hf_accel.measure.break_even import break_even
 from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.planner.timing import VERIFIERS, keep_what_pays

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 from hf_accel.core.anatomy import Anatomy, unwrap
 from hf_accel.core.config import Config
+from hf_accel.core.failures import converting
 from hf_accel.core.hosting import Host
+from hf_accel.core.modes import evaluating
 from hf_accel.core.patcher import Change
 from hf_accel.core.rope import moving_rope
 from hf_accel.core.stepping import apart_objection
@@ -14,7 +18,7 @@ from hf_accel.core.undisturbed import undisturbed
 from hf_accel.errors import HfAccelError, UnsupportedModelError
 from hf_accel.speculative.arms import Source
 from hf_accel.speculative.config import SpeculativeConfig
-from hf_accel.speculative.copies import Form, few_bits, sped_up
+from hf_accel.speculative.copies import Form, few_bits, sped_up, to_try, without_layers
 from hf_accel.speculative.costs import RowCosts
 from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, named, prove
 from hf_accel.speculative.speculation import ModelSpeculation
@@ -32,23 +36,14 @@ def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[Mod
     Raises:
         UnsupportedModelError: steps of several tokens, or a drafter that was asked for by name, fail on this model.
     """
-    model = anatomy.model
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(anatomy.model), converting(UnsupportedModelError, "Steps of several tokens fail on this model"):
+        model = to_try(anatomy, [step.config for step in host.report.applied])
         with undisturbed(model):
-            return _tried(anatomy, host, config)
-    except HfAccelError:
-        raise
-    except Exception as error:  # whatever a model raises that takes its inputs in a way of its own
-        raise UnsupportedModelError(f"Steps of several tokens fail on this model: {named(error)}.") from error
-    finally:
-        for module in training:
-            module.training = True
+            return _tried(model, anatomy, host, config)
 
 
-def _tried(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
-    model = anatomy.model
+def _tried(model: Any, anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
+    """model: what to try steps on, in place of `anatomy.model`."""
     rope = moving_rope(model)
     # of a switch that a short text would pass, beyond it
     first = 0 if rope is None or rope.is_steady(0, CONTEXT_TOKENS) else max(rope.switches, default=0)
@@ -129,6 +124,8 @@ def _model_source(
     form.summary += f" ({100 * agreement:.0f} % agreement on own text, {share:.2f} of a step per token)"
     if not can_be_apart:
         left_out.append(f"drafter {name} in batches: rows of the draft model cannot have different lengths")
+    if form.layers is not None:  # those of the model itself, so that what becomes of them is followed
+        form = replace(form, model=without_layers(anatomy.model, form.skipped).model)
     return [Source.model(form, agreement, draft_s, can_be_apart)]
 
 

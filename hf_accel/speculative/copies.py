@@ -6,10 +6,8 @@ training and copying the model do not see it.
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from hf_accel.core.hosting import Host
 from hf_accel.core.journal import Journal
 from hf_accel.core.patcher import Patcher, Stage
 from hf_accel.core.plan import Plan, new_report
+from hf_accel.core.shadow import shadow, twin
 
 
 @dataclass
@@ -32,14 +31,16 @@ class Form:
     summary: str
     extra_bytes: int = 0
     layers: list[int] | None = None
+    skipped: list[int] = field(default_factory=list)
     has_own_cache: bool = False
 
 
-def shadow(model: nn.Module, shared: Iterable[nn.Module] = ()) -> Any:
-    """Return a copy of `model` that shares all its tensors, and the modules `shared` as they are."""
-    memo: dict[int, Any] = {id(module): module for module in shared}
-    memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, memo).eval()
+def to_try(anatomy: Anatomy, applied: list[Config]) -> Any:
+    """Return a copy of the model to try steps on, sped up as it is: without hooks of the user's, and not in use."""
+    model = twin(anatomy.model)
+    if model is not anatomy.model:
+        _apply(model, _speedups(applied), anatomy)
+    return model
 
 
 def few_bits(anatomy: Anatomy, bits: int, group_size: int | None, applied: list[Config]) -> Form:
@@ -82,7 +83,7 @@ def without_layers(model: Any, skipped: list[int]) -> Form:
     if isinstance(values.get("layer_types"), (list, tuple)):
         values["layer_types"] = [config.layer_types[index] for index in kept]
     summary = f"the model without {len(skipped)} of its {len(layers)} layers drafts"
-    return Form("layer_skip", form, summary, layers=kept)
+    return Form("layer_skip", form, summary, layers=kept, skipped=skipped)
 
 
 def layer_list(model: Any) -> tuple[str, nn.ModuleList]:
@@ -105,7 +106,7 @@ def _speedups(applied: list[Config]) -> list[Config]:
 
 def _apply(model: Any, configs: list[Config], original: Anatomy) -> None:
     anatomy = Anatomy.of(model)
-    anatomy.progress = original.progress
+    anatomy.progress, anatomy.prepared = original.progress, original.prepared
     plan = Plan.of(configs)
     # what it replaces belongs to the original and stays there
     plan.apply(anatomy, Host(Journal("drop"), new_report(anatomy, plan)))
