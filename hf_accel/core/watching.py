@@ -34,6 +34,7 @@ class Surroundings:
     """The classes of some modules and the functions their forwards call, as they were when this was made."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
         self._spaces = [*map(vars, kinds_of(modules)), *namespaces_of(modules)]
         self._kept = [dict(space) for space in self._spaces]
         self._functions = _functions()
