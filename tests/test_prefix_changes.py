@@ -66,8 +66,28 @@ def layers(model: Any) -> None:
     model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
 
 
+def scaling(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling *= 3
+
+
+def epsilon(model: Any) -> None:
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def own_forward(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    original = mlp.forward
+    mlp.forward = lambda hidden: 1.4 * original(hidden)
+
+
+def transposed(model: Any) -> None:
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    weight.data = weight.data.flatten().view(weight.shape[1], weight.shape[0]).t()
+
+
 CHANGES: list[Callable[[Any], None]] = [
-    add, copy_data, load, assign, hook, hook_before, activation, dtype, rotary, layers,
+    add, copy_data, load, assign, hook, hook_before, activation, dtype, rotary, layers, scaling,
+    epsilon, own_forward, transposed,
 ]  # fmt: skip
 
 
@@ -217,3 +237,18 @@ def test_planted_defects_show(defect: str, monkeypatch: pytest.MonkeyPatch, seen
         with suppress(RuntimeError, IndexError):
             assert not are_right()
     assert are_right()
+
+
+def test_a_method_of_a_class_is_exchanged(seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin, ids = reusing(), build("llama"), prompt(1, 150)
+    before = text(model, ids, kv_cache=REUSING)
+    kind = type(twin.model.layers[0].mlp)
+    original = kind.forward
+    for factor in (1.4, 0.7):
+        monkeypatch.setattr(kind, "forward", lambda self, hidden: factor * original(self, hidden))  # noqa: B023
+        expected = text(twin, ids)
+        found, fresh = computed(seen, model, ids, kv_cache=REUSING)
+        assert torch.equal(found, expected)
+        assert fresh >= 150
+        assert not torch.equal(expected, before)
+        assert computed(seen, model, ids, kv_cache=REUSING)[1] == 22

@@ -28,6 +28,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.core.rope import moving_rope
 from hf_accel.core.stepping import recording
 from hf_accel.core.support import foreign_inputs
+from hf_accel.core.watching import Surroundings, simple_attributes
 
 BLOCK_TOKENS = 64
 PLAIN = {CACHE, "use_cache", "logits_to_keep", "attention_mask", "position_ids"}
@@ -42,6 +43,8 @@ class Prefixes:
     def __init__(self, store: PrefixStore, codec: Codec, shapes: ModelShapes) -> None:
         self.store, self.codec, self.shapes = store, codec, shapes
         self._contents: tuple[bytes, bytes] | None = None  # of which weights, their hash
+        self._surroundings: Surroundings | None = None
+        self._exchanged = 0
 
     def objection(
         self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
@@ -123,13 +126,20 @@ class Prefixes:
                 buffers.append(buffer)
             layer.adopt(buffers[0], buffers[1], shape.sizes, shape.dtypes)
 
+    def _functions_digest(self, model: Any) -> bytes:
+        """Return a digest of the classes and functions that the model runs through; empty until one is exchanged."""
+        if self._surroundings is None or not self._surroundings.hold(0):
+            self._exchanged += self._surroundings is not None
+            self._surroundings = Surroundings(model.modules())
+        return repr((self._exchanged, PROCESS)).encode() if self._exchanged else b""
+
     def _root(self, model: Any, shapes: list[LayerShape]) -> bytes:
         """Return a digest of all that keys and values of given tokens depend on."""
-        state = _weights_digest(model)
+        state = self._functions_digest(model) + _weights_digest(model)
         if self.store.files is not None:
             if self._contents is None or self._contents[0] != state:
                 self._contents = state, _contents_digest(model)
-            state = self._contents[1] + _ways_digest(model)
+            state = self._contents[1] + _ways_digest(model) + self._functions_digest(model)
         kept = (self.codec.bits, [(s.kv_heads, s.sizes, str(s.dtypes), s.window) for s in shapes])
         ways = (str(autocast_dtype(model)), str(model.device), str(model.config._attn_implementation))
         return hashlib.sha256(state + _config_bytes(model) + repr((kept, ways)).encode()).digest()
@@ -165,7 +175,9 @@ def _weights_digest(model: Any) -> bytes:
     digest = hashlib.sha256(_ways_digest(model))
     samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for name, tensor in _tensors(model):
-        digest.update(repr((name, tensor.data_ptr(), _version(tensor), tensor.shape, tensor.dtype)).encode())
+        digest.update(
+            repr((name, tensor.data_ptr(), _version(tensor), tensor.shape, tensor.stride(), tensor.dtype)).encode()
+        )
         if tensor.numel():
             flat = tensor.detach().flatten() if tensor.is_contiguous() else tensor.detach()[..., :1].flatten()
             samples.setdefault((tensor.dtype, tensor.device), []).append(flat[:: len(flat) // SAMPLES + 1])
@@ -181,7 +193,7 @@ def _ways_digest(model: Any) -> bytes:
         # keys of hooks are counted up and never come again, as addresses do
         hooks = [*module._forward_hooks, *module._forward_pre_hooks]
         adapters = [getattr(module, state, None) for state in ADAPTER_STATE]
-        digest.update(repr((name, type(module).__qualname__)).encode())
+        digest.update(repr((name, type(module).__qualname__, simple_attributes(module))).encode())
         if hooks:
             digest.update(repr((hooks, PROCESS)).encode())
         if any(adapter is not None for adapter in adapters):

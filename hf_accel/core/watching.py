@@ -7,11 +7,15 @@ Comparisons run in C: dictionaries compare entry by entry, and an entry that is 
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Iterable
-from itertools import chain
+from functools import partial
+from itertools import chain, count
 from operator import itemgetter
+from types import FunctionType, MethodType, NoneType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -79,6 +83,25 @@ def namespaces_of(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
 def _functions() -> tuple[Any, ...]:
     return (*FUNCTIONS(vars(functional)), *map(ALL_ATTENTION_FUNCTIONS.get, ATTENTIONS))
+
+
+def simple_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the attributes of a module that are values, and numbers for its functions, which no other one gets."""
+    return [
+        (name, _number(value) if isinstance(value, (FunctionType, MethodType, partial)) else value)
+        for name, value in vars(module).items()
+        if isinstance(value, (str, int, float, tuple, FunctionType, MethodType, partial, NoneType))
+    ]
+
+
+def _number(function: Any) -> str:
+    owner = getattr(function, "__func__", function)
+    return f"function {_numbers.setdefault(owner, next(_counter))} of {PROCESS}"
+
+
+PROCESS = secrets.token_hex(16)  # of which functions are, that files cannot tell apart
+_numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_counter = count()
 
 
 def differing(one: Any, other: Any) -> set[str]:
