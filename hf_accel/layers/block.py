@@ -199,10 +199,11 @@ def native_step(
 
     is_audit: the call has just been built; hooks on the layer do not matter.
     """
+    if type(hidden) is not torch.Tensor or len(shape := hidden.shape) != 3:
+        return None
+    batch, tokens, _ = shape
     if (
-        type(hidden) is not torch.Tensor
-        or hidden.dim() != 3
-        or hidden.shape[0] * hidden.shape[1] > step.max_rows
+        batch * tokens > step.max_rows
         or not hidden.is_cpu
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -225,7 +226,6 @@ def native_step(
     reserve = getattr(layer, "reserve", None)
     if reserve is None or not (is_audit or step.is_current()):
         return None
-    batch, tokens, _ = hidden.shape
     cos, sin = positions
     if hidden.dtype is not step.dtype or cos.dtype is not step.dtype:
         return None
