@@ -128,7 +128,7 @@ class Prefixes:
 
     def _functions_digest(self, model: Any) -> bytes:
         """Return a digest of the classes and functions that the model runs through; empty until one is exchanged."""
-        if self._surroundings is None or not self._surroundings.hold(0):
+        if self._surroundings is None or not self._surroundings.look():
             self._exchanged += self._surroundings is not None
             self._surroundings = Surroundings(model.modules())
         return repr((self._exchanged, PROCESS)).encode() if self._exchanged else b""

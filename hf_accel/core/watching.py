@@ -15,7 +15,7 @@ from itertools import chain, count
 from operator import itemgetter
 from types import FunctionType, MethodType, NoneType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -43,18 +43,22 @@ class Surroundings:
         self._spaces = [*map(vars, kinds_of(modules)), *namespaces_of(modules)]
         self._kept = [dict(space) for space in self._spaces]
         self._functions = _functions()
-        self._last = sys.maxsize
+        self._cache: ref[Any] | None = None
         self._is_same = True
         self.changed: set[int] = set()  # which of those that ask this are not as they were themselves
 
-    def hold(self, index: int) -> bool:
-        """Return whether they are the same still; looked up once per forward pass, whose `index` goes up."""
-        if index <= self._last:
-            self._is_same = self._look()
-        self._last = index
+    def hold(self, cache: object) -> bool:
+        """Return whether they are the same still; looked at once per cache, that is, per call of `generate`.
+
+        It fetches so much memory that at every token it would show.
+        """
+        if self._cache is None or self._cache() is not cache:
+            self._is_same = self.look()
+            self._cache = ref(cache)
         return self._is_same
 
-    def _look(self) -> bool:
+    def look(self) -> bool:
+        """Return whether they are the same at this moment."""
         try:
             is_same = self._spaces == self._kept
         except (RuntimeError, TypeError, ValueError):  # a value that does not compare

@@ -140,7 +140,7 @@ class BlockStep:
         self._attention = vars(block.attention)
         self._config = self._attention.get("config")
 
-    def is_current(self) -> bool:
+    def is_current(self, cache: object) -> bool:
         """Return whether the call still stands for the layer, having followed what may change."""
         config, block = self._attention.get("config"), self.block
         values = getattr(config, "__dict__", {})
@@ -149,7 +149,7 @@ class BlockStep:
             attention not in ATTENTION
             or (block.softcap is not None and attention != "eager")  # the others know no soft cap
             or values.get("num_attention_heads") != block.heads  # read at every call where q, k and v are one product
-            or not self.surroundings.hold(block.index)
+            or not self.surroundings.hold(cache)
             or self.watch.is_hooked()
         ):
             return False
@@ -224,7 +224,7 @@ def native_step(
         return None
     layer = cache.layers[block.index]
     reserve = getattr(layer, "reserve", None)
-    if reserve is None or not (is_audit or step.is_current()):
+    if reserve is None or not (is_audit or step.is_current(cache)):
         return None
     cos, sin = positions
     if hidden.dtype is not step.dtype or cos.dtype is not step.dtype:
