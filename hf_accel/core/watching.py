@@ -134,6 +134,7 @@ class Watch:
     def __init__(self, layer: nn.Module, modules: list[nn.Module]) -> None:
         everything = [layer, *modules]
         self._modules = modules
+        self._cache: ref[Any] | None = None
         self._kinds = [type(module) for module in modules]
         # a plain product reads nothing but these of its attributes, and whatever is added: comparing all of them would
         # fetch half as much memory again per token
@@ -162,10 +163,14 @@ class Watch:
         """Return whether a forward would call anything beside the modules' own."""
         return any(self._hooks) and not all(map(_are_idle_recorders, self._hooks))
 
-    def is_same(self) -> bool:
-        """Return whether everything but hooks is as it was: the same tensors, in place, of the same layout."""
+    def is_same(self, cache: object = None) -> bool:
+        """Return whether everything but hooks is as it was: the same tensors, in place, of the same layout.
+
+        cache: given again, layouts were compared already; a layout at the same address changes between calls only.
+        """
         try:
-            return (
+            is_known = self._cache is not None and self._cache() is cache
+            is_same = (
                 self._attributes == self._kept_attributes
                 and list(map(len, self._products)) == self._counts
                 and list(map(OF_PRODUCTS, self._products)) == self._kept_products
@@ -174,12 +179,20 @@ class Watch:
                 and not (self._single and any(owner[name] is not tensor for owner, name, tensor in self._single))
                 and list(map(type, self._modules)) == self._kinds
                 and list(map(_data_ptr, self._tensors)) == self._pointers
-                and list(map(_stride, self._tensors)) == self._strides
-                and list(map(_size, self._tensors)) == self._sizes
-                and list(map(_dtype, self._tensors)) == self._dtypes
+                and (is_known or self._have_their_layouts())
             )
+            if is_same and not is_known and cache is not None:
+                self._cache = ref(cache)
+            return is_same
         except (RuntimeError, TypeError, ValueError, KeyError):  # what is no longer the same may not even compare
             return False
+
+    def _have_their_layouts(self) -> bool:
+        return (
+            list(map(_stride, self._tensors)) == self._strides
+            and list(map(_size, self._tensors)) == self._sizes
+            and list(map(_dtype, self._tensors)) == self._dtypes
+        )
 
     def has_its_modules(self) -> bool:
         """Return whether no module was exchanged or given another class."""

@@ -154,7 +154,7 @@ class BlockStep:
         ):
             return False
         # configs are equal by their values, which takes long to find out where one was exchanged for a copy
-        if not (config is self._config and self.watch.is_same()) and not self._follow():
+        if not (config is self._config and self.watch.is_same(cache)) and not self._follow():
             return False
         changed = self.surroundings.changed
         if changed:
