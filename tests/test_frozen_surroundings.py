@@ -1,4 +1,4 @@
-"""Classes, functions and the arrangement of layers are changed after optimising: what is run is what stock runs then."""
+"""Classes, functions and the arrangement of layers are changed after optimising: what runs is what stock runs."""
 
 from __future__ import annotations
 
