@@ -138,7 +138,11 @@ class QuantizedLinear(nn.Linear):
     def packed(self) -> PackedWeight:
         """The weight on the buffers as they are now: they may have been moved or exchanged."""
         buffers, packed = self._buffers, self._packed
-        if buffers["codes"] is not packed.codes or buffers["scales"] is not packed.scales:
+        if (
+            buffers["codes"] is not packed.codes
+            or buffers["scales"] is not packed.scales
+            or buffers["offsets"] is not packed.offsets
+        ):
             packed = self._packed = PackedWeight(
                 self.scheme, self.out_features, self.in_features,
                 self.codes, self.scales, self.offsets,
