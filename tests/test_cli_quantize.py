@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(
     out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("hf_accel.cli.quantize.load_model", lambda *_: pytest.fail("loaded before the folder was tried"))
+    monkeypatch.setattr("hf_accel.cli.quantize.load_model", lambda *_: pytest.fail("loaded before it was tried"))
     result = run("quantize", demo_path(), str(tmp_path / out))
     assert result.exit_code == 2
     assert "OUT cannot be written" in " ".join(result.stderr.split())

@@ -100,8 +100,21 @@ def simple_attributes(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _number(function: Any) -> str:
+    if isinstance(function, partial):
+        return f"{_number(function.func)} with {function.args} {sorted(function.keywords.items())}"
     owner = getattr(function, "__func__", function)
+    if _is_of_library(owner):  # the same in every process
+        return f"{owner.__module__}.{owner.__qualname__}"
     return f"function {_numbers.setdefault(owner, next(_counter))} of {PROCESS}"
+
+
+def _is_of_library(function: Any) -> bool:
+    """Return whether a function is what torch or transformers has under its name."""
+    module = str(getattr(function, "__module__", ""))
+    found: Any = sys.modules.get(module) if module.partition(".")[0] in ("torch", "transformers") else None
+    for part in str(getattr(function, "__qualname__", "")).split("."):
+        found = getattr(found, part, None)
+    return getattr(found, "__func__", found) is function
 
 
 PROCESS = secrets.token_hex(16)  # of which functions are, that files cannot tell apart
