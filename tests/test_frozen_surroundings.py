@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from comparison import optimised
-from models import build
+from models import build, prompt
 from test_frozen_values import BLOCKS, outcome, scaled
 from torch import nn
 from torch.nn import functional
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_accel.core.drift import CACHE
 
 pytestmark = pytest.mark.native
 
@@ -134,3 +138,40 @@ def test_layers_are_arranged_anew(name: str, change: Callable[[Any], None]) -> N
         model.marked = model is ours
         change(model)
     assert outcome(ours, 8) == outcome(stock, 8)
+
+
+CHANGES: list[Callable[[Any], Any]] = [
+    lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.9),
+    lambda model: setattr(model.model.layers[0].input_layernorm, "variance_epsilon", 0.5),
+    lambda model: setattr(
+        model.model.layers[2].mlp.up_proj.weight, "data", model.model.layers[2].mlp.up_proj.weight * 2
+    ),
+    lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.Tanh()),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen_between_calls_that_share_a_cache(change: Callable[[Any], Any]) -> None:
+    """As the turns of a chat do; and between the steps of a loop of the caller's own."""
+    stock = build("llama")
+    ours, found = optimised(stock, BLOCKS), []
+    with torch.no_grad():
+        for model in (copy.deepcopy(stock), ours):
+            asked = {"do_sample": False, "return_dict_in_generate": True}
+            first = model.generate(prompt(), max_new_tokens=5, **asked)
+            change(model)
+            second = model.generate(first.sequences, max_new_tokens=8, **asked, **{CACHE: first[CACHE]})
+            found.append(second.sequences.tolist())
+        assert found[0] == found[1]
+        stock = build("llama")
+        ours, found = optimised(stock, BLOCKS), []
+        for model in (stock, ours):
+            cache, fed, steps = DynamicCache(config=stock.config), prompt(), []
+            for step in range(8):
+                if step == 4:
+                    change(model)
+                logits = model(fed, use_cache=True, **{CACHE: cache}).logits[:, -1:]
+                fed = logits.argmax(dim=-1)
+                steps.append(logits)
+            found.append(torch.cat(steps))
+    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3)

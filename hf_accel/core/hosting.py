@@ -9,6 +9,7 @@ goes on to stock, with every argument intact, and is counted.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -162,9 +163,13 @@ class Request:
 
     options: dict[str, Any] = field(default_factory=dict)
     has_callers_cache: bool = False
+    number: int = field(default_factory=itertools.count(1).__next__)  # which no other has
 
 
 _request: ContextVar[Request | None] = ContextVar("the hf_accel request in progress", default=None)
+
+request_in_progress: Callable[[], Request | None] = _request.get
+"""Return the `generate` call of an optimised model that this thread is in, None outside of one."""
 
 _hosts: WeakKeyDictionary[torch.nn.Module, Host] = WeakKeyDictionary()
 

@@ -15,7 +15,7 @@ from itertools import chain, count
 from operator import itemgetter
 from types import FunctionType, MethodType, NoneType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,7 +27,6 @@ from transformers.utils import output_capturing
 
 ATTENTIONS = ("eager", "sdpa", "hfaccel_grouped")  # as modules look them up by name at every call
 FUNCTIONS = itemgetter("linear", "silu", "gelu", "relu", "softmax", "scaled_dot_product_attention", "dropout")
-OF_PRODUCTS = itemgetter("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 # what Python and torch write into namespaces by themselves
 BOOKKEEPING = {"__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__"}
 
@@ -43,18 +42,15 @@ class Surroundings:
         self._spaces = [*map(vars, kinds_of(modules)), *namespaces_of(modules)]
         self._kept = [dict(space) for space in self._spaces]
         self._functions = _functions()
-        self._cache: ref[Any] | None = None
+        self._index = sys.maxsize
         self._is_same = True
         self.changed: set[int] = set()  # which of those that ask this are not as they were themselves
 
-    def hold(self, cache: object) -> bool:
-        """Return whether they are the same still; looked at once per cache, that is, per call of `generate`.
-
-        It fetches so much memory that at every token it would show.
-        """
-        if self._cache is None or self._cache() is not cache:
+    def hold(self, index: int) -> bool:
+        """Return whether they are the same still; looked at once per forward pass, in which `index` goes up."""
+        if index <= self._index:
             self._is_same = self.look()
-            self._cache = ref(cache)
+        self._index = index
         return self._is_same
 
     def look(self) -> bool:
@@ -147,15 +143,9 @@ class Watch:
     def __init__(self, layer: nn.Module, modules: list[nn.Module]) -> None:
         everything = [layer, *modules]
         self._modules = modules
-        self._cache: ref[Any] | None = None
         self._kinds = [type(module) for module in modules]
-        # a plain product reads nothing but these of its attributes, and whatever is added: comparing all of them would
-        # fetch half as much memory again per token
-        products = [m for m in modules if isinstance(m, nn.Linear) and "weight" in m._parameters]
-        self._products = [module.__dict__ for module in products]
-        self._kept_products = list(map(OF_PRODUCTS, self._products))
-        self._counts = list(map(len, self._products))
-        self._attributes = [module.__dict__ for module in everything if module not in products]
+        self._attributes = [module.__dict__ for module in everything]
+        self._counts = list(map(len, self._attributes))
         self._kept_attributes = [dict(attributes) for attributes in self._attributes]
         self._children = [module._modules for module in everything]
         self._kept_children = [dict(children) for children in self._children]
@@ -176,28 +166,35 @@ class Watch:
         """Return whether a forward would call anything beside the modules' own."""
         return any(self._hooks) and not all(map(_are_idle_recorders, self._hooks))
 
-    def is_same(self, cache: object = None) -> bool:
-        """Return whether everything but hooks is as it was: the same tensors, in place, of the same layout.
+    def is_in_place(self) -> bool:
+        """Return whether nothing was hooked, exchanged, added or moved: what may go on within a call of `generate`.
 
-        cache: given again, layouts were compared already; a layout at the same address changes between calls only.
+        It is asked at every token, where fetching the values of all attributes would show.
         """
         try:
-            is_known = self._cache is not None and self._cache() is cache
-            is_same = (
+            return (
+                not self.is_hooked()
+                and self._children == self._kept_children
+                and list(map(len, self._attributes)) == self._counts
+                and self._owners == self._kept_owners
+                and list(map(_data_ptr, self._tensors)) == self._pointers
+            )
+        except (RuntimeError, TypeError, ValueError, KeyError):  # what is no longer the same may not even compare
+            return False
+
+    def is_same(self) -> bool:
+        """Return whether everything but hooks is as it was: the same tensors, in place, of the same layout."""
+        try:
+            return (
                 self._attributes == self._kept_attributes
-                and list(map(len, self._products)) == self._counts
-                and list(map(OF_PRODUCTS, self._products)) == self._kept_products
                 and self._children == self._kept_children
                 and self._owners == self._kept_owners
                 and not (self._single and any(owner[name] is not tensor for owner, name, tensor in self._single))
                 and list(map(type, self._modules)) == self._kinds
                 and list(map(_data_ptr, self._tensors)) == self._pointers
-                and (is_known or self._have_their_layouts())
+                and self._have_their_layouts()
             )
-            if is_same and not is_known and cache is not None:
-                self._cache = ref(cache)
-            return is_same
-        except (RuntimeError, TypeError, ValueError, KeyError):  # what is no longer the same may not even compare
+        except (RuntimeError, TypeError, ValueError, KeyError):
             return False
 
     def _have_their_layouts(self) -> bool:
@@ -221,8 +218,6 @@ class Watch:
             self.has_its_modules()
             and list(map(set, self._owners)) == list(map(set, self._kept_owners))
             and first <= names | of_the_layer
-            and list(map(len, self._products)) == self._counts
-            and list(map(OF_PRODUCTS, self._products)) == self._kept_products
             and all(changed <= names for changed in rest)
         )
 

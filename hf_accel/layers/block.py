@@ -19,6 +19,7 @@ from hf_accel.core.anatomy import Anatomy, DecoderBlock, LinearSlice
 from hf_accel.core.config import Config
 from hf_accel.core.contracts import PackedProduct
 from hf_accel.core.drift import CACHE
+from hf_accel.core.hosting import request_in_progress
 from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.modes import evaluating
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
@@ -136,12 +137,27 @@ class BlockStep:
         kernel = native.NativeBlock(shape, native.BlockWeights(**parts, **norms))
         self.watch = Watch(block.layer, block.modules)
         self._refused: Watch | None = None
+        self._request = 0  # the call of `generate` in which everything was looked at
         self.kernel, self.dtype = kernel, kernel.dtype
         self._attention = vars(block.attention)
         self._config = self._attention.get("config")
 
-    def is_current(self, cache: object) -> bool:
-        """Return whether the call still stands for the layer, having followed what may change."""
+    def is_current(self) -> bool:
+        """Return whether the call still stands for the layer, having followed what may change.
+
+        Within a call of `generate` values of attributes, layouts of tensors, classes and functions are looked at once.
+        """
+        request = request_in_progress()
+        if request is not None and request.number == self._request and self.watch.is_in_place():
+            return not self.surroundings.changed
+        self._request = 0
+        if not self._is_current():
+            return False
+        if request is not None:
+            self._request = request.number
+        return True
+
+    def _is_current(self) -> bool:
         config, block = self._attention.get("config"), self.block
         values = getattr(config, "__dict__", {})
         attention = values.get("_attn_implementation_internal")
@@ -149,12 +165,12 @@ class BlockStep:
             attention not in ATTENTION
             or (block.softcap is not None and attention != "eager")  # the others know no soft cap
             or values.get("num_attention_heads") != block.heads  # read at every call where q, k and v are one product
-            or not self.surroundings.hold(cache)
+            or not self.surroundings.hold(block.index)
             or self.watch.is_hooked()
         ):
             return False
         # configs are equal by their values, which takes long to find out where one was exchanged for a copy
-        if not (config is self._config and self.watch.is_same(cache)) and not self._follow():
+        if not (config is self._config and self.watch.is_same()) and not self._follow():
             return False
         changed = self.surroundings.changed
         if changed:
@@ -224,7 +240,7 @@ def native_step(
         return None
     layer = cache.layers[block.index]
     reserve = getattr(layer, "reserve", None)
-    if reserve is None or not (is_audit or step.is_current(cache)):
+    if reserve is None or not (is_audit or step.is_current()):
         return None
     cos, sin = positions
     if hidden.dtype is not step.dtype or cos.dtype is not step.dtype:
