@@ -85,8 +85,7 @@ def _is_longer(one: list[float], other: list[float], factor: float = 1 / (1 - NO
 
 def keep_what_pays(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
     """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole."""
-    drop_what_fails(plan, anatomy, progress)
-    timing = _Timing(plan, anatomy, progress)
+    timing = _Timing(plan, anatomy, progress, drop_what_fails(plan, anatomy, progress))
     if not timing.drop_what_loses():
         return
     timing.judge_verifiers()
@@ -137,25 +136,24 @@ class _Way:
 class _Timing:
     """The steps of one plan, which it takes out where they fail or lose."""
 
-    def __init__(self, plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
+    def __init__(self, plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None, token_s: float) -> None:
+        """token_s: about what a token takes by stock."""
         self.plan, self.anatomy, self.progress = plan, anatomy, progress
         config = anatomy.model.config.get_text_config(decoder=True)
         self.room_tokens = (getattr(config, "max_position_embeddings", None) or 4096) - PROMPT_TOKENS
         self.times: dict[str, Times] = {}
         self.new_tokens = FEWEST_TOKENS
-        self.first_s = 0.0  # of a token, by stock
+        self.token_s = token_s
         self.times_everything = False
 
     def drop_what_loses(self) -> bool:
         """Time the steps and drop those that are shown to cost more than they gain; return whether any is left."""
         plan = self.plan
-        if plan.steps:
-            self.first_s = min(self._way(Plan()).decode().wall)
         while plan.steps:
             steps = self._timed_steps()
             plans = {"stock": Plan(), "all": plan} | {name_of(step): plan.without(type(step.config)) for step in steps}
             self.new_tokens = self._tokens(len(plans))
-            rounds = round(BUDGET_S / (len(plans) * (self.new_tokens + 1) * self.first_s))
+            rounds = round(BUDGET_S / (len(plans) * (self.new_tokens + 1) * self.token_s))
             self.times = self._alternate(plans, max(2, min(ROUNDS, rounds)))
             losers = [step for step in steps if is_slower(self.times["all"], self.times[name_of(step)])]
             if losers or is_slower(self.times["all"], self.times["stock"]):  # one disturbed run must not cost a step
@@ -221,7 +219,7 @@ class _Timing:
         found = []
         for step in self.plan.steps:
             patcher = Patcher.for_config(step.config)
-            does_equal_work = patcher.does_equal_work and self.first_s > EQUAL_WORK_S and not self.times_everything
+            does_equal_work = patcher.does_equal_work and self.token_s > EQUAL_WORK_S and not self.times_everything
             if isinstance(step.config, VERIFIERS) or does_equal_work:
                 continue
             if self.plan.goal == "memory" and isinstance(step.config, WeightOnlyConfig):
@@ -230,7 +228,7 @@ class _Timing:
         return found
 
     def _tokens(self, ways: int) -> int:
-        wanted = round(BUDGET_S / 2 / ways / self.first_s)
+        wanted = round(BUDGET_S / 2 / ways / self.token_s)
         return max(FEWEST_TOKENS, min(MOST_TOKENS, self.room_tokens, wanted))
 
     def _alternate(self, plans: dict[str, Plan], rounds: int) -> dict[str, Times]:
