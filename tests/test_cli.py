@@ -298,6 +298,20 @@ def test_errors_are_one_message(
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "config",
+    ["[]", "{", "{}", '{"model_type": 5}', '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": "llama", '
+     '"rope_parameters": 7}', '{"model_type": "llama", "vocab_size": null}', '{"a": ' + "[" * 50000],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_folders_with_a_damaged_config(command: str, config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    result = run(command, tmp_path, *([tmp_path / "out"] if command == "quantize" else []))
+    assert result.exit_code == 2, result.exception
+    assert "no causal language model could be loaded" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_accel.cli.doctor.examine", lambda: 1 / 0)
     assert isinstance(run("doctor").exception, ZeroDivisionError)

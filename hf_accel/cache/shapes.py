@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_accel.cache.growing import GrowingLayer
 from hf_accel.core.drift import CACHE
 from hf_accel.core.modes import evaluating
+from hf_accel.core.shadow import twin
 from hf_accel.core.states import Held, Part
 from hf_accel.errors import UnsupportedModelError
 
@@ -61,9 +62,10 @@ def layer_shapes(model: Any) -> list[LayerShape] | str:
         return f"its cache has layers of other kinds ({', '.join(sorted(other))})"
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     cache.layers = [_ProbingLayer() for _ in kinds]
-    with evaluating(model), torch.no_grad():
+    probed = _probed(model)
+    with evaluating(probed), torch.no_grad():
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-        model(input_ids=ids, use_cache=True, **{CACHE: cache})
+        probed(input_ids=ids, use_cache=True, **{CACHE: cache})
     found = []
     for layer, window in zip(cache.layers, windows, strict=True):
         if not hasattr(layer, "held"):
@@ -71,6 +73,15 @@ def layer_shapes(model: Any) -> list[LayerShape] | str:
         held = layer.held
         found.append(LayerShape(held.shape[1], held.sizes, held.dtypes, window, not held.is_dense))
     return found
+
+
+def _probed(model: Any) -> Any:
+    """Return a copy to probe, which other calls do not meet and hooks of the user's do not hear of."""
+    copied = twin(model)
+    for own, original in zip(copied.modules(), model.modules(), strict=True):
+        if "config" in vars(own) and own is not original:  # copies of configs forget attention of ours
+            vars(own.config)["_attn_implementation_internal"] = original.config._attn_implementation
+    return copied
 
 
 def autocast_dtype(model: Any) -> torch.dtype | None:

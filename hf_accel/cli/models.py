@@ -15,7 +15,7 @@ from hf_accel.cli.output import progress
 from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.plan import Plan
-from hf_accel.errors import ConfigError
+from hf_accel.errors import ConfigError, described
 from hf_accel.measure import SHAPES, build_shape
 from hf_accel.planner import GOALS, offer, plan_goal
 from hf_accel.speculative import SpeculativeConfig
@@ -68,8 +68,8 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
             return build_shape(name, dtype, device)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=Path(name).is_dir())
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # whatever a folder that holds something else makes transformers raise
+            reason = described(error)
             raise ConfigError(
                 f"{name!r} is not a shape ({', '.join(SHAPES)}), and no causal language model could be loaded from it "
                 f"as a folder or hub id: {reason}"

@@ -13,10 +13,11 @@ from hf_accel.calibration import calibration_text
 from hf_accel.cli.models import AsJson, Dtype, DtypeName, ModelName, Threads, load_model, use_threads
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.failures import converting
 from hf_accel.core.hosting import Host
 from hf_accel.core.journal import Journal
 from hf_accel.core.plan import Plan, new_report
-from hf_accel.errors import ConfigError
+from hf_accel.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_accel.measure import SHAPES
 from hf_accel.measure.quality import QualityReference
 from hf_accel.quantization import WeightOnlyConfig
@@ -60,7 +61,8 @@ def quantize(
     if calibration is not None and tokenizer is None:
         raise ConfigError(f"--calibration needs the tokenizer of {model!r}, and there is none.")
     anatomy = Anatomy.of(loaded)
-    with progress("measuring the original"):
+    measuring = converting(UnsupportedModelError, f"The quality of {model!r} cannot be measured")
+    with progress("measuring the original"), measuring:
         text = calibration_text(loaded, given, tokenizer)
         reference = QualityReference(loaded, text)
     plan = Plan.of([config])
@@ -74,7 +76,8 @@ def quantize(
     with progress(f"writing {out}"):
         save_pretrained(loaded, out)
         if tokenizer is not None:
-            tokenizer.save_pretrained(out)
+            with converting(CheckpointError, f"The tokenizer could not be written to {out}"):
+                tokenizer.save_pretrained(out)
     if as_json:
         write_json(host.report.to_dict() | {"folder": str(out)})
         return
@@ -119,5 +122,5 @@ def _text(path: Path) -> str:
 def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
-    except (OSError, ValueError):
-        return None  # a model without one is quantized all the same
+    except Exception:  # there is none, or it is damaged: the model is quantized all the same
+        return None

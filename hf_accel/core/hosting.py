@@ -25,6 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, beneath, subclass
+from hf_accel.errors import ConflictError
 
 if TYPE_CHECKING:
     from hf_accel.core.contracts import Speculation
@@ -180,9 +181,16 @@ def host_of(model: Any) -> Host | None:
 
 
 def open_host(model: PreTrainedModel, host: Host) -> None:
-    """Give `model` its class and its host, through the host's journal."""
+    """Give `model` its class and its host, through the host's journal.
+
+    Raises:
+        ConflictError: it has one: another thread has optimised it since this was begun.
+    """
+    if _hosts.setdefault(model, host) is not host:
+        raise ConflictError(
+            f"This {type(model).__name__} was optimised by another thread meanwhile. Optimise a model in one place."
+        )
     host.journal.did(lambda: _hosts.__delitem__(model))
-    _hosts[model] = host
     host.journal.swap_class(model, subclass(Hosted, type(model)))
 
 

@@ -23,6 +23,7 @@ from hf_accel.core.hosting import Call
 from hf_accel.core.rope import moving_rope
 from hf_accel.core.rows import Rows
 from hf_accel.core.stepping import Stepper, rollback_objection
+from hf_accel.core.support import foreign_inputs
 from hf_accel.decoding.choosing import NO_TOKEN, Chooser, processor_objection
 from hf_accel.decoding.inputs import LeanInputs
 from hf_accel.decoding.steps import PlainSteps, Step, Steps
@@ -100,6 +101,8 @@ class VerifiedSteps(Steps):
     @staticmethod
     def objection(call: Call, outputs: Any) -> str | None:
         """Return why the call must go on plainly now that its prompt has run."""
+        if reason := foreign_inputs(call.model):
+            return reason
         cache = call.model_kwargs[CACHE]
         if reason := rollback_objection(cache, call.input_ids.shape[0] > 1):
             return reason
