@@ -11,7 +11,9 @@ from models import build, padded
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import hf_accel
 from hf_accel import AttentionConfig
 from hf_accel.attention.grouped import MAX_QUERIES, NAME, grouped_attention_forward
 from hf_accel.ops.attention import grouped_attention
@@ -97,7 +99,10 @@ def test_views_of_a_larger_buffer() -> None:
 def test_in_both_registries() -> None:
     """Registered as attention only, transformers would pass no mask and padded batches would be wrong."""
     assert AttentionInterface._global_mapping[NAME] is grouped_attention_forward
-    assert AttentionMaskInterface._global_mapping[NAME] is sdpa_mask
+    arguments = {"batch_size": 2, "q_length": 3, "kv_length": 5, "q_offset": 2, "kv_offset": 0}
+    masks = [make(**arguments) for make in (AttentionMaskInterface._global_mapping[NAME], sdpa_mask)]
+    assert masks[0] is not None
+    assert torch.equal(*masks)
     assert not any(word in NAME for word in ("flash", "sdpa", "flex", "/", "|"))
 
 
@@ -173,3 +178,34 @@ def test_padded_batches_and_verification_steps(name: str) -> None:
     assert_equal_calls(stock, patched, lambda model: model.generate(**padded([2, 12, 7]), max_new_tokens=20))
     call = lambda model: model.generate(padded([12])["input_ids"], prompt_lookup_num_tokens=3, max_new_tokens=30)  # noqa: E731
     assert_equal_calls(stock, patched, call)
+
+
+def test_models_that_ask_for_its_name_find_sdpa() -> None:
+    """Some choose the form of their masks by it; registries tell it from sdpa."""
+    model = hf_accel.optimize(build("llama"), [AttentionConfig()])
+    name = model.config._attn_implementation
+    assert name == "sdpa"
+    assert name in ("eager", "sdpa")
+    assert "sdpa" == name  # noqa: SIM300
+    assert not name != "sdpa"  # noqa: SIM202
+    assert name != "eager"
+    assert ALL_ATTENTION_FUNCTIONS[name] is not ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert str(name) == "hfaccel_grouped"
+
+
+def test_an_attention_chosen_later_outlives_restore() -> None:
+    model = build("llama")
+    hf_accel.optimize(model, [AttentionConfig()])
+    model.set_attn_implementation("eager")
+    hf_accel.restore(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_made_from_the_config_of_an_optimised_one_is_stock_after_restore() -> None:
+    model = build("llama")
+    hf_accel.optimize(model, [AttentionConfig()])
+    made = type(model)(model.config)
+    hf_accel.restore(model)
+    for name in (made.config._attn_implementation, model.config._attn_implementation):
+        assert type(name) is str
+        assert name == "sdpa"
