@@ -16,6 +16,16 @@ import hf_accel
 from hf_accel.core.progress import shown
 
 
+@pytest.fixture(autouse=True)
+def _bars() -> Iterator[None]:
+    """The command line turns transformers' bars off for its process, which may be that of the tests."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    yield
+    if not was_on:
+        transformers_logging.disable_progress_bar()
+
+
 def written(silent_s: float, is_terminal: bool = True) -> str:
     """Return what is written during a tenth of a second of work."""
     file = io.StringIO()

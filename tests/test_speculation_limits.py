@@ -164,3 +164,16 @@ def test_a_static_cache_is_named() -> None:
     ask(model, cache_implementation="static")
     [(reason, _)] = counts(model)["plain_calls"].items()
     assert "Static" in reason
+
+
+def test_configs_of_calls_leave_a_bounded_amount_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_accel.core.hosting import host_of
+    from hf_accel.speculative import patcher
+
+    monkeypatch.setattr(patcher, "MOST_CONFIGS", 3)
+    model = hf_accel.optimize(build("llama"), [KVCacheConfig(), DecodingConfig()])
+    for most in range(1, 8):
+        ask(model, speculative=SpeculativeConfig(drafter="lookup", max_draft_tokens=most))
+    assert len(host_of(model).built["speculative"]) == 3
+    told = [step.config.max_draft_tokens for step in hf_accel.report(model).applied[2:]]
+    assert told == [5, 6, 7]

@@ -22,6 +22,9 @@ class Recent(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
+
     def get(self, key: Key) -> Value | None:
         """Return the entry of a key, from now on the one used last; None if there is none."""
         if key in self._entries:

@@ -20,7 +20,7 @@ from hf_accel.speculative.copies import few_bits_config, layer_list, shadow
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS
 
-MOST_CONFIGS = 4  # of calls, kept with the weights that their drafters have of their own
+MOST_CONFIGS = 8  # of calls, kept with the weights that their drafters have of their own
 PER_CALL = "per call: "
 # arguments by which a caller asks stock for its own assisted generation
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -149,15 +149,15 @@ def built_for(model: Any, config: SpeculativeConfig) -> ModelSpeculation:
             host.report.speculation = speculation.statistics
         else:
             speculation.statistics = host.report.speculation
-        # of configs of calls the report tells the latest
+        # of the configs of calls the report tells those that are kept
         applied = host.report.applied
-        applied[:] = [a for a in applied if not (isinstance(a.config, SpeculativeConfig) and _is_of_a_call(a))]
+        applied[:] = [a for a in applied if not _is_of_a_call(a) or (a.config in kept and a.config != config)]
         applied.append(Applied(config, f"{PER_CALL}{change.summary}", change.extra_bytes, Fidelity.EXACT.value))
         return speculation
 
 
 def _is_of_a_call(applied: Applied) -> bool:
-    return applied.summary.startswith(PER_CALL)
+    return isinstance(applied.config, SpeculativeConfig) and applied.summary.startswith(PER_CALL)
 
 
 def _tenant(model: Any, value: Any, arguments: dict[str, Any]) -> str:
