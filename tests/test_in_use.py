@@ -195,7 +195,8 @@ def test_keywords_are_understood_whatever_was_found_to_pay(left_out: list[Any]) 
         {"kv_cache": KVCacheConfig(prefix_reuse=True), "tenant": "a", "speculative": "lookup"},
     ):
         assert torch.equal(text(model, **keywords), expected), keywords
-    assert hf_accel.report(model).to_dict()["speculation"]["calls"] > 0
+    told = hf_accel.report(model).to_dict()["speculation"]
+    assert told["calls"] or told["plain_calls"], "our loop had them, and drafted or said why not"
     assert text(model, kv_cache=KVCacheConfig(bits=8), speculative="lookup").shape[1] > 9
 
 
