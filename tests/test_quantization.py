@@ -21,12 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_accel
 from hf_accel import NativeLinearConfig, SharedProjectionConfig, WeightOnlyConfig
+from hf_accel.core.anatomy import holds_experts
 from hf_accel.core.config import Config
 from hf_accel.kernels.packed import LANES, dequantized_linear
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization import QuantizedLinear
 from hf_accel.quantization.embedding import QuantizedEmbedding
-from hf_accel.quantization.experts import QuantizedExperts, is_experts
+from hf_accel.quantization.experts import QuantizedExperts
 from hf_accel.quantization.linear import SealedWeight, linear_weight
 
 EIGHT = WeightOnlyConfig(bits=8)
@@ -82,7 +83,7 @@ def test_which_modules_change(name: str) -> None:
     expected = {
         path
         for path, module in before.items()
-        if is_experts(module) or (type(module) in (nn.Linear, Conv1D) and linear_weight(module).shape[0] >= LANES)
+        if holds_experts(module) or (type(module) in (nn.Linear, Conv1D) and linear_weight(module).shape[0] >= LANES)
     }
     hf_accel.optimize(model, FOUR)
     after = dict(model.named_modules())
@@ -154,7 +155,7 @@ def test_dropped_originals_are_freed(name: str) -> None:
     model = build(name)
     kept = quantized(name)
     chosen = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and linear_weight(m).shape[0] >= LANES]
-    chosen += [m for m in model.modules() if is_experts(m)]
+    chosen += [m for m in model.modules() if holds_experts(m)]
     tied = model.get_input_embeddings().weight
     gone = [weakref.ref(p) for m in chosen for p in m.parameters() if p.dim() > 1 and p is not tied]
     assert len(gone) > 6
@@ -396,3 +397,14 @@ def test_native_layers_run_on_packed_weights(name: str, monkeypatch: pytest.Monk
     else:
         assert not left_out
         assert rows.count(1) == 12, "but for the head, once per token, no product is a module's own"
+
+
+@pytest.mark.parametrize("config", [hf_accel.NativeLinearConfig(), FOUR], ids=["products", "few bits"])
+def test_convolutions_and_tables_are_no_experts(config: Any) -> None:
+    """They have weights of three dimensions, too."""
+    model = build("llama")
+    model.model.layers[0].extra = nn.Conv1d(4, 4, 3)
+    model.model.layers[1].places = nn.ParameterList([nn.Parameter(torch.zeros(1, 5, 4))])
+    hf_accel.optimize(model, config)
+    assert not [skip for skip in hf_accel.report(model).skipped if "expert" in skip.reason]
+    assert sum(map(holds_experts, build("mixtral").modules())) == 2

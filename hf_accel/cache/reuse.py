@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -28,12 +27,11 @@ from hf_accel.core.drift import CACHE
 from hf_accel.core.rope import moving_rope
 from hf_accel.core.stepping import recording
 from hf_accel.core.support import foreign_inputs
-from hf_accel.core.watching import Surroundings, simple_attributes
+from hf_accel.core.watching import PROCESS, Surroundings, simple_attributes
 
 BLOCK_TOKENS = 64
 PLAIN = {CACHE, "use_cache", "logits_to_keep", "attention_mask", "position_ids"}
 SAMPLES = 16
-PROCESS = secrets.token_bytes(16)  # of which hooks are, that files cannot tell apart
 ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # of peft's layers
 
 
@@ -135,11 +133,12 @@ class Prefixes:
 
     def _root(self, model: Any, shapes: list[LayerShape]) -> bytes:
         """Return a digest of all that keys and values of given tokens depend on."""
-        state = self._functions_digest(model) + _weights_digest(model)
+        functions = self._functions_digest(model)
+        state = functions + _weights_digest(model)
         if self.store.files is not None:
             if self._contents is None or self._contents[0] != state:
                 self._contents = state, _contents_digest(model)
-            state = self._contents[1] + _ways_digest(model) + self._functions_digest(model)
+            state = self._contents[1] + _ways_digest(model) + functions
         kept = (self.codec.bits, [(s.kv_heads, s.sizes, str(s.dtypes), s.window) for s in shapes])
         ways = (str(autocast_dtype(model)), str(model.device), str(model.config._attn_implementation))
         return hashlib.sha256(state + _config_bytes(model) + repr((kept, ways)).encode()).digest()

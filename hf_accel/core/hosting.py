@@ -25,6 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, beneath, subclass
+from hf_accel.core.rope import MovingRope, moving_rope
 from hf_accel.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Call:
     model_kwargs: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)  # our own keywords, as their owners understood them
     has_callers_cache: bool = False
+
+    @functools.cached_property
+    def rope(self) -> MovingRope | None:
+        """What moves the rotary embeddings of the model; None: nothing does."""
+        return moving_rope(self.model)
 
     def stock_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that `_sample` was called with."""

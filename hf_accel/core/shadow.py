@@ -41,8 +41,8 @@ def twin(model: nn.Module) -> Any:
     for module in model.modules():
         for name in HOOKS:
             hooks = getattr(module, name)
-            if hooks and not all(map(is_of_library, hooks.values())):
-                memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if is_of_library(hook))
+            if hooks and not all(map(_is_of_library, hooks.values())):
+                memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if _is_of_library(hook))
     try:
         made = copy.deepcopy(model, memo).eval()
     except Exception:  # whatever a foreign module's attributes raise when they are copied
@@ -52,7 +52,7 @@ def twin(model: nn.Module) -> Any:
     return made
 
 
-def is_of_library(hook: Any) -> bool:
+def _is_of_library(hook: Any) -> bool:
     """Return whether a hook was put in place by a library that the model is made with, and not by the user."""
     function = getattr(hook, "func", hook)  # of a functools.partial
     return str(getattr(function, "__module__", "")).partition(".")[0] in LIBRARIES

@@ -113,7 +113,7 @@ def _is_of_library(function: Any) -> bool:
     return getattr(found, "__func__", found) is function
 
 
-PROCESS = secrets.token_hex(16)  # of which functions are, that files cannot tell apart
+PROCESS = secrets.token_hex(16)  # of which functions and hooks are, that files cannot tell apart
 _numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _counter = count()
 
@@ -175,6 +175,7 @@ class Watch:
             return (
                 not self.is_hooked()
                 and self._children == self._kept_children
+                and list(map(type, self._modules)) == self._kinds
                 and list(map(len, self._attributes)) == self._counts
                 and self._owners == self._kept_owners
                 and list(map(_data_ptr, self._tensors)) == self._pointers

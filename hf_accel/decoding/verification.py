@@ -20,7 +20,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from hf_accel.core.contracts import Draft, Session, Speculation
 from hf_accel.core.drift import CACHE
 from hf_accel.core.hosting import Call
-from hf_accel.core.rope import moving_rope
 from hf_accel.core.rows import Rows
 from hf_accel.core.stepping import Stepper, rollback_objection
 from hf_accel.core.support import foreign_inputs
@@ -52,7 +51,7 @@ def verification_objection(call: Call) -> str | None:
 
 def _rope_objection(call: Call) -> str | None:
     """Return why the positions of this call leave no steps of several tokens that equal single ones."""
-    rope = moving_rope(call.model)
+    rope = call.rope
     if rope is None:
         return None
     following, prompt_tokens = _following(call), call.input_ids.shape[1]
@@ -272,7 +271,7 @@ class Ends:
         prompt_tokens = call.input_ids.shape[1]
         # of the last token of a row, which its next step begins with, beyond the row's length
         self._offsets = [0] * len(call.input_ids) if following is None else (following - prompt_tokens).tolist()
-        self._rope = moving_rope(call.model)
+        self._rope = call.rope
 
     def room(self, rows: Rows, row: int) -> int:
         """Return how many tokens a step may feed to the row without looking beyond the maximal length or context.

@@ -23,13 +23,13 @@ from hf_accel.core.hosting import request_in_progress
 from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.modes import evaluating
 from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.core.watching import Surroundings, Watch
+from hf_accel.core.watching import ATTENTIONS, Surroundings, Watch
 from hf_accel.kernels import native
 from hf_accel.layers.audit import Audit
 from hf_accel.layers.linear import native_obstacles
 
-# attention back ends whose masks the native call understands and whose mathematics it does
-ATTENTION = frozenset({"eager", "sdpa", "hfaccel_grouped"})
+ATTENTION = frozenset(ATTENTIONS)  # whose masks the native call understands and whose mathematics it does
+_NAME = "_attn_implementation_internal"
 # relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 # with packed weights a last bit may also send an activation to the next of 255 codes
@@ -141,6 +141,8 @@ class BlockStep:
         self.kernel, self.dtype = kernel, kernel.dtype
         self._attention = vars(block.attention)
         self._config = self._attention.get("config")
+        self._config_values: dict[str, Any] = {}
+        self._attention_name: Any = None
 
     def is_current(self) -> bool:
         """Return whether the call still stands for the layer, having followed what may change.
@@ -148,7 +150,13 @@ class BlockStep:
         Within a call of `generate` values of attributes, layouts of tensors, classes and functions are looked at once.
         """
         request = request_in_progress()
-        if request is not None and request.number == self._request and self.watch.is_in_place():
+        if (
+            request is not None
+            and request.number == self._request
+            and self._attention.get("config") is self._config
+            and self._config_values.get(_NAME) is self._attention_name
+            and self.watch.is_in_place()
+        ):
             return not self.surroundings.changed
         self._request = 0
         if not self._is_current():
@@ -159,8 +167,8 @@ class BlockStep:
 
     def _is_current(self) -> bool:
         config, block = self._attention.get("config"), self.block
-        values = getattr(config, "__dict__", {})
-        attention = values.get("_attn_implementation_internal")
+        self._config_values = values = getattr(config, "__dict__", {})
+        self._attention_name = attention = values.get(_NAME)
         if (
             attention not in ATTENTION
             or (block.softcap is not None and attention != "eager")  # the others know no soft cap

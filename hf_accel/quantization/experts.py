@@ -24,11 +24,6 @@ _LAYOUT = {
 }
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Return whether `module` holds experts in 3-D parameters, in whatever layout."""
-    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-
-
 def has_known_layout(module: Any) -> bool:
     """Return whether the experts of `module` are laid out as described above."""
     own = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.anatomy import Anatomy, holds_experts
 from hf_accel.core.config import Config
 from hf_accel.core.configs import own_configs
 from hf_accel.core.journal import Journal
@@ -24,7 +24,7 @@ from hf_accel.kernels import native
 from hf_accel.kernels.packed import LANES, QUANTUM, PackedWeight
 from hf_accel.ops.affine import GROUP_SIZES, Scheme, quantize
 from hf_accel.quantization.embedding import QuantizedEmbedding
-from hf_accel.quantization.experts import QuantizedExperts, has_known_layout, is_experts
+from hf_accel.quantization.experts import QuantizedExperts, has_known_layout
 from hf_accel.quantization.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.storage import Seal
 
@@ -127,7 +127,7 @@ def targets(anatomy: Anatomy, config: WeightOnlyConfig) -> tuple[list[Target], l
             if parent_path in adapters or _is_adapter(parent, name):  # parents come before what they hold
                 adapters.add(path)
                 continue
-            if is_experts(module):
+            if holds_experts(module):
                 bits = config.bits_of(path)
                 if bits is not None and has_known_layout(module):
                     found.append(Target(path, parent, name))

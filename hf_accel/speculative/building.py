@@ -20,7 +20,7 @@ from hf_accel.speculative.arms import Source
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.copies import Form, few_bits, sped_up, to_try, without_layers
 from hf_accel.speculative.costs import RowCosts
-from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, named, prove
+from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, prove
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS, Trials
 
@@ -91,15 +91,12 @@ def _sources(
             found.append(Source.lookup())
             continue
         try:
-            found_source = _model_source(name, anatomy, host, config, trials, rows, left_out)
-        except Exception as error:  # whatever a model raises that cannot be cut or quantized so
+            with converting(UnsupportedModelError, f'The drafter "{name}" fails on this model'):
+                found += _model_source(name, anatomy, host, config, trials, rows, left_out)
+        except HfAccelError as error:
             if config.drafter != "auto":
-                if isinstance(error, HfAccelError):
-                    raise
-                raise UnsupportedModelError(f'The drafter "{name}" fails on this model: {named(error)}.') from error
-            left_out.append(f"drafter {name}: {error if isinstance(error, HfAccelError) else named(error)}")
-            continue
-        found += found_source
+                raise
+            left_out.append(f"drafter {name}: {error}")
     return found, left_out
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from hf_accel.core.contracts import PackedProduct
 from hf_accel.core.rope import moving_rope, unfamiliar_lengths
 from hf_accel.core.stepping import apart_objection
+from hf_accel.errors import described
 from hf_accel.speculative.costs import RowCosts, settle
 from hf_accel.speculative.trials import PROMPT_TOKENS, WIDEST, Trials
 from hf_accel.speculative.windows import NARROW, narrowed, widest_window
@@ -111,7 +112,7 @@ def _pass_window(proof: Proof, trials: Trials, window: int, tolerance: Tolerance
         narrow = Trials.of(model, trials.prepare_cache, writes=False, layers=layers, cache_config=config)
         wide = compare(narrow, tolerance, is_timed=False)
     except Exception as error:  # stock itself may fail there
-        proof.objection = f"steps past the window of {window} tokens could not be tried: {named(error)}"
+        proof.objection = f"steps past the window of {window} tokens could not be tried: {described(error)}"
         return
     # a step of two ends where the window does: what differs there is rounding
     limit = min(tolerance.limit, max(4 * wide.relative[2], tolerance.limit / 8))
@@ -137,11 +138,6 @@ def _far_objection(trials: Trials, tolerance: Tolerance) -> str | None:
         if not wide.is_equal(tolerance):
             return f"{OTHER} around position {length}"
     return None
-
-
-def named(error: Exception) -> str:
-    """Return an error's kind and the beginning of its message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @torch.no_grad()

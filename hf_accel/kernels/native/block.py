@@ -1,4 +1,4 @@
-"""A whole pre-norm gated decoder layer in one native call, for at most 16 rows; cost: its weights and cache read once.
+"""A whole pre-norm gated decoder layer in one native call, for at most 32 rows; cost: its weights and cache read once.
 
 Serves the layers of Llama, Mistral, Qwen2, Qwen3, Phi3, Gemma2 and Gemma3: norm, q/k/v, rotary, cache write,
 attention, output, residual, norm, gated feed-forward, residual. Every tensor the eager PyTorch layer materialises is
@@ -219,7 +219,7 @@ class NativeBlock:
         row_past: Tensor | None = None,
         bits: int | None = None,
     ) -> Tensor | None:
-        """The layer's output [B, T, E] for hidden [B, T, E] contiguous, B * T <= 16.
+        """The layer's output [B, T, E] for hidden [B, T, E] contiguous, B * T <= MAX_ROWS.
 
         cos, sin [1 or B, T, rotary] in the dtype of the weights; keys, values: the buffers [B, G, C, D] with the last
         dimension contiguous and C >= past + T; positions past..past+T-1 are written, first..past+T-1 attended to
