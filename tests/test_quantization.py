@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import pickle
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,61 +243,6 @@ def test_groups_that_do_not_divide_stay_at_8_bits_and_are_reported() -> None:
     assert any("72 columns" in reason and "down_proj" in reason for reason in reasons)
 
 
-def refused(model: Any, config: Config, match: str) -> None:
-    before = fingerprint(model)
-    with pytest.raises(hf_accel.UnsupportedModelError, match=match):
-        hf_accel.optimize(model, config)
-    assert not changes(before, fingerprint(model))
-
-
-def test_models_that_are_refused_stay_as_they_are() -> None:
-    refused(build("llama"), WeightOnlyConfig(layers={"*.q_porj": 8}), r"'\*.q_porj' matches no module")
-    for value in (math.nan, math.inf):
-        model = build("llama")
-        with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight[3, 3] = value
-        refused(model, FOUR, r"weight of model.layers.1.mlp.up_proj holds NaN or infinity")
-        hf_accel.optimize(model, WeightOnlyConfig(layers={"*.1.mlp.up_proj": None}))
-    refused(build("llama", torch.float64), FOUR, "float64 are not quantized")
-    model = build("llama")
-    model.hf_quantizer = SimpleNamespace()
-    refused(model, FOUR, r"quantized already")
-    model.config.quantization_config = {"quant_method": "gptq"}
-    refused(model, FOUR, r"quantized already \(gptq\)")
-    refused(copy.deepcopy(quantized("llama")), FOUR, r"quantized already \(hf_accel\)")
-    refused(build("llama"), WeightOnlyConfig(layers={"*": None}, head=None), "no linear product")
-    model = quantized("llama")
-    with pytest.raises(hf_accel.ConflictError, match="optimised already"):
-        hf_accel.optimize(model, FOUR)
-
-
-@pytest.mark.parametrize(
-    "arguments, match",
-    [
-        ({"bits": 5}, "bits is 4 or 8"),
-        ({"bits": True}, "bits is 4 or 8"),
-        ({"head": 2}, "head is 4 or 8"),
-        ({"embeddings": 4}, "embeddings is 8 or None"),
-        ({"embeddings": 8, "head": 4}, "contradicts"),
-        ({"group_size": 48}, "group_size is one of"),
-        ({"bits": 8, "symmetric": False}, "only with bits=4"),
-        ({"symmetric": 1}, "True or False"),
-        ({"layers": {"*": 3}}, r"layers\['\*'\] is 4 or 8"),
-        ({"layers": 7}, "name patterns"),
-    ],
-)
-def test_configs_that_do_not_fit_are_refused(arguments: dict[str, Any], match: str) -> None:
-    with pytest.raises(hf_accel.ConfigError, match=match):
-        WeightOnlyConfig(**arguments)
-
-
-def test_config_survives_json() -> None:
-    config = WeightOnlyConfig(bits=8, layers={"*q_proj": None, "*": 4}, head=None)
-    again = Config.from_dict(config.to_dict())
-    assert again == config
-    assert hash(again) == hash(config)
-
-
 @pytest.mark.parametrize("name", MOE)
 def test_experts_equal_their_eager_twin(name: str) -> None:
     for config, bound in ((EIGHT, 1e-3), (FOUR, 5e-2)):
@@ -397,14 +340,3 @@ def test_native_layers_run_on_packed_weights(name: str, monkeypatch: pytest.Monk
     else:
         assert not left_out
         assert rows.count(1) == 12, "but for the head, once per token, no product is a module's own"
-
-
-@pytest.mark.parametrize("config", [hf_accel.NativeLinearConfig(), FOUR], ids=["products", "few bits"])
-def test_convolutions_and_tables_are_no_experts(config: Any) -> None:
-    """They have weights of three dimensions, too."""
-    model = build("llama")
-    model.model.layers[0].extra = nn.Conv1d(4, 4, 3)
-    model.model.layers[1].places = nn.ParameterList([nn.Parameter(torch.zeros(1, 5, 4))])
-    hf_accel.optimize(model, config)
-    assert not [skip for skip in hf_accel.report(model).skipped if "expert" in skip.reason]
-    assert sum(map(holds_experts, build("mixtral").modules())) == 2

@@ -61,9 +61,12 @@ def cut(file: int, dice: random.Random, before: list[bytes]) -> None:
 
 
 def put_back(file: int, dice: random.Random, before: list[bytes]) -> None:
-    """Write what was in the file some time ago."""
+    """Write what was in the file some time ago, at a place where it differs from what is there now."""
     old = dice.choice(before)
-    at = dice.randrange(len(old))
+    changed = [at for at, (one, other) in enumerate(zip(old, os.pread(file, len(old), 0))) if one != other]
+    if not changed:
+        return
+    at = dice.choice(changed)
     os.pwrite(file, old[at : at + dice.choice([64, 512, 1 << 20])], at)
 
 

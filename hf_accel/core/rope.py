@@ -58,10 +58,18 @@ def moving_rope(model: nn.Module) -> MovingRope | None:
     beyond: set[int] = set()
     configs: dict[int, Any] = {}
     found: list[Found] = []
-    for module in model.modules():
-        config = vars(module).get("config")
-        configs[id(config)] = config
-        found += _of_module(module)
+    waiting, seen = [model], {id(model)}  # `modules()` takes thrice as long, and every speculating call asks
+    while waiting:
+        module = waiting.pop()
+        held = vars(module)
+        if (config := held.get("config")) is not None:
+            configs[id(config)] = config
+        if "rope_type" in held or "inv_freq" in module._buffers:
+            found += _of_module(module)
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
     for config in _with_inner(list(configs.values())):
         found += _of_config(config)
     for kind, is_switch, position in found:
