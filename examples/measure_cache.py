@@ -36,9 +36,9 @@ from hf_accel import (
     WeightOnlyConfig,
 )
 from hf_accel.assets import demo_path
-from hf_accel.cache.caching import Caching
+from hf_accel.cache.assembly import Caching
 from hf_accel.cache.codec import Codec
-from hf_accel.cache.shapes import ModelShapes
+from hf_accel.cache.probing import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE

@@ -3,9 +3,9 @@
 from hf_accel.api import optimize, optimized, plan, report, restore
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
+from hf_accel.core.calls.report import Report
 from hf_accel.core.config import Config
-from hf_accel.core.plan import Plan
-from hf_accel.core.report import Report
+from hf_accel.core.steps.plan import Plan
 from hf_accel.decoding import DecodingConfig
 from hf_accel.errors import (
     CheckpointError,
@@ -20,8 +20,8 @@ from hf_accel.errors import (
 )
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.quantization import WeightOnlyConfig
-from hf_accel.quantization.loading import from_pretrained
-from hf_accel.quantization.storage import save_pretrained
+from hf_accel.quantization.files.loading import from_pretrained
+from hf_accel.quantization.files.seal import save_pretrained
 from hf_accel.quantization.takeover import CompressedTensorsConfig
 from hf_accel.speculative import SpeculativeConfig
 

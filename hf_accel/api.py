@@ -10,19 +10,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_accel.calibration import calibration_text
-from hf_accel.core.anatomy import Anatomy, unwrap
+from hf_accel.core.calls.call import CallLog
+from hf_accel.core.calls.hosting import Host, host_of
+from hf_accel.core.calls.report import Report
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
-from hf_accel.core.hosting import CallLog, Host, host_of
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Fidelity
-from hf_accel.core.plan import Plan, new_report
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.support import unwrap
 from hf_accel.core.progress import shown
-from hf_accel.core.report import Report
+from hf_accel.core.steps.patcher import Fidelity
+from hf_accel.core.steps.plan import Plan, new_report
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError, VerificationError
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.reference import TOLERANCES, Reference
+from hf_accel.measure.text import calibration_text
 from hf_accel.planner import plan_goal
 
 M = TypeVar("M")

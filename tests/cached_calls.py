@@ -14,11 +14,11 @@ from models import build
 
 import hf_accel
 from hf_accel import AttentionConfig, ConfigError, DecodingConfig, KVCacheConfig
-from hf_accel.cache import caching
-from hf_accel.cache.budgets import divide
+from hf_accel.cache import assembly as caching
 from hf_accel.cache.codec import Codec
+from hf_accel.cache.division import divide
 from hf_accel.cache.patcher import _shapes
-from hf_accel.core.hosting import host_of
+from hf_accel.core.calls.hosting import host_of
 
 CPU = torch.device("cpu")
 STORES = ("cpu", "disk")

@@ -15,9 +15,9 @@ from hf_accel import (
     SpeculativeConfig,
     WeightOnlyConfig,
 )
-from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
-from hf_accel.core.patcher import Fidelity, Patcher
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.patcher import Fidelity, Patcher
 
 CATALOGUE: list[Config] = [
     WeightOnlyConfig(bits=8),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_accel.cache.growing import MINIMUM_TOKENS, GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.layers.growing import MINIMUM_TOKENS, GrowingLayer, GrowingSlidingLayer
 
 HEADS, SIZE, VALUE_SIZE = 2, 6, 6
 

@@ -15,10 +15,10 @@ from models import build, prompt
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
 from hf_accel.cache import patcher
-from hf_accel.cache.caching import Caching
-from hf_accel.cache.prefixes import PrefixStore
+from hf_accel.cache.assembly import Caching
+from hf_accel.cache.prefix.store import PrefixStore
 from hf_accel.cache.statistics import MOST_REASONS, CacheStatistics
-from hf_accel.core.hosting import host_of
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.recent import Recent
 
 BLOCK = 64 * 3 * 2 * 2 * 10 * 4  # tokens, layers, keys and values, heads, head size, bytes

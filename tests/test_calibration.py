@@ -14,9 +14,8 @@ from texts import tokenizer
 
 import hf_accel
 from hf_accel import ConfigError, WeightOnlyConfig
-from hf_accel.calibration import calibration_text
-from hf_accel.calibration.text import ROWS, TOKENS
 from hf_accel.measure.quality import CalibrationText, QualityReference
+from hf_accel.measure.text import ROWS, TOKENS, calibration_text
 
 
 def test_given_ids() -> None:

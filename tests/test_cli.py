@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import hf_accel
 from hf_accel.assets import demo_path
 from hf_accel.cli import app
-from hf_accel.core.plan import Plan
+from hf_accel.core.steps.plan import Plan
 from hf_accel.decoding.steps import PlainSteps
 from hf_accel.kernels import native
 from hf_accel.measure import Bench, Run, difference

@@ -17,7 +17,7 @@ import hf_accel
 from hf_accel import WeightOnlyConfig
 from hf_accel.assets import demo_path
 from hf_accel.cli import app
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.ops.affine import Scheme
 
 EIGHT = ("--dtype", "float32", "--threads", "1", "--bits", "8")

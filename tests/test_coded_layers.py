@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from test_speculation_cache import HEADS, SIZE, Apart, unwritten_is_nan
 
 from hf_accel.cache.codec import AS_IS, Codec
-from hf_accel.cache.growing import MINIMUM_TOKENS, GrowingLayer, GrowingSlidingLayer
-from hf_accel.core.states import CachedStates
+from hf_accel.cache.layers.growing import MINIMUM_TOKENS, GrowingLayer, GrowingSlidingLayer
+from hf_accel.core.calls.held import CachedStates
 from hf_accel.kernels import native
 from hf_accel.ops import cached
 

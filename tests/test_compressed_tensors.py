@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_accel
 from hf_accel import CompressedTensorsConfig, WeightOnlyConfig
-from hf_accel.quantization.linear import QuantizedLinear
+from hf_accel.quantization.modules.linear import QuantizedLinear
 
 SCHEMES = {
     "int4": {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True},

@@ -16,11 +16,11 @@ from models import FEW, NAMES, build, padded, prompt
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import hf_accel
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.calls.hosting import _hosts
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import _hosts
-from hf_accel.core.patcher import Fidelity, Patcher
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.patcher import Fidelity, Patcher
 
 CONFIGS = [type(config).__name__ for config in CATALOGUE]
 EVERY = [*CONFIGS, "exact"]

@@ -14,7 +14,7 @@ import torch
 
 import hf_accel
 from hf_accel.cli.doctor import EXTRAS
-from hf_accel.core.anatomy import STYLES
+from hf_accel.core.model.architectures import STYLES
 from hf_accel.kernels.native import ISAS
 from hf_accel.measure import SHAPES
 

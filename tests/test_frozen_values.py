@@ -17,7 +17,7 @@ from models import build, padded
 from torch import nn
 
 from hf_accel import DecoderBlockConfig, DecodingConfig, KVCacheConfig, NativeLinearConfig, SharedProjectionConfig
-from hf_accel.core import watching
+from hf_accel.core.model import watching
 from hf_accel.kernels import native
 from hf_accel.layers.block import BlockStep
 

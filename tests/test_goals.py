@@ -19,13 +19,14 @@ import hf_accel.planner.goals
 import hf_accel.planner.timing
 from hf_accel import ConfigError, WeightOnlyConfig
 from hf_accel.assets import demo_path
-from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers
-from hf_accel.core.anatomy import Anatomy
-from hf_accel.core.plan import Step
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.plan import Step
 from hf_accel.measure import Run
 from hf_accel.measure.quality import CalibrationText, Quality, QualityReference
-from hf_accel.quantization.linear import QuantizedLinear
-from hf_accel.quantization.weight_only import targets
+from hf_accel.measure.text import calibration_text
+from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits, losers
+from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.patcher import targets
 
 EIGHT, FOUR = WeightOnlyConfig(bits=8), WeightOnlyConfig(bits=4, group_size=32)
 TEXT = Path(__file__).read_text()[:4000]

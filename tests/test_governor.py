@@ -12,15 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_accel.core.contracts import Draft
-from hf_accel.core.rows import Rows
+from hf_accel.core.calls.drafting import Draft
+from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative import costs as costs_module
 from hf_accel.speculative.acceptance import DECAY, Acceptance
-from hf_accel.speculative.arms import Arm, Source
 from hf_accel.speculative.costs import RECENT, REFRESH, RowCosts, StepCosts
-from hf_accel.speculative.drafting import Drafter, Proposal
+from hf_accel.speculative.drafters.drafter import Drafter, Proposal
 from hf_accel.speculative.governor import ALLOWANCE_SHARE, ALLOWANCE_STEPS, CREDIT_STEPS, GAIN, Account, Choice, choose
 from hf_accel.speculative.session import IDLE_STEPS, SpeculativeSession
+from hf_accel.speculative.sources import Arm, Source
 from hf_accel.speculative.statistics import Statistics
 
 FLAT = RowCosts({1: 1.0, 32: 1.0})  # reading weights is all it takes

@@ -16,8 +16,8 @@ from models import build, padded, prompt
 import hf_accel
 import hf_accel.planner.timing
 from hf_accel import DecoderBlockConfig, DecodingConfig, KVCacheConfig, NativeLinearConfig, SpeculativeConfig
-from hf_accel.core.hosting import host_of
-from hf_accel.core.patcher import Patcher
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.steps.patcher import Patcher
 from hf_accel.kernels import native
 
 
@@ -167,7 +167,7 @@ def test_a_model_whose_own_code_fails(error: BaseException, monkeypatch: pytest.
 
 
 def test_a_step_that_writes_other_logits_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_accel.cache.growing import GrowingLayer
+    from hf_accel.cache.layers.growing import GrowingLayer
 
     update = GrowingLayer.update
     monkeypatch.setattr(GrowingLayer, "update", lambda s, k, v, *a, **o: update(s, k, v * 1.05, *a, **o))

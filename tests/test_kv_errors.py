@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import hf_accel
 from hf_accel import AttentionConfig, Config, ConfigError, DecodingConfig, KVCacheConfig, Plan, UnsupportedModelError
-from hf_accel.cache.budgets import divide
 from hf_accel.cache.codec import Codec
+from hf_accel.cache.division import divide
 from hf_accel.cache.patcher import _shapes
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import host_of
 from hf_accel.errors import StorageError
 
 IDS, NEW = prompt(1, 50), 14

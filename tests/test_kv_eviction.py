@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
-from hf_accel.cache import evicting
-from hf_accel.cache.evicting import SLACK, EvictingLayer
+from hf_accel.cache.layers import evicting
+from hf_accel.cache.layers.evicting import SLACK, EvictingLayer
 from hf_accel.core.drift import CACHE
 from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.measure.retrieval import measure_retrieval, retrieval_model, retrieval_tasks

@@ -22,8 +22,8 @@ from test_spill import failing
 
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
-from hf_accel.cache import caching
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache import assembly as caching
+from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.errors import StorageError
 
 IDS, NEW = prompt(1, 60), 50

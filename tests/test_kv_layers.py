@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers.cache_utils import DynamicLayer
 
 from hf_accel.cache.codec import Codec
-from hf_accel.cache.growing import GrowingLayer
-from hf_accel.cache.tiered import TieredLayer
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.tiered import TieredLayer
+from hf_accel.cache.tiers.tiers import Tiers
 
 HEADS, SIZE, VALUE_SIZE, BLOCK = 2, 6, 4, 4
 CPU = torch.device("cpu")

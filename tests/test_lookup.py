@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_accel.speculative import lookup
-from hf_accel.speculative.lookup import MAXIMUM_MATCH, SuffixIndex, TenantHistory
+from hf_accel.speculative.drafters import suffixes as lookup
+from hf_accel.speculative.drafters.suffixes import MAXIMUM_MATCH, SuffixIndex, TenantHistory
 
 BOUNDARY = None
 Text = Sequence[int | None]  # tokens and boundaries

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hf_accel.core.config import Config
-from hf_accel.core.plan import Plan
+from hf_accel.core.steps.plan import Plan
 from hf_accel.errors import ConfigError
 
 VALUES: list[Any] = [

@@ -26,8 +26,8 @@ from hf_accel import (
     SpeculativeConfig,
     VerificationError,
 )
-from hf_accel.cache.growing import GrowingLayer
-from hf_accel.core.plan import Step
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.core.steps.plan import Step
 from hf_accel.decoding.loop import TokenLoop
 from hf_accel.decoding.steps import PlainSteps
 from hf_accel.kernels import native
@@ -140,7 +140,7 @@ def test_when_nothing_pays_nothing_is_applied(monkeypatch: pytest.MonkeyPatch) -
 
     def slower_when_optimised(model: Any, *arguments: Any) -> Any:
         run = real(model, *arguments)
-        if hf_accel.core.hosting.host_of(model) is not None:
+        if hf_accel.core.calls.hosting.host_of(model) is not None:
             run.tokens_s[:] = [seconds + 1.0 for seconds in run.tokens_s]
         return run
 

@@ -12,7 +12,7 @@ from hypothesis import Phase, find, settings
 from space import Request, differs, requests
 
 from hf_accel.attention import grouped
-from hf_accel.cache import growing
+from hf_accel.cache.layers import growing
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.inputs import LeanInputs, StockInputs
 from hf_accel.decoding.loop import Collected, TokenLoop

@@ -12,14 +12,16 @@ import test_planner
 import test_wrappers
 
 from hf_accel.attention.grouped import BackEndName
-from hf_accel.cache import reuse
-from hf_accel.core import anatomy, configs, plan
-from hf_accel.core.hosting import LOOPS
+from hf_accel.cache.prefix import reuse
+from hf_accel.core.calls.keywords import LOOPS
+from hf_accel.core.model import anatomy
+from hf_accel.core.model import hf_config as configs
+from hf_accel.core.steps import plan
 from hf_accel.decoding import verification
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.layers import audit
 from hf_accel.planner import goals, timing, trying
-from hf_accel.speculative import copies
+from hf_accel.speculative import forms as copies
 
 Patch = pytest.MonkeyPatch
 
@@ -30,13 +32,13 @@ def plans_on_the_model_itself(patch: Patch) -> None:
 
 
 def one_odd_layer_switches_off_all(patch: Patch) -> None:
-    find = anatomy._blocks
+    find = anatomy.described_blocks
 
     def wrong(model: Any) -> Any:
         found, odd, missing = find(model)
         return ([], (), odd[0]) if odd else (found, odd, missing)
 
-    patch.setattr(anatomy, "_blocks", wrong)
+    patch.setattr(anatomy, "described_blocks", wrong)
 
 
 def errors_of_steps_escape(patch: Patch) -> None:

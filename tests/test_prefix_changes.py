@@ -16,7 +16,7 @@ from torch import nn
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig
-from hf_accel.cache import reuse
+from hf_accel.cache.prefix import reuse
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

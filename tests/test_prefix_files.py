@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from test_prefix_tenants import together
 from test_prefixes import ROOT, consistent, length, plain, telling, verify
 
-from hf_accel.cache import prefix_files
-from hf_accel.cache.prefix_files import PrefixFiles
-from hf_accel.cache.prefixes import PrefixStore
+from hf_accel.cache.prefix import files as prefix_files
+from hf_accel.cache.prefix.files import PrefixFiles
+from hf_accel.cache.prefix.store import PrefixStore
 from hf_accel.errors import ConfigError
 
 TOKENS = [5, 6, 7, 8, 9, 10]

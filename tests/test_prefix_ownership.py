@@ -18,10 +18,11 @@ from test_prefixes import ROOT, telling, verify
 
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
-from hf_accel.cache import owned, prefix_files
-from hf_accel.cache.prefix_files import PrefixFiles
-from hf_accel.cache.prefix_format import LARGEST_HEAD
-from hf_accel.cache.spill import Spill
+from hf_accel.cache.prefix import files as prefix_files
+from hf_accel.cache.prefix import owned
+from hf_accel.cache.prefix.files import PrefixFiles
+from hf_accel.cache.prefix.format import LARGEST_HEAD
+from hf_accel.cache.tiers.spill import Spill
 from hf_accel.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="owners, modes and pipes of POSIX")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_prefixes import BYTES, ROOT, consistent, length, plain, telling, verify
 
-from hf_accel.cache import prefixes
-from hf_accel.cache.prefixes import Block, PrefixStore
+from hf_accel.cache.prefix import store as prefixes
+from hf_accel.cache.prefix.store import Block, PrefixStore
 
 ALIKE = [None, "", "None", "a", "a\0", "\0a", "\0", "A", "a ", "b'a'", "0", "é", "e\u0301", "\ud800"]
 

@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hf_accel.cache.prefixes import Block, PrefixStore
+from hf_accel.cache.prefix.store import Block, PrefixStore
 from hf_accel.errors import ConfigError
 
 ROOT = b"weights"

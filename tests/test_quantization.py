@@ -19,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_accel
 from hf_accel import NativeLinearConfig, SharedProjectionConfig, WeightOnlyConfig
-from hf_accel.core.anatomy import holds_experts
 from hf_accel.core.config import Config
+from hf_accel.core.model.anatomy import holds_experts
 from hf_accel.kernels.packed import LANES, dequantized_linear
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization import QuantizedLinear
-from hf_accel.quantization.embedding import QuantizedEmbedding
-from hf_accel.quantization.experts import QuantizedExperts
-from hf_accel.quantization.linear import SealedWeight, linear_weight
+from hf_accel.quantization.modules.embedding import QuantizedEmbedding
+from hf_accel.quantization.modules.experts import QuantizedExperts
+from hf_accel.quantization.modules.linear import SealedWeight, linear_weight
 
 EIGHT = WeightOnlyConfig(bits=8)
 FOUR = WeightOnlyConfig(bits=4, group_size=32)
@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_dequantized_weights(
     assert distance(expected, logits(build(name))) > 1e-3, "rounding shows"
     # rounded activations: 16 bits beside 8, 8 bits beside 4; an expert's rank may flip
     assert distance(logits(model), expected) < (2e-3 if config.bits == 8 else 0.25)
-    monkeypatch.setattr("hf_accel.quantization.linear.packed_linear", dequantized_linear)
+    monkeypatch.setattr("hf_accel.quantization.modules.linear.packed_linear", dequantized_linear)
     assert distance(logits(model), expected) < 1e-5
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
-from hf_accel.core.anatomy import holds_experts
 from hf_accel.core.config import Config
+from hf_accel.core.model.anatomy import holds_experts
 
 FOUR = WeightOnlyConfig(bits=4, group_size=32)
 

@@ -81,7 +81,7 @@ def test_an_adapter_on_a_quantized_model(name: str, config: str, monkeypatch: py
     with wrapped.disable_adapter():
         assert torch.equal(text(wrapped), bare_text)
         assert torch.equal(logits(wrapped), bare)
-    monkeypatch.setattr("hf_accel.quantization.linear.packed_linear", dequantized_linear)
+    monkeypatch.setattr("hf_accel.quantization.modules.linear.packed_linear", dequantized_linear)
     assert distance(logits(wrapped), logits(with_adapter(dequantized(name, config), name))) < 1e-5
 
 

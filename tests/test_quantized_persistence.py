@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import hf_accel
 from hf_accel import WeightOnlyConfig
 from hf_accel.ops.affine import Scheme
-from hf_accel.quantization.linear import QuantizedLinear
+from hf_accel.quantization.modules.linear import QuantizedLinear
 
 
 def is_public(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
-from hf_accel.quantization import loading, saving
+from hf_accel.quantization.files import loading, saving
 
 EIGHT = WeightOnlyConfig(bits=8)
 

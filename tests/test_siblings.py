@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_accel
 from hf_accel import SharedProjectionConfig
-from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.drift import CACHE
+from hf_accel.core.model.anatomy import Anatomy
 
 GROUPED = [name for name in NAMES if Anatomy.of(build(name)).siblings()]
 

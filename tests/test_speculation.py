@@ -24,9 +24,9 @@ from speculating import (
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig, WeightOnlyConfig
-from hf_accel.core.rows import Rows
+from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.acceptance import DECAY, Acceptance
-from hf_accel.speculative.matching import LookupDrafter
+from hf_accel.speculative.drafters.lookup import LookupDrafter
 from hf_accel.speculative.session import SpeculativeSession
 
 PLAIN = [DecodingConfig(), KVCacheConfig()]

@@ -34,8 +34,8 @@ from transformers.cache_utils import DynamicLayer
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig, SpeculativeConfig
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import host_of
 
 PLAIN = [DecodingConfig(), KVCacheConfig()]
 EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}

@@ -23,7 +23,7 @@ from hf_accel import (
     UnsupportedModelError,
     WeightOnlyConfig,
 )
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.speculative import patcher
 
 PLAIN: list[Config] = [DecodingConfig(), KVCacheConfig()]

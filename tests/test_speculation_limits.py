@@ -167,7 +167,7 @@ def test_a_static_cache_is_named() -> None:
 
 
 def test_configs_of_calls_leave_a_bounded_amount_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_accel.core.hosting import host_of
+    from hf_accel.core.calls.hosting import host_of
     from hf_accel.speculative import patcher
 
     monkeypatch.setattr(patcher, "MOST_CONFIGS", 3)

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import hf_accel
 from hf_accel import KVCacheConfig
-from hf_accel.core import rope
-from hf_accel.core.hosting import host_of
-from hf_accel.core.rope import MovingRope, moving_rope
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.model import rope
+from hf_accel.core.model.rope import MovingRope, moving_rope
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.speculative import proof
 

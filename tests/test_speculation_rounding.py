@@ -14,10 +14,10 @@ from speculating import ENDS, FEW_TOKENS, always, ask, assert_stock, counts, noi
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig
-from hf_accel.cache.growing import GrowingLayer, GrowingSlidingLayer
-from hf_accel.core.contracts import Draft
-from hf_accel.core.hosting import host_of
-from hf_accel.core.stepping import Stepper
+from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.core.calls.drafting import Draft
+from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.decoding.choosing import Chooser
 from hf_accel.decoding.draws import Draws
 from hf_accel.decoding.verification import VerifiedSteps

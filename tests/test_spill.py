@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_accel.cache.spill import Layout, Spill, runs_of
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.spill import Layout, Spill, runs_of
+from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.errors import ConfigError, StorageError
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
-from hf_accel.cache.spill import Layout, Spill
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.spill import Layout, Spill
+from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.errors import StorageError
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tier_blocks import CPU, KINDS, SHAPES, block, expect, filled, same, size_of
 
-from hf_accel.cache.prefetch import Slot
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.staging import Slot
+from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.errors import ConfigError, StorageError
 
 

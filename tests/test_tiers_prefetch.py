@@ -15,7 +15,7 @@ import pytest
 import torch
 from tier_blocks import SHAPES, block, expect, filled, same
 
-from hf_accel.cache.spill import Spill
+from hf_accel.cache.tiers.spill import Spill
 from hf_accel.errors import StorageError
 
 

@@ -10,7 +10,7 @@ from models import SMALL, prompt
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_accel.core.undisturbed import undisturbed
+from hf_accel.core.model.undisturbed import undisturbed
 
 ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.tiers import Tiers
 
 CPU = torch.device("cpu")
 KINDS = [torch.bfloat16, torch.uint8, torch.float32]

@@ -19,13 +19,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_accel.attention.held import held_attention
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.calls.held import CachedStates
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.config import Config
-from hf_accel.core.configs import own_configs
-from hf_accel.core.hosting import host_of
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.core.states import CachedStates
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.hf_config import own_configs
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.ops.attention import grouped_attention
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_accel.core.states import Held
+from hf_accel.core.calls.held import Held
 from hf_accel.kernels import native
 from hf_accel.ops.attention import AttentionState, partial_attention
 

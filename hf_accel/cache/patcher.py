@@ -8,22 +8,23 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from hf_accel.cache.caching import Caching, use_growing_layers
+from hf_accel.cache.assembly import Caching, use_growing_layers
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.config import KVCacheConfig
-from hf_accel.cache.prefix_files import PrefixFiles
-from hf_accel.cache.prefixes import PrefixStore
-from hf_accel.cache.reuse import Prefixes, prefix_obstacle
-from hf_accel.cache.shapes import ModelShapes
+from hf_accel.cache.prefix.files import PrefixFiles
+from hf_accel.cache.prefix.reuse import Prefixes, prefix_obstacle
+from hf_accel.cache.prefix.store import PrefixStore
+from hf_accel.cache.probing import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.calls.hosting import Host, host_of
+from hf_accel.core.calls.keywords import KEYWORDS
+from hf_accel.core.calls.report import Applied
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import KEYWORDS, Host, host_of
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.recent import Recent
-from hf_accel.core.report import Applied
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.errors import ConfigError, UnsupportedModelError
 
 MOST_CONFIGS = 16  # of calls, that stay set up
@@ -96,7 +97,7 @@ def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStati
             raise UnsupportedModelError(f"Prompts of this model cannot take over keys and values: {reason}.")
         prefixes = Prefixes(_store(host, config, statistics), Codec(config.bits), known)
     if config.store == "disk":
-        from hf_accel.cache.spill import Spill
+        from hf_accel.cache.tiers.spill import Spill
 
         Spill(config.folder).close()  # a folder that cannot be written is an error now, not at the first call
     return Caching(config, known, statistics, prefixes)

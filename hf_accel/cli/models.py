@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_accel.cli.output import progress
-from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
-from hf_accel.core.plan import Plan
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.plan import Plan
 from hf_accel.errors import ConfigError, described
 from hf_accel.measure import SHAPES, build_shape
 from hf_accel.planner import GOALS, offer, plan_goal

@@ -9,20 +9,20 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoTokenizer
 
-from hf_accel.calibration import calibration_text
 from hf_accel.cli.models import AsJson, Dtype, DtypeName, ModelName, Threads, load_model, use_threads
 from hf_accel.cli.output import progress, results, write_json
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.failures import converting
-from hf_accel.core.hosting import Host
 from hf_accel.core.journal import Journal
-from hf_accel.core.plan import Plan, new_report
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.plan import Plan, new_report
 from hf_accel.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_accel.measure import SHAPES
 from hf_accel.measure.quality import QualityReference
+from hf_accel.measure.text import calibration_text
 from hf_accel.quantization import WeightOnlyConfig
-from hf_accel.quantization.storage import save_pretrained
-from hf_accel.quantization.weight_only import targets
+from hf_accel.quantization.files.seal import save_pretrained
+from hf_accel.quantization.patcher import targets
 
 
 def quantize(

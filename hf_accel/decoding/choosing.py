@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.generation import logits_process as stock
 
-from hf_accel.core.rows import Rows
+from hf_accel.core.calls.rows import Rows
 from hf_accel.decoding.draws import Draws
 from hf_accel.ops.acceptance import coupled
 
@@ -64,7 +64,7 @@ def _for_row(processors: Any, row: int) -> stock.LogitsProcessorList:
 
 
 class Chooser:
-    """Scores and tokens of one call. See `hf_accel.core.contracts.Chooser`."""
+    """Scores and tokens of one call. See `hf_accel.core.calls.drafting.Chooser`."""
 
     def __init__(self, processors: Any, samples: bool, rows: Rows, has_own_draws: bool = False) -> None:
         """has_own_draws: drafts and verification draw for themselves, not as plain decoding would."""

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.drafting import Speculation
+from hf_accel.core.calls.forward import recording, stop_recording
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.calls.keywords import LOOPS
 from hf_accel.core.config import Config
-from hf_accel.core.contracts import Speculation
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import LOOPS, Call, host_of
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.core.stepping import recording, stop_recording
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.decoding.steps import PlainSteps, Step, Steps
 from hf_accel.decoding.verification import VerifiedSteps, verification_objection
 

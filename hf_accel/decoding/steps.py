@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.core.hosting import Call
+from hf_accel.core.calls.call import Call
 from hf_accel.decoding.inputs import LeanInputs, StockInputs
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from hf_accel.core.contracts import Draft, Session, Speculation
+from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.drafting import Draft, Session, Speculation
+from hf_accel.core.calls.forward import Stepper, rollback_objection
+from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import Call
-from hf_accel.core.rows import Rows
-from hf_accel.core.stepping import Stepper, rollback_objection
-from hf_accel.core.support import foreign_inputs
+from hf_accel.core.model.support import foreign_inputs
 from hf_accel.decoding.choosing import NO_TOKEN, Chooser, processor_objection
 from hf_accel.decoding.inputs import LeanInputs
 from hf_accel.decoding.steps import PlainSteps, Step, Steps

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -206,3 +206,11 @@ def dequantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = No
     ]
     product = torch.cat(parts, dim=-1)
     return product if bias is None else product + bias
+
+
+@runtime_checkable
+class PackedProduct(Protocol):
+    """A linear product whose weight [N, K] is stored in few bits, in the layout of the native kernels."""
+
+    @property
+    def packed(self) -> PackedWeight: ...

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from hf_accel.core.anatomy import Anatomy, DecoderBlock
-from hf_accel.core.contracts import Reserved
+from hf_accel.core.calls.cache_layers import Reserved
 from hf_accel.core.drift import CACHE
-from hf_accel.core.shadow import twin
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.blocks import DecoderBlock
+from hf_accel.core.model.shadow import twin
 from hf_accel.errors import VerificationError
 
 TOKENS = 4

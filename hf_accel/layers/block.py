@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from hf_accel.core.anatomy import Anatomy, DecoderBlock, LinearSlice
+from hf_accel.core.calls.call import request_in_progress
 from hf_accel.core.config import Config
-from hf_accel.core.contracts import PackedProduct
 from hf_accel.core.drift import CACHE
-from hf_accel.core.hosting import request_in_progress
 from hf_accel.core.journal import Journal, beneath, subclass
-from hf_accel.core.modes import evaluating
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.core.watching import ATTENTIONS, Surroundings, Watch
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.blocks import DecoderBlock, LinearSlice
+from hf_accel.core.model.modes import evaluating
+from hf_accel.core.model.watching import ATTENTIONS, Surroundings, Watch
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.kernels import native
+from hf_accel.kernels.packed import PackedProduct
 from hf_accel.layers.audit import Audit
 from hf_accel.layers.linear import native_obstacles
 

@@ -14,10 +14,10 @@ import torch
 from torch.nn import Linear, Parameter, functional
 from transformers.pytorch_utils import Conv1D
 
-from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal, beneath, subclass
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.kernels import native
 
 ANY_ROWS = 2**40  # more than memory holds

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_accel.core.anatomy import Anatomy, Siblings
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal, beneath, subclass
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.model.anatomy import Anatomy, Siblings
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 
 _FORWARD = nn.Linear.forward  # whoever puts another in its place wants it run
 

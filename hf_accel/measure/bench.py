@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 import torch
 from transformers import PreTrainedModel
 
-from hf_accel.core.anatomy import Anatomy
-from hf_accel.core.hosting import Host
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.journal import Journal
-from hf_accel.core.plan import Plan, new_report
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.plan import Plan, new_report
 from hf_accel.measure.bandwidth import read_bandwidth
 from hf_accel.measure.difference import explain
 from hf_accel.measure.latency import alternate, timed_generate

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.core.report import Report
+from hf_accel.core.calls.report import Report
 from hf_accel.measure.difference import Difference
 from hf_accel.measure.latency import Run, Timing
 from hf_accel.measure.machine import Machine

@@ -13,24 +13,25 @@ from typing import Any
 
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
-from hf_accel.cache.shapes import layer_shapes
-from hf_accel.calibration import DEFAULT_MAX_KL, calibration_text, choose_bits, losers, measured
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.cache.probing import layer_shapes
+from hf_accel.core.calls.report import Skip
 from hf_accel.core.config import Config
-from hf_accel.core.modes import evaluating
-from hf_accel.core.patcher import Patcher
-from hf_accel.core.plan import Plan, Step
-from hf_accel.core.report import Skip
-from hf_accel.core.shadow import twin
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.modes import evaluating
+from hf_accel.core.model.shadow import twin
+from hf_accel.core.steps.patcher import Patcher
+from hf_accel.core.steps.plan import Plan, Step
 from hf_accel.decoding import DecodingConfig
 from hf_accel.errors import ConfigError, HfAccelError, described
 from hf_accel.kernels import native
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.measure.break_even import break_even
 from hf_accel.measure.quality import CalibrationText, QualityReference
+from hf_accel.measure.text import calibration_text
 from hf_accel.planner.timing import VERIFIERS, keep_what_pays
 from hf_accel.planner.trying import applied, name_of
 from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
+from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits, losers, measured
 from hf_accel.speculative import SpeculativeConfig
 
 # goal -> candidates, the preferred first where two claim one place

@@ -16,12 +16,12 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_accel.attention import AttentionConfig
-from hf_accel.core.anatomy import Anatomy
+from hf_accel.core.calls.report import Speed
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Patcher, Stage
-from hf_accel.core.plan import Plan, Step
-from hf_accel.core.report import Speed
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.patcher import Patcher, Stage
+from hf_accel.core.steps.plan import Plan, Step
 from hf_accel.errors import described
 from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
 from hf_accel.planner.trying import applied, drop, drop_what_fails, name_of

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from hf_accel.core.anatomy import Anatomy
-from hf_accel.core.hosting import Host
+from hf_accel.core.calls.hosting import Host
+from hf_accel.core.calls.report import Skip
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Fidelity, Patcher
-from hf_accel.core.plan import Plan, Step, new_report
-from hf_accel.core.report import Skip
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.patcher import Fidelity, Patcher
+from hf_accel.core.steps.plan import Plan, Step, new_report
 from hf_accel.errors import described
 from hf_accel.measure import random_prompt
 from hf_accel.measure.reference import TOLERANCES, Reference

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_accel.core.anatomy import Anatomy
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme, dequantize
-from hf_accel.quantization.formats import FORMAT, METHOD, Rules, from_tensors, stored_names, stored_shapes
-from hf_accel.quantization.linear import QuantizedLinear
-from hf_accel.quantization.storage import Seal
+from hf_accel.quantization.files.formats import FORMAT, METHOD, Rules, from_tensors, stored_names, stored_shapes
+from hf_accel.quantization.files.seal import Seal
+from hf_accel.quantization.modules.linear import QuantizedLinear
 
 _HOOK = "ct_decompress_hook"  # the model's handle on the hook that expands its weights
 

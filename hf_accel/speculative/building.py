@@ -6,21 +6,22 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from hf_accel.core.anatomy import Anatomy, unwrap
+from hf_accel.core.calls.forward import apart_objection
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
-from hf_accel.core.hosting import Host
-from hf_accel.core.modes import evaluating
-from hf_accel.core.patcher import Change
-from hf_accel.core.rope import moving_rope
-from hf_accel.core.stepping import apart_objection
-from hf_accel.core.undisturbed import undisturbed
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.modes import evaluating
+from hf_accel.core.model.rope import moving_rope
+from hf_accel.core.model.support import unwrap
+from hf_accel.core.model.undisturbed import undisturbed
+from hf_accel.core.steps.patcher import Change
 from hf_accel.errors import HfAccelError, UnsupportedModelError
-from hf_accel.speculative.arms import Source
 from hf_accel.speculative.config import SpeculativeConfig
-from hf_accel.speculative.copies import Form, few_bits, sped_up, to_try, without_layers
 from hf_accel.speculative.costs import RowCosts
+from hf_accel.speculative.forms import Form, few_bits, sped_up, to_try, without_layers
 from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, prove
+from hf_accel.speculative.sources import Source
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS, Trials
 

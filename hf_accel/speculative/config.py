@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
-from hf_accel.speculative.lookup import MINIMUM_TOKENS
+from hf_accel.speculative.drafters.suffixes import MINIMUM_TOKENS
 
 DRAFTERS = ("lookup", "self", "layer_skip", "model")
 MAX_DRAFT_TOKENS = 32

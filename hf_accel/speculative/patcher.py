@@ -6,17 +6,18 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from hf_accel.core.anatomy import Anatomy
-from hf_accel.core.hosting import KEYWORDS, host_of
+from hf_accel.core.calls.forward import rollback_objection
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.calls.keywords import KEYWORDS
+from hf_accel.core.calls.report import Applied
 from hf_accel.core.journal import Journal
-from hf_accel.core.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.recent import Recent
-from hf_accel.core.report import Applied
-from hf_accel.core.stepping import rollback_objection
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.speculative.building import set_up
 from hf_accel.speculative.config import SpeculativeConfig
-from hf_accel.speculative.copies import few_bits_config, layer_list, shadow
+from hf_accel.speculative.forms import few_bits_config, layer_list, shadow
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from hf_accel.core.contracts import PackedProduct
-from hf_accel.core.rope import moving_rope, unfamiliar_lengths
-from hf_accel.core.stepping import apart_objection
+from hf_accel.core.calls.forward import apart_objection
+from hf_accel.core.model.rope import moving_rope, unfamiliar_lengths
 from hf_accel.errors import described
+from hf_accel.kernels.packed import PackedProduct
 from hf_accel.speculative.costs import RowCosts, settle
 from hf_accel.speculative.trials import PROMPT_TOKENS, WIDEST, Trials
 from hf_accel.speculative.windows import NARROW, narrowed, widest_window

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from hf_accel.core.contracts import Draft
-from hf_accel.core.rows import Rows
-from hf_accel.speculative.arms import Arm
+from hf_accel.core.calls.drafting import Draft
+from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.costs import StepCosts
-from hf_accel.speculative.drafting import Proposal
+from hf_accel.speculative.drafters.drafter import Proposal
 from hf_accel.speculative.governor import Account, Choice, choose
+from hf_accel.speculative.sources import Arm
 from hf_accel.speculative.statistics import Statistics
 
 # drafting nothing takes this long, and may take this share of the time
@@ -20,7 +20,7 @@ IDLE_STEPS = 4
 
 
 class SpeculativeSession:
-    """See `hf_accel.core.contracts.Session`. arms: in the order in which they are asked."""
+    """See `hf_accel.core.calls.drafting.Session`. arms: in the order in which they are asked."""
 
     def __init__(
         self,

@@ -9,23 +9,24 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from hf_accel.core.contracts import Chooser
-from hf_accel.core.hosting import Call
-from hf_accel.core.rows import Rows
-from hf_accel.core.stepping import Stepper
-from hf_accel.speculative.arms import Arm, Source
+from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.drafting import Chooser
+from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.costs import StepCosts
-from hf_accel.speculative.drafting import Drafter, OwnCacheDrafter, SharedCacheDrafter
-from hf_accel.speculative.lookup import TenantHistory
-from hf_accel.speculative.matching import LookupDrafter
+from hf_accel.speculative.drafters.drafter import Drafter
+from hf_accel.speculative.drafters.lookup import LookupDrafter
+from hf_accel.speculative.drafters.model import OwnCacheDrafter, SharedCacheDrafter
+from hf_accel.speculative.drafters.suffixes import TenantHistory
 from hf_accel.speculative.proof import SMALL_ROWS, Proof
 from hf_accel.speculative.session import SpeculativeSession
+from hf_accel.speculative.sources import Arm, Source
 from hf_accel.speculative.statistics import Statistics
 
 
 class ModelSpeculation:
-    """See `hf_accel.core.contracts.Speculation`."""
+    """See `hf_accel.core.calls.drafting.Speculation`."""
 
     def __init__(
         self,

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.drift import CACHE
-from hf_accel.core.stepping import Stepper
-from hf_accel.speculative.copies import Form, layer_list, without_layers
 from hf_accel.speculative.costs import RowCosts
+from hf_accel.speculative.forms import Form, layer_list, without_layers
 
 TEXT_TOKENS = 16
 PROMPT_TOKENS = 8

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from hf_accel.attention import held
 from hf_accel.attention.grouped import NAME
 from hf_accel.cache.codec import Codec
-from hf_accel.cache.growing import GrowingLayer
+from hf_accel.cache.layers.growing import GrowingLayer
 from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.kernels.native import NativeBlock

@@ -14,7 +14,8 @@ from quantized_files import saved, wide
 from test_saved_architectures import check
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_accel.quantization import checkpoint, integrity, inventory, loading, rebuilding, saving, storage
+from hf_accel.quantization.files import checkpoint, integrity, inventory, loading, rebuilding, saving
+from hf_accel.quantization.files import seal as storage
 
 Patch = pytest.MonkeyPatch
 

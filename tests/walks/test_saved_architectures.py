@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import hf_accel
 from hf_accel import WeightOnlyConfig
 from hf_accel.errors import UnsupportedModelError
-from hf_accel.quantization.linear import QuantizedLinear
-from hf_accel.quantization.rebuilding import causal_class
+from hf_accel.quantization.files.rebuilding import causal_class
+from hf_accel.quantization.modules.linear import QuantizedLinear
 
 # experts that transformers exchanges, names that it renames, a head with a tied bias, a class of another config,
 # weights that modules multiply themselves, weights that initialising asks for

@@ -21,7 +21,7 @@ from speculating import always
 
 import hf_accel
 from hf_accel import KVCacheConfig
-from hf_accel.core import hosting
+from hf_accel.core.calls import hosting
 
 NAME = "llama"
 CALLERS = 4
@@ -141,5 +141,5 @@ class OneForAll:
 
 
 def test_a_request_shared_by_threads_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosting, "_request", OneForAll())
+    monkeypatch.setattr(hosting, "IN_PROGRESS", OneForAll())
     assert soak(20.0)[1], "the planted defect went unseen"

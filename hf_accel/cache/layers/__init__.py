@@ -1,0 +1,1 @@
+"""The layers that caches are made of."""

@@ -1,0 +1,1 @@
+"""Keys and values of prompts that were read before."""

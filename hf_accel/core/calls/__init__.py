@@ -1,0 +1,1 @@
+"""What happens in a `generate` call, and where families may stand in it."""

@@ -1,0 +1,47 @@
+"""What cache layers may offer beyond transformers' own contract."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+pass
+
+
+Reserved = tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None]
+
+
+class AppendableLayer(Protocol):
+    """A cache layer into whose buffers a kernel may write new keys and values itself.
+
+    `reserve` returns key and value buffers [B, G, C, D] (C >= past + T), `past`, the position where the first new
+    token belongs, `first`, the first position the new tokens can see, and, where rows have different lengths, the
+    `past` of each, int64 [B] on the CPU (then `past` is the largest); or None if it cannot take them that way.
+    After the kernel has written the T positions of each row, `commit(T)` makes them part of the cache.
+    bits: 8 or 4 where the buffers are rows of codes, uint8 [B, G, C, R], see `hf_accel.ops.cached`.
+    """
+
+    @property
+    def bits(self) -> int | None: ...
+
+    def reserve(
+        self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Reserved | None: ...
+
+    def commit(self, tokens: int) -> None: ...
+
+
+@runtime_checkable
+class RaggedLayer(Protocol):
+    """A cache layer whose rows can have different lengths, as they do when each accepts its own number of drafts.
+
+    Positions count from a row's first column, padding included. After `set_rows` the next tokens of row b go to
+    lengths[b], lengths[b] + 1, ...; what lay beyond is forgotten. `columns(T)` says which positions [first, stop) the
+    keys cover that `update` returns for T new tokens. Attention needs an explicit mask then; layers of a sliding
+    window must be recording their past.
+    """
+
+    def columns(self, tokens: int) -> tuple[int, int]: ...
+
+    def set_rows(self, lengths: list[int]) -> None: ...

@@ -1,0 +1,207 @@
+"""Hosting: a generated subclass per model instance through which every `generate` call passes.
+
+`generate` looks its decoding methods up on the class, so an instance attribute `_sample` would be ignored; and a
+class of its own for one instance leaves every other model of the architecture alone. Stock `generate` does all
+preparation. Only the token loop and the freshly made cache are offered to the patches; with any objection the call
+goes on to stock, with every argument intact, and is counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from hf_accel.core.calls.call import IN_PROGRESS, Call, CallLog, NewCache, Request
+from hf_accel.core.calls.doors import Caching, Decoder
+from hf_accel.core.calls.drafting import Speculation
+from hf_accel.core.calls.keywords import KEYWORDS, LOOPS
+from hf_accel.core.calls.report import Report
+from hf_accel.core.drift import CACHE
+from hf_accel.core.journal import Journal, beneath, subclass
+from hf_accel.errors import ConflictError
+
+
+@dataclass
+class Host:
+    """What one optimised model carries, beside it and not on it (on it, `deepcopy` and `torch.save` would break)."""
+
+    journal: Journal
+    report: Report
+    calls: CallLog = field(default_factory=CallLog)
+    decoder: Decoder | None = None
+    speculation: Speculation | None = None
+    caching: Caching | None = None
+    prepare_cache: Callable[[Any, int], None] | None = None  # (cache, expected tokens): of draft models
+    select_stock_attention: Callable[[], None] | None = None
+    draft_model: Any = None
+    built: dict[Any, Any] = field(default_factory=dict)  # what calls with a config of their own had built
+    lock: Any = field(default_factory=threading.RLock)  # for what calls add to the host
+
+
+POSITIONAL = ("inputs", "generation_config")  # arguments of `generate` that are often given without their names
+
+
+"""Return the `generate` call of an optimised model that this thread is in, None outside of one."""
+
+_hosts: WeakKeyDictionary[torch.nn.Module, Host] = WeakKeyDictionary()
+
+
+def host_of(model: Any) -> Host | None:
+    """Return the host of an optimised model, None for any other."""
+    return _hosts.get(model)
+
+
+def open_host(model: PreTrainedModel, host: Host) -> None:
+    """Give `model` its class and its host, through the host's journal.
+
+    Raises:
+        ConflictError: it has one: another thread has optimised it since this was begun.
+    """
+    if _hosts.setdefault(model, host) is not host:
+        raise ConflictError(
+            f"This {type(model).__name__} was optimised by another thread meanwhile. Optimise a model in one place."
+        )
+    host.journal.did(lambda: _hosts.__delitem__(model))
+    host.journal.swap_class(model, subclass(Hosted, type(model)))
+
+
+def _caching(host: Host) -> Caching | None:
+    """Return what makes the caches of the call in progress."""
+    request = IN_PROGRESS.get()
+    return request.options.get("kv_cache", host.caching) if request else host.caching
+
+
+def _loop_for(call: Call) -> Decoder | None:
+    """Return a token loop for a call that asks for what only a loop of ours does."""
+    makers = [make for name, make in LOOPS.items() if call.options.get(name)]
+    return makers[0]() if makers else None
+
+
+_MODE_REASONS = {
+    GenerationMode.ASSISTED_GENERATION: "assisted generation asked for by the caller",
+    GenerationMode.BEAM_SEARCH: "beam search",
+    GenerationMode.BEAM_SAMPLE: "beam search with sampling",
+}
+
+
+class Hosted:
+    """The methods of an optimised model. Mixed over the model's own class by `open_host`."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        host = host_of(self)
+        if host is None:
+            return beneath(Hosted, self, "generate")(*args, **kwargs)
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in KEYWORDS}
+        others = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+        token = IN_PROGRESS.set(Request({name: KEYWORDS[name](self, value, others) for name, value in own.items()}))
+        try:
+            with host.calls.counting():
+                return beneath(Hosted, self, "generate")(*args, **kwargs)
+        finally:
+            IN_PROGRESS.reset(token)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        request = IN_PROGRESS.get() or Request()
+        call = Call(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
+            model_kwargs,
+            request.options,
+            request.has_callers_cache,
+        )
+        host = host_of(self)
+        decoder = None if host is None else host.decoder or _loop_for(call)
+        if host is None or decoder is None:
+            if host is not None:
+                host.calls.note("no token loop of ours is applied")
+            return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
+        reason = decoder.objection(call)
+        host.calls.note(reason or "")
+        if reason:
+            return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
+        return decoder.run(call)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        given = model_kwargs.get(CACHE)
+        result = beneath(Hosted, self, "_prepare_cache_for_generation")(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        host = host_of(self)
+        if host is not None:
+            if generation_mode in _MODE_REASONS:
+                host.calls.note(_MODE_REASONS[generation_mode])
+            if given is not None and (request := IN_PROGRESS.get()) is not None:
+                request.has_callers_cache = True
+            cache, caching = model_kwargs.get(CACHE), _caching(host)
+            if given is None and cache is not None and caching is not None:
+                rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+                mask = model_kwargs.get("attention_mask")
+                caching.fill(NewCache(cache, self, generation_mode, rows, max_cache_length, mask))
+        return result
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        host = host_of(self)
+        caching, request = host and _caching(host), IN_PROGRESS.get()
+        tenant = request.options.get("tenant") if request else None
+        with caching.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if caching else nullcontext():
+            return beneath(Hosted, self, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    @functools.wraps(PreTrainedModel.resize_token_embeddings)
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # refused, before transformers begins, where packed weights have the rows of the old vocabulary
+        if (check := getattr(getattr(self, "hf_quantizer", None), "check_resize", None)) is not None:
+            check(self, new_num_tokens, pad_to_multiple_of)
+        resize = beneath(Hosted, self, "resize_token_embeddings")
+        return resize(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        # packed weights are saved by what stands as the model's quantizer; an adapter beside them by transformers
+        save = getattr(getattr(self, "hf_quantizer", None), "save_packed", None)
+        if save is None or getattr(self, "_hf_peft_config_loaded", False):
+            return beneath(Hosted, self, "save_pretrained")(*args, **kwargs)
+        if "save_directory" in kwargs:
+            args = (kwargs.pop("save_directory"), *args)
+        return save(self, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        # the manager checks the attention's name and refuses names it does not know
+        host = host_of(self)
+        if host is not None and host.select_stock_attention is not None:
+            host.select_stock_attention()
+        return beneath(Hosted, self, "init_continuous_batching")(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""What is done to a model: patchers, plans, and applying them."""

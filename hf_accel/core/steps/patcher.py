@@ -1,0 +1,97 @@
+"""A patcher says *how* one config changes a model in place. Defining the class registers it."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from hf_accel.core.config import Config
+from hf_accel.core.journal import Journal
+from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+class Stage(enum.IntEnum):
+    """The order in which steps are applied."""
+
+    ARCHITECTURE = 0
+    WEIGHTS = 1  # what the weights are
+    PRODUCTS = 2  # how they are multiplied
+    ATTENTION = 3
+    CACHE = 4
+    DECODING = 5
+    SPECULATION = 6  # drafts with copies of what all the others have made of the model
+    COMPILATION = 7
+
+
+class Fidelity(enum.Enum):
+    """What a step promises about the model's outputs; the contract tests check it.
+
+    EXACT: the same function, tokens included, up to the rounding of one and the same mathematics.
+    CLOSE: a bounded difference that the config states. LOSSY: quality is traded and must be measured.
+    """
+
+    EXACT = "exact"
+    CLOSE = "close"
+    LOSSY = "lossy"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one step did: a sentence, the bytes it keeps beside the weights, and what it left out and why.
+
+    weight_bytes: of all weights, where the step changed them.
+    """
+
+    summary: str
+    extra_bytes: int = 0
+    left_out: tuple[str, ...] = field(default=())
+    weight_bytes: int | None = None
+
+
+class Patcher(ABC, Generic[C]):
+    """One optimisation. Subclass with `config=` to register: `class XPatcher(Patcher[XConfig], config=XConfig)`."""
+
+    stage: ClassVar[Stage]
+    fidelity: Fidelity
+    occupies: ClassVar[str]
+    needs: tuple[str, ...] = ()  # names of configs that are applied, too, where the plan does not have them
+    # the same computations as stock's, but for microseconds of Python: kept where a token takes too long to show those
+    does_equal_work: ClassVar[bool] = False
+    registry: ClassVar[dict[type[Config], type[Patcher[Any]]]] = {}
+
+    def __init_subclass__(cls, config: type[Config], **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Patcher.registry[config] = cls
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @staticmethod
+    def for_config(config: Config) -> Patcher[Any]:
+        """Return the patcher of `config`.
+
+        Raises:
+            ConfigError: nothing is registered for its type.
+        """
+        found = Patcher.registry.get(type(config))
+        if found is None:
+            known = ", ".join(sorted(c.__name__ for c in Patcher.registry))
+            raise ConfigError(f"No optimisation is registered for {type(config).__name__}. Known configs: {known}.")
+        return found(config)
+
+    @abstractmethod
+    def obstacles(self, anatomy: Anatomy) -> list[str]:
+        """Return why the step cannot be applied, in sentences for the user; empty if it can. Changes nothing."""
+
+    def weight_bytes(self, anatomy: Anatomy) -> int | None:
+        """Return the bytes of all weights once the step is applied and originals are given up; None: as before."""
+        return None
+
+    @abstractmethod
+    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+        """Apply the step through `journal` and say what was done."""
