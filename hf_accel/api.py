@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -15,12 +15,12 @@ from hf_accel.core.calls.hosting import Host, host_of
 from hf_accel.core.calls.report import Report
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.support import unwrap
 from hf_accel.core.progress import shown
+from hf_accel.core.steps.applying import Patchers, apply, checked
 from hf_accel.core.steps.patcher import Fidelity
-from hf_accel.core.steps.plan import Plan, new_report
+from hf_accel.core.steps.plan import Plan
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError, VerificationError
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.reference import TOLERANCES, Reference
@@ -58,11 +58,9 @@ def plan(
         ConflictError: it is optimised already.
         ConfigError: the goal, a config or an argument does not exist or does not fit.
     """
-    anatomy = _anatomy(model)
-    anatomy.draft_model = draft_model
-    with shown(f"planning for {type(anatomy.model).__name__}") as anatomy.progress:
-        chosen, _ = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
-    return chosen
+    setting = _setting(model, draft_model)
+    with shown(f"planning for {type(setting.model).__name__}") as setting.progress:
+        return _plan(setting, goal_or_configs, calibration, tokenizer, max_kl).plan
 
 
 def optimize(
@@ -100,21 +98,17 @@ def optimize(
         ConfigError: the goal or a config does not exist or does not fit.
         VerificationError: the optimised model differs by more than rounding explains; it has been restored.
     """
-    anatomy = _anatomy(model)
-    journal = Journal(originals)
-    with shown(f"optimising {type(anatomy.model).__name__}") if progress is None else nullcontext(progress) as step:
-        anatomy.progress = step
-        anatomy.draft_model = draft_model
-        chosen, quality = _plan(anatomy, goal_or_configs, calibration, tokenizer, max_kl)
-        host = Host(journal, new_report(anatomy, chosen))
-        host.report.calls = host.calls
+    setting = _setting(model, draft_model, originals)
+    with shown(f"optimising {type(setting.model).__name__}") if progress is None else nullcontext(progress) as step:
+        setting.progress = step
+        chosen = _plan(setting, goal_or_configs, calibration, tokenizer, max_kl)
         reference = None
         if verify_on is not None:
             with converting(ConfigError, "The model itself cannot continue the text given as verify_on"):
-                reference = Reference(anatomy.model, verify_on)
-        chosen.apply(anatomy, host, leaves_out=isinstance(goal_or_configs, str))
-        if quality is not None:
-            host.report.quality = quality.compare()
+                reference = Reference(setting.model, verify_on)
+        host = apply(chosen.plan, setting, chosen.patchers, leaves_out=isinstance(goal_or_configs, str))
+        if chosen.quality is not None:
+            host.report.quality = chosen.quality.compare()
         if reference is not None:
             _verify(reference, host)
     return model
@@ -167,40 +161,48 @@ def _host(model: Any) -> Host:
     return host
 
 
-def _anatomy(model: Any) -> Anatomy:
+def _setting(model: Any, draft_model: Any, originals: str = "keep") -> Setting:
     unwrapped = unwrap(model)
     if isinstance(unwrapped, torch.nn.Module) and host_of(unwrapped) is not None:
         raise ConflictError(
             f"This {type(unwrapped).__name__} is optimised already. Call hf_accel.restore(model) first; "
             "hf_accel.report(model) tells what was done."
         )
-    return Anatomy.of(model)
+    return Setting.of(model, draft_model=draft_model, originals=originals)
 
 
-def _plan(
-    anatomy: Anatomy, goal_or_configs: Goal, calibration: Any, tokenizer: Any, max_kl: float | None
-) -> tuple[Plan, QualityReference | None]:
-    """Return the plan; for given configs and text also the reference by which their cost can be measured."""
+class _Chosen(NamedTuple):
+    """A plan; its patchers, where they were checked on this model; by what its cost is measured once it is applied."""
+
+    plan: Plan
+    patchers: Patchers | None = None
+    quality: QualityReference | None = None
+
+
+def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: Any, max_kl: float | None) -> _Chosen:
     if isinstance(goal_or_configs, str):
         options = {"calibration": calibration, "tokenizer": tokenizer, "max_kl": max_kl}
-        return plan_goal(anatomy, goal_or_configs, anatomy.progress, **options), None
+        return _Chosen(plan_goal(setting, goal_or_configs, **options))
     if max_kl is not None:
         raise ConfigError('max_kl bounds the goals "fast" and "memory"; configs are applied as they are given.')
     quality = None
     if calibration is not None:
         with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
-            quality = QualityReference(anatomy.model, calibration_text(anatomy.model, calibration, tokenizer))
+            quality = QualityReference(setting.model, calibration_text(setting.model, calibration, tokenizer))
     if isinstance(goal_or_configs, Plan):
-        if anatomy.draft_model is None:
-            return goal_or_configs, quality
-        return replace(goal_or_configs, draft_model=anatomy.draft_model), quality
+        chosen = goal_or_configs
+        if setting.draft_model is not None:
+            chosen = replace(chosen, draft_model=setting.draft_model)
+        setting.draft_model = chosen.draft_model
+        return _Chosen(chosen, quality=quality)
     configs = [goal_or_configs] if isinstance(goal_or_configs, Config) else goal_or_configs
     if not isinstance(configs, Sequence):
         raise ConfigError(f"optimize takes a goal, configs or a plan; {goal_or_configs!r} was given.")
-    chosen = Plan.of(list(configs), anatomy.draft_model)
-    for patcher in chosen.check(anatomy):
-        chosen.weight_bytes = patcher.weight_bytes(anatomy) or chosen.weight_bytes
-    return chosen, quality
+    chosen = Plan.of(list(configs), setting.draft_model)
+    patchers = checked(chosen, setting)
+    for patcher in patchers:
+        chosen.weight_bytes = patcher.weight_bytes(setting) or chosen.weight_bytes
+    return _Chosen(chosen, patchers, quality)
 
 
 def _verify(reference: Reference, host: Host) -> None:

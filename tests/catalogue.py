@@ -16,8 +16,8 @@ from hf_accel import (
     WeightOnlyConfig,
 )
 from hf_accel.core.config import Config
-from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.steps.patcher import Fidelity, Patcher
+from hf_accel.core.steps.setting import Setting
 
 CATALOGUE: list[Config] = [
     WeightOnlyConfig(bits=8),
@@ -42,7 +42,7 @@ def example(name: str) -> Config:
 
 def fits(config: Config, model: PreTrainedModel) -> bool:
     """Return whether the config's patcher has no obstacle on this model."""
-    return not Patcher.for_config(config).obstacles(Anatomy.of(model))
+    return not Patcher.for_config(config).obstacles(Setting.of(model))
 
 
 def exact(model: PreTrainedModel, *without: type[Config], speculates: bool = False) -> list[Config]:

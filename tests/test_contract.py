@@ -19,8 +19,8 @@ import hf_accel
 from hf_accel.core.calls.hosting import _hosts
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
-from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.steps.patcher import Fidelity, Patcher
+from hf_accel.core.steps.setting import Setting
 
 CONFIGS = [type(config).__name__ for config in CATALOGUE]
 EVERY = [*CONFIGS, "exact"]
@@ -33,7 +33,7 @@ def chosen(name: str, model) -> list[Config]:
         return exact(model)
     config = example(name)
     if not fits(config, model):
-        pytest.skip(f"refused with a reason: {Patcher.for_config(config).obstacles(Anatomy.of(model))[0]}")
+        pytest.skip(f"refused with a reason: {Patcher.for_config(config).obstacles(Setting.of(model))[0]}")
     return [config]
 
 
@@ -75,11 +75,11 @@ def test_config_survives_json(name: str) -> None:
 def test_obstacles_change_nothing_and_are_sentences(name: str, model_name: str) -> None:
     model = build(model_name)
     before = fingerprint(model)
-    found = Patcher.for_config(example(name)).obstacles(Anatomy.of(model))
+    found = Patcher.for_config(example(name)).obstacles(Setting.of(model))
     assert not changes(before, fingerprint(model))
     for sentence in found:
         assert len(sentence.split()) > 3, f"no sentence for a user: {sentence!r}"
-    assert found == Patcher.for_config(example(name)).obstacles(Anatomy.of(model))
+    assert found == Patcher.for_config(example(name)).obstacles(Setting.of(model))
 
 
 @pytest.mark.parametrize("model_name", NAMES)
@@ -126,8 +126,8 @@ def test_an_error_in_mid_patch_leaves_nothing(name: str, model_name: str, monkey
     last = type(Patcher.for_config(configs[-1]))
     patch = last.patch
 
-    def breaks(self, anatomy, journal):
-        patch(self, anatomy, journal)
+    def breaks(self, setting, host):
+        patch(self, setting, host)
         raise RuntimeError("planted")
 
     monkeypatch.setattr(last, "patch", breaks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ from hf_accel import ConfigError, WeightOnlyConfig
 from hf_accel.assets import demo_path
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.steps.plan import Step
+from hf_accel.core.steps.setting import Setting
 from hf_accel.measure import Run
 from hf_accel.measure.quality import CalibrationText, Quality, QualityReference
 from hf_accel.measure.text import calibration_text
-from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits, losers
+from hf_accel.planner import GOALS
+from hf_accel.quantization import candidates
+from hf_accel.quantization import mixed as mixed_bits
+from hf_accel.quantization.mixed import choose_bits, losers
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import targets
 
@@ -46,17 +51,17 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_accel.planner.timing, "BUDGET_S", 0.3)
     monkeypatch.setattr(hf_accel.planner.timing, "NOISE", 0.9)
     monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", same_time)
-    monkeypatch.setattr(hf_accel.planner.goals, "losers", lambda anatomy, config: [])
+    monkeypatch.setattr(candidates, "losers", lambda setting, config: [])
 
 
 def chosen(plan: hf_accel.Plan) -> WeightOnlyConfig | None:
     return next((step.config for step in plan.steps if isinstance(step.config, WeightOnlyConfig)), None)
 
 
-@pytest.mark.parametrize("goal, candidates", [("fast", 2), ("memory", 3)])
-def test_bits_follow_the_bound(goal: str, candidates: int) -> None:
+@pytest.mark.parametrize("goal, count", [("fast", 2), ("memory", 3)])
+def test_bits_follow_the_bound(goal: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = demo()
-    anatomy = Anatomy.of(model)
+    setting = Setting.of(model)
     reference = QualityReference(model, calibration_text(model))
     before = fingerprint(model)
     embeddings = 8 if goal == "memory" else None
@@ -68,27 +73,34 @@ def test_bits_follow_the_bound(goal: str, candidates: int) -> None:
     eight, *four = measured(bits=8), *(measured(group_size=size) for size in (128, 64, 32))
     assert eight < 0.1 * min(four)
     calls: list[int] = []
-    loose = choose_bits(anatomy, goal, reference, 10.0, lambda: calls.append(1))
+
+    def counted(*arguments: Any) -> Quality:
+        calls.append(1)
+        return real(*arguments)
+
+    real = mixed_bits.measured
+    monkeypatch.setattr(mixed_bits, "measured", counted)
+    loose = choose_bits(setting, replace(GOALS[goal], max_kl=10.0), reference)
     # groups of 128 do not divide this model's 192 columns: most products would get 8 bits
     assert loose.config == WeightOnlyConfig(group_size=64, embeddings=embeddings)
     assert loose.quality.kl == pytest.approx(four[1])
     assert len(calls) == 1
 
     bound = (eight + min(four)) / 2
-    mixed = choose_bits(anatomy, goal, reference, bound, lambda: calls.append(1))
+    mixed = choose_bits(setting, replace(GOALS[goal], max_kl=bound), reference)
     assert mixed.config is not None
     assert mixed.config.embeddings == embeddings
-    bits = [target.scheme.bits for target in targets(anatomy, mixed.config)[0] if target.scheme is not None]
+    bits = [target.scheme.bits for target in targets(setting.anatomy, mixed.config)[0] if target.scheme is not None]
     assert set(bits) == {4, 8}
     assert eight < mixed.quality.kl <= bound
     with hf_accel.optimized(model, mixed.config):
         assert reference.compare().kl == pytest.approx(mixed.quality.kl)
-    assert len(calls) >= 1 + candidates + 1 + model.config.num_hidden_layers + 1
+    assert len(calls) >= 1 + count + 1 + model.config.num_hidden_layers + 1
 
-    strict = choose_bits(anatomy, goal, reference, eight / 2)
+    strict = choose_bits(setting, replace(GOALS[goal], max_kl=eight / 2), reference)
     assert strict.config is None
     assert strict.quality.kl == pytest.approx(eight)
-    just = choose_bits(anatomy, goal, reference, eight * 1.01)
+    just = choose_bits(setting, replace(GOALS[goal], max_kl=eight * 1.01), reference)
     assert just.config == WeightOnlyConfig(bits=8, embeddings=embeddings)
     assert not changes(before, fingerprint(model))
 
@@ -101,17 +113,17 @@ def test_a_measure_that_is_no_number_chooses_nothing() -> None:
             return Quality(math.nan, 0.0, None, None, 1, "a test")
 
     reference: Any = Broken()
-    assert choose_bits(Anatomy.of(model), "fast", reference, 0.05).config is None
+    assert choose_bits(Setting.of(model), GOALS["fast"], reference).config is None
 
 
 def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = demo()
-    anatomy = Anatomy.of(model)
-    anatomy.keep_prepared()
+    setting = Setting.of(model)
+    setting.keep_prepared()
     reference = QualityReference(model, CalibrationText(prompt(1, 8), "a test", False))
-    choice = choose_bits(anatomy, "fast", reference, 10.0)
+    choice = choose_bits(setting, replace(GOALS["fast"], max_kl=10.0), reference)
     assert choice.config is not None
-    products = {target.path: target.module for target in targets(anatomy, choice.config)[0]}
+    products = {target.path: target.module for target in targets(setting.anatomy, choice.config)[0]}
     linear = torch.nn.Linear.forward
     slow_rows = model.config.intermediate_size  # gate and up, a shape of their own
 
@@ -126,7 +138,7 @@ def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.Linear, "forward", dense)
     monkeypatch.setattr(QuantizedLinear, "forward", packed)
-    found = losers(anatomy, choice.config, rounds=3)
+    found = losers(setting, choice.config, rounds=3)
     assert set(found) == {path for path, module in products.items() if module.out_features == slow_rows}
     assert len(found) == 2 * model.config.num_hidden_layers
 
@@ -134,7 +146,7 @@ def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("settled")
 def test_slow_products_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = "model.layers.1.mlp.down_proj"
-    monkeypatch.setattr(hf_accel.planner.goals, "losers", lambda anatomy, config: [slow])
+    monkeypatch.setattr(candidates, "losers", lambda setting, config: [slow])
     model = hf_accel.optimize(demo(), "fast")
     assert not isinstance(model.get_submodule(slow), QuantizedLinear)
     assert isinstance(model.model.layers[2].mlp.down_proj, QuantizedLinear)
@@ -163,7 +175,7 @@ def test_a_goal_from_plan_to_restore(goal: str) -> None:
     assert config is not None
     assert config.bits == 4
     assert config.embeddings == (8 if goal == "memory" else None)
-    assert plan.quality.kl <= DEFAULT_MAX_KL[goal]
+    assert plan.quality.kl <= (GOALS[goal].max_kl or 0)
     assert "quality: KL" in str(plan)
     assert "weights afterwards" in str(plan)
     again = hf_accel.Plan.from_json(plan.to_json())
@@ -173,7 +185,7 @@ def test_a_goal_from_plan_to_restore(goal: str) -> None:
     assert hf_accel.optimize(model, goal, progress=lambda: steps.append(1)) is model
     found = hf_accel.report(model)
     assert len(steps) > len(targets(Anatomy.of(demo()), config)[0])
-    assert found.quality.kl <= DEFAULT_MAX_KL[goal]
+    assert found.quality.kl <= (GOALS[goal].max_kl or 0)
     assert found.quality.source == "the model's own samples"
     assert found.patched_weight_bytes == Anatomy.of(model).weight_bytes
     assert found.patched_weight_bytes == pytest.approx(plan.weight_bytes, rel=0.02)

@@ -157,8 +157,8 @@ def test_when_nothing_pays_nothing_is_applied(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_candidate_that_fails_its_check_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: Any, anatomy: Any, journal: Any) -> Any:
-        journal.set_attribute(anatomy.model, "half_done", True)
+    def fails(self: Any, setting: Any, host: Any) -> Any:
+        host.journal.set_attribute(setting.model, "half_done", True)
         raise VerificationError("the planted check failed for this layer")
 
     monkeypatch.setattr(DecoderBlockPatcher, "patch", fails)

@@ -13,10 +13,10 @@ import test_wrappers
 
 from hf_accel.attention.grouped import BackEndName
 from hf_accel.cache.prefix import reuse
-from hf_accel.core.calls.keywords import LOOPS
+from hf_accel.core.calls.doors import MAKERS, Door
 from hf_accel.core.model import anatomy
 from hf_accel.core.model import hf_config as configs
-from hf_accel.core.steps import plan
+from hf_accel.core.steps import applying
 from hf_accel.decoding import verification
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.layers import audit
@@ -42,7 +42,7 @@ def one_odd_layer_switches_off_all(patch: Patch) -> None:
 
 
 def errors_of_steps_escape(patch: Patch) -> None:
-    patch.setattr(plan, "_patched", lambda patcher, described, host: patcher.patch(described, host.journal))
+    patch.setattr(applying, "_patched", lambda patcher, setting, host: patcher.patch(setting, host))
 
 
 def text_is_not_compared(patch: Patch) -> None:
@@ -54,7 +54,7 @@ def losses_within_what_times_vary_by(patch: Patch) -> None:
 
 
 def keywords_without_a_loop(patch: Patch) -> None:
-    patch.delitem(LOOPS, "speculative")
+    patch.delitem(MAKERS, Door.TOKEN_LOOP)
 
 
 def virtual_tokens_unseen(patch: Patch) -> None:

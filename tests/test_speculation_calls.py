@@ -34,6 +34,7 @@ from transformers.cache_utils import DynamicLayer
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig, SpeculativeConfig
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.drift import CACHE
 
@@ -270,7 +271,7 @@ def test_tenants_draw_on_their_own_text_only() -> None:
     assert total(counts(model), "accepted") == total(b, "accepted"), "no tenant is another one"
     assert_stock(model, "llama", 1, 3, own={"tenant": "a"})
     assert total(counts(model), "accepted") >= total(b, "accepted") + NEW_TOKENS - 4
-    history = host_of(model).speculation.history  # type: ignore[union-attr]
+    history = host_of(model).doors[Door.DRAFTS].history  # type: ignore[union-attr]
     text = ask(stock("llama"), 1, 4)[0].tolist()
     assert history.of("a").propose(text[:8], 4) == (text[8:12], 8)
     assert history.of("b").propose(text[:8], 4) == ([], 0)

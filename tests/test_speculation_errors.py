@@ -23,7 +23,7 @@ from hf_accel import (
     UnsupportedModelError,
     WeightOnlyConfig,
 )
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.setting import Setting
 from hf_accel.speculative import patcher
 
 PLAIN: list[Config] = [DecodingConfig(), KVCacheConfig()]
@@ -117,12 +117,10 @@ def test_draft_models_that_do_not_fit(title: str, drafter: Any) -> None:
 
 def test_a_draft_model_on_another_device() -> None:
     """The obstacle alone, by what two anatomies say of their devices."""
-    anatomy = Anatomy.of(build("llama"))
-    anatomy.draft_model = build("llama")
-    assert patcher._draft_model_obstacles(anatomy) == []
-    far = SimpleNamespace(
-        model=anatomy.model, draft_model=build("llama"), device=torch.device("cuda:1"), architecture="Llama"
-    )
+    setting = Setting.of(build("llama"), draft_model=build("llama"))
+    assert patcher._draft_model_obstacles(setting) == []
+    anatomy = SimpleNamespace(model=setting.model, device=torch.device("cuda:1"), architecture="Llama")
+    far = SimpleNamespace(anatomy=anatomy, draft_model=build("llama"))
     (reason,) = patcher._draft_model_obstacles(far)  # type: ignore[arg-type]
     assert "the draft model is on cpu, the model on cuda:1" in reason
 

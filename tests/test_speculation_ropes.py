@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import hf_accel
 from hf_accel import KVCacheConfig
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.model import rope
 from hf_accel.core.model.rope import MovingRope, moving_rope
@@ -136,10 +137,10 @@ def test_positions_of_the_callers_own_decide_where_steps_end() -> None:
 def test_differences_are_found_in_half_precision(dtype: torch.dtype) -> None:
     for name in ("windows without masks", "looking ahead"):
         model = hf_accel.optimize(copy.deepcopy(made(name)).to(dtype), [always("lookup")])
-        assert PLAIN[name] in host_of(model).speculation.proof.objection  # type: ignore[union-attr]
+        assert PLAIN[name] in host_of(model).doors[Door.DRAFTS].proof.objection  # type: ignore[union-attr]
     for name in ("windows and masks", "longrope"):
         model = hf_accel.optimize(copy.deepcopy(made(name)).to(dtype), [always("lookup")])
-        found = host_of(model).speculation.proof  # type: ignore[union-attr]
+        found = host_of(model).doors[Door.DRAFTS].proof  # type: ignore[union-attr]
         assert (found.objection, found.apart) == (None, None)
 
 

@@ -15,6 +15,7 @@ from speculating import ENDS, FEW_TOKENS, always, ask, assert_stock, counts, noi
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig
 from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.drafting import Draft
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.hosting import host_of
@@ -33,7 +34,7 @@ def test_strict_text_is_that_of_plain_decoding_where_rows_round_alike(name: str)
     """The native layers round up to 16 rows as they round one, so nothing is left to settle."""
     model = build(name, torch.bfloat16)
     hf_accel.optimize(model, [*exact(model), always(("lookup", "self"), strict=True)])
-    assert host_of(model).speculation.rounding[0] == 0.0  # type: ignore[union-attr]
+    assert host_of(model).doors[Door.DRAFTS].rounding[0] == 0.0  # type: ignore[union-attr]
     for seed in range(4):
         given = {"suppress_tokens": FEW_TOKENS} if seed % 2 else {}
         plain = ask(model, 1, seed, speculative=False, max_new_tokens=24, **given)
@@ -47,7 +48,7 @@ def test_strict_text_is_that_of_plain_decoding_where_rows_round_alike(name: str)
 def test_text_leaves_that_of_plain_decoding_at_near_ties_only(name: str) -> None:
     model = build(name, torch.bfloat16)
     hf_accel.optimize(model, [*PLAIN, always(("lookup", "self"))])
-    bound = max(host_of(model).speculation.rounding)  # type: ignore[union-attr]
+    bound = max(host_of(model).doors[Door.DRAFTS].rounding)  # type: ignore[union-attr]
     assert bound > 0
     for seed in range(8):
         given = {"max_new_tokens": 24} | ({"suppress_tokens": FEW_TOKENS} if seed % 2 else {})
@@ -68,7 +69,7 @@ def test_strict_text_is_that_of_plain_decoding_where_rows_round_differently(name
     """Whatever the batch, the draws and how near the ties: nothing is drafted, and the report says why."""
     model = build(name, dtype)
     hf_accel.optimize(model, [*PLAIN, always(("lookup", "self"), strict=True)])
-    assert host_of(model).speculation.rounding[0] > 0  # type: ignore[union-attr]
+    assert host_of(model).doors[Door.DRAFTS].rounding[0] > 0  # type: ignore[union-attr]
     calls = 0
     for seed in range(4):
         for rows in (1, 4):
@@ -105,8 +106,8 @@ def test_strict_steps_are_no_wider_than_rows_round_alike() -> None:
 
 def test_near_ties_are_counted_and_decide_nothing_without_strict() -> None:
     model = speculating("llama", "self")
-    assert host_of(model).speculation.rounding == (0.0, 0.0)  # type: ignore[union-attr]
-    host_of(model).speculation.rounding = (1e9, 1e9)  # type: ignore[union-attr]
+    assert host_of(model).doors[Door.DRAFTS].rounding == (0.0, 0.0)  # type: ignore[union-attr]
+    host_of(model).doors[Door.DRAFTS].rounding = (1e9, 1e9)  # type: ignore[union-attr]
     assert_stock(model, "llama", 4)
     found = counts(model)
     assert found["near_ties"] >= total(found, "accepted") > 0

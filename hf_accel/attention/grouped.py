@@ -7,6 +7,7 @@ times the temporary memory of attention on K and V as they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, SupportsIndex
@@ -19,13 +20,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_accel.attention.held import held_attention
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.held import CachedStates
-from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.hf_config import own_configs
+from hf_accel.core.steps.goal import Gain
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.ops.attention import grouped_attention
 
 
@@ -116,8 +118,13 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
     stage = Stage.ATTENTION
     fidelity = Fidelity.EXACT
     occupies = "attention back end"
+    gain = Gain.SEVERAL_TOKENS
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
+    def beside(self, claimed: Mapping[str, str]) -> str | None:
+        return "decoder layers run natively, their attention included" if "decoder layers" in claimed else None
+
+    def obstacles(self, setting: Setting) -> list[str]:
+        anatomy = setting.anatomy
         config = anatomy.model.config
         if config._attn_implementation != "sdpa":
             return [f"the model's attention is {config._attn_implementation!r}; only 'sdpa' is replaced."]
@@ -125,8 +132,8 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
             return [f"{anatomy.architecture} does not take its attention from transformers' registry."]
         return []
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        configs = own_configs(anatomy.model, journal)
+    def patch(self, setting: Setting, host: Host) -> Change:
+        configs = own_configs(setting.model, host.journal)
 
         def select(name: str) -> None:
             for config in configs:
@@ -134,8 +141,7 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
                     config._attn_implementation = name
 
         select(NAME)
-        journal.did(partial(select, "sdpa"))  # models that were made from one of these configs share it
+        host.journal.did(partial(select, "sdpa"))  # models that were made from one of these configs share it
         # the manager of continuous batching keeps reading the name after it is made, so the model stays with sdpa
-        select_stock = partial(select, "sdpa")
-        journal.set_attribute(host_of(anatomy.model), "select_stock_attention", select_stock)
+        host.stand(Door.CONTINUOUS_BATCHING, partial(select, "sdpa"))
         return Change(f"attention of up to {MAX_QUERIES} queries reads grouped keys and values without expanding them")

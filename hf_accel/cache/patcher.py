@@ -14,20 +14,24 @@ from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.prefix.files import PrefixFiles
 from hf_accel.cache.prefix.reuse import Prefixes, prefix_obstacle
 from hf_accel.cache.prefix.store import PrefixStore
-from hf_accel.cache.probing import ModelShapes
+from hf_accel.cache.probing import ModelShapes, layer_shapes
 from hf_accel.cache.statistics import CacheStatistics
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host, host_of
-from hf_accel.core.calls.keywords import KEYWORDS
-from hf_accel.core.calls.report import Applied
+from hf_accel.core.calls.keywords import Keyword, register
+from hf_accel.core.calls.report import SECTIONS, Applied, Skip
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.core.recent import Recent
+from hf_accel.core.steps.goal import Gain, Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, UnsupportedModelError
+from hf_accel.kernels import native
+from hf_accel.measure.break_even import break_even
 
 MOST_CONFIGS = 16  # of calls, that stay set up
+SECTION = "kv_cache"
+DOORS = (Door.NEW_CACHE, Door.PREFILL)
 CALLERS_CACHES = {CACHE, "past_key_values", "cache", "cache_implementation"}
 
 
@@ -35,7 +39,7 @@ class KVCachePatcher(Patcher[KVCacheConfig], config=KVCacheConfig):
     stage = Stage.CACHE
     fidelity = Fidelity.EXACT
     occupies = "key/value cache"
-    does_equal_work = True
+    gain = Gain.OVERHEAD
 
     def __init__(self, config: KVCacheConfig) -> None:
         super().__init__(config)
@@ -43,23 +47,28 @@ class KVCachePatcher(Patcher[KVCacheConfig], config=KVCacheConfig):
         # only attention of ours goes over parts, or knows what was given up
         self.needs = ("AttentionConfig",) if _needs_attention(config) else ()
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
-        model, config = anatomy.model, self.config
+    @classmethod
+    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
+        return Offer([KVCacheConfig()], break_even_of_codes(setting.model) if goal.is_lossy else [])
+
+    def obstacles(self, setting: Setting) -> list[str]:
+        anatomy, config = setting.anatomy, self.config
+        model = anatomy.model
         if not model._supports_default_dynamic_cache():
             return [f"{anatomy.architecture} does not use transformers' DynamicCache."]
         if config.prefix_reuse and (reason := prefix_obstacle(model)):
             return [f"prompts of {anatomy.architecture} cannot take over keys and values: {reason}."]
         return []
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        host: Any = host_of(anatomy.model)
+    def patch(self, setting: Setting, host: Host) -> Change:
         statistics = CacheStatistics()
-        caching = set_up(anatomy.model, host, self.config, statistics)
-        journal.set_attribute(host, "caching", caching)
-        journal.set_attribute(host, "prepare_cache", use_growing_layers)
+        caching = set_up(setting.model, host, self.config, statistics)
+        for door in DOORS:
+            host.stand(door, caching)
+        host.stand(Door.DRAFT_CACHE, use_growing_layers)
         if self.config != KVCacheConfig():
-            host.report.kv_cache = statistics
-        return Change(_summary(self.config, anatomy.model, caching.shapes))
+            host.report.sections[SECTION] = statistics
+        return Change(_summary(self.config, setting.model, caching.shapes))
 
 
 def _needs_attention(config: KVCacheConfig) -> bool:
@@ -132,6 +141,23 @@ def _store(host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> Pr
         return store
 
 
+def break_even_of_codes(model: Any) -> list[Skip]:
+    """Say from how many tokens on a cache in 8 bits would pay; it is not applied unless it is named."""
+    shapes = layer_shapes(model)
+    if isinstance(shapes, str) or model.device.type != "cpu" or not native.is_available():
+        return []
+    config, shape = model.config.get_text_config(decoder=True), shapes[-1]
+    if shape.dtypes[0] not in native.DTYPES or max(shape.sizes) > native.MAX_HEAD_DIM:
+        return []
+    tokens = break_even(config.num_attention_heads, shape.kv_heads, shape.sizes, shape.dtypes[0], 8)
+    reason = (
+        "attention over codes is not faster up to 8,192 tokens here"
+        if tokens is None
+        else (f"attention over codes is faster from {tokens:,} tokens on here; contexts as long can name it")
+    )
+    return [Skip("KVCacheConfig(bits=8)", reason)]
+
+
 def _summary(config: KVCacheConfig, model: Any, known: ModelShapes) -> str:
     if config == KVCacheConfig():
         return "keys and values are appended in place to growing buffers"
@@ -160,28 +186,24 @@ def _missing(patcher: KVCachePatcher, host: Host) -> list[Patcher[Any]]:
 
 
 def _built(model: Any, host: Host, config: KVCacheConfig) -> Caching:
-    """Set `config` up for calls that name it, with what it needs; on an error nothing stays.
+    """Set `config` up for calls that name it, with what it needs.
 
     Raises:
         UnsupportedModelError: the model does not allow it.
     """
-    patcher, anatomy = KVCachePatcher(config), Anatomy.of(model)
+    patcher, setting = KVCachePatcher(config), Setting.of(model)
     missing = _missing(patcher, host)
-    if obstacles := [text for each in (patcher, *missing) for text in each.obstacles(anatomy)]:
+    if obstacles := [text for each in (patcher, *missing) for text in each.obstacles(setting)]:
         raise UnsupportedModelError("This call's kv_cache cannot be had: " + " ".join(obstacles))
-    before = len(host.journal)
-    try:
-        added = [(each, each.patch(anatomy, host.journal)) for each in missing]
-        with torch.no_grad():
-            caching = set_up(model, host, config, host.report.kv_cache or CacheStatistics())
-    except BaseException:
-        host.journal.undo(before)
-        raise
+    added = [(each, each.patch(setting, host)) for each in missing]
+    statistics: Any = host.report.sections.get(SECTION) or CacheStatistics()
+    with torch.no_grad():
+        caching = set_up(model, host, config, statistics)
     for each, change in added:
         fidelity = each.fidelity.value
         host.report.applied.append(Applied(each.config, f"per call: {change.summary}", change.extra_bytes, fidelity))
     if config != KVCacheConfig():
-        host.report.kv_cache = caching.statistics
+        host.report.sections[SECTION] = caching.statistics
     return caching
 
 
@@ -216,13 +238,9 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
     if config.prefix_reuse and arguments.get("inputs_embeds") is not None:
         raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
     host: Any = host_of(model)
-    with host.lock:
-        built: Recent[KVCacheConfig, Caching] = host.built.setdefault("kv_cache", Recent(MOST_CONFIGS))
-        caching = built.get(config)
-        if caching is None:
-            caching = _built(model, host, config)
-            built.put(config, caching)
-        return caching
+    caching: Caching = host.built_once("kv_cache", config, MOST_CONFIGS, lambda: _built(model, host, config))
+    return caching
 
 
-KEYWORDS["kv_cache"] = _kv_cache
+register(Keyword("kv_cache", _kv_cache, DOORS))
+SECTIONS[SECTION] = "cache"

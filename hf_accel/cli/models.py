@@ -13,11 +13,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_accel.cli.output import progress
 from hf_accel.core.config import Config
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.applying import checked
 from hf_accel.core.steps.plan import Plan
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, described
 from hf_accel.measure import SHAPES, build_shape
-from hf_accel.planner import GOALS, offer, plan_goal
+from hf_accel.planner import GOALS, plan_goal, untimed
 from hf_accel.speculative import SpeculativeConfig
 
 
@@ -83,12 +84,9 @@ def untimed_plan(model: PreTrainedModel, configs: list[Config], draft_model: Any
     Raises:
         UnsupportedModelError: the model cannot be optimised, or not be speculated for.
     """
-    anatomy = Anatomy.of(model)
-    anatomy.draft_model = draft_model
-    Plan.of([config for config in configs if isinstance(config, SpeculativeConfig)], draft_model).check(anatomy)
-    plan = Plan(draft_model=draft_model)
-    offer(plan, anatomy, [*configs, *(candidate() for candidate in GOALS["exact"])])
-    return plan
+    setting = Setting.of(model, draft_model=draft_model)
+    checked(Plan.of([config for config in configs if isinstance(config, SpeculativeConfig)]), setting)
+    return untimed(setting, configs)
 
 
 def make_plan(model: PreTrainedModel, goal: str) -> Plan:
@@ -98,6 +96,5 @@ def make_plan(model: PreTrainedModel, goal: str) -> Plan:
         ConfigError: there is no such goal.
         UnsupportedModelError: the model cannot be optimised.
     """
-    anatomy = Anatomy.of(model)
     with progress("timing what pays on this machine") as step:
-        return plan_goal(anatomy, goal, step)
+        return plan_goal(Setting.of(model, progress=step), goal)

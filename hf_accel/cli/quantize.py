@@ -11,11 +11,10 @@ from transformers import AutoTokenizer
 
 from hf_accel.cli.models import AsJson, Dtype, DtypeName, ModelName, Threads, load_model, use_threads
 from hf_accel.cli.output import progress, results, write_json
-from hf_accel.core.calls.hosting import Host
 from hf_accel.core.failures import converting
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.core.steps.plan import Plan, new_report
+from hf_accel.core.steps.applying import apply
+from hf_accel.core.steps.plan import Plan
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_accel.measure import SHAPES
 from hf_accel.measure.quality import QualityReference
@@ -60,17 +59,14 @@ def quantize(
     tokenizer = None if model in SHAPES else _tokenizer(model)
     if calibration is not None and tokenizer is None:
         raise ConfigError(f"--calibration needs the tokenizer of {model!r}, and there is none.")
-    anatomy = Anatomy.of(loaded)
+    setting = Setting.of(loaded, originals="drop")
     measuring = converting(UnsupportedModelError, f"The quality of {model!r} cannot be measured")
     with progress("measuring the original"), measuring:
         text = calibration_text(loaded, given, tokenizer)
         reference = QualityReference(loaded, text)
-    plan = Plan.of([config])
-    host = Host(Journal("drop"), new_report(anatomy, plan))
-    count = len(targets(anatomy, config)[0])
-    with progress(f"quantizing {count} products", count) as step:
-        anatomy.progress = step
-        plan.apply(anatomy, host)
+    count = len(targets(setting.anatomy, config)[0])
+    with progress(f"quantizing {count} products", count) as setting.progress:
+        host = apply(Plan.of([config]), setting)
     with progress("measuring the result"):
         host.report.quality = reference.compare()
     with progress(f"writing {out}"):

@@ -14,15 +14,15 @@ import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.doors import MAKERS, Door
 from hf_accel.core.calls.drafting import Speculation
 from hf_accel.core.calls.forward import recording, stop_recording
-from hf_accel.core.calls.hosting import host_of
-from hf_accel.core.calls.keywords import LOOPS
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.goal import Gain
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding.steps import PlainSteps, Step, Steps
 from hf_accel.decoding.verification import VerifiedSteps, verification_objection
 
@@ -36,13 +36,13 @@ class DecodingPatcher(Patcher[DecodingConfig], config=DecodingConfig):
     stage = Stage.DECODING
     fidelity = Fidelity.EXACT
     occupies = "token loop"
-    does_equal_work = True
+    gain = Gain.OVERHEAD
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
+    def obstacles(self, setting: Setting) -> list[str]:
         return []
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        journal.set_attribute(host_of(anatomy.model), "decoder", TokenLoop())
+    def patch(self, setting: Setting, host: Host) -> Change:
+        host.stand(Door.TOKEN_LOOP, TokenLoop())
         return Change("greedy decoding and sampling run in our token loop")
 
 
@@ -74,9 +74,9 @@ class Collected:
 
 
 class TokenLoop:
-    """Serves the calls that `objection` lets through."""
+    """Serves the calls that `obstacle` lets through."""
 
-    def objection(self, call: Call) -> str | None:
+    def obstacle(self, call: Call) -> str | None:
         """Return why stock must serve this call, None if this loop does."""
         if call.synced_gpus:
             return "synced_gpus"
@@ -137,9 +137,8 @@ class TokenLoop:
     @staticmethod
     def _speculation(call: Call) -> Speculation | None:
         """Return what speculates in this call, None for plain decoding."""
-        host = host_of(call.model)
-        speculation: Speculation | None = call.options.get("speculative", host.speculation if host else None)
-        if not speculation:
+        speculation: Speculation | None = call.doors.get(Door.DRAFTS)
+        if speculation is None:
             return None
         reason = verification_objection(call) or speculation.objection(call)
         if reason is None:
@@ -160,4 +159,4 @@ class TokenLoop:
         return PlainSteps(call, outputs)
 
 
-LOOPS["speculative"] = TokenLoop
+MAKERS[Door.TOKEN_LOOP] = TokenLoop

@@ -21,6 +21,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.blocks import DecoderBlock
 from hf_accel.core.model.shadow import twin
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import VerificationError
 
 TOKENS = 4
@@ -51,19 +52,19 @@ class Record:
 
 
 class Audit:
-    """Compares replacements of layers with their own forward; what was compared is remembered with the anatomy."""
+    """Compares replacements of layers with their own forward; what was compared is remembered in the setting."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
         self.records: dict[int, Record] | None = None
 
     def check(self, block: DecoderBlock, replacement: Replacement, bound: float) -> None:
         """Raise VerificationError if a replacement gives another result than the layer's own forward."""
-        kept, parts = self.anatomy.prepared_for(block.layer), _parts(block)
+        kept, parts = self.setting.prepared_for(block.layer), _parts(block)
         if _is_same(kept.get(AUDITED), parts):
             return  # a copy with the same weights
         if self.records is None:
-            self.records = record(self.anatomy)
+            self.records = record(self.setting.anatomy)
         if block.index not in self.records:
             raise VerificationError(f"Layer {block.index} was not reached by a forward pass of the decoder.")
         difference = self.records[block.index].difference(replacement)

@@ -8,6 +8,7 @@ plain decoding step (hooks, gradients, adapters, foreign caches, more rows) goes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 
 from hf_accel.core.calls.call import request_in_progress
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
-from hf_accel.core.journal import Journal, beneath, subclass
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.journal import beneath, subclass
 from hf_accel.core.model.blocks import DecoderBlock, LinearSlice
 from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.watching import ATTENTIONS, Surroundings, Watch
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import PackedProduct
 from hf_accel.layers.audit import Audit
@@ -62,33 +64,36 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
     stage = Stage.ATTENTION
     fidelity = Fidelity.EXACT
     occupies = "decoder layers"
+    is_preferred = True
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
-        found = native_obstacles(anatomy)
-        if not anatomy.blocks:
-            found.append(f"{anatomy.blocks_missing}.")
+    def obstacles(self, setting: Setting) -> list[str]:
+        found = native_obstacles(setting.anatomy)
+        if not setting.anatomy.blocks:
+            found.append(f"{setting.anatomy.blocks_missing}.")
         return found
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        left_out = list(anatomy.odd_layers)
+    def patch(self, setting: Setting, host: Host) -> Change:
+        anatomy = setting.anatomy
+        skipped = list(anatomy.odd_layers)
         most = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
         count = 0
         with evaluating(anatomy.model):
-            audit = Audit(anatomy)
+            audit = Audit(setting)
             surroundings = Surroundings(m for block in anatomy.blocks for m in (block.layer, *block.modules))
             for block in anatomy.blocks:
                 try:
                     step = BlockStep(block, most, surroundings)
                 except ValueError as error:  # packed weights cannot be taken apart everywhere
-                    left_out.append(f"layer {block.index} runs as it is: {error}")
+                    skipped.append(f"layer {block.index} runs as it is: {error}")
                     continue
                 audit.check(block, partial(native_step, step, is_audit=True), _bound(block, anatomy.dtype))
                 if step.watch.is_hooked():
-                    left_out.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
-                journal.swap_class(block.layer, subclass(NativeLayer, type(block.layer), step=step))
+                    skipped.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
+                made = subclass(NativeLayer, type(block.layer), step=step, forward=native_forward(step))
+                host.journal.swap_class(block.layer, made)
                 count += 1
         summary = f"{count} decoder layers run in one native call for up to {most} rows"
-        return Change(summary, left_out=tuple(left_out))
+        return Change(summary, skipped=tuple(skipped))
 
 
 def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
@@ -208,13 +213,22 @@ class BlockStep:
 
 
 class NativeLayer:
-    """`forward` of a decoder layer: plain decoding steps natively, all else as the class it is mixed over does."""
+    """Marks decoder layers whose `forward` is a `native_forward`."""
 
     step: BlockStep
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = None if args else native_step(self.step, hidden_states, kwargs)
+
+def native_forward(step: BlockStep) -> Callable[..., Any]:
+    """Return the `forward` of a layer: plain decoding steps natively, all else as the class it is mixed over does.
+
+    The step is bound here and not read from the layer, whose class another thread may put back while this runs.
+    """
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = None if args else native_step(step, hidden_states, kwargs)
         return beneath(NativeLayer, self, "forward")(hidden_states, *args, **kwargs) if result is None else result
+
+    return forward
 
 
 def native_step(

@@ -7,6 +7,7 @@ but in bf16 and fp16 on CPUs without instructions for them, where ATen has no fa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from torch.nn import Linear, Parameter, functional
 from transformers.pytorch_utils import Conv1D
 
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
-from hf_accel.core.journal import Journal, beneath, subclass
+from hf_accel.core.journal import beneath, subclass
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
 
 ANY_ROWS = 2**40  # more than memory holds
@@ -50,11 +53,13 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
     stage = Stage.PRODUCTS
     fidelity = Fidelity.EXACT
     occupies = "linear products"
+    is_preferred = True
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
-        return native_obstacles(anatomy)
+    def obstacles(self, setting: Setting) -> list[str]:
+        return native_obstacles(setting.anatomy)
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+    def patch(self, setting: Setting, host: Host) -> Change:
+        anatomy = setting.anatomy
         most = self.config.max_rows or native.best_rows(anatomy.dtype) or ANY_ROWS
         classes: dict[type, type] = {}
         count = 0
@@ -67,18 +72,19 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
             if original not in classes:
                 is_transposed = original is Conv1D
                 rows = min(most, native.FEW_ROWS if self.config.max_rows is None else native.MAX_ROWS)
-                classes[original] = subclass(NativeProduct, original, max_rows=rows if is_transposed else most,
-                                             transposed=is_transposed)  # fmt: skip
-            journal.swap_class(module, classes[original])
+                limit = rows if is_transposed else most
+                forward = native_forward(limit, is_transposed)
+                classes[original] = subclass(NativeProduct, original, max_rows=limit, forward=forward)
+            host.journal.swap_class(module, classes[original])
             count += 1
-        left_out = tuple(
+        skipped = tuple(
             f"products of {dtype} weights or weights off the CPU stay with ATen" for dtype in sorted(others)
         )
         if experts := anatomy.stacked_experts():
-            left_out += (f"{experts} modules hold stacked expert weights, which stay with transformers' expert code",)
+            skipped += (f"{experts} modules hold stacked expert weights, which stay with transformers' expert code",)
         limits = sorted({made.max_rows for made in classes.values()} or {most})  # type: ignore[attr-defined]
         extent = " or ".join("any number of" if limit == ANY_ROWS else f"up to {limit}" for limit in limits)
-        return Change(f"{count} products of {extent} rows run natively ({native.status().isa})", 0, left_out)
+        return Change(f"{count} products of {extent} rows run natively ({native.status().isa})", 0, skipped)
 
 
 def native_obstacles(anatomy: Anatomy) -> list[str]:
@@ -106,15 +112,21 @@ def _fits(module: Any) -> bool:
 
 
 class NativeProduct:
-    """`forward` of nn.Linear and Conv1D: up to max_rows rows natively, all else as the class it is mixed over does."""
+    """Marks products whose `forward` is a `native_forward`; all else is as the class it is mixed over does."""
 
     max_rows: int
-    transposed: bool
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.numel() > self.max_rows * input.shape[-1]:  # prompts may leave here, having cost next to nothing
-            return beneath(NativeProduct, self, "forward")(input)
-        parameters = self._parameters  # type: ignore[attr-defined]
+
+def native_forward(max_rows: int, transposed: bool) -> Callable[..., torch.Tensor]:
+    """Return the `forward` of a product: up to max_rows rows natively.
+
+    Both are bound here and not read from the module, whose class another thread may put back while this runs.
+    """
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if input.numel() > max_rows * input.shape[-1]:  # prompts may leave here, having cost next to nothing
+            return beneath(NativeProduct, self, "forward")(input)  # type: ignore[no-any-return]
+        parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if (
             type(weight) is not Parameter
@@ -130,12 +142,14 @@ class NativeProduct:
             or not _is_stock()
             or weight.dim() != 2
             or weight.stride(1) != 1
-            or input.shape[-1] != weight.shape[0 if self.transposed else 1]
+            or input.shape[-1] != weight.shape[0 if transposed else 1]
             or not weight.data_ptr()  # its memory has been given up: stock's error
-            or (bias is not None and not _bias_fits(bias, weight, self.transposed))
+            or (bias is not None and not _bias_fits(bias, weight, transposed))
         ):
-            return beneath(NativeProduct, self, "forward")(input)
-        return native.linear(input, weight, bias, transposed=self.transposed)
+            return beneath(NativeProduct, self, "forward")(input)  # type: ignore[no-any-return]
+        return native.linear(input, weight, bias, transposed=transposed)
+
+    return forward
 
 
 def _bias_fits(bias: torch.Tensor, weight: torch.Tensor, transposed: bool) -> bool:

@@ -8,16 +8,19 @@ small kernels become one, which pays where launching costs (GPU decoding) or the
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal, beneath, subclass
-from hf_accel.core.model.anatomy import Anatomy, Siblings
+from hf_accel.core.model.anatomy import Siblings
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 
 _FORWARD = nn.Linear.forward  # whoever puts another in its place wants it run
 
@@ -41,23 +44,23 @@ class SharedProjectionPatcher(Patcher[SharedProjectionConfig], config=SharedProj
     fidelity = Fidelity.EXACT
     occupies = "linear products"  # a sibling's forward is one product: natively alone, or joined, not both
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
-        if not anatomy.siblings():
+    def obstacles(self, setting: Setting) -> list[str]:
+        if not setting.anatomy.siblings():
             return ["no separate q/k/v or gate/up projections without adapters were found."]
         return []
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        groups = anatomy.siblings()
-        left_out = []
+    def patch(self, setting: Setting, host: Host) -> Change:
+        groups = setting.anatomy.siblings()
+        skipped = []
         joined = 0
         for siblings in groups:
             modules = [siblings.parent._modules[name] for name in siblings.names]
             if reason := _obstacle(modules):
-                left_out.append(f"{'/'.join(siblings.names)}: {reason}")
+                skipped.append(f"{'/'.join(siblings.names)}: {reason}")
                 continue
-            _join(siblings, self.config.max_rows, journal)
+            _join(siblings, self.config.max_rows, host.journal)
             joined += 1
-        return Change(f"{joined} groups of projections share one product each", 0, tuple(dict.fromkeys(left_out)))
+        return Change(f"{joined} groups of projections share one product each", 0, tuple(dict.fromkeys(skipped)))
 
 
 def _obstacle(modules: list[Any]) -> str | None:
@@ -74,7 +77,9 @@ def _join(siblings: Siblings, max_rows: int, journal: Journal) -> None:
     modules: list[nn.Linear] = [siblings.parent._modules[name] for name in siblings.names]  # type: ignore[misc]
     group = Group(modules, max_rows)
     for index, module in enumerate(modules):
-        journal.swap_class(module, subclass(SharedProduct, type(module), group=group, index=index))
+        journal.swap_class(
+            module, subclass(SharedProduct, type(module), group=group, forward=shared_forward(group, index))
+        )
     journal.did(group.split)
 
 
@@ -134,13 +139,15 @@ class Group:
 
 
 class SharedProduct:
-    """`forward` of an nn.Linear that is one of a group of siblings."""
+    """Marks products that are one of a group of siblings, whose `forward` is a `shared_forward`."""
 
     group: Group
-    index: int
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        group = self.group
+
+def shared_forward(group: Group, index: int) -> Callable[..., torch.Tensor]:
+    """Return the `forward` of sibling `index`. What it needs is bound: another thread may put the class back."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if (
             input.numel() <= group.max_rows * input.shape[-1]
             and not torch.is_grad_enabled()
@@ -152,7 +159,9 @@ class SharedProduct:
             and nn.Linear.forward is _FORWARD
             and group.is_joined()
         ):
-            part = group.product(self.index, input)
+            part = group.product(index, input)
             if part is not None:
                 return part
-        return beneath(SharedProduct, self, "forward")(input)
+        return beneath(SharedProduct, self, "forward")(input)  # type: ignore[no-any-return]
+
+    return forward

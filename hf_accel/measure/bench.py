@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_accel.core.calls.hosting import Host
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.core.steps.plan import Plan, new_report
+from hf_accel.core.steps.applying import applied, new_report
+from hf_accel.core.steps.plan import Plan
+from hf_accel.core.steps.setting import Setting
 from hf_accel.measure.bandwidth import read_bandwidth
 from hf_accel.measure.difference import explain
 from hf_accel.measure.latency import alternate, timed_generate
@@ -58,11 +58,12 @@ def run_bench(
         UnsupportedModelError: the model cannot be optimised, or not by this plan.
         VerificationError: a step of the plan failed its own check.
     """
-    anatomy = Anatomy.of(model)
-    anatomy.keep_prepared()  # weights in few bits are made once and put in place in every round
+    setting = Setting.of(model, draft_model=plan.draft_model)
+    setting.keep_prepared()  # weights in few bits are made once and put in place in every round
+    anatomy = setting.anatomy
     given = dict(inputs) if inputs is not None else workload.inputs(model)
     bandwidth = read_bandwidth(anatomy.device)
-    ways = {"stock": _Way(anatomy, None, workload, given), "patched": _Way(anatomy, plan, workload, given)}
+    ways = {"stock": _Way(setting, None, workload, given), "patched": _Way(setting, plan, workload, given)}
     runs = alternate(ways, workload.rounds, progress, budget_s)
     sides = {"stock": Side(), "patched": Side()}
     for state, side in sides.items():
@@ -94,27 +95,21 @@ class _Way:
     """One state of the model to measure; `report` is that of the latest round."""
 
     def __init__(
-        self, anatomy: Anatomy, plan: Plan | None, workload: Workload, inputs: dict[str, torch.Tensor]
+        self, setting: Setting, plan: Plan | None, workload: Workload, inputs: dict[str, torch.Tensor]
     ) -> None:
-        self.anatomy, self.plan, self.workload, self.inputs = anatomy, plan, workload, inputs
-        self.report = new_report(anatomy, plan or Plan())
-        self.read_bytes = anatomy.read_bytes
+        self.setting, self.plan, self.workload, self.inputs = setting, plan, workload, inputs
+        self.report = new_report(plan or Plan(), setting)
+        self.read_bytes = setting.anatomy.read_bytes
 
     def __call__(self) -> Sample:
-        model, journal = self.anatomy.model, Journal()
+        model = self.setting.model
         arguments = self.workload.arguments(model)
         short = {key: tensor[:1, -SHORT_PROMPT_TOKENS:] for key, tensor in self.inputs.items()}
-        try:
-            if self.plan is not None:
-                host = Host(journal, new_report(self.anatomy, self.plan))
-                host.report.calls = host.calls
-                self.plan.apply(self.anatomy, host)
-                self.report = host.report
-                self.read_bytes = self.anatomy.read_bytes
+        with nullcontext() if self.plan is None else applied(self.plan, self.setting) as host:
+            if host is not None:
+                self.report, self.read_bytes = host.report, self.setting.anatomy.read_bytes
             timed_generate(model, short, WARM_UP_TOKENS, **arguments)
             costs = [call_cost(model, short, **arguments) for _ in range(CALLS)]
             torch.manual_seed(0)
             run = timed_generate(model, self.inputs, self.workload.new_tokens, **arguments)
             return Sample(run, costs, resident_bytes())
-        finally:
-            journal.undo()

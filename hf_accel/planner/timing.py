@@ -8,36 +8,34 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_accel.attention import AttentionConfig
 from hf_accel.core.calls.report import Speed
 from hf_accel.core.drift import CACHE
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.applying import applied
+from hf_accel.core.steps.goal import Gain, Goal
 from hf_accel.core.steps.patcher import Patcher, Stage
 from hf_accel.core.steps.plan import Plan, Step
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import described
 from hf_accel.measure import alternate, random_prompt, read_bandwidth, timed_generate
-from hf_accel.planner.trying import applied, drop, drop_what_fails, name_of
-from hf_accel.quantization import WeightOnlyConfig
+from hf_accel.planner.trying import drop, drop_what_fails, name_of
 
 BUDGET_S = 0.6
 PROMPT_TOKENS = 1
 FEWEST_TOKENS, MOST_TOKENS = 3, 33
 ROUNDS = 7
 VERIFY_TOKENS = 64
-# what these change only shows in steps of several query tokens, as speculation and chunked prompts make them
-VERIFIERS = (AttentionConfig,)
 # a step may cost a token this much time before it counts as a loss: less cannot be told from noise
 NOISE = 0.02
 # steps that do the work of what they replace save or cost microseconds of a token: too little to show beside this
-EQUAL_WORK_S = 0.02
+OVERHEAD_SHOWS_S = 0.02
 FAR = 1.25  # times as long as all steps together: no second look is needed at how much a step gains
 # a process that waited for more than its own computing took was not alone on the machine
 WAITING = 1.1
@@ -84,12 +82,12 @@ def _is_longer(one: list[float], other: list[float], factor: float = 1 / (1 - NO
     return least(one) > factor * least(other) * (1 + max(spread(one), spread(other)))
 
 
-def keep_what_pays(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> None:
+def keep_what_pays(plan: Plan, goal: Goal, setting: Setting) -> None:
     """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole."""
-    timing = _Timing(plan, anatomy, progress, drop_what_fails(plan, anatomy, progress))
+    timing = _Timing(plan, goal, setting, drop_what_fails(plan, setting))
     if not timing.drop_what_loses():
         return
-    timing.judge_verifiers()
+    timing.judge_steps_of_several_tokens()
     plan.measured = timing.speed()
 
 
@@ -97,7 +95,7 @@ def keep_what_pays(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | 
 class _Way:
     """One set of steps to time."""
 
-    anatomy: Anatomy
+    setting: Setting
     plan: Plan
     new_tokens: int
 
@@ -127,20 +125,17 @@ class _Way:
 
     @contextmanager
     def _applied(self) -> Iterator[PreTrainedModel]:
-        journal = applied(self.plan, self.anatomy) if self.plan.steps else Journal()
-        try:
-            yield self.anatomy.model
-        finally:
-            journal.undo()
+        with applied(self.plan, self.setting) if self.plan.steps else nullcontext():
+            yield self.setting.model
 
 
 class _Timing:
     """The steps of one plan, which it takes out where they fail or lose."""
 
-    def __init__(self, plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None, token_s: float) -> None:
+    def __init__(self, plan: Plan, goal: Goal, setting: Setting, token_s: float) -> None:
         """token_s: about what a token takes by stock."""
-        self.plan, self.anatomy, self.progress = plan, anatomy, progress
-        config = anatomy.model.config.get_text_config(decoder=True)
+        self.plan, self.goal, self.setting = plan, goal, setting
+        config = setting.model.config.get_text_config(decoder=True)
         self.room_tokens = (getattr(config, "max_position_embeddings", None) or 4096) - PROMPT_TOKENS
         self.times: dict[str, Times] = {}
         self.new_tokens = FEWEST_TOKENS
@@ -162,7 +157,7 @@ class _Timing:
                 for name, more in self._alternate(again, 3).items():
                     self.times[name] += more
                 losers = [step for step in losers if is_slower(self.times["all"], self.times[name_of(step)])]
-            loses = is_slower(self.times["all"], self.times["stock"]) and plan.goal != "memory"
+            loses = is_slower(self.times["all"], self.times["stock"]) and not self.goal.saves_memory
             if not loses and not losers:
                 break
             if loses and losers:  # one step may cost more than all others gain: leave it out and look again
@@ -185,7 +180,7 @@ class _Timing:
 
     def _first_times(self, plans: dict[str, Plan], rounds: int) -> dict[str, Times]:
         """Time all ways; where tokens take long, once what is far from the plan already after one round."""
-        if self.token_s <= EQUAL_WORK_S:
+        if self.token_s <= OVERHEAD_SHOWS_S:
             return self._alternate(plans, rounds)
         times = self._alternate(plans, 1)
         least_s = {name: least(found.wall) for name, found in times.items()}
@@ -194,9 +189,9 @@ class _Timing:
             times[name] += more
         return times
 
-    def judge_verifiers(self) -> None:
-        """Keep steps that show in passes of several tokens only where they are faster there."""
-        for step in [step for step in self.plan.steps if isinstance(step.config, VERIFIERS)]:
+    def judge_steps_of_several_tokens(self) -> None:
+        """Keep what gains in steps of several tokens only where it is faster there."""
+        for step in [step for step in self.plan.steps if _patcher(step).gain is Gain.SEVERAL_TOKENS]:
             if self.room_tokens < VERIFY_TOKENS:
                 drop(self.plan, [step], "the model's context is too short to measure what it gains")
                 continue
@@ -205,7 +200,7 @@ class _Timing:
                 "without": self._way(self.plan.without(type(step.config))).verify,
             }
             try:
-                runs = alternate(pair, 3, self.progress, budget_s=BUDGET_S)
+                runs = alternate(pair, 3, self.setting.progress, budget_s=BUDGET_S)
             except Exception as error:
                 drop(self.plan, [step], f"passes of several tokens over a padded batch fail here ({described(error)})")
                 continue
@@ -222,7 +217,7 @@ class _Timing:
             stock_tokens_per_s=1 / statistics.median(self.times["stock"].wall),
             patched_tokens_per_s=1 / statistics.median(self.times["all"].wall),
             weight_bytes=self._read_bytes(),
-            read_bandwidth_bytes_per_s=read_bandwidth(self.anatomy.device),
+            read_bandwidth_bytes_per_s=read_bandwidth(self.setting.anatomy.device),
             prompt_tokens=PROMPT_TOKENS,
             threads=torch.get_num_threads(),
         )
@@ -230,12 +225,12 @@ class _Timing:
     def _timed_steps(self) -> list[Step]:
         found = []
         for step in self.plan.steps:
-            patcher = Patcher.for_config(step.config)
-            does_equal_work = patcher.does_equal_work and self.token_s > EQUAL_WORK_S and not self.times_everything
-            if isinstance(step.config, VERIFIERS) or does_equal_work:
+            patcher = _patcher(step)
+            is_overhead = patcher.gain is Gain.OVERHEAD and self.token_s > OVERHEAD_SHOWS_S
+            if patcher.gain is Gain.SEVERAL_TOKENS or (is_overhead and not self.times_everything):
                 continue
-            if self.plan.goal == "memory" and isinstance(step.config, WeightOnlyConfig):
-                continue  # few bits are there to save memory, whatever they do to speed
+            if self.goal.saves_memory and patcher.saves_memory:
+                continue
             found.append(step)
         return found
 
@@ -245,11 +240,11 @@ class _Timing:
 
     def _alternate(self, plans: dict[str, Plan], rounds: int) -> dict[str, Times]:
         ways = {name: self._way(plan).decode for name, plan in plans.items()}
-        runs = alternate(ways, rounds, self.progress, budget_s=BUDGET_S)
+        runs = alternate(ways, rounds, self.setting.progress, budget_s=BUDGET_S)
         return {name: sum(found, Times()) for name, found in runs.items()}
 
     def _way(self, plan: Plan) -> _Way:
-        return _Way(self.anatomy, plan, self.new_tokens)
+        return _Way(self.setting, plan, self.new_tokens)
 
     def _gain(self, step: Step) -> float:
         return least(self.times[name_of(step)].wall) / least(self.times["all"].wall)
@@ -259,13 +254,14 @@ class _Timing:
 
     def _read_bytes(self) -> int:
         """Return the bytes of weights that a token reads with the plan applied."""
-        if all(Patcher.for_config(step.config).stage is not Stage.WEIGHTS for step in self.plan.steps):
-            return self.anatomy.read_bytes
-        journal = applied(self.plan, self.anatomy)
-        try:
-            return self.anatomy.read_bytes
-        finally:
-            journal.undo()
+        if all(_patcher(step).stage > Stage.WEIGHTS for step in self.plan.steps):
+            return self.setting.anatomy.read_bytes
+        with applied(self.plan, self.setting):
+            return self.setting.anatomy.read_bytes
+
+
+def _patcher(step: Step) -> Patcher[Any]:
+    return Patcher.for_config(step.config)
 
 
 def _loss(gain: float) -> str:

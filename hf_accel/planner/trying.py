@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import Skip
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.applying import applied
 from hf_accel.core.steps.patcher import Fidelity, Patcher
-from hf_accel.core.steps.plan import Plan, Step, new_report
+from hf_accel.core.steps.plan import Plan, Step
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import described
 from hf_accel.measure import random_prompt
 from hf_accel.measure.reference import TOLERANCES, Reference
@@ -25,36 +23,29 @@ from hf_accel.measure.reference import TOLERANCES, Reference
 TOKENS, NEW_TOKENS = 4, 2
 
 
-def drop_what_fails(plan: Plan, anatomy: Anatomy, progress: Callable[[], None] | None) -> float:
+def drop_what_fails(plan: Plan, setting: Setting) -> float:
     """Write a text by stock and with all steps; take steps out of the plan that fail or give other logits.
 
     Returns about how many seconds a token takes by stock.
     """
     start = time.perf_counter()
     try:
-        reference = _reference(anatomy.model)
+        reference = _reference(setting.model)
     except Exception as error:  # whatever the model's own code raises
         reason = f"nothing could be tried: the model itself cannot continue a random prompt ({described(error)})"
         drop(plan, plan.steps, reason)
         return 0.0
     token_s = (time.perf_counter() - start) / NEW_TOKENS
-    fault = _fault(plan, anatomy, reference, progress)
+    fault = _fault(plan, setting, reference)
     if fault is None:
         return token_s
-    faults = [(step, _fault(Plan(steps=[step]), anatomy, reference, progress)) for step in plan.steps]
+    faults = [(step, _fault(Plan(steps=[step]), setting, reference)) for step in plan.steps]
     for step, own in faults:
         if own is not None:
             drop(plan, [step], own)
-    if not any(own for _, own in faults) or _fault(plan, anatomy, reference, progress):
+    if not any(own for _, own in faults) or _fault(plan, setting, reference):
         drop(plan, plan.steps, fault)
     return token_s
-
-
-def applied(plan: Plan, anatomy: Anatomy) -> Journal:
-    """Apply a plan and return the journal that undoes it."""
-    journal = Journal()
-    plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
-    return journal
 
 
 def drop(plan: Plan, steps: list[Step], reason: str) -> None:
@@ -77,22 +68,18 @@ def _reference(model: PreTrainedModel) -> Reference:
     return Reference(model, {"input_ids": ids, "attention_mask": mask}, NEW_TOKENS)
 
 
-def _fault(plan: Plan, anatomy: Anatomy, reference: Reference, progress: Callable[[], None] | None) -> str | None:
+def _fault(plan: Plan, setting: Setting, reference: Reference) -> str | None:
     """Return what is wrong with the text of a plan, None if its logits are stock's up to rounding."""
-    bound = TOLERANCES.get(anatomy.dtype, 1e-3)
+    bound = TOLERANCES.get(setting.anatomy.dtype, 1e-3)
     if any(Patcher.for_config(step.config).fidelity is not Fidelity.EXACT for step in plan.steps):
         bound = math.inf
     try:
-        journal = applied(plan, anatomy)
-        try:
+        with applied(plan, setting):
             difference = reference.difference()
-        finally:
-            journal.undo()
     except Exception as error:  # whatever it is: a goal leaves out what fails
         return f"text could not be written with it ({described(error)})"
     finally:
-        if progress is not None:
-            progress()
+        setting.advance()
     if difference <= bound or bound == math.inf:
         return None
     return f"logits differ from stock's by {difference:.1e} of their norm; rounding explains {bound:.0e}"

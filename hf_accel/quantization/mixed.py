@@ -8,31 +8,29 @@ per candidate.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from hf_accel.core.calls.hosting import Host
-from hf_accel.core.journal import Journal
 from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.applying import applied
+from hf_accel.core.steps.goal import Goal
 from hf_accel.core.steps.patcher import Patcher
-from hf_accel.core.steps.plan import Plan, Step, new_report
+from hf_accel.core.steps.plan import Plan, Step
+from hf_accel.core.steps.setting import Setting
 from hf_accel.measure.quality import Quality, QualityReference
 from hf_accel.quantization import WeightOnlyConfig
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import targets
 
-DEFAULT_MAX_KL = {"fast": 0.05, "memory": 0.2}
-"""Nats per token. See docs/quantization.md for what these mean on trained models."""
-CANDIDATES = {
-    "fast": (WeightOnlyConfig(bits=4, group_size=64), WeightOnlyConfig(bits=4, group_size=32)),
-    "memory": tuple(WeightOnlyConfig(bits=4, group_size=size, embeddings=8) for size in (128, 64, 32)),
-}
+# the last is the finest
+FOR_SPEED = (WeightOnlyConfig(bits=4, group_size=64), WeightOnlyConfig(bits=4, group_size=32))
+FOR_MEMORY = tuple(WeightOnlyConfig(bits=4, group_size=size, embeddings=8) for size in (128, 64, 32))
 
 
 @dataclass(frozen=True)
@@ -43,29 +41,28 @@ class Choice:
     quality: Quality
 
 
-def choose_bits(
-    anatomy: Anatomy, goal: str, reference: QualityReference, max_kl: float, progress: Callable[[], None] | None = None
-) -> Choice:
-    """Return the cheapest config of the goal that keeps `max_kl`, measured; the model is left as it was."""
+def choose_bits(setting: Setting, goal: Goal, reference: QualityReference) -> Choice:
+    """Return the cheapest config that keeps the goal's bound, measured; the model is left as it was."""
+    max_kl = math.inf if goal.max_kl is None else goal.max_kl
+    candidates = FOR_MEMORY if goal.saves_memory else FOR_SPEED
 
     def cost(config: WeightOnlyConfig) -> Quality:
         try:
-            return measured(anatomy, config, reference)
+            return measured(setting, config, reference)
         finally:
-            if progress is not None:
-                progress()
+            setting.advance()
 
     # where its groups do not divide the columns a product gets 8 bits, so the order depends on the model
-    for config in sorted(CANDIDATES[goal], key=lambda c: Patcher.for_config(c).weight_bytes(anatomy) or 0):
+    for config in sorted(candidates, key=lambda c: Patcher.for_config(c).weight_bytes(setting) or 0):
         quality = cost(config)
         if quality.kl <= max_kl:
             return Choice(config, quality)
-    finest = CANDIDATES[goal][-1]
+    finest = candidates[-1]
     eight = replace(finest, bits=8, group_size=None)
     quality = cost(eight)
     if not quality.kl <= max_kl:  # NaN, too
         return Choice(None, quality)
-    patterns = _layer_patterns(anatomy, finest)
+    patterns = _layer_patterns(setting.anatomy, finest)
     costs = {}
     for pattern in patterns:
         others = tuple((other, 8) for other in patterns if other != pattern)
@@ -85,15 +82,10 @@ def choose_bits(
     return Choice(eight, quality)
 
 
-def measured(anatomy: Anatomy, config: WeightOnlyConfig, reference: QualityReference) -> Quality:
+def measured(setting: Setting, config: WeightOnlyConfig, reference: QualityReference) -> Quality:
     """Return what `config` costs; the model is left as it was."""
-    journal = Journal()
-    plan = Plan(steps=[Step(config)])
-    try:
-        plan.apply(anatomy, Host(journal, new_report(anatomy, plan)))
+    with applied(Plan(steps=[Step(config)]), setting):
         return reference.compare()
-    finally:
-        journal.undo()
 
 
 def _layer_patterns(anatomy: Anatomy, config: WeightOnlyConfig) -> list[str]:
@@ -106,15 +98,16 @@ def _layer_patterns(anatomy: Anatomy, config: WeightOnlyConfig) -> list[str]:
 
 
 @torch.no_grad()
-def losers(anatomy: Anatomy, config: WeightOnlyConfig, rounds: int = 5) -> list[str]:
+def losers(setting: Setting, config: WeightOnlyConfig, rounds: int = 5) -> list[str]:
     """Return the names of products that are not faster in few bits, timed shape by shape at one row.
 
     The products of a shape take turns, so that their weights come from memory and not from a cache. Looks at the
-    replacements that `anatomy.prepared` holds.
+    replacements that the setting keeps.
     """
+    anatomy = setting.anatomy
     shapes: dict[Any, list[Any]] = {}
     for target in targets(anatomy, config)[0]:
-        ready = anatomy.prepared_for(target.module)
+        ready = setting.prepared_for(target.module)
         made = next((m for key, m in ready.items() if key[0] == target.scheme), None)
         if target.scheme is not None and isinstance(made, QuantizedLinear):
             key = (made.in_features, made.out_features, target.scheme)
@@ -136,4 +129,4 @@ def losers(anatomy: Anatomy, config: WeightOnlyConfig, rounds: int = 5) -> list[
     return found
 
 
-__all__ = ["CANDIDATES", "DEFAULT_MAX_KL", "Choice", "choose_bits", "losers", "measured"]
+__all__ = ["Choice", "choose_bits", "losers", "measured"]

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal
 from hf_accel.core.model.anatomy import Anatomy, holds_experts
 from hf_accel.core.model.hf_config import own_configs
+from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import LANES, QUANTUM, PackedWeight
@@ -163,8 +166,17 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
     stage = Stage.WEIGHTS
     fidelity = Fidelity.LOSSY
     occupies = "weights"
+    saves_memory = True
+    is_preferred = True
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
+    @classmethod
+    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
+        from hf_accel.quantization.candidates import offered
+
+        return offered(goal, setting) if goal.is_lossy else Offer()
+
+    def obstacles(self, setting: Setting) -> list[str]:
+        anatomy = setting.anatomy
         if method := quantization_method(anatomy.model):
             return [f"the model is quantized already ({method}); quantize the original weights instead."]
         if anatomy.dtype not in native.DTYPES:
@@ -179,12 +191,12 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if not chosen:
             found.append("the model has no linear product that could be quantized.")
         for target in chosen:
-            for parameter in target.module.parameters():
-                if parameter.dim() > 1 and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
-                    found.append(f"the weight of {target.path} holds NaN or infinity.")
+            if not _is_finite(target.module, setting):
+                found.append(f"the weight of {target.path} holds NaN or infinity.")
         return found
 
-    def weight_bytes(self, anatomy: Anatomy) -> int:
+    def weight_bytes(self, setting: Setting) -> int:
+        anatomy = setting.anatomy
         model, total = anatomy.model, anatomy.weight_bytes
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head is not None and getattr(head, "weight", None) is table.weight
@@ -207,17 +219,18 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
                 total += packed_bytes(Scheme(8), table.num_embeddings, table.embedding_dim, anatomy.dtype)
         return total
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+    def patch(self, setting: Setting, host: Host) -> Change:
+        anatomy, journal = setting.anatomy, host.journal
         model = anatomy.model
         before = anatomy.weight_bytes
-        chosen, left_out = targets(anatomy, self.config)
+        chosen, skipped = targets(anatomy, self.config)
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head is not None and getattr(head, "weight", None) is table.weight
         counts: dict[str, int] = {}
         added = 0
         for target in chosen:
             original = target.module
-            replacement = self._prepared(target, original, anatomy)
+            replacement = self._prepared(target, original, setting)
             replacement.train(original.training)
             if original is head and is_tied:
                 _untie(model, journal)
@@ -228,28 +241,28 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
                     counts[kind] = counts.get(kind, 0) + 1
                     added += product.nbytes
             del original
-            if anatomy.progress is not None:
-                anatomy.progress()
+            setting.advance()
         if self.config.embeddings is not None:
-            left_out += self._quantize_table(anatomy, journal, is_tied)
+            skipped += self._quantize_table(anatomy, journal, is_tied)
         journal.set_attribute(model, "hf_quantizer", Seal())
         after = anatomy.weight_bytes
         summary = ", ".join(f"{count} products in {kind}" for kind, count in counts.items())
         return Change(
             f"{summary}; weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB",
             extra_bytes=added if journal.originals != "drop" else 0,
-            left_out=tuple(left_out),
+            skipped=tuple(skipped),
             weight_bytes=after,
         )
 
-    def _prepared(self, target: Target, original: Any, anatomy: Anatomy) -> nn.Module:
+    def _prepared(self, target: Target, original: Any, setting: Setting) -> nn.Module:
         """Return the replacement of a product; while steps are timed, the one made before."""
-        if anatomy.prepared is None:
-            return self._replacement(target, original, anatomy.dtype)
-        made = anatomy.prepared_for(original)
+        dtype = setting.anatomy.dtype
+        if not setting.keeps_prepared:
+            return self._replacement(target, original, dtype)
+        made = setting.prepared_for(original)
         key = (target.scheme, self.config.bits_of(target.path), self.config.group_size, self.config.symmetric)
         if key not in made:
-            made[key] = self._replacement(target, original, anatomy.dtype)
+            made[key] = self._replacement(target, original, dtype)
         return made[key]
 
     def _replacement(self, target: Target, original: Any, dtype: torch.dtype) -> nn.Module:
@@ -275,6 +288,15 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         for parent, name in _places(model, table):
             journal.swap_module(parent, name, QuantizedEmbedding(packed, table).train(table.training))
         return []
+
+
+def _is_finite(module: Any, setting: Setting) -> bool:
+    """Return whether the weights of a product are numbers; they are read once in a session."""
+    known = setting.prepared_for(module)
+    if "is finite" not in known:
+        weights = [w.detach() for w in module.parameters() if w.dim() > 1]
+        known["is finite"] = all(bool(torch.isfinite(torch.stack(w.aminmax())).all()) for w in weights)
+    return bool(known["is finite"])
 
 
 def packed_bytes(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import PackedWeight
@@ -41,7 +41,8 @@ class CompressedTensorsPatcher(Patcher[CompressedTensorsConfig], config=Compress
     fidelity = Fidelity.CLOSE
     occupies = "weights"
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
+    def obstacles(self, setting: Setting) -> list[str]:
+        anatomy = setting.anatomy
         found = _compressed(anatomy.model)
         if not found:
             return ["the model was not loaded from a compressed-tensors checkpoint; no product of it has codes."]
@@ -55,7 +56,8 @@ class CompressedTensorsPatcher(Patcher[CompressedTensorsConfig], config=Compress
                 problems.append(str(error))
         return problems
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
+    def patch(self, setting: Setting, host: Host) -> Change:
+        anatomy, journal = setting.anatomy, host.journal
         model = anatomy.model
         before = anatomy.weight_bytes
         found = _compressed(model)

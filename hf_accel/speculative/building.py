@@ -6,16 +6,17 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.forward import apart_objection
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
-from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.rope import moving_rope
 from hf_accel.core.model.support import unwrap
 from hf_accel.core.model.undisturbed import undisturbed
 from hf_accel.core.steps.patcher import Change
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import HfAccelError, UnsupportedModelError
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.costs import RowCosts
@@ -31,38 +32,40 @@ HIGHEST_COST = 0.7
 MARGIN = 8
 
 
-def set_up(anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
+def set_up(setting: Setting, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
     """Build the drafters of `config` and try them on the model, to which the other steps of the plan are applied.
 
     Raises:
         UnsupportedModelError: steps of several tokens, or a drafter that was asked for by name, fail on this model.
     """
-    with evaluating(anatomy.model), converting(UnsupportedModelError, "Steps of several tokens fail on this model"):
-        model = to_try(anatomy, [step.config for step in host.report.applied])
+    with evaluating(setting.model), converting(UnsupportedModelError, "Steps of several tokens fail on this model"):
+        model = to_try(setting, [step.config for step in host.report.applied])
         with undisturbed(model):
-            return _tried(model, anatomy, host, config)
+            return _tried(model, setting, host, config)
 
 
-def _tried(model: Any, anatomy: Anatomy, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
-    """model: what to try steps on, in place of `anatomy.model`."""
+def _tried(model: Any, setting: Setting, host: Host, config: SpeculativeConfig) -> tuple[ModelSpeculation, Change]:
+    """model: what to try steps on, in place of `setting.model`."""
     rope = moving_rope(model)
     # of a switch that a short text would pass, beyond it
     first = 0 if rope is None or rope.is_steady(0, CONTEXT_TOKENS) else max(rope.switches, default=0)
-    writes = config.drafters(anatomy.draft_model is not None) != ("lookup",)
-    trials = Trials.of(model, host.prepare_cache, writes, first)
+    writes = config.drafters(setting.draft_model is not None) != ("lookup",)
+    trials = Trials.of(model, host.doors.get(Door.DRAFT_CACHE), writes, first)
     proof = prove(trials)
     sources: list[Source] = []
     left_out: list[str] = []
     if proof.objection is not None:
         left_out.append(f"every call is decoded plainly: {proof.objection}")
     else:
-        sources, left_out = _sources(anatomy, host, config, trials, proof.rows)
+        sources, left_out = _sources(setting, host, config, trials, proof.rows)
         if proof.apart is not None:
             left_out.append(f"batches are decoded plainly: {proof.apart}")
         if rope is not None:
             lengths = " and ".join(map(str, [*rope.switches, *([] if rope.beyond is None else [rope.beyond])]))
             left_out.append(f"no drafts across {lengths} tokens, where batches are decoded plainly: {rope}")
-    speculation = ModelSpeculation(config, sources, proof, _rounding(trials, proof, config), host.prepare_cache)
+    speculation = ModelSpeculation(
+        config, sources, proof, _rounding(trials, proof, config), host.doors.get(Door.DRAFT_CACHE)
+    )
     forms = [source.form for source in sources if source.form is not None]
     costs = ", ".join(f"{count} rows {proof.rows.ratio(count, 1):.2f} x" for count in (2, 4, 8) if config.adaptive)
     summary = "; ".join(
@@ -82,18 +85,18 @@ def _rounding(trials: Trials, proof: Proof, config: SpeculativeConfig) -> tuple[
 
 
 def _sources(
-    anatomy: Anatomy, host: Host, config: SpeculativeConfig, trials: Trials, rows: RowCosts
+    setting: Setting, host: Host, config: SpeculativeConfig, trials: Trials, rows: RowCosts
 ) -> tuple[list[Source], list[str]]:
     """Return the drafters in the order in which they are asked, and sentences on those left out."""
     found: list[Source] = []
     left_out: list[str] = []
-    for name in config.drafters(anatomy.draft_model is not None):
+    for name in config.drafters(setting.draft_model is not None):
         if name == "lookup":
             found.append(Source.lookup())
             continue
         try:
             with converting(UnsupportedModelError, f'The drafter "{name}" fails on this model'):
-                found += _model_source(name, anatomy, host, config, trials, rows, left_out)
+                found += _model_source(name, setting, host, config, trials, rows, left_out)
         except HfAccelError as error:
             if config.drafter != "auto":
                 raise
@@ -103,7 +106,7 @@ def _sources(
 
 def _model_source(
     name: str,
-    anatomy: Anatomy,
+    setting: Setting,
     host: Host,
     config: SpeculativeConfig,
     trials: Trials,
@@ -111,7 +114,7 @@ def _model_source(
     left_out: list[str],
 ) -> list[Source]:
     """Return the drafter that runs a model; none where it never pays, with a sentence on it in `left_out`."""
-    form, agreement = _form(name, anatomy, host, config, trials)
+    form, agreement = _form(name, setting, host, config, trials)
     with undisturbed(form.model):
         draft_s = trials.draft_seconds(form)
         can_be_apart = not form.has_own_cache or _can_be_apart(form, host)
@@ -123,23 +126,23 @@ def _model_source(
     if not can_be_apart:
         left_out.append(f"drafter {name} in batches: rows of the draft model cannot have different lengths")
     if form.layers is not None:  # those of the model itself, so that what becomes of them is followed
-        form = replace(form, model=without_layers(anatomy.model, form.skipped).model)
+        form = replace(form, model=without_layers(setting.model, form.skipped).model)
     return [Source.model(form, agreement, draft_s, can_be_apart)]
 
 
 def _can_be_apart(form: Form, host: Host) -> bool:
     if apart_objection(form.model):
         return False
-    trials = Trials.of(form.model, host.prepare_cache, writes=False)
+    trials = Trials.of(form.model, host.doors.get(Door.DRAFT_CACHE), writes=False)
     return apart_difference(trials, Tolerance.of(form.model)) < math.inf
 
 
-def _form(name: str, anatomy: Anatomy, host: Host, config: SpeculativeConfig, trials: Trials) -> tuple[Form, float]:
+def _form(name: str, setting: Setting, host: Host, config: SpeculativeConfig, trials: Trials) -> tuple[Form, float]:
     applied: list[Config] = [step.config for step in host.report.applied]
     if name == "layer_skip":
-        return trials.best_skip(anatomy.progress)
+        return trials.best_skip(setting.progress)
     if name == "self":
-        form = few_bits(anatomy, config.bits, config.group_size, applied)
+        form = few_bits(setting, config.bits, config.group_size, applied)
     else:
-        form = sped_up(unwrap(anatomy.draft_model), applied)
+        form = sped_up(unwrap(setting.draft_model), applied)
     return form, trials.agreement(form)

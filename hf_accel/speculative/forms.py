@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.shadow import shadow, twin
+from hf_accel.core.steps.applying import apply
 from hf_accel.core.steps.patcher import Patcher, Stage
-from hf_accel.core.steps.plan import Plan, new_report
+from hf_accel.core.steps.plan import Plan
+from hf_accel.core.steps.setting import Setting
 
 
 @dataclass
@@ -35,23 +34,23 @@ class Form:
     has_own_cache: bool = False
 
 
-def to_try(anatomy: Anatomy, applied: list[Config]) -> Any:
+def to_try(setting: Setting, applied: list[Config]) -> Any:
     """Return a copy of the model to try steps on, sped up as it is: without hooks of the user's, and not in use."""
-    model = twin(anatomy.model)
-    if model is not anatomy.model:
-        _apply(model, _speedups(applied), anatomy)
+    model = twin(setting.model)
+    if model is not setting.model:
+        _apply(model, _speedups(applied), setting)
     return model
 
 
-def few_bits(anatomy: Anatomy, bits: int, group_size: int | None, applied: list[Config]) -> Form:
+def few_bits(setting: Setting, bits: int, group_size: int | None, applied: list[Config]) -> Form:
     """Return the model with its weights in few bits, sped up by the steps that speed up the model itself.
 
     Raises:
         HfAccelError: the weights cannot be stored in few bits.
     """
-    model = shadow(anatomy.model)
-    _apply(model, [few_bits_config(bits, group_size), *_speedups(applied)], anatomy)
-    own = _own_bytes(model, anatomy.model)
+    model = shadow(setting.model)
+    _apply(model, [few_bits_config(bits, group_size), *_speedups(applied)], setting)
+    own = _own_bytes(model, setting.model)
     return Form("self", model, f"its own weights in {bits} bits draft, {own / 1e6:.1f} MB more", own)
 
 
@@ -64,9 +63,9 @@ def few_bits_config(bits: int, group_size: int | None) -> Config:
 def sped_up(draft_model: Any, applied: list[Config]) -> Form:
     """Return the draft model of the user's, sped up in a copy of its modules; the user's own is left as it is."""
     model = shadow(draft_model)
-    anatomy = Anatomy.of(model)
-    fitting = [config for config in _speedups(applied) if not Patcher.for_config(config).obstacles(anatomy)]
-    _apply(model, fitting, anatomy)
+    setting = Setting.of(model)
+    fitting = [config for config in _speedups(applied) if not Patcher.for_config(config).obstacles(setting)]
+    _apply(model, fitting, setting)
     return Form("model", model, f"{type(draft_model).__name__} drafts", has_own_cache=True)
 
 
@@ -104,12 +103,9 @@ def _speedups(applied: list[Config]) -> list[Config]:
     return [config for config in applied if Patcher.for_config(config).stage in stages]
 
 
-def _apply(model: Any, configs: list[Config], original: Anatomy) -> None:
-    anatomy = Anatomy.of(model)
-    anatomy.progress, anatomy.prepared = original.progress, original.prepared
-    plan = Plan.of(configs)
+def _apply(model: Any, configs: list[Config], original: Setting) -> None:
     # what it replaces belongs to the original and stays there
-    plan.apply(anatomy, Host(Journal("drop"), new_report(anatomy, plan)))
+    apply(Plan.of(configs), original.over(model, originals="drop"))
 
 
 def _own_bytes(model: nn.Module, original: nn.Module) -> int:

@@ -6,14 +6,15 @@ from typing import Any
 
 from transformers import DynamicCache
 
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.forward import rollback_objection
-from hf_accel.core.calls.hosting import host_of
-from hf_accel.core.calls.keywords import KEYWORDS
-from hf_accel.core.calls.report import Applied
-from hf_accel.core.journal import Journal
+from hf_accel.core.calls.hosting import Host, host_of
+from hf_accel.core.calls.keywords import Keyword, register
+from hf_accel.core.calls.report import SECTIONS, Applied
 from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.core.recent import Recent
+from hf_accel.core.steps.goal import Gain, Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.speculative.building import set_up
 from hf_accel.speculative.config import SpeculativeConfig
@@ -23,6 +24,8 @@ from hf_accel.speculative.trials import CONTEXT_TOKENS
 
 MOST_CONFIGS = 8  # of calls, kept with the weights that their drafters have of their own
 PER_CALL = "per call: "
+KEYWORD = "speculative"
+SECTION = "speculation"
 # arguments by which a caller asks stock for its own assisted generation
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -32,50 +35,57 @@ class SpeculativePatcher(Patcher[SpeculativeConfig], config=SpeculativeConfig):
     fidelity = Fidelity.EXACT
     occupies = "speculation"
     needs = ("KVCacheConfig", "DecodingConfig")
+    gain = Gain.OWN_ACCOUNT
 
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
+    @classmethod
+    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
+        # drafts that cost no memory; a draft model is there to be used
+        return Offer([SpeculativeConfig(drafter="lookup" if setting.draft_model is None else ("lookup", "model"))])
+
+    def obstacles(self, setting: Setting) -> list[str]:
+        anatomy = setting.anatomy
         model = anatomy.model
         if getattr(model, "_is_stateful", False):
             return [f"{anatomy.architecture} has a recurrent state, which cannot take back rejected drafts."]
         if reason := _trial_obstacle(model):
             return [f"{reason}."]
         if self.config.drafter == "auto":
-            return _draft_model_obstacles(anatomy) if anatomy.draft_model is not None else []
+            return _draft_model_obstacles(setting) if setting.draft_model is not None else []
         found: list[str] = []
-        for name in self.config.drafters(anatomy.draft_model is not None):
-            found += _obstacles(name, anatomy, self.config)
+        for name in self.config.drafters(setting.draft_model is not None):
+            found += _obstacles(name, setting, self.config)
         return found
 
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        host: Any = host_of(anatomy.model)
-        speculation, change = set_up(anatomy, host, self.config)
-        journal.set_attribute(host, "speculation", speculation)
-        host.report.speculation = speculation.statistics
+    def patch(self, setting: Setting, host: Host) -> Change:
+        speculation, change = set_up(setting, host, self.config)
+        host.stand(Door.DRAFTS, speculation)
+        host.report.sections[SECTION] = speculation.statistics
         return change
 
 
-def _obstacles(name: str, anatomy: Anatomy, config: SpeculativeConfig) -> list[str]:
+def _obstacles(name: str, setting: Setting, config: SpeculativeConfig) -> list[str]:
     if name == "self":
         # as the copy will be: without what speeds up its products
-        copy = Anatomy.of(shadow(anatomy.model))
+        copy = setting.over(shadow(setting.model))
         found = Patcher.for_config(few_bits_config(config.bits, config.group_size)).obstacles(copy)
         return [f'the drafter "self" cannot be made: {obstacle}' for obstacle in found]
     if name == "layer_skip":
         try:
-            _, layers = layer_list(anatomy.model)
+            _, layers = layer_list(setting.model)
         except LookupError as error:
             return [f"{error}."]
         return [] if len(layers) > 2 else [f"the model has only {len(layers)} layers."]
     if name == "model":
-        return _draft_model_obstacles(anatomy)
+        return _draft_model_obstacles(setting)
     return []
 
 
-def _draft_model_obstacles(anatomy: Anatomy) -> list[str]:
-    if anatomy.draft_model is None:
+def _draft_model_obstacles(setting: Setting) -> list[str]:
+    anatomy = setting.anatomy
+    if setting.draft_model is None:
         return ['the drafter "model" needs a draft model: optimize(model, ..., draft_model=...).']
     try:
-        draft = Anatomy.of(anatomy.draft_model)
+        draft = Anatomy.of(setting.draft_model)
     except UnsupportedModelError as error:
         return [f"the draft model cannot be used: {error}"]
     found = []
@@ -115,8 +125,8 @@ def _speculative(model: Any, value: Any, arguments: dict[str, Any]) -> ModelSpec
         given = [arguments[name]] if name in arguments else [getattr(config, name, None) for config in configs]
         if any(given):
             raise ConfigError(f"generate was given both speculative and {name}: two ways to draft. Leave one out.")
-    if value is True and host.speculation is not None:
-        return host.speculation  # type: ignore[no-any-return]
+    if value is True and (own := host.doors.get(Door.DRAFTS)) is not None:
+        return own  # type: ignore[no-any-return]
     wanted = SpeculativeConfig() if value is True else value
     if isinstance(wanted, (str, list, tuple)):
         wanted = SpeculativeConfig(drafter=wanted)  # type: ignore[arg-type]
@@ -134,39 +144,32 @@ def built_for(model: Any, config: SpeculativeConfig) -> ModelSpeculation:
         UnsupportedModelError: the model cannot be speculated for, or not by this drafter.
     """
     host: Any = host_of(model)
+    own = host.doors.get(Door.DRAFTS)
+    if own is not None and own.config == config:
+        return own  # type: ignore[no-any-return]
+    applied = host.report.applied
     with host.lock:
-        if host.speculation is not None and host.speculation.config == config:
-            return host.speculation  # type: ignore[no-any-return]
-        kept: Recent[SpeculativeConfig, ModelSpeculation] = host.built.setdefault("speculative", Recent(MOST_CONFIGS))
-        if (found := kept.get(config)) is not None:
-            return found
-        anatomy = Anatomy.of(model)
-        anatomy.draft_model = host.draft_model
-        if obstacles := SpeculativePatcher(config).obstacles(anatomy):
-            raise UnsupportedModelError("This model cannot be speculated for so: " + " ".join(obstacles))
-        speculation, change = set_up(anatomy, host, config)
-        kept.put(config, speculation)
-        if host.report.speculation is None:
-            host.report.speculation = speculation.statistics
-        else:
-            speculation.statistics = host.report.speculation
-        # of the configs of calls the report tells those that are kept
-        applied = host.report.applied
-        applied[:] = [a for a in applied if not _is_of_a_call(a) or (a.config in kept and a.config != config)]
-        applied.append(Applied(config, f"{PER_CALL}{change.summary}", change.extra_bytes, Fidelity.EXACT.value))
-        return speculation
+        before = len(applied)
+        found: ModelSpeculation = host.built_once(KEYWORD, config, MOST_CONFIGS, lambda: _built(model, host, config))
+        if len(applied) > before:  # of the configs of calls the report tells those that are kept
+            applied[:] = [step for step in applied if not _is_of_a_call(step) or step.config in host.built[KEYWORD]]
+        return found
+
+
+def _built(model: Any, host: Host, config: SpeculativeConfig) -> ModelSpeculation:
+    setting = Setting.of(model, draft_model=host.draft_model)
+    if obstacles := SpeculativePatcher(config).obstacles(setting):
+        raise UnsupportedModelError("This model cannot be speculated for so: " + " ".join(obstacles))
+    speculation, change = set_up(setting, host, config)
+    statistics: Any = host.report.sections.setdefault(SECTION, speculation.statistics)
+    speculation.statistics = statistics
+    host.report.applied.append(Applied(config, f"{PER_CALL}{change.summary}", change.extra_bytes, Fidelity.EXACT.value))
+    return speculation
 
 
 def _is_of_a_call(applied: Applied) -> bool:
     return isinstance(applied.config, SpeculativeConfig) and applied.summary.startswith(PER_CALL)
 
 
-def _tenant(model: Any, value: Any, arguments: dict[str, Any]) -> str:
-    """Understand `generate(tenant=...)`: whose text may be drawn on, and whose it becomes."""
-    if not isinstance(value, str):
-        raise ConfigError(f"tenant is a name, a text; {value!r} was given.")
-    return value
-
-
-KEYWORDS["speculative"] = _speculative
-KEYWORDS["tenant"] = _tenant
+register(Keyword(KEYWORD, _speculative, (Door.DRAFTS,)))
+SECTIONS[SECTION] = "speculation"

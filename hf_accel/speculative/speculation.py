@@ -64,7 +64,7 @@ class ModelSpeculation:
         self.statistics.opened()
         history = None
         if self.history is not None:
-            history = self.history.of(str(call.options.get("tenant", "")))
+            history = self.history.of(call.request.tenant)
         arms = []
         costs = StepCosts(self.row_costs, len(rows))
         scale = self.row_costs.ratio(len(rows), 1)  # drafts were timed for one row

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,7 +17,29 @@ import torch
 
 from hf_accel.core.model.rope import MovingRope, moving_rope
 
-pass
+
+@dataclass
+class Request:
+    """What `generate` was asked before transformers changed it.
+
+    options: our own keywords, as their owners understood them. standing: who stands at doors for this call only.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    standing: dict[enum.Enum, Any] = field(default_factory=dict)
+    has_callers_cache: bool = False
+    number: int = field(default_factory=itertools.count(1).__next__)  # which no other has
+
+    @property
+    def tenant(self) -> str:
+        """Whose call it is; by default nobody's."""
+        return str(self.options.get("tenant", ""))
+
+
+IN_PROGRESS: ContextVar[Request | None] = ContextVar("the hf_accel request in progress", default=None)
+
+request_in_progress: Callable[[], Request | None] = IN_PROGRESS.get
+"""Return the `generate` call of an optimised model that this thread is in, None outside of one."""
 
 
 @dataclass
@@ -31,8 +54,12 @@ class Call:
     synced_gpus: bool
     streamer: Any
     model_kwargs: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)  # our own keywords, as their owners understood them
-    has_callers_cache: bool = False
+    request: Request = field(default_factory=Request)
+    doors: Mapping[enum.Enum, Any] = field(default_factory=dict)  # who stands where, see `hf_accel.core.calls.doors`
+
+    @property
+    def has_callers_cache(self) -> bool:
+        return self.request.has_callers_cache
 
     @functools.cached_property
     def rope(self) -> MovingRope | None:
@@ -104,18 +131,3 @@ class NewCache:
     rows: int
     expected_tokens: int
     mask: torch.Tensor | None
-
-
-@dataclass
-class Request:
-    """What only `generate` knows of a call, for the token loop below it."""
-
-    options: dict[str, Any] = field(default_factory=dict)
-    has_callers_cache: bool = False
-    number: int = field(default_factory=itertools.count(1).__next__)  # which no other has
-
-
-IN_PROGRESS: ContextVar[Request | None] = ContextVar("the hf_accel request in progress", default=None)
-
-
-request_in_progress: Callable[[], Request | None] = IN_PROGRESS.get

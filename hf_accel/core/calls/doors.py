@@ -1,30 +1,62 @@
-"""Where families may stand in a call."""
+"""Where families may stand in what is done with an optimised model, and what is expected of who stands there."""
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import torch
-
 from hf_accel.core.calls.call import Call, NewCache
 
-pass
+
+class Door(enum.Enum):
+    """The doors, each with the protocol of who stands there. One stands at each; a call may bring its own.
+
+    GENERATE: `CallServer`, asked before stock `generate` begins. NEW_CACHE: `CacheMaker`. PREFILL: `PromptReader`.
+    TOKEN_LOOP: `TextWriter`. DRAFTS: `hf_accel.core.calls.drafting.Speculation`, asked by the token loop.
+    DRAFT_CACHE: a function (cache, expected tokens), for the caches of models that draft.
+    CONTINUOUS_BATCHING: a function, called before transformers' manager of continuous batching is made.
+    """
+
+    GENERATE = "generate"
+    NEW_CACHE = "new cache"
+    PREFILL = "prefill"
+    TOKEN_LOOP = "token loop"
+    DRAFTS = "drafts"
+    DRAFT_CACHE = "draft cache"
+    CONTINUOUS_BATCHING = "continuous batching"
 
 
-class Decoder(Protocol):
-    """A token loop: says what it cannot serve, and serves the rest."""
+class CallServer(Protocol):
+    """Serves whole `generate` calls: says what it cannot serve, and serves the rest."""
 
-    def objection(self, call: Call) -> str | None: ...
+    def obstacle(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None: ...
+
+    def serve(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class CacheMaker(Protocol):
+    """Gives the caches that `generate` makes their layers."""
+
+    def fill(self, new: NewCache) -> None: ...
+
+
+class PromptReader(Protocol):
+    """Wraps the forward pass over the prompt, for which it may know keys and values already."""
+
+    def prefilling(
+        self, model: Any, input_ids: Any, generation_config: Any, kwargs: dict[str, Any], tenant: str | None
+    ) -> AbstractContextManager[None]: ...
+
+
+class TextWriter(Protocol):
+    """Writes text token by token: says what it cannot serve, and serves the rest."""
+
+    def obstacle(self, call: Call) -> str | None: ...
 
     def run(self, call: Call) -> Any: ...
 
 
-class Caching(Protocol):
-    """What gives caches their layers, and the prompts what is known of them already."""
-
-    def fill(self, new: NewCache) -> None: ...
-
-    def prefilling(
-        self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any], tenant: str | None
-    ) -> AbstractContextManager[None]: ...
+MAKERS: dict[Door, Callable[[], Any]] = {}
+"""Who can be called to a door where a call needs somebody and nobody stands: a call with drafts needs a token loop."""

@@ -2,18 +2,19 @@
 
 `generate` looks its decoding methods up on the class, so an instance attribute `_sample` would be ignored; and a
 class of its own for one instance leaves every other model of the architecture alone. Stock `generate` does all
-preparation. Only the token loop and the freshly made cache are offered to the patches; with any objection the call
-goes on to stock, with every argument intact, and is counted.
+preparation. Who stands at a door (`doors`) is asked there; what nobody serves goes on to stock, with every argument
+intact, and is counted.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,13 +22,15 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.core.calls.call import IN_PROGRESS, Call, CallLog, NewCache, Request
-from hf_accel.core.calls.doors import Caching, Decoder
-from hf_accel.core.calls.drafting import Speculation
-from hf_accel.core.calls.keywords import KEYWORDS, LOOPS
+from hf_accel.core.calls.doors import MAKERS, Door, TextWriter
+from hf_accel.core.calls.keywords import KEYWORDS, understood
 from hf_accel.core.calls.report import Report
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, beneath, subclass
+from hf_accel.core.recent import Recent
 from hf_accel.errors import ConflictError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -36,15 +39,38 @@ class Host:
 
     journal: Journal
     report: Report
-    calls: CallLog = field(default_factory=CallLog)
-    decoder: Decoder | None = None
-    speculation: Speculation | None = None
-    caching: Caching | None = None
-    prepare_cache: Callable[[Any, int], None] | None = None  # (cache, expected tokens): of draft models
-    select_stock_attention: Callable[[], None] | None = None
     draft_model: Any = None
-    built: dict[Any, Any] = field(default_factory=dict)  # what calls with a config of their own had built
+    calls: CallLog = field(default_factory=CallLog)
+    doors: dict[enum.Enum, Any] = field(default_factory=dict)  # who stands where
+    built: dict[str, Any] = field(default_factory=dict)  # what calls with a config of their own had built
     lock: Any = field(default_factory=threading.RLock)  # for what calls add to the host
+
+    def __post_init__(self) -> None:
+        self.report.calls = self.calls
+
+    def stand(self, door: Door, who: Any) -> None:
+        """Put `who` at a door, until the journal is undone."""
+        before = dict(self.doors)
+        self.doors = self.doors | {door: who}
+        self.journal.did(lambda: setattr(self, "doors", before))
+
+    def built_once(self, name: str, config: Any, most: int, build: Callable[[], T]) -> T:
+        """Return what calls with `config` use, built at the first of them; the `most` used last are kept.
+
+        An error while it is built undoes what was written to the model, and reaches the caller.
+        """
+        with self.lock:
+            kept: Recent[Any, T] = self.built.setdefault(name, Recent(most))
+            if (found := kept.get(config)) is not None:
+                return found
+            before = len(self.journal)
+            try:
+                found = build()
+            except BaseException:
+                self.journal.undo(before)
+                raise
+            kept.put(config, found)
+            return found
 
 
 POSITIONAL = ("inputs", "generation_config")  # arguments of `generate` that are often given without their names
@@ -74,18 +100,6 @@ def open_host(model: PreTrainedModel, host: Host) -> None:
     host.journal.swap_class(model, subclass(Hosted, type(model)))
 
 
-def _caching(host: Host) -> Caching | None:
-    """Return what makes the caches of the call in progress."""
-    request = IN_PROGRESS.get()
-    return request.options.get("kv_cache", host.caching) if request else host.caching
-
-
-def _loop_for(call: Call) -> Decoder | None:
-    """Return a token loop for a call that asks for what only a loop of ours does."""
-    makers = [make for name, make in LOOPS.items() if call.options.get(name)]
-    return makers[0]() if makers else None
-
-
 _MODE_REASONS = {
     GenerationMode.ASSISTED_GENERATION: "assisted generation asked for by the caller",
     GenerationMode.BEAM_SEARCH: "beam search",
@@ -103,9 +117,14 @@ class Hosted:
             return beneath(Hosted, self, "generate")(*args, **kwargs)
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in KEYWORDS}
         others = dict(zip(POSITIONAL, args, strict=False)) | kwargs
-        token = IN_PROGRESS.set(Request({name: KEYWORDS[name](self, value, others) for name, value in own.items()}))
+        request = understood(self, own, others)
+        token = IN_PROGRESS.set(request)
         try:
             with host.calls.counting():
+                server: Any = (host.doors | request.standing).get(Door.GENERATE)
+                if server is not None and server.obstacle(self, args, kwargs) is None:
+                    host.calls.note("")
+                    return server.serve(self, args, kwargs)
                 return beneath(Hosted, self, "generate")(*args, **kwargs)
         finally:
             IN_PROGRESS.reset(token)
@@ -120,7 +139,7 @@ class Hosted:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        request = IN_PROGRESS.get() or Request()
+        host, request = host_of(self), IN_PROGRESS.get() or Request()
         call = Call(
             self,
             input_ids,
@@ -130,20 +149,16 @@ class Hosted:
             synced_gpus,
             streamer,
             model_kwargs,
-            request.options,
-            request.has_callers_cache,
+            request,
+            {} if host is None else host.doors | request.standing,
         )
-        host = host_of(self)
-        decoder = None if host is None else host.decoder or _loop_for(call)
-        if host is None or decoder is None:
-            if host is not None:
-                host.calls.note("no token loop of ours is applied")
+        writer = None if host is None else _writer(call)
+        reason = "no token loop of ours is applied" if writer is None else writer.obstacle(call)
+        if host is not None:
+            host.calls.note(reason or "")
+        if writer is None or reason:
             return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
-        reason = decoder.objection(call)
-        host.calls.note(reason or "")
-        if reason:
-            return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
-        return decoder.run(call)
+        return writer.run(call)
 
     def _prepare_cache_for_generation(
         self,
@@ -163,20 +178,20 @@ class Hosted:
                 host.calls.note(_MODE_REASONS[generation_mode])
             if given is not None and (request := IN_PROGRESS.get()) is not None:
                 request.has_callers_cache = True
-            cache, caching = model_kwargs.get(CACHE), _caching(host)
-            if given is None and cache is not None and caching is not None:
+            cache, maker = model_kwargs.get(CACHE), _standing(host, Door.NEW_CACHE)
+            if given is None and cache is not None and maker is not None:
                 rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
                 mask = model_kwargs.get("attention_mask")
-                caching.fill(NewCache(cache, self, generation_mode, rows, max_cache_length, mask))
+                maker.fill(NewCache(cache, self, generation_mode, rows, max_cache_length, mask))
         return result
 
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         host = host_of(self)
-        caching, request = host and _caching(host), IN_PROGRESS.get()
+        reader, request = host and _standing(host, Door.PREFILL), IN_PROGRESS.get()
         tenant = request.options.get("tenant") if request else None
-        with caching.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if caching else nullcontext():
+        with reader.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if reader else nullcontext():
             return beneath(Hosted, self, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     @functools.wraps(PreTrainedModel.resize_token_embeddings)
@@ -200,8 +215,23 @@ class Hosted:
         return save(self, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        # the manager checks the attention's name and refuses names it does not know
         host = host_of(self)
-        if host is not None and host.select_stock_attention is not None:
-            host.select_stock_attention()
+        if host is not None and (prepare := host.doors.get(Door.CONTINUOUS_BATCHING)) is not None:
+            prepare()
         return beneath(Hosted, self, "init_continuous_batching")(*args, **kwargs)
+
+
+def _standing(host: Host, door: Door) -> Any:
+    """Return who stands at a door in the call in progress, None if nobody does."""
+    request = IN_PROGRESS.get()
+    if request is not None and door in request.standing:
+        return request.standing[door]
+    return host.doors.get(door)
+
+
+def _writer(call: Call) -> TextWriter | None:
+    """Return the token loop of a call: the model's, or one made for a call that brings drafts."""
+    found: TextWriter | None = call.doors.get(Door.TOKEN_LOOP)
+    if found is None and call.request.standing.get(Door.DRAFTS) and Door.TOKEN_LOOP in MAKERS:
+        found = MAKERS[Door.TOKEN_LOOP]()
+    return found

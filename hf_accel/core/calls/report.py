@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from hf_accel.core.calls.call import CallLog
 from hf_accel.core.config import Config
@@ -53,6 +53,16 @@ class Skip:
     reason: str
 
 
+class Section(Protocol):
+    """What a family counts over all calls; `str` of it is for people."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+SECTIONS: dict[str, str] = {}
+"""Sections of a report that families fill: name, in `to_dict` and as an attribute -> title for people."""
+
+
 @dataclass
 class Report:
     """The report of one optimised model. `str(report)` is for people, `to_dict()` for programs."""
@@ -69,8 +79,13 @@ class Report:
     verified: str | None = None
     quality: Any = None  # a measure.quality.Quality, where lossy steps were measured
     calls: CallLog | None = None
-    speculation: Any = None  # the counts of a speculative.Statistics
-    kv_cache: Any = None  # the counts of a cache.CacheStatistics
+    sections: dict[str, Section] = field(default_factory=dict)  # what families count, by the names in SECTIONS
+
+    def __getattr__(self, name: str) -> Section | None:
+        """Return the section called `name`; None where the family that fills it is not applied."""
+        if name in SECTIONS:
+            return self.sections.get(name)
+        raise AttributeError(f"A report has no {name!r}. Its sections: {', '.join(SECTIONS)}.")
 
     @property
     def extra_bytes(self) -> int:
@@ -107,9 +122,8 @@ class Report:
             "speed": speed,
             "verified": self.verified,
             "quality": self.quality and self.quality.to_dict(),
-            "speculation": self.speculation and self.speculation.to_dict(),
-            "kv_cache": self.kv_cache and self.kv_cache.to_dict(),
             "calls": self.calls.to_dict() if self.calls else {"served": 0, "delegated": 0, "reasons": {}},
+            **{name: self.sections[name].to_dict() if name in self.sections else None for name in SECTIONS},
         }
 
     def __str__(self) -> str:
@@ -137,10 +151,9 @@ class Report:
         if self.calls is not None:
             lines.append(f"  calls: {self.calls.served} served, {self.calls.delegated} delegated to stock generate")
             lines += [f"    {count} x {reason}" for reason, count in self.calls.reasons.items()]
-        if self.speculation is not None:
-            lines.append("  speculation: " + str(self.speculation).replace("\n", "\n    "))
-        if self.kv_cache is not None:
-            lines.append("  cache: " + str(self.kv_cache).replace("\n", "\n    "))
+        for name, title in SECTIONS.items():
+            if name in self.sections:
+                lines.append(f"  {title}: " + str(self.sections[name]).replace("\n", "\n    "))
         return "\n".join(lines)
 
 

@@ -1,18 +1,16 @@
-"""The anatomy of a model: where its parts are. The only file that knows architectures.
+"""The anatomy of a model: where its parts are.
 
-A decoder layer is described only for the architectures in `STYLES`; patchers check by running that a description
-holds, so a table entry that a new transformers release makes wrong costs speed, never correctness.
+It describes and holds nothing of what is done to the model. A decoder layer is described only for the architectures in
+`architectures.STYLES`; patchers check by running that a description holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.model.architectures import SIBLING_NAMES
@@ -41,12 +39,6 @@ class Anatomy:
     blocks: list[DecoderBlock] = field(default_factory=list)
     blocks_missing: str = ""  # why none is described
     odd_layers: tuple[str, ...] = ()  # sentences on layers that are not as described, beside those that are
-    # what was made of a weight, or found out about a layer, once, while steps are applied again and again to be timed;
-    # by the weight, which copies of the model share; None: nothing is kept
-    prepared: WeakIdKeyDictionary | None = None
-
-    draft_model: Any = None  # a smaller model with the same tokenizer, if the user has one
-    progress: Callable[[], None] | None = None  # called after each part of a step that takes long
 
     @staticmethod
     def of(model: Any) -> Anatomy:
@@ -61,18 +53,6 @@ class Anatomy:
         anatomy = Anatomy(unwrapped, parameter.device, unwrapped.dtype)
         anatomy.blocks, anatomy.odd_layers, anatomy.blocks_missing = described_blocks(unwrapped)
         return anatomy
-
-    def keep_prepared(self) -> None:
-        """Keep from now on what steps make of weights and find out about layers."""
-        self.prepared = WeakIdKeyDictionary()
-
-    def prepared_for(self, module: nn.Module) -> dict[Any, Any]:
-        """Return what is kept for a module, by its first weight; a dictionary of no use where nothing is kept."""
-        weight = next(module.parameters(), None)
-        if self.prepared is None or weight is None:
-            return {}
-        found: dict[Any, Any] = self.prepared.setdefault(weight, {})
-        return found
 
     @property
     def weight_bytes(self) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
-from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.goal import Gain, Goal, Offer
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -18,7 +20,7 @@ C = TypeVar("C", bound=Config)
 class Stage(enum.IntEnum):
     """The order in which steps are applied."""
 
-    ARCHITECTURE = 0
+    ARCHITECTURE = 0  # what the model is made of; it is described anew afterwards
     WEIGHTS = 1  # what the weights are
     PRODUCTS = 2  # how they are multiplied
     ATTENTION = 3
@@ -49,7 +51,7 @@ class Change:
 
     summary: str
     extra_bytes: int = 0
-    left_out: tuple[str, ...] = field(default=())
+    skipped: tuple[str, ...] = field(default=())
     weight_bytes: int | None = None
 
 
@@ -58,14 +60,17 @@ class Patcher(ABC, Generic[C]):
 
     stage: ClassVar[Stage]
     fidelity: Fidelity
-    occupies: ClassVar[str]
+    occupies: ClassVar[str]  # the place in the model that only one step can have
     needs: tuple[str, ...] = ()  # names of configs that are applied, too, where the plan does not have them
-    # the same computations as stock's, but for microseconds of Python: kept where a token takes too long to show those
-    does_equal_work: ClassVar[bool] = False
+    gain: ClassVar[Gain] = Gain.TOKENS
+    saves_memory: ClassVar[bool] = False  # goals that save memory keep it whatever it does to time
+    is_preferred: ClassVar[bool] = False  # offered before the others of its stage
+    config_class: ClassVar[type[Config]]
     registry: ClassVar[dict[type[Config], type[Patcher[Any]]]] = {}
 
     def __init_subclass__(cls, config: type[Config], **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.config_class = config
         Patcher.registry[config] = cls
 
     def __init__(self, config: C) -> None:
@@ -84,14 +89,31 @@ class Patcher(ABC, Generic[C]):
             raise ConfigError(f"No optimisation is registered for {type(config).__name__}. Known configs: {known}.")
         return found(config)
 
+    @staticmethod
+    def all() -> list[type[Patcher[Any]]]:
+        """Return every registered patcher in the order in which their candidates are offered."""
+        return sorted(Patcher.registry.values(), key=lambda cls: (cls.stage, not cls.is_preferred))
+
+    @classmethod
+    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
+        """Return the configs that serve `goal` on this model; obstacles are looked for later, and gains are timed.
+
+        The config with its defaults, unless a step is lossy: what it may cost it has to find out itself.
+        """
+        return Offer([] if cls.fidelity is Fidelity.LOSSY else [cls.config_class()])
+
+    def beside(self, claimed: Mapping[str, str]) -> str | None:
+        """Return why the step gains nothing beside those that have the places `claimed`, None if it may."""
+        return None
+
     @abstractmethod
-    def obstacles(self, anatomy: Anatomy) -> list[str]:
+    def obstacles(self, setting: Setting) -> list[str]:
         """Return why the step cannot be applied, in sentences for the user; empty if it can. Changes nothing."""
 
-    def weight_bytes(self, anatomy: Anatomy) -> int | None:
+    def weight_bytes(self, setting: Setting) -> int | None:
         """Return the bytes of all weights once the step is applied and originals are given up; None: as before."""
         return None
 
     @abstractmethod
-    def patch(self, anatomy: Anatomy, journal: Journal) -> Change:
-        """Apply the step through `journal` and say what was done."""
+    def patch(self, setting: Setting, host: Host) -> Change:
+        """Apply the step through the host's journal and say what was done."""

@@ -6,13 +6,10 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_accel.core.calls.hosting import Host, open_host
-from hf_accel.core.calls.report import Applied, Report, Skip
+from hf_accel.core.calls.report import Skip
 from hf_accel.core.config import Config
-from hf_accel.core.failures import converting
-from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.core.steps.patcher import Change, Patcher
-from hf_accel.errors import ConfigError, ConflictError, HfAccelError, UnsupportedModelError
+from hf_accel.core.steps.patcher import Patcher
+from hf_accel.errors import ConfigError, ConflictError
 
 
 @dataclass(frozen=True)
@@ -118,80 +115,6 @@ class Plan:
         lines += [f"  not {skip.what}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)
 
-    def check(self, anatomy: Anatomy) -> list[Patcher[Any]]:
-        """Return the patchers in the order of their stages, having changed nothing.
-
-        Raises:
-            ConflictError: two steps claim one place.
-            UnsupportedModelError: steps cannot be applied to this model; all obstacles are listed.
-        """
-        anatomy.draft_model = self.draft_model
-        patchers = [Patcher.for_config(step.config) for step in self.steps]
-        for needed in [name for patcher in patchers for name in patcher.needs]:
-            if all(type(patcher.config).__name__ != needed for patcher in patchers):
-                patchers.append(Patcher.for_config(Config.from_dict({"type": needed})))
-        patchers.sort(key=lambda patcher: patcher.stage)
-        claims: dict[str, str] = {}
-        for patcher in patchers:
-            name = type(patcher.config).__name__
-            if patcher.occupies in claims:
-                raise ConflictError(
-                    f"{claims[patcher.occupies]} and {name} both change the {patcher.occupies}. Keep one of them."
-                )
-            claims[patcher.occupies] = name
-        obstacles = [f"{type(p.config).__name__}: {text}" for p in patchers for text in _obstacles(p, anatomy)]
-        if obstacles:
-            listed = "\n  - ".join(obstacles)
-            raise UnsupportedModelError(f"The plan cannot be applied to this model:\n  - {listed}")
-        return patchers
-
-    def apply(self, anatomy: Anatomy, host: Host, *, leaves_out: bool = False) -> None:
-        """Apply every step through the host's journal and fill the host's report; on any error nothing stays.
-
-        leaves_out: a step that fails is left out, with the reason in the report; else its error is raised.
-
-        Raises:
-            UnsupportedModelError: a step failed with an error that is not of this tree, which is the cause.
-        """
-        patchers = self.check(anatomy)
-        gains = {step.config: step.gain for step in self.steps}
-        before, failed = len(host.journal), set[str]()
-        try:
-            host.draft_model = self.draft_model
-            open_host(anatomy.model, host)
-            for patcher in patchers:
-                name = type(patcher.config).__name__
-                if missing := sorted(failed & set(patcher.needs)):
-                    failed.add(name)
-                    host.report.skipped.append(Skip(name, f"it needs {missing[0]}, which is left out"))
-                    continue
-                start = len(host.journal)
-                try:
-                    change = _patched(patcher, anatomy, host)
-                except HfAccelError as error:
-                    if not leaves_out or host.journal.given_up:
-                        raise
-                    host.journal.undo(start)
-                    failed.add(name)
-                    host.report.skipped.append(Skip(name, str(error)))
-                    continue
-                if change.weight_bytes is not None:
-                    host.report.patched_weight_bytes = change.weight_bytes
-                gain = gains.get(patcher.config)
-                fidelity = patcher.fidelity.value
-                host.report.applied.append(Applied(patcher.config, change.summary, change.extra_bytes, fidelity, gain))
-                host.report.skipped += [Skip(name, reason) for reason in change.left_out]
-        except BaseException as error:
-            if host.journal.given_up:
-                error.add_note(
-                    f'{len(host.journal.given_up)} original modules had been given up by then (originals="drop"): '
-                    "the model is half changed and cannot be restored. Load it anew."
-                )
-                raise
-            host.journal.undo(before)
-            host.report.applied.clear()
-            raise
-
 
 def _check_values(data: dict[str, Any]) -> None:
     """Check the values of a plan's description, but for its configs, which check themselves.
@@ -210,30 +133,3 @@ def _check_values(data: dict[str, Any]) -> None:
                 raise TypeError(f"{name} is {value!r}")
             if isinstance(value, int):
                 float(value)  # it is printed as one
-
-
-def _obstacles(patcher: Patcher[Any], anatomy: Anatomy) -> list[str]:
-    name, kind = type(patcher.config).__name__, type(anatomy.model).__name__
-    with converting(UnsupportedModelError, f"Whether {name} fits this {kind} could not be found out"):
-        return patcher.obstacles(anatomy)
-
-
-def _patched(patcher: Patcher[Any], anatomy: Anatomy, host: Host) -> Change:
-    name, kind = type(patcher.config).__name__, type(anatomy.model).__name__
-    advice = "Leave it out, or use a goal, which leaves out what fails."
-    with converting(UnsupportedModelError, f"{name} could not be set up on this {kind}", advice):
-        return patcher.patch(anatomy, host.journal)
-
-
-def new_report(anatomy: Anatomy, plan: Plan) -> Report:
-    """Return the report of `plan` on this model, before any step."""
-    return Report(
-        model=type(anatomy.model).__name__,
-        goal=plan.goal,
-        device=str(anatomy.device),
-        dtype=str(anatomy.dtype).removeprefix("torch."),
-        weight_bytes=anatomy.weight_bytes,
-        skipped=list(plan.skipped),
-        speed=plan.measured,
-        quality=plan.quality,
-    )
