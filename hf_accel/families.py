@@ -1,0 +1,20 @@
+"""The families of optimisations, one import each: importing a family registers its patchers, keywords and sections."""
+
+from hf_accel.attention import AttentionConfig
+from hf_accel.cache import KVCacheConfig
+from hf_accel.decoding import DecodingConfig
+from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
+from hf_accel.speculative import SpeculativeConfig
+
+__all__ = [
+    "AttentionConfig",
+    "CompressedTensorsConfig",
+    "DecoderBlockConfig",
+    "DecodingConfig",
+    "KVCacheConfig",
+    "NativeLinearConfig",
+    "SharedProjectionConfig",
+    "SpeculativeConfig",
+    "WeightOnlyConfig",
+]
