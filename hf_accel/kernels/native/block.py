@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hf_accel.kernels.native import library as _library
-from hf_accel.kernels.native.attend import FORMATS, MAX_HEAD_DIM
+from hf_accel.kernels.native.attend import MAX_HEAD_DIM
 from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
+from hf_accel.kernels.packed import FORMATS, MATRIX, PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 NORM_STYLES = {"llama": 0, "gemma": 1}
 
 _HEAD = struct.Struct("=8q3d")
-_MATRIX = struct.Struct("=QQqqqQQqq")
 _NORMS = struct.Struct("=6Q")
 _CALL = struct.Struct("=7Q19qQq")
 _STRANGE = 1  # see hfa_block_forward
@@ -30,24 +30,11 @@ _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
 
-class PackedMatrix(Protocol):
-    """A weight of 8 or 4 bits that can describe itself to C."""
-
-    codes: Tensor
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def check(self) -> None: ...
-
-    def matrix(self, bias: Tensor | None = None) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class Projection:
     """One linear map: weight [N, K], possibly a slice of rows of a fused or packed weight; bias [N] or None."""
 
-    weight: Tensor | PackedMatrix
+    weight: Tensor | PackedWeight
     bias: Tensor | None = None
 
 
@@ -155,7 +142,7 @@ def _matrix(projection: Projection) -> bytes:
     if not isinstance(weight, Tensor):
         return weight.matrix(bias)
     pointer = 0 if bias is None else bias.data_ptr()
-    return _MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), *weight.shape, 0, 0, 0, 0)
+    return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), *weight.shape, 0, 0, FORMATS[None], 0)
 
 
 def _pointer(tensor: Tensor | None) -> int:
