@@ -21,7 +21,7 @@ from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.kernels import native
 
 ANY_ROWS = 2**40  # more than memory holds
-# whoever puts something else in their place wants it run
+# where one of these has been replaced since, the replacement is to run
 _FORWARDS = (Linear.forward, Conv1D.forward, functional.linear)
 
 
@@ -112,7 +112,7 @@ class NativeProduct:
     transposed: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.numel() > self.max_rows * input.shape[-1]:  # prompts may leave here, having cost next to nothing
+        if input.numel() > self.max_rows * input.shape[-1]:  # first, so that prompts pay for no other check
             return beneath(NativeProduct, self, "forward")(input)
         parameters = self._parameters  # type: ignore[attr-defined]
         weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -131,7 +131,7 @@ class NativeProduct:
             or weight.dim() != 2
             or weight.stride(1) != 1
             or input.shape[-1] != weight.shape[0 if self.transposed else 1]
-            or not weight.data_ptr()  # its memory has been given up: stock's error
+            or not weight.data_ptr()  # its memory has been freed: stock's forward says so
             or (bias is not None and not _bias_fits(bias, weight, self.transposed))
         ):
             return beneath(NativeProduct, self, "forward")(input)
