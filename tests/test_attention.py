@@ -16,6 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import hf_accel
 from hf_accel import AttentionConfig
 from hf_accel.attention.grouped import MAX_QUERIES, NAME, grouped_attention_forward
+from hf_accel.cache.probing import layer_shapes
+from hf_accel.core.model.back_ends import BACK_ENDS
 from hf_accel.ops.attention import grouped_attention
 
 
@@ -104,6 +106,17 @@ def test_in_both_registries() -> None:
     assert masks[0] is not None
     assert torch.equal(*masks)
     assert not any(word in NAME for word in ("flash", "sdpa", "flex", "/", "|"))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", NAME], ids=str)
+def test_the_list_of_back_ends_says_what_they_read(name: str) -> None:
+    model = build("llama")
+    if name is NAME:
+        hf_accel.optimize(model, [AttentionConfig()])
+    else:
+        model.set_attn_implementation(name)
+    assert {shape.reads_held for shape in layer_shapes(model)} == {BACK_ENDS[name].reads_held}
+    assert list(BACK_ENDS) == ["eager", "sdpa", NAME]
 
 
 class Largest(TorchDispatchMode):

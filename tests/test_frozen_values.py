@@ -19,7 +19,7 @@ from torch import nn
 from hf_accel import DecoderBlockConfig, DecodingConfig, KVCacheConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.core.model import watching
 from hf_accel.kernels import native
-from hf_accel.layers.block import BlockStep
+from hf_accel.layers.guard import BlockStep
 
 pytestmark = pytest.mark.native
 BLOCKS = [NativeLinearConfig(max_rows=16), DecoderBlockConfig(max_rows=16), KVCacheConfig(), DecodingConfig()]

@@ -163,5 +163,5 @@ def test_nothing_is_kept_after_the_last_sibling() -> None:
     with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(attention, name)(hidden)
-    assert attention.q_proj.group.held.parts is None
-    assert attention.q_proj.group.held.input is None
+    assert attention.q_proj.group.latest.parts is None
+    assert attention.q_proj.group.latest.input is None

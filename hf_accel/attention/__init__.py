@@ -1,5 +1,5 @@
 """Attention back ends, registered beside transformers' own and selected per model."""
 
-from hf_accel.attention.grouped import AttentionConfig, AttentionPatcher
+from hf_accel.attention.patcher import AttentionConfig, AttentionPatcher
 
 __all__ = ["AttentionConfig", "AttentionPatcher"]

@@ -7,27 +7,18 @@ times the temporary memory of attention on K and V as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_accel.attention.held import held_attention
-from hf_accel.core.calls.doors import Door
+from hf_accel.attention.registry import register
 from hf_accel.core.calls.held import CachedStates
-from hf_accel.core.calls.hosting import Host
-from hf_accel.core.config import Config
-from hf_accel.core.model.hf_config import own_configs
-from hf_accel.core.steps.goal import Gain
-from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
-from hf_accel.core.steps.setting import Setting
+from hf_accel.core.model.back_ends import BackEnd
 from hf_accel.ops.attention import grouped_attention
 
 
@@ -104,44 +95,5 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     return ALL_MASK_ATTENTION_FUNCTIONS.get("sdpa", sdpa_mask)(*args, **kwargs)
 
 
-# additive, namespaced; in both registries, else transformers would drop the mask of padded batches
-AttentionInterface.register(NAME, grouped_attention_forward)
-AttentionMaskInterface.register(NAME, _mask)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig(Config):
-    """Attention for few queries that reads grouped keys and values as they are."""
-
-
-class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
-    stage = Stage.ATTENTION
-    fidelity = Fidelity.EXACT
-    occupies = "attention back end"
-    gain = Gain.SEVERAL_TOKENS
-
-    def beside(self, claimed: Mapping[str, str]) -> str | None:
-        return "decoder layers run natively, their attention included" if "decoder layers" in claimed else None
-
-    def obstacles(self, setting: Setting) -> list[str]:
-        anatomy = setting.anatomy
-        config = anatomy.model.config
-        if config._attn_implementation != "sdpa":
-            return [f"the model's attention is {config._attn_implementation!r}; only 'sdpa' is replaced."]
-        if not anatomy.model._can_set_attn_implementation():
-            return [f"{anatomy.architecture} does not take its attention from transformers' registry."]
-        return []
-
-    def patch(self, setting: Setting, host: Host) -> Change:
-        configs = own_configs(setting.model, host.journal)
-
-        def select(name: str) -> None:
-            for config in configs:
-                if config._attn_implementation == NAME:  # "sdpa", too; what the user chose since stays
-                    config._attn_implementation = name
-
-        select(NAME)
-        host.journal.did(partial(select, "sdpa"))  # models that were made from one of these configs share it
-        # the manager of continuous batching keeps reading the name after it is made, so the model stays with sdpa
-        host.stand(Door.CONTINUOUS_BATCHING, partial(select, "sdpa"))
-        return Change(f"attention of up to {MAX_QUERIES} queries reads grouped keys and values without expanding them")
+# as sdpa does, it leaves out soft caps where keys and values are tensors
+register(BackEnd(name=NAME, masks="boolean", reads_held=True), grouped_attention_forward, _mask)

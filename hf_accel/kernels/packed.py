@@ -1,10 +1,7 @@
-"""Weights of 8 and 4 bits in the layout of the native kernels, and products with them wherever they lie.
+"""Weights of 8 and 4 bits in the layout of the native kernels, and how weights are described to C.
 
 Sixteen rows lie interleaved, so that a vector register holds one value of each: see `hfa_matrix` in csrc/native.h. The
-layout is the same for all instruction sets. On the CPU with the native library the codes are multiplied as they are
-(activations rounded to 16 bits for 8-bit weights, to 8 bits for 4-bit weights, in blocks of 32 columns with a scale
-each); elsewhere by torch's own kernels where they are faster (`vendor`), or by dequantizing a block of rows at a time
-into the dtype of the activations.
+layout is the same for all instruction sets. `products` multiplies with such weights.
 """
 
 from __future__ import annotations
@@ -17,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_accel.kernels import native, vendor
+from hf_accel.kernels import vendor
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 
 LANES = 16
 QUANTUM = 32
-_FORMATS = {8: 1, 4: 2}
-_MATRIX = struct.Struct("=QQqqqQQqq")
-_BLOCK_BYTES = 8 << 20  # of a dequantized block of rows
+FORMATS = {None: 0, 8: 1, 4: 2}
+"""The bits of a weight, or of keys and values -> `enum hfa_format`; None: values of the dtype."""
+MATRIX = struct.Struct("=QQqqqQQqq")
+"""`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
 
 
 @dataclass(eq=False)
@@ -121,12 +119,12 @@ class PackedWeight:
         """Return the weight [rows, columns]; for tests, gradients and comparisons: it is as large as the original."""
         return dequantize(self.unpack(), dtype)
 
-    def device_product(self, dtype: torch.dtype) -> vendor.Product | None:
-        """Return torch's own kernel for this weight where it is; None where dequantizing is faster. Timed once."""
+    def device_product(self, dtype: torch.dtype, dense: vendor.Product) -> vendor.Product | None:
+        """Return torch's own kernel for this weight where it is; None where `dense` is faster. Timed once."""
         key = (self.codes.data_ptr(), dtype)
         if key not in self._chosen:
             self._chosen.clear()
-            self._chosen[key] = vendor.choose(self.unpack(), lambda x: dequantized_linear(x, self), dtype)
+            self._chosen[key] = vendor.choose(self.unpack(), dense, dtype)
         return self._chosen[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,7 +167,7 @@ class PackedWeight:
             if bias is not None and (bias.shape != (self.rows,) or bias.stride() != (1,) or not pointers[3]):
                 raise ValueError(f"bias {tuple(bias.shape)} with strides {bias.stride()} is not one row of {self.rows}")
             self._fields.clear()
-            found = self._fields[key] = _MATRIX.pack(
+            found = self._fields[key] = MATRIX.pack(
                 pointers[0],
                 pointers[3],
                 int(scales.dtype is torch.int32),
@@ -177,35 +175,10 @@ class PackedWeight:
                 self.columns,
                 pointers[1],
                 pointers[2],
-                _FORMATS[self.scheme.bits],
+                FORMATS[self.scheme.bits],
                 -(-self.columns // QUANTUM) * QUANTUM if self.scheme.group_size is None else self.scheme.group_size,
             )
         return found
-
-
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias for x [..., K]; bias [N] in the dtype of x. No autograd."""
-    if x.is_cpu and native.is_available() and x.dtype in native.DTYPES and x.numel():
-        return native.packed_linear(x, weight.matrix(bias), weight.rows)
-    if not x.is_cpu and 0 < x.numel() <= vendor.MOST_ROWS * weight.columns:
-        product = weight.device_product(x.dtype)
-        if product is not None:
-            y = product(x.reshape(-1, weight.columns)).reshape(*x.shape[:-1], weight.rows)
-            return y if bias is None else y + bias
-    return dequantized_linear(x, weight, bias)
-
-
-def dequantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """The same with rows of the weight dequantized block by block and nothing rounded: any device, any dtype."""
-    step = max(LANES, _BLOCK_BYTES // (weight.columns * x.element_size()) // LANES * LANES)
-    if step >= weight.rows:
-        return functional.linear(x, weight.dequantize(x.dtype), bias)
-    parts = [
-        functional.linear(x, dequantize(weight.unpack(start, start + step), x.dtype))
-        for start in range(0, weight.rows, step)
-    ]
-    product = torch.cat(parts, dim=-1)
-    return product if bias is None else product + bias
 
 
 @runtime_checkable

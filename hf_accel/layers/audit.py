@@ -30,7 +30,7 @@ Replacement = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor | None]
 
 
 @dataclass
-class Record:
+class RecordedLayer:
     """What one layer was given and returned: hidden states [2, TOKENS, E] and the keyword arguments."""
 
     index: int
@@ -56,7 +56,7 @@ class Audit:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.records: dict[int, Record] | None = None
+        self.records: dict[int, RecordedLayer] | None = None
 
     def check(self, block: DecoderBlock, replacement: Replacement, bound: float) -> None:
         """Raise VerificationError if a replacement gives another result than the layer's own forward."""
@@ -74,7 +74,7 @@ class Audit:
                 f"{difference:.1e} when run natively; rounding explains {bound:.0e}. "
                 "It was not replaced. Leave DecoderBlockConfig out for this model."
             )
-        # weak references: what is given up must go
+        # weak references, so that tensors which the model no longer has can be freed
         kept[AUDITED] = [(name, [*map(weakref.ref, tensors)]) for name, tensors in parts]
 
 
@@ -94,9 +94,9 @@ def _is_same(kept: Any, parts: list[tuple[str, list[torch.Tensor]]]) -> bool:
     return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
-def record(anatomy: Anatomy) -> dict[int, Record]:
+def record(anatomy: Anatomy) -> dict[int, RecordedLayer]:
     """Run the decoder once on random tokens; return what each described layer was given and returned, by its index."""
-    records: dict[int, Record] = {}
+    records: dict[int, RecordedLayer] = {}
     model = twin(anatomy.model)
     blocks = anatomy.blocks if model is anatomy.model else Anatomy.of(model).blocks
     thread = threading.get_ident()
@@ -106,7 +106,7 @@ def record(anatomy: Anatomy) -> dict[int, Record]:
             return
         given = args[0] if args else kwargs["hidden_states"]
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        records[index] = Record(index, given.clone(), rest, output.clone())
+        records[index] = RecordedLayer(index, given.clone(), rest, output.clone())
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0)).to(anatomy.device)

@@ -9,40 +9,31 @@ plain decoding step (hooks, gradients, adapters, foreign caches, more rows) goes
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from hf_accel.core.calls.call import request_in_progress
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import beneath, subclass
-from hf_accel.core.model.blocks import DecoderBlock, LinearSlice
+from hf_accel.core.model.blocks import DecoderBlock
 from hf_accel.core.model.modes import evaluating
-from hf_accel.core.model.watching import ATTENTIONS, Surroundings, Watch
+from hf_accel.core.model.watching import Surroundings
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import PackedProduct
 from hf_accel.layers.audit import Audit
+from hf_accel.layers.guard import BlockStep
 from hf_accel.layers.linear import native_obstacles
 
-ATTENTION = frozenset(ATTENTIONS)  # whose masks the native call understands and whose mathematics it does
-_NAME = "_attn_implementation_internal"
 # relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 # with packed weights a last bit may also send an activation to the next of 255 codes
 PACKED_TOLERANCE = 1e-2
-# attributes that may change without an end to the native call: only training reads them, or they are read anew;
-# `forward` and accelerate's hooks stand before a layer's own forward, which is what the call is made for
-FOLLOWED = frozenset(
-    {"config", "_packed", "attention_dropout", "gradient_checkpointing", "_gradient_checkpointing_func"}
-)
-OF_THE_LAYER = frozenset({"forward", "_hf_hook", "_old_forward"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,117 +92,6 @@ def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
     return max(TOLERANCES[dtype], PACKED_TOLERANCE) if is_packed else TOLERANCES[dtype]
 
 
-class BlockStep:
-    """The native call of one layer, and the check that it still stands for the layer."""
-
-    def __init__(self, block: DecoderBlock, max_rows: int, surroundings: Surroundings) -> None:
-        self.max_rows = max_rows
-        self.surroundings = surroundings
-        self.block = block
-        self._build()
-
-    def _build(self) -> None:
-        block = self.block
-
-        def projection(part: LinearSlice) -> native.Projection:
-            module: Any = part.module
-            bias = None if module.bias is None else module.bias.detach()[part.start : part.stop]
-            if isinstance(module, PackedProduct):
-                return native.Projection(module.packed.slice(part.start, part.stop), bias)
-            return native.Projection(module.weight.detach()[part.start : part.stop], bias)
-
-        def norm(module: Any) -> torch.Tensor | None:
-            return None if module is None else module.weight.detach()
-
-        parts: dict[str, Any] = {
-            name: projection(getattr(block, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")
-        }
-        norms: dict[str, Any] = {f"{name}_norm": norm(getattr(block, f"{name}_norm"))
-                 for name in ("input", "mlp", "attention_out", "mlp_out", "q", "k")}  # fmt: skip
-        shape = native.BlockShape(
-            hidden=parts["o"].weight.shape[0],
-            heads=block.heads,
-            kv_heads=block.kv_heads,
-            head_dim=block.head_dim,
-            inner=parts["gate"].weight.shape[0],
-            activation=block.activation,
-            norm_eps=block.norm_eps,
-            norm_style=block.norm_style,
-            scale=block.scale,
-            softcap=block.softcap,
-        )
-        kernel = native.NativeBlock(shape, native.BlockWeights(**parts, **norms))
-        self.watch = Watch(block.layer, block.modules)
-        self._refused: Watch | None = None
-        self._request = 0  # the call of `generate` in which everything was looked at
-        self.kernel, self.dtype = kernel, kernel.dtype
-        self._attention = vars(block.attention)
-        self._config = self._attention.get("config")
-        self._config_values: dict[str, Any] = {}
-        self._attention_name: Any = None
-
-    def is_current(self) -> bool:
-        """Return whether the call still stands for the layer, having followed what may change.
-
-        Within a call of `generate` values of attributes, layouts of tensors, classes and functions are looked at once.
-        """
-        request = request_in_progress()
-        if (
-            request is not None
-            and request.number == self._request
-            and self._attention.get("config") is self._config
-            and self._config_values.get(_NAME) is self._attention_name
-            and self.watch.is_in_place()
-        ):
-            return not self.surroundings.changed
-        self._request = 0
-        if not self._is_current():
-            return False
-        if request is not None:
-            self._request = request.number
-        return True
-
-    def _is_current(self) -> bool:
-        config, block = self._attention.get("config"), self.block
-        self._config_values = values = getattr(config, "__dict__", {})
-        self._attention_name = attention = values.get(_NAME)
-        if (
-            attention not in ATTENTION
-            or (block.softcap is not None and attention != "eager")  # the others know no soft cap
-            or values.get("num_attention_heads") != block.heads  # read at every call where q, k and v are one product
-            or not self.surroundings.hold(block.index)
-            or self.watch.is_hooked()
-        ):
-            return False
-        # configs are equal by their values, which takes long to find out where one was exchanged for a copy
-        if not (config is self._config and self.watch.is_same()) and not self._follow():
-            return False
-        changed = self.surroundings.changed
-        if changed:
-            changed.discard(id(self))
-        return not changed
-
-    def _follow(self) -> bool:
-        """Take over weights that moved (`load_state_dict`, `.data`, `.to`), if they fit; else remember what does not.
-
-        Where a layer was changed in another way, the others run their own forwards, too: the model is stock's to the
-        last bit then. Where a module was exchanged, as adapters do, only its layer does.
-        """
-        if self._refused is not None and self._refused.is_same():
-            return False
-        try:
-            if self.watch.is_same_but(FOLLOWED, OF_THE_LAYER):
-                self._build()
-                return True
-        except (ValueError, AttributeError, TypeError, KeyError, RuntimeError):
-            self._refused = None
-        if self.watch.has_its_modules():
-            self.surroundings.changed.add(id(self))
-        with suppress(RuntimeError):  # tensors without memory are looked at again
-            self._refused = Watch(self.block.layer, self.block.modules)
-        return False
-
-
 class NativeLayer:
     """Marks decoder layers whose `forward` is a `native_forward`."""
 
@@ -259,7 +139,7 @@ def native_step(
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= block.index:
             cache.layers.append(cache.layer_class_to_replicate())
-    if block.index >= len(cache.layers):  # stock's error
+    if block.index >= len(cache.layers):  # stock's forward raises the error
         return None
     layer = cache.layers[block.index]
     reserve = getattr(layer, "reserve", None)
@@ -286,6 +166,6 @@ def native_step(
         return None
     bits = getattr(layer, "bits", None)
     output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past, bits)
-    if output is not None:  # else nothing was computed, and what was written is written over
+    if output is not None:  # else the layer's own forward writes the same positions again
         layer.commit(tokens)
     return output

@@ -24,7 +24,7 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
 
 ANY_ROWS = 2**40  # more than memory holds
-# whoever puts something else in their place wants it run
+# where one of these has been replaced since, the replacement is to run
 _FORWARDS = (Linear.forward, Conv1D.forward, functional.linear)
 
 
@@ -124,7 +124,7 @@ def native_forward(max_rows: int, transposed: bool) -> Callable[..., torch.Tenso
     """
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        if input.numel() > max_rows * input.shape[-1]:  # prompts may leave here, having cost next to nothing
+        if input.numel() > max_rows * input.shape[-1]:  # first, so that prompts pay for no other check
             return beneath(NativeProduct, self, "forward")(input)  # type: ignore[no-any-return]
         parameters = self._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -143,7 +143,7 @@ def native_forward(max_rows: int, transposed: bool) -> Callable[..., torch.Tenso
             or weight.dim() != 2
             or weight.stride(1) != 1
             or input.shape[-1] != weight.shape[0 if transposed else 1]
-            or not weight.data_ptr()  # its memory has been given up: stock's error
+            or not weight.data_ptr()  # its memory has been freed: stock's forward says so
             or (bias is not None and not _bias_fits(bias, weight, transposed))
         ):
             return beneath(NativeProduct, self, "forward")(input)  # type: ignore[no-any-return]

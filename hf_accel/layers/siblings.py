@@ -22,7 +22,7 @@ from hf_accel.core.model.anatomy import Siblings
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 
-_FORWARD = nn.Linear.forward  # whoever puts another in its place wants it run
+_FORWARD = nn.Linear.forward  # where another has been put in its place since, that one is to run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Group:
         self.rows = [module.weight.shape[0] for module in modules]
         self.weight = self._joined("weight")
         self.bias = self._joined("bias") if modules[0].bias is not None else None
-        self.held = threading.local()
+        self.latest = threading.local()
 
     def _joined(self, name: str) -> torch.Tensor:
         parameters = [module._parameters[name] for module in self.modules]
@@ -125,16 +125,16 @@ class Group:
 
     def product(self, index: int, input: torch.Tensor) -> torch.Tensor | None:
         """Return the part of sibling `index`, [..., rows]; None if it must be computed alone."""
-        held = self.held
+        latest = self.latest
         if index == 0:
-            held.parts = torch.nn.functional.linear(input, self.weight, self.bias).split(self.rows, dim=-1)
-            held.input, held.version = input, input._version
-            return held.parts[0]
-        if getattr(held, "input", None) is not input or held.version != input._version:
+            latest.parts = torch.nn.functional.linear(input, self.weight, self.bias).split(self.rows, dim=-1)
+            latest.input, latest.version = input, input._version
+            return latest.parts[0]
+        if getattr(latest, "input", None) is not input or latest.version != input._version:
             return None
-        part = held.parts[index]
+        part = latest.parts[index]
         if index == len(self.rows) - 1:
-            held.input = held.parts = None
+            latest.input = latest.parts = None
         return part
 
 

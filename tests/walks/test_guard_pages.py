@@ -56,7 +56,7 @@ def test_nothing_reads_or_writes_outside_its_operands_in_many_cases(seed: int) -
 
 def read_whole_steps(csrc: Path) -> None:
     """The rest of a row is loaded as a whole step; the activations beside what lies behind it are zero."""
-    body = csrc / "product_body.h"
+    body = csrc / "bodies" / "product_body.h"
     text = body.read_text()
     right = "memcpy(tail, p, (size_t)n * sizeof(T));"
     assert text.count(right) == 1

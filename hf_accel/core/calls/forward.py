@@ -17,9 +17,7 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 from hf_accel.core.calls.cache_layers import RaggedLayer
 from hf_accel.core.drift import CACHE
-
-# attention back ends that take a mask [B, 1, T, S]: True is visible, or a summand
-BOOLEAN_MASKS = frozenset({"sdpa", "hfaccel_grouped"})
+from hf_accel.core.model.back_ends import masks_of
 
 
 def rollback_objection(cache: Any, is_batch: bool) -> str | None:
@@ -66,7 +64,7 @@ def apart_objection(model: Any) -> str | None:
     config = model.config.get_text_config(decoder=True)
     if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"it has layers of {', '.join(sorted(kinds))}"
-    if model.config._attn_implementation not in BOOLEAN_MASKS | {"eager"}:
+    if masks_of(model.config._attn_implementation) is None:
         return f"its attention is {model.config._attn_implementation}"
     return None
 
@@ -176,7 +174,7 @@ class Stepper:
         if self.mask is not None:
             mask &= self._visible(stop)[:, None, first:stop].bool()
         mask = mask[:, None]
-        if self.model.config._attn_implementation in BOOLEAN_MASKS:
+        if masks_of(self.model.config._attn_implementation) == "boolean":
             return mask
         dtype = self.model.dtype
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

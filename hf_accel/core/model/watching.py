@@ -25,7 +25,8 @@ from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-ATTENTIONS = ("eager", "sdpa", "hfaccel_grouped")  # as modules look them up by name at every call
+from hf_accel.core.model.back_ends import BACK_ENDS
+
 FUNCTIONS = itemgetter("linear", "silu", "gelu", "relu", "softmax", "scaled_dot_product_attention", "dropout")
 # what Python and torch write into namespaces by themselves
 BOOKKEEPING = {"__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__"}
@@ -83,7 +84,8 @@ def namespaces_of(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
 
 def _functions() -> tuple[Any, ...]:
-    return (*FUNCTIONS(vars(functional)), *map(ALL_ATTENTION_FUNCTIONS.get, ATTENTIONS))
+    """Return the functions that forwards call, attention as modules look it up by name at every call."""
+    return (*FUNCTIONS(vars(functional)), *map(ALL_ATTENTION_FUNCTIONS.get, BACK_ENDS))
 
 
 def simple_attributes(module: nn.Module) -> list[tuple[str, Any]]:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hf_accel.kernels.native import library as _library
 from hf_accel.kernels.native.linear import DTYPE_CODES
+from hf_accel.kernels.packed import FORMATS
 from hf_accel.ops.attention import AttentionState
 from hf_accel.ops.cached import row_bytes
 
 MAX_HEAD_DIM = 256
-FORMATS = {None: 0, 8: 1, 4: 2}
 
 _ATTEND = struct.Struct("=7Q23q2d")
 _ENCODE = struct.Struct("=2Q11q")

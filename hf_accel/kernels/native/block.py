@@ -8,146 +8,30 @@ rounded to the dtype at the same point.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_accel.kernels.native import library as _library
-from hf_accel.kernels.native.attend import FORMATS, MAX_HEAD_DIM
+from hf_accel.kernels.native.block_weights import (
+    ACTIVATIONS,
+    NORM_STYLES,
+    BlockShape,
+    BlockWeights,
+    Projection,
+    checked_dtype,
+)
 from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
-
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-NORM_STYLES = {"llama": 0, "gemma": 1}
+from hf_accel.kernels.packed import FORMATS, MATRIX
 
 _HEAD = struct.Struct("=8q3d")
-_MATRIX = struct.Struct("=QQqqqQQqq")
 _NORMS = struct.Struct("=6Q")
 _CALL = struct.Struct("=7Q19qQq")
-_STRANGE = 1  # see hfa_block_forward
+_NOT_FINITE = 1  # see hfa_block_forward
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
-
-
-class PackedMatrix(Protocol):
-    """A weight of 8 or 4 bits that can describe itself to C."""
-
-    codes: Tensor
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def check(self) -> None: ...
-
-    def matrix(self, bias: Tensor | None = None) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One linear map: weight [N, K], possibly a slice of rows of a fused or packed weight; bias [N] or None."""
-
-    weight: Tensor | PackedMatrix
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockShape:
-    """Sizes and constants of a layer: E, H, G, D and the inner size of the feed-forward part.
-
-    `activation` is one of silu, gelu_tanh, gelu (erf), relu. `norm_style` "llama" multiplies the rounded normalised
-    value by the weight; "gemma" multiplies by 1 + weight in fp32 and rounds once. `scale` multiplies scores;
-    `softcap` (None: off) then maps them to cap * tanh(score / cap).
-    """
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    activation: str
-    norm_eps: float
-    norm_style: Literal["llama", "gemma"]
-    scale: float
-    softcap: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockWeights:
-    """Tensors of a layer, all of one dtype on the CPU; norm weights [E], q_norm and k_norm [D]."""
-
-    q: Projection
-    k: Projection
-    v: Projection
-    o: Projection
-    gate: Projection
-    up: Projection
-    down: Projection
-    input_norm: Tensor
-    mlp_norm: Tensor
-    attention_out_norm: Tensor | None = None
-    mlp_out_norm: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-
-def _sizes(shape: BlockShape) -> dict[str, tuple[int, ...]]:
-    """Name of each weight -> the shape it must have."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    e, i, d = shape.hidden, shape.inner, shape.head_dim
-    products = {"q": (q, e), "k": (kv, e), "v": (kv, e), "o": (e, q), "gate": (i, e), "up": (i, e), "down": (e, i)}
-    norms = dict.fromkeys(("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm"), (e,))
-    return {**products, **norms, "q_norm": (d,), "k_norm": (d,)}
-
-
-def _check_tensor(name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} lies on {tensor.device}; the native block runs on the CPU")
-    if tensor.dtype != dtype:
-        raise ValueError(
-            f"{name} has dtype {tensor.dtype}, the other weights {dtype}: the native block takes one dtype"
-        )
-    if tuple(tensor.shape) != size:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the block's sizes ask for {size}")
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; the last one must be 1")
-    _check_memory(name, tensor)
-
-
-def _check_memory(name: str, tensor: Tensor) -> None:
-    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
-    if not tensor.data_ptr() or (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"the memory of {name} has been given up")
-
-
-def _check(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
-    dtype = weights.input_norm.dtype
-    if dtype not in DTYPE_CODES:
-        raise ValueError(f"weights have dtype {dtype}; the native block takes bfloat16, float16 and float32")
-    if shape.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {shape.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    if shape.norm_style not in NORM_STYLES:
-        raise ValueError(f"norm_style {shape.norm_style!r} is not one of {', '.join(NORM_STYLES)}")
-    if not 1 <= shape.head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {shape.head_dim}; the native block takes 1 to {MAX_HEAD_DIM}")
-    if shape.kv_heads < 1 or shape.heads % shape.kv_heads:
-        raise ValueError(f"heads ({shape.heads}) must be a multiple of kv_heads ({shape.kv_heads})")
-    if shape.softcap is not None and not shape.softcap > 0:
-        raise ValueError(f"softcap is {shape.softcap}; it must be positive, or None for no soft cap")
-    for name, size in _sizes(shape).items():
-        value = getattr(weights, name)
-        if isinstance(value, Projection):
-            if isinstance(value.weight, Tensor):
-                _check_tensor(f"{name}.weight", value.weight, size, dtype)
-            elif tuple(value.weight.shape) != size:
-                raise ValueError(f"{name}.weight has shape {tuple(value.weight.shape)}; the block asks for {size}")
-            else:
-                value.weight.check()
-            if value.bias is not None:
-                _check_tensor(f"{name}.bias", value.bias, size[:1], dtype)
-        elif value is not None:
-            _check_tensor(name, value, size, dtype)
-    return dtype
 
 
 def _matrix(projection: Projection) -> bytes:
@@ -155,7 +39,7 @@ def _matrix(projection: Projection) -> bytes:
     if not isinstance(weight, Tensor):
         return weight.matrix(bias)
     pointer = 0 if bias is None else bias.data_ptr()
-    return _MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), *weight.shape, 0, 0, 0, 0)
+    return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), *weight.shape, 0, 0, FORMATS[None], 0)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -172,7 +56,7 @@ class NativeBlock:
     def __init__(self, shape: BlockShape, weights: BlockWeights) -> None:
         self.shape = shape
         self.weights = weights
-        self.dtype = _check(shape, weights)
+        self.dtype = checked_dtype(shape, weights)
         self._function: Any = _library.library().hfa_block_forward
         w = weights
         matrices = (w.q, w.k, w.v, w.o, w.gate, w.up, w.down)
@@ -282,7 +166,7 @@ class NativeBlock:
         ):
             raise ValueError(f"row_past must be contiguous int64 [{batch}], got {row_past.dtype} {[*row_past.shape]}")
         status = -1 if past + tokens > keys.shape[2] else self._function(self._packed, call)
-        if status == _STRANGE:
+        if status == _NOT_FINITE:
             return None
         if status:
             raise ValueError(

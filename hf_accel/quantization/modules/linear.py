@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_accel.errors import UnsupportedModelError
-from hf_accel.kernels.packed import PackedWeight, dequantized_linear, packed_linear
+from hf_accel.kernels.packed import PackedWeight
+from hf_accel.kernels.products import dequantized_linear, packed_linear
 from hf_accel.ops.affine import Scheme
 
 

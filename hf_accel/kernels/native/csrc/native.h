@@ -1,18 +1,21 @@
 /* Plain C interface of the native kernel library: what Python calls and the structs it fills.
  *
- * Layout of the library
- *   native.h      this file: exported functions, argument structs, enumerations
- *   kernels.h     the table of inner kernels (one per dtype and instruction set) and how activations are packed
- *   cpu.c         which instruction sets this machine has, and which one is in use
- *   threads.c/.h  parallel regions in the OpenMP pool handed over by Python, barrier, chunk hand-out, scratch memory
- *   linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
- *   packed.c      the same for weights of 8 and 4 bits, and for any number of rows of x
- *   block.c, block_attention.c   a whole pre-norm gated decoder layer in one call
- *   attend.c, attention.c   one piece of attention; attention over parts of a cache
- *   cached.c      rows of a quantized cache
- *   vec_*.h       one fp32 vector type per instruction set; *_body.h: the kernels written once over that type
- *   tile_avx2.h   the inner step of products on AVX2, in assembly
- *   isa_*.c       compile the bodies for one instruction set (by target pragmas, so no per-file compiler flags)
+ * Layout of the library; every include names its file by the path from this folder
+ *   native.h        this file: exported functions, argument structs, enumerations
+ *   kernels.h       the table of inner kernels (one per dtype and instruction set) and how activations are packed
+ *   cpu.c           which instruction sets this machine has, and which one is in use
+ *   threads.[ch]    parallel regions in the OpenMP pool handed over by Python, barrier, chunk hand-out, scratch memory
+ *   drivers/        the exported functions: plain C that calls the table of inner kernels
+ *     linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
+ *     packed.c      the same for weights of 8 and 4 bits, and for any number of rows of x
+ *     product.[ch]  products of several weights with one activation, cut into chunks for the threads
+ *     block.c, block_attention.[ch], block_run.h   a whole pre-norm gated decoder layer in one call
+ *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
+ *     cached.[ch]   rows of a quantized cache
+ *     stream.c      reads memory, to measure it
+ *   bodies/         the inner kernels, written once over a vector type and included per instruction set
+ *   arch/           per machine: vec_*.h, one fp32 vector type per instruction set, and isa_*.c, which compile the bodies
+ *                   for one instruction set (by target pragmas, so no per-file compiler flags)
  *
  * Nothing here knows libtorch or Python; a call never keeps a pointer, and calls from several threads may overlap.
  */

@@ -1,7 +1,7 @@
 /* Rows of a quantized cache: rounding, Hadamard rotation (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4), queries. */
 #include <math.h>
 #include <string.h>
-#include "cached.h"
+#include "drivers/cached.h"
 
 static uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }

@@ -80,7 +80,7 @@ static void NAME(pack)(const void *x, int64_t stride, int m, int64_t k, void *pa
 }
 
 #ifdef PANELS_FROM
-#include "tile_avx2.h"
+#include "arch/x86/tile_avx2.h"
 #else
 HFA_INLINE void NAME(tile_step)(const int R, const int M, vf acc[4][HFA_PACK_ROWS], const T *w, int64_t stride, const NAME(packed) *x) {
     UNROLL(4)

@@ -16,7 +16,7 @@
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512f")
 #endif
-#include "scalar.h"
+#include "arch/portable/scalar.h"
 
 /* Short rows (heads, tiny models) do not repay the set-up of tiles, and a single row of x is faster by plain dot products
  * (29 GB/s against 27 where memory gives 31); its sums come in another order then than those of 2 to 16 rows. */

@@ -150,8 +150,7 @@ static void NAME(rotate)(float *x, const float *cosine, const float *sine, int64
     NAME(add)(x, scratch, rotary, x);
 }
 
-#include "product_body.h"
-
+#include "bodies/product_body.h"
 
 typedef T NAME(element);
 enum { NAME(STEP) = STEP };

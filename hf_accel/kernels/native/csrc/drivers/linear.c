@@ -1,6 +1,6 @@
 /* y = x W^T + b for few rows of x, and y = x W + b for weights stored transposed (GPT-2's Conv1D). */
 #include <string.h>
-#include "product.h"
+#include "drivers/product.h"
 
 typedef struct { hfa_products products; hfa_activations x; hfa_range *ranges; int threads; } linear_call;
 

@@ -2,16 +2,16 @@
  * having defined TABLE (the name of the table) and ROWS_FOR(M) (rows of W computed together for M rows of x). For panels
  * (see product_body.h) also PANELS_FROM, the least rows of x for them, and PANEL_ROWS_FOR(G), rows of W beside a group of
  * G rows of x. */
-#include "float_body.h"
-#include "packed_body.h"
-#include "cached_body.h"
+#include "bodies/float_body.h"
+#include "bodies/packed_body.h"
+#include "bodies/cached_body.h"
 
 #define DTYPE 0
-#include "dtype_body.h"
+#include "bodies/dtype_body.h"
 #define DTYPE 1
-#include "dtype_body.h"
+#include "bodies/dtype_body.h"
 #define DTYPE 2
-#include "dtype_body.h"
+#include "bodies/dtype_body.h"
 
 #ifdef PANELS_FROM
 #define FROM PANELS_FROM

@@ -2,9 +2,9 @@
  * parts may lie anywhere and come one after the other. */
 #include <math.h>
 #include <string.h>
-#include "attend.h"
-#include "cached.h"
-#include "product.h"
+#include "drivers/attend.h"
+#include "drivers/cached.h"
+#include "drivers/product.h"
 
 typedef struct {
     const hfa_attend_call *call;

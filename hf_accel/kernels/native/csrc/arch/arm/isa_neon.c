@@ -3,10 +3,10 @@
 #include <arm_neon.h>
 #include <math.h>
 #include "kernels.h"
-#include "scalar.h"
-#include "vec_neon.h"
-#include "vec_int.h"
+#include "arch/portable/scalar.h"
+#include "arch/arm/vec_neon.h"
+#include "arch/portable/vec_int.h"
 #define TABLE hfa_kernels_neon
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
-#include "isa_body.h"
+#include "bodies/isa_body.h"
 #endif

@@ -1,8 +1,8 @@
 /* One piece of attention: scores, softmax and weighted values, over K and V of the dtype or over rows of codes. */
 #include <math.h>
 #include <string.h>
-#include "attend.h"
-#include "cached.h"
+#include "drivers/attend.h"
+#include "drivers/cached.h"
 
 static size_t queries_bytes(const hfa_attention *a) {
     return a->format == HFA_DENSE ? hfa_packed_bytes(a->kernels, HFA_QUERY_GROUP, a->key_dim)

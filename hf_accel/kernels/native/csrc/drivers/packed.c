@@ -2,7 +2,7 @@
  *
  * Few rows are rounded (for dense weights: packed) by the calling thread; of many, every thread takes its share first.
  * Then each chunk of W, 16 packed rows of it at a time, meets all rows of x while it is in the cache. */
-#include "product.h"
+#include "drivers/product.h"
 
 enum { PASS = 256 }; /* rows of x per read of W: their rounded copies stay small, the read costs nothing beside the products */
 

@@ -3,7 +3,10 @@
  * group and all T query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. */
 #include <math.h>
 #include <string.h>
-#include "block.h"
+#include "drivers/block_attention.h"
+
+/* Positions that sequence b has already. */
+static inline int64_t past_of(const hfa_block_call *call, int64_t b) { return call->row_past ? call->row_past[b] : call->past; }
 
 /* Pieces end at fixed positions and not where threads or tokens would have them, so that a token's result does not
  * depend, to the last bit, on how many others are computed with it. */
@@ -36,7 +39,7 @@ static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64
     int64_t d = block->head_dim, size = hfa_attend_element(&run->attention);
     char *keys = (char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g) * size;
     char *values = (char *)call->values + (b * call->value_stride_b + g * call->value_stride_g) * size;
-    int64_t past = hfa_past(call, b);
+    int64_t past = past_of(call, b);
     for (int64_t at = from > past ? from : past; at < to; at++) {
         int64_t t = at - past;
         const float *row = run->projected + (b * call->tokens + t) * run->projected_stride;
@@ -54,7 +57,7 @@ static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64
     const hfa_block_call *call = run->call;
     int64_t at = b * call->mask_stride_b + t * call->mask_stride_t + start;
     if (call->mask_kind == HFA_MASK_NONE) {
-        int64_t visible = hfa_past(call, b) - call->first + t + 1 - start;
+        int64_t visible = past_of(call, b) - call->first + t + 1 - start;
         for (int64_t i = visible < 0 ? 0 : visible; i < n; i++) scores[i] = -INFINITY;
     } else if (call->mask_kind == HFA_MASK_BOOL) {
         const uint8_t *mask = (const uint8_t *)call->mask + at;
@@ -91,7 +94,7 @@ static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
             g = head % block->kv_heads, size = hfa_attend_element(&run->attention);
     int64_t from = piece * HFA_PIECE, to = from + HFA_PIECE;
     if (from < call->first) from = call->first;
-    if (to > hfa_past(call, b) + call->tokens) to = hfa_past(call, b) + call->tokens;
+    if (to > past_of(call, b) + call->tokens) to = past_of(call, b) + call->tokens;
     if (from >= to) { /* a shorter sequence: what lies here is not its own, so that even reading it could do harm */
         for (int64_t i = task * queries; i < (task + 1) * queries; i++) {
             run->partial_max[i] = -INFINITY;

@@ -1,10 +1,8 @@
 /* State of one decoder layer call, shared by block.c and block_attention.c. Row r = b * T + t. */
-#ifndef HFA_BLOCK_H
-#define HFA_BLOCK_H
-#include "attend.h"
-#include "product.h"
-
-#define HFA_QUERY_GROUP HFA_DOT_ROWS /* queries that go over a piece of K and V together */
+#ifndef HFA_BLOCK_RUN_H
+#define HFA_BLOCK_RUN_H
+#include "drivers/attend.h"
+#include "drivers/product.h"
 
 typedef struct {
     const hfa_block *block;
@@ -34,11 +32,4 @@ typedef struct {
     int64_t ready;    /* which sequence and kv head the packed queries are for, -1: none */
     float *angles;    /* cos, sin, scratch: 3 * HFA_MAX_HEAD_DIM */
 } hfa_block_private;
-
-/* Positions that sequence b has already. */
-static inline int64_t hfa_past(const hfa_block_call *call, int64_t b) { return call->row_past ? call->row_past[b] : call->past; }
-
-void hfa_attention_plan(hfa_block_run *run);
-void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self);
-void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride); /* out[R][stride], rounded */
 #endif

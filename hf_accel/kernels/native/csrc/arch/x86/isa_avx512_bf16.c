@@ -9,13 +9,13 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")
 #endif
-#include "scalar.h"
+#include "arch/portable/scalar.h"
 #define HFA_DOT_VNNI
-#include "vec_avx512.h"
+#include "arch/x86/vec_avx512.h"
 #define TABLE hfa_kernels_avx512_bf16
 #define HFA_DOT_BF16
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
-#include "isa_body.h"
+#include "bodies/isa_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

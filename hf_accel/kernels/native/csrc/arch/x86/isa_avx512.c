@@ -9,11 +9,11 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
-#include "scalar.h"
-#include "vec_avx512.h"
+#include "arch/portable/scalar.h"
+#include "arch/x86/vec_avx512.h"
 #define TABLE hfa_kernels_avx512
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
-#include "isa_body.h"
+#include "bodies/isa_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -1,6 +1,6 @@
 /* Scores and weighted sums over rows of a quantized cache (cached.h); included once per instruction set by isa_body.h.
  * Products are summed exactly in integers, so that they are the same on every machine. */
-#include "cached.h"
+#include "drivers/cached.h"
 
 #define CACHED_AHEAD 4096 /* bytes */
 

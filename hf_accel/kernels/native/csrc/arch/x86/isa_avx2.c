@@ -9,13 +9,13 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "scalar.h"
-#include "vec_avx2.h"
+#include "arch/portable/scalar.h"
+#include "arch/x86/vec_avx2.h"
 #define TABLE hfa_kernels_avx2
 #define ROWS_FOR(M) ((M) <= 2 ? 4 : (M) <= 4 ? 3 : (M) <= 6 ? 2 : 1) /* 16 vector registers */
 #define PANELS_FROM 5
 #define PANEL_ROWS_FOR(G) ((G) <= 2 ? 4 : (G) == 5 || (G) == 6 ? 2 : 3)
-#include "isa_body.h"
+#include "bodies/isa_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

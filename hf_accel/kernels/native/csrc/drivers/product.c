@@ -1,5 +1,5 @@
 /* See product.h. Chunks lie in address order and each thread takes a run of them: one sequential stream per thread. */
-#include "product.h"
+#include "drivers/product.h"
 
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
     int64_t padded = hfa_padded(w->inner), scale = w->stride ? 4 : 2;

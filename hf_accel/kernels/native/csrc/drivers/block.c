@@ -1,10 +1,10 @@
-/* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3) for up to 16 rows in one parallel
+/* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3) for up to HFA_MAX_ROWS rows in one parallel
  * region. Phases are separated by barriers; what is small (norms, residual sums, packing) every thread does for itself
  * instead of waiting for one that does. Intermediates are fp32 that hold values of the dtype, rounded at the same
  * points as the eager PyTorch layer rounds them. What the PyTorch layer makes of scores that are not finite depends on which of
  * ATen's attentions runs and on their number, so such a call ends without a result. */
 #include <string.h>
-#include "block.h"
+#include "drivers/block_attention.h"
 
 static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

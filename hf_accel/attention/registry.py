@@ -1,0 +1,21 @@
+"""Where an attention back end of ours becomes known: to transformers, under a name, and to the rest of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hf_accel.core.model.back_ends import BackEnd, add_back_end
+
+
+def register(back_end: BackEnd, forward: Callable[..., Any], make_mask: Callable[..., Any]) -> None:
+    """Register a back end under its name, which is ours alone: nothing of transformers' is replaced.
+
+    forward: attention in transformers' calling convention. make_mask: makes its masks; without an entry of its own in
+    that registry, transformers would drop the mask of padded batches.
+    """
+    AttentionInterface.register(back_end.name, forward)
+    AttentionMaskInterface.register(back_end.name, make_mask)
+    add_back_end(back_end)

@@ -1,0 +1,43 @@
+"""Products with weights of 8 and 4 bits, wherever they lie.
+
+On the CPU with the native library the codes are multiplied as they are: activations are rounded to 16 bits for 8-bit
+weights, to 8 bits for 4-bit weights, in blocks of 32 columns with a scale each. Elsewhere torch's own kernels multiply
+where they are faster (`vendor`), or a block of rows at a time is dequantized into the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_accel.kernels import native, vendor
+from hf_accel.kernels.packed import LANES, PackedWeight
+from hf_accel.ops.affine import dequantize
+
+_BLOCK_BYTES = 8 << 20  # of a dequantized block of rows
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x [..., K]; bias [N] in the dtype of x. No autograd."""
+    if x.is_cpu and native.is_available() and x.dtype in native.DTYPES and x.numel():
+        return native.packed_linear(x, weight.matrix(bias), weight.rows)
+    if not x.is_cpu and 0 < x.numel() <= vendor.MOST_ROWS * weight.columns:
+        product = weight.device_product(x.dtype, lambda x: dequantized_linear(x, weight))
+        if product is not None:
+            y = product(x.reshape(-1, weight.columns)).reshape(*x.shape[:-1], weight.rows)
+            return y if bias is None else y + bias
+    return dequantized_linear(x, weight, bias)
+
+
+def dequantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """The same with rows of the weight dequantized block by block and nothing rounded: any device, any dtype."""
+    step = max(LANES, _BLOCK_BYTES // (weight.columns * x.element_size()) // LANES * LANES)
+    if step >= weight.rows:
+        return functional.linear(x, weight.dequantize(x.dtype), bias)
+    parts = [
+        functional.linear(x, dequantize(weight.unpack(start, start + step), x.dtype))
+        for start in range(0, weight.rows, step)
+    ]
+    product = torch.cat(parts, dim=-1)
+    return product if bias is None else product + bias
