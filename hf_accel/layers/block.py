@@ -28,13 +28,10 @@ from hf_accel.kernels import native
 from hf_accel.kernels.packed import PackedProduct
 from hf_accel.layers.audit import Audit
 from hf_accel.layers.linear import native_obstacles
+from hf_accel.ops import tolerances
 
 ATTENTION = frozenset(ATTENTIONS)  # whose masks the native call understands and whose mathematics it does
 _NAME = "_attn_implementation_internal"
-# relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-# with packed weights a last bit may also send an activation to the next of 255 codes
-PACKED_TOLERANCE = 1e-2
 # attributes that may change without an end to the native call: only training reads them, or they are read anew;
 # `forward` and accelerate's hooks stand before a layer's own forward, which is what the call is made for
 FOLLOWED = frozenset(
@@ -93,7 +90,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
 
 def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
     is_packed = any(isinstance(module, PackedProduct) for module in block.modules)
-    return max(TOLERANCES[dtype], PACKED_TOLERANCE) if is_packed else TOLERANCES[dtype]
+    return tolerances.of_layer_output(dtype, is_packed)
 
 
 class BlockStep:

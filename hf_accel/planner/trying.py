@@ -20,7 +20,8 @@ from hf_accel.core.steps.patcher import Fidelity, Patcher
 from hf_accel.core.steps.plan import Plan, Step, new_report
 from hf_accel.errors import described
 from hf_accel.measure import random_prompt
-from hf_accel.measure.reference import TOLERANCES, Reference
+from hf_accel.measure.reference import Reference
+from hf_accel.ops.tolerances import of_text_logits
 
 TOKENS, NEW_TOKENS = 4, 2
 
@@ -79,7 +80,7 @@ def _reference(model: PreTrainedModel) -> Reference:
 
 def _fault(plan: Plan, anatomy: Anatomy, reference: Reference, progress: Callable[[], None] | None) -> str | None:
     """Return what is wrong with the text of a plan, None if its logits are stock's up to rounding."""
-    bound = TOLERANCES.get(anatomy.dtype, 1e-3)
+    bound = of_text_logits(anatomy.dtype)
     if any(Patcher.for_config(step.config).fidelity is not Fidelity.EXACT for step in plan.steps):
         bound = math.inf
     try:
