@@ -26,7 +26,7 @@ from hf_accel.measure.quality import CalibrationText, Quality, QualityReference
 from hf_accel.measure.text import calibration_text
 from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits, losers
 from hf_accel.quantization.modules.linear import QuantizedLinear
-from hf_accel.quantization.patcher import targets
+from hf_accel.quantization.targets import targets
 
 EIGHT, FOUR = WeightOnlyConfig(bits=8), WeightOnlyConfig(bits=4, group_size=32)
 TEXT = Path(__file__).read_text()[:4000]

@@ -22,7 +22,7 @@ from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.text import calibration_text
 from hf_accel.quantization import WeightOnlyConfig
 from hf_accel.quantization.files.seal import save_pretrained
-from hf_accel.quantization.patcher import targets
+from hf_accel.quantization.targets import targets
 
 
 def quantize(

@@ -23,9 +23,9 @@ from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.plan import Plan, Step, new_report
 from hf_accel.measure.quality import Quality, QualityReference
-from hf_accel.quantization import WeightOnlyConfig
+from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.modules.linear import QuantizedLinear
-from hf_accel.quantization.patcher import targets
+from hf_accel.quantization.targets import targets
 
 DEFAULT_MAX_KL = {"fast": 0.05, "memory": 0.2}
 """Nats per token. See docs/quantization.md for what these mean on trained models."""
