@@ -24,9 +24,10 @@ from hf_accel.core.steps.plan import Step
 from hf_accel.measure import Run
 from hf_accel.measure.quality import CalibrationText, Quality, QualityReference
 from hf_accel.measure.text import calibration_text
-from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits, losers
+from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.targets import targets
+from hf_accel.quantization.timing import slower_products
 
 EIGHT, FOUR = WeightOnlyConfig(bits=8), WeightOnlyConfig(bits=4, group_size=32)
 TEXT = Path(__file__).read_text()[:4000]
@@ -46,7 +47,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_accel.planner.timing, "BUDGET_S", 0.3)
     monkeypatch.setattr(hf_accel.planner.timing, "NOISE", 0.9)
     monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", same_time)
-    monkeypatch.setattr(hf_accel.planner.goals, "losers", lambda anatomy, config: [])
+    monkeypatch.setattr(hf_accel.planner.goals, "slower_products", lambda anatomy, config: [])
 
 
 def chosen(plan: hf_accel.Plan) -> WeightOnlyConfig | None:
@@ -126,7 +127,7 @@ def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.Linear, "forward", dense)
     monkeypatch.setattr(QuantizedLinear, "forward", packed)
-    found = losers(anatomy, choice.config, rounds=3)
+    found = slower_products(anatomy, choice.config, rounds=3)
     assert set(found) == {path for path, module in products.items() if module.out_features == slow_rows}
     assert len(found) == 2 * model.config.num_hidden_layers
 
@@ -134,7 +135,7 @@ def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("settled")
 def test_slow_products_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = "model.layers.1.mlp.down_proj"
-    monkeypatch.setattr(hf_accel.planner.goals, "losers", lambda anatomy, config: [slow])
+    monkeypatch.setattr(hf_accel.planner.goals, "slower_products", lambda anatomy, config: [slow])
     model = hf_accel.optimize(demo(), "fast")
     assert not isinstance(model.get_submodule(slow), QuantizedLinear)
     assert isinstance(model.model.layers[2].mlp.down_proj, QuantizedLinear)

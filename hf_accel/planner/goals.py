@@ -31,7 +31,8 @@ from hf_accel.measure.text import calibration_text
 from hf_accel.planner.timing import VERIFIERS, keep_what_pays
 from hf_accel.planner.trying import applied, name_of
 from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
-from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits, losers, measured
+from hf_accel.quantization.mixed import DEFAULT_MAX_KL, choose_bits, measured
+from hf_accel.quantization.timing import slower_products
 from hf_accel.speculative import SpeculativeConfig
 
 # goal -> candidates, the preferred first where two claim one place
@@ -157,7 +158,7 @@ def _few_bits(
     plan.quality = choice.quality
     if plan.goal == "memory" or anatomy.prepared is None:
         return [choice.config]
-    slower = losers(anatomy, choice.config)
+    slower = slower_products(anatomy, choice.config)
     if not slower:
         return [choice.config]
     reason = f"products that are not faster in few bits here stay as they are: {len(slower)}, {slower[0]} first"
