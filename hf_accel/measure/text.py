@@ -26,7 +26,7 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> Ca
             None: the model writes it.
 
     Raises:
-        ConfigError: `given` is none of these, or holds no two tokens in a row.
+        ConfigError: `given` is something else, or has fewer than two tokens in a row.
     """
     if given is None:
         return CalibrationText(_own_text(model), "the model's own samples", True)

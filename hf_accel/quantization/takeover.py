@@ -21,7 +21,8 @@ from hf_accel.errors import CheckpointError
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme, dequantize
-from hf_accel.quantization.files.formats import FORMAT, METHOD, Rules, from_tensors, stored_names, stored_shapes
+from hf_accel.quantization.files.formats import FORMAT, METHOD, from_tensors, stored_names, stored_shapes
+from hf_accel.quantization.files.rules import Rules
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.linear import QuantizedLinear
 

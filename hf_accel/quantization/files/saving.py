@@ -48,7 +48,7 @@ def write(model: Any, folder: Path, max_shard_size: int | str) -> None:
         UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights.
         CheckpointError: the folder holds weights that stock code would take for those of this model, or is a file, or
             cannot be written.
-        ConfigError: `max_shard_size` is no size.
+        ConfigError: `max_shard_size` is not a size.
     """
     found = take_inventory(model)
     if folder.exists() and not folder.is_dir():
