@@ -107,8 +107,7 @@ class Reading(nn.Module):
 
     def forward(self, ids: Tensor, use_cache: bool) -> Tensor:
         x = torch.nn.functional.one_hot(ids % 16, 16).float()
-        first = self.a(input=x)
-        return first + self.b(self.between(x))
+        return self.a(input=x).sum() + self.b(self.between(x)).sum()
 
     @property
     def targets(self) -> list[Target]:
@@ -202,6 +201,18 @@ def test_portions_bound_the_memory_and_change_nothing() -> None:
 
 def sentences(observed: Observed) -> str:
     return "; ".join(observed.left_out)
+
+
+def test_experts_that_are_modules_see_the_tokens_sent_to_them() -> None:
+    model = Reading(lambda x: x[x[..., :8].sum(-1) > 0])
+    moments = observe(model, text(), model.targets).moments
+    sent = int((text().ids % 16 < 8).sum())
+    assert 0 < sent < 3 * 17
+    assert (moments["a"].count, moments["b"].count) == (3 * 17, sent)
+    starved = Reading(lambda x: x[:, :0])
+    observed = observe(starved, text(), starved.targets)
+    assert list(observed.moments) == ["a"]
+    assert sentences(observed) == "the text sends no token to: b"
 
 
 def test_experts_in_one_parameter_are_said_to_be_left_out() -> None:

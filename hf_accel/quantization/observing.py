@@ -86,7 +86,7 @@ def observe(model: Any, text: CalibrationText, targets: Sequence[Target]) -> Obs
     finally:
         for hook in hooks:
             hook.remove()
-    found = {path: adder.moments[path] for path in products if path in adder.moments}
+    found = {path: adder.moments[path] for path in products if path in adder.moments and adder.moments[path].count}
     finite = {path: moment for path, moment in found.items() if bool(moment.total.isfinite().all())}
     reasons = {
         "experts in 3-D parameters cannot be observed": [t.path for t in targets if t.scheme is None],
