@@ -63,14 +63,14 @@ class WeightOnlyConfig(Config):
         return self.layers  # type: ignore[return-value]
 
     def bits_of(self, name: str) -> int | None:
-        """Bits for the product called `name`, by the first pattern that matches it."""
+        """Return the bits of the product called `name`, by the first pattern that matches it."""
         for pattern, bits in self.pairs:
             if fnmatchcase(name, pattern):
                 return bits
         return self.bits
 
     def scheme(self, bits: int, columns: int) -> tuple[Scheme, str]:
-        """Return the scheme for a row of `columns`, and what stood against the wanted one."""
+        """Return the scheme for rows of `columns`, and why it is not the one asked for, or ""."""
         if bits == 8:
             fits = self.bits == 8 and self.group_size is not None and columns % self.group_size == 0
             return Scheme(8, self.group_size if fits else None), ""

@@ -101,7 +101,7 @@ def measured(anatomy: Anatomy, config: WeightOnlyConfig, reference: QualityRefer
 
 
 def _layer_patterns(anatomy: Anatomy, config: WeightOnlyConfig) -> list[str]:
-    """Name patterns of the decoder layers: what stands before the first number in the name of a product."""
+    """Return a name pattern for each decoder layer: names of products up to their first number."""
     found: dict[str, None] = {}
     for target in targets(anatomy, config)[0]:
         if match := re.match(r"(.*?\.\d+)\.", target.path):

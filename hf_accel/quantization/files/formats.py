@@ -47,7 +47,7 @@ def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _little(values: Tensor) -> Tensor:
-    """Bytes of 32-bit words, the lowest first, on machines of either order."""
+    """Return the bytes of 32-bit words with the lowest first, whatever the order of bytes on this machine."""
     return values if sys.byteorder == "little" else values.view(len(values), -1, 4).flip(-1).reshape(len(values), -1)
 
 

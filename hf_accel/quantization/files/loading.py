@@ -140,7 +140,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def _empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
-    # memory of empty weights is reserved and never touched
+    # weights that are not initialised take no memory: the system gives pages to what is written
     with converting(CheckpointError, f"{folder / _CONFIG} does not describe a model"), no_init_weights():
         config = AutoConfig.from_pretrained(folder)
         del config.quantization_config
@@ -151,7 +151,7 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
 
 
 def _experts(rules: Rules) -> dict[str, dict[tuple[str, int], Scheme]]:
-    """Module of experts -> (product, expert) -> scheme, of the layout that names them one by one."""
+    """Return module of experts -> (product, expert) -> scheme, from the layout that names experts one by one."""
     found: dict[str, dict[tuple[str, int], Scheme]] = {}
     for target in () if rules.is_public else rules.targets:
         if match := EXPERT.fullmatch(target):

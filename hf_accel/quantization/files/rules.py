@@ -14,7 +14,7 @@ GROUP_MULTIPLE = 32  # groups the kernels can serve
 
 
 class Rules:
-    """Which module is stored in which scheme, read from a `quantization_config`.
+    """The rules of a `quantization_config`: by them `scheme` says how a module is stored.
 
     Raises:
         CheckpointError: it describes something else than weights of 4 or 8 bits in this layout.
