@@ -158,6 +158,14 @@ def test_nothing_is_left_behind() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_a_model_in_training_is_observed_as_it_evaluates() -> None:
+    model = Reading(nn.Dropout(0.5)).train()
+    moments = observe(model, text(), model.targets).moments
+    assert moments["b"] is moments["a"], "nothing is dropped between them"
+    assert model.training
+    assert model.between.training
+
+
 @pytest.mark.parametrize("error", [RuntimeError("of the model"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_hooks_are_gone_after_an_error(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
