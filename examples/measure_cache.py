@@ -43,7 +43,7 @@ from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
 from hf_accel.measure import build_shape
-from hf_accel.measure.retrieval import measure_retrieval, retrieval_model, retrieval_tasks
+from hf_accel.measure.subjects.retrieval import measure_retrieval, retrieval_model, retrieval_tasks
 
 EXACT: list[Config] = [NativeLinearConfig(), DecoderBlockConfig(), AttentionConfig(), KVCacheConfig(), DecodingConfig()]
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_accel
 from hf_accel.assets import demo_path
 from hf_accel.measure.latency import timed_generate
-from hf_accel.measure.widen import LLAMA_1B_COST, widen
+from hf_accel.measure.subjects.widen import LLAMA_1B_COST, widen
 
 # Llama-3.2-1B has a quarter of the key and value heads
 SHAPE = LLAMA_1B_COST | {"num_key_value_heads": 16}

@@ -1,4 +1,4 @@
-"""Train the very small Llama-style model of `hf_accel.measure.retrieval`, which finds needles in a haystack of tokens.
+"""Train the very small Llama-style model of `hf_accel.measure.subjects.retrieval`, which finds needles in a haystack.
 
 Two layers are enough to copy what followed a token before (induction heads, Olsson et al. 2022, arXiv:2209.11895), and
 short prompts teach it fastest: the haystack is doubled each time the model has learned the present one. All data is
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from hf_accel.measure.retrieval import (
+from hf_accel.measure.subjects.retrieval import (
     ASK,
     FILLER,
     KEYS,

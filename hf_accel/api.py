@@ -23,8 +23,9 @@ from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError, VerificationError
 from hf_accel.measure.quality import QualityReference
-from hf_accel.measure.reference import TOLERANCES, Reference
+from hf_accel.measure.reference import Reference
 from hf_accel.measure.text import calibration_text
+from hf_accel.ops.tolerances import of_text_logits
 from hf_accel.planner import plan_goal
 
 M = TypeVar("M")
@@ -206,7 +207,7 @@ def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: 
 
 
 def _verify(reference: Reference, host: Host) -> None:
-    bound = TOLERANCES.get(reference.model.dtype, 1e-3)
+    bound = of_text_logits(reference.model.dtype)
     if any(step.fidelity == Fidelity.LOSSY.value for step in host.report.applied):
         bound = math.inf
     try:

@@ -151,7 +151,7 @@ def test_bench_samples_the_same_draws(folder: Path) -> None:
 def test_bench_builds_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": True}  # fmt: skip
-    monkeypatch.setitem(hf_accel.measure.workload.SHAPES, "tiny", tiny)
+    monkeypatch.setitem(hf_accel.measure.subjects.shapes.SHAPES, "tiny", tiny)
     data = json.loads(succeed("bench", "tiny", *BENCH[2:], "--json").stdout)
     assert (data["model"], data["dtype"]) == ("tiny", "bfloat16")
 

@@ -29,9 +29,10 @@ from hf_accel.measure.text import calibration_text
 from hf_accel.planner import GOALS
 from hf_accel.quantization import candidates
 from hf_accel.quantization import mixed as mixed_bits
-from hf_accel.quantization.mixed import choose_bits, losers
+from hf_accel.quantization.mixed import choose_bits
 from hf_accel.quantization.modules.linear import QuantizedLinear
-from hf_accel.quantization.patcher import targets
+from hf_accel.quantization.targets import targets
+from hf_accel.quantization.timing import slower_products
 
 EIGHT, FOUR = WeightOnlyConfig(bits=8), WeightOnlyConfig(bits=4, group_size=32)
 TEXT = Path(__file__).read_text()[:4000]
@@ -51,7 +52,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_accel.planner.timing, "BUDGET_S", 0.3)
     monkeypatch.setattr(hf_accel.planner.timing, "NOISE", 0.9)
     monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", same_time)
-    monkeypatch.setattr(candidates, "losers", lambda setting, config: [])
+    monkeypatch.setattr(candidates, "slower_products", lambda setting, config: [])
 
 
 def chosen(plan: hf_accel.Plan) -> WeightOnlyConfig | None:
@@ -138,7 +139,7 @@ def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.Linear, "forward", dense)
     monkeypatch.setattr(QuantizedLinear, "forward", packed)
-    found = losers(setting, choice.config, rounds=3)
+    found = slower_products(setting, choice.config, rounds=3)
     assert set(found) == {path for path, module in products.items() if module.out_features == slow_rows}
     assert len(found) == 2 * model.config.num_hidden_layers
 
@@ -146,7 +147,7 @@ def test_a_slow_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("settled")
 def test_slow_products_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = "model.layers.1.mlp.down_proj"
-    monkeypatch.setattr(candidates, "losers", lambda setting, config: [slow])
+    monkeypatch.setattr(candidates, "slower_products", lambda setting, config: [slow])
     model = hf_accel.optimize(demo(), "fast")
     assert not isinstance(model.get_submodule(slow), QuantizedLinear)
     assert isinstance(model.model.layers[2].mlp.down_proj, QuantizedLinear)

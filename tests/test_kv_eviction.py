@@ -21,7 +21,7 @@ from hf_accel.cache.layers import evicting
 from hf_accel.cache.layers.evicting import SLACK, EvictingLayer
 from hf_accel.core.drift import CACHE
 from hf_accel.errors import ConfigError, UnsupportedModelError
-from hf_accel.measure.retrieval import measure_retrieval, retrieval_model, retrieval_tasks
+from hf_accel.measure.subjects.retrieval import measure_retrieval, retrieval_model, retrieval_tasks
 
 METHODS = ["streaming", "snapkv", "h2o", "tova", "key-norm"]
 SINKS, WINDOW, KEPT = 2, 6, 20

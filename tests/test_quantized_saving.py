@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
-from hf_accel.quantization.files import loading, saving
+from hf_accel.quantization.files import filling, saving
 
 EIGHT = WeightOnlyConfig(bits=8)
 
@@ -97,7 +97,7 @@ def test_memory_that_is_short_while_loading(error: Exception, tmp_path: Path, mo
     def fails(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loading, "from_tensors", fails)
+    monkeypatch.setattr(filling, "from_tensors", fails)
     with pytest.raises(hf_accel.CheckpointError) as found:
         hf_accel.from_pretrained(tmp_path)
     assert found.value.__cause__ is error

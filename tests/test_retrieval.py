@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_accel.errors import ConfigError
-from hf_accel.measure.retrieval import (
+from hf_accel.measure.subjects.retrieval import (
     ASK,
     DEPTHS,
     FILLER,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import hf_accel
 from hf_accel.assets import demo_path
 from hf_accel.errors import ConfigError, UnsupportedModelError
-from hf_accel.measure.widen import LLAMA_1B_COST, widen
+from hf_accel.measure.subjects.widen import LLAMA_1B_COST, widen
 
 NARROW: dict[str, Any] = {
     "vocab_size": 128,

@@ -21,7 +21,7 @@ from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.text import calibration_text
 from hf_accel.quantization import WeightOnlyConfig
 from hf_accel.quantization.files.seal import save_pretrained
-from hf_accel.quantization.patcher import targets
+from hf_accel.quantization.targets import targets
 
 
 def quantize(
@@ -58,7 +58,7 @@ def quantize(
     loaded = load_model(model, dtype.torch)
     tokenizer = None if model in SHAPES else _tokenizer(model)
     if calibration is not None and tokenizer is None:
-        raise ConfigError(f"--calibration needs the tokenizer of {model!r}, and there is none.")
+        raise ConfigError(f"--calibration needs the tokenizer of {model!r}, which was not found.")
     setting = Setting.of(loaded, originals="drop")
     measuring = converting(UnsupportedModelError, f"The quality of {model!r} cannot be measured")
     with progress("measuring the original"), measuring:
@@ -112,11 +112,11 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--calibration takes a text in UTF-8; {str(path)!r} is none ({error}).") from error
+        raise ConfigError(f"--calibration takes a text in UTF-8; {str(path)!r} is not one ({error}).") from error
 
 
 def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
-    except Exception:  # there is none, or it is damaged: the model is quantized all the same
+    except Exception:  # whatever is wrong with its files: the model is quantized without it
         return None

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from hf_accel.ops.affine import Affine
+from hf_accel.ops.tolerances import ONE_PRODUCT
 
 Product = Callable[[Tensor], Tensor]
 MOST_ROWS = 16  # above, a matrix-matrix product on the dequantized weight is the better tool
-TOLERANCE = 3e-2  # relative difference (Frobenius) that bf16 and other orders of summation explain
 _INNER_TILES = 8  # of tinygemm's layout: K is a multiple of 16 of them
 _ROUNDS = 5
 
@@ -66,7 +66,7 @@ def choose(weight: Affine, dense: Product, dtype: torch.dtype) -> Product | None
             found = None if product is None else product(x).double()
         except (RuntimeError, NotImplementedError):  # not built for this device or dtype: no candidate
             continue
-        if product is None or found is None or not (found - expected).norm() <= TOLERANCE * expected.norm():
+        if product is None or found is None or not (found - expected).norm() <= ONE_PRODUCT * expected.norm():
             continue
         seconds = _seconds(product, x)
         if seconds < least:

@@ -29,11 +29,7 @@ from hf_accel.kernels.packed import PackedProduct
 from hf_accel.layers.audit import Audit
 from hf_accel.layers.guard import BlockStep
 from hf_accel.layers.linear import native_obstacles
-
-# relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-# with packed weights a last bit may also send an activation to the next of 255 codes
-PACKED_TOLERANCE = 1e-2
+from hf_accel.ops import tolerances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +85,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
 
 def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
     is_packed = any(isinstance(module, PackedProduct) for module in block.modules)
-    return max(TOLERANCES[dtype], PACKED_TOLERANCE) if is_packed else TOLERANCES[dtype]
+    return tolerances.of_layer_output(dtype, is_packed)
 
 
 class NativeLayer:

@@ -6,7 +6,8 @@ from hf_accel.measure.difference import Difference
 from hf_accel.measure.latency import Run, Timing, alternate, timed_generate
 from hf_accel.measure.machine import Machine, versions
 from hf_accel.measure.result import Bench
-from hf_accel.measure.workload import SHAPES, Workload, build_shape, random_prompt
+from hf_accel.measure.subjects.shapes import SHAPES, build_shape
+from hf_accel.measure.workload import Workload, random_prompt
 
 __all__ = [
     "SHAPES",

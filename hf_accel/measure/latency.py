@@ -105,7 +105,7 @@ def alternate(
     each: Callable[[], None] | None = None,
     budget_s: float = math.inf,
 ) -> dict[str, list[Any]]:
-    """Call every way once per round, in an order that turns round after each, and return what each returned.
+    """Call every way once per round, in alternating order, and return what each returned.
 
     `each` is called after every call. No further round begins once `budget_s` is spent, but two are always made.
     """

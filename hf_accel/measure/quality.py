@@ -61,7 +61,7 @@ class QualityReference:
 
     @torch.no_grad()
     def _distributions(self) -> Iterator[Tensor]:
-        """Log-probabilities [T - 1, V] of the next token, row by row."""
+        """Yield log-probabilities [T - 1, V] of the next token, row by row."""
         for row in self.ids:
             logits = self.model(row[None], use_cache=False).logits[0, :-1]
             yield torch.log_softmax(logits.float(), dim=-1)

@@ -15,8 +15,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from hf_accel.measure.latency import PLAIN
 
 NEW_TOKENS = 4
-# relative difference of logits (Frobenius) that is accepted of steps that promise exactness
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 class _Force(LogitsProcessor):

@@ -96,7 +96,7 @@ class Bench:
         return counts is not None and any(counts.to_dict()["accepted"].values())
 
     def achieved_bytes_per_s(self, side: Side) -> float:
-        """Bytes of weights that a token reads over the time per token."""
+        """Return the bytes of weights that a token reads, over the time per token."""
         return self.read_bytes["stock" if side is self.stock else "patched"] / side.token.median
 
     def ratio(self, quantity: str) -> float:

@@ -26,7 +26,7 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> Ca
             None: the model writes it.
 
     Raises:
-        ConfigError: `given` is none of these, or holds no two tokens in a row.
+        ConfigError: `given` is something else, or has fewer than two tokens in a row.
     """
     if given is None:
         return CalibrationText(_own_text(model), "the model's own samples", True)
@@ -71,7 +71,7 @@ def _own_text(model: Any) -> torch.Tensor:
     start = model.generation_config.bos_token_id
     start = start[0] if isinstance(start, list) else start
     journal = Journal()
-    journal.set_attribute(model, "generation_config", GenerationConfig())  # the model's own may bend what it writes
+    journal.set_attribute(model, "generation_config", GenerationConfig())  # the model's own may ask for other text
     try:
         return _sampled(model, start, vocabulary, tokens)
     finally:

@@ -75,7 +75,7 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.fl
         grouped = weight[rows].detach().float().reshape(-1, k // group, group)
         if not bool(torch.isfinite(torch.stack(grouped.aminmax())).all()):
             raise ValueError("a weight is NaN or infinite")
-        some_codes, some_scales, some_zeros = _quantize_groups(grouped, scheme, scale_dtype)
+        some_codes, some_scales, some_zeros = quantize_groups(grouped, scheme, scale_dtype)
         codes[rows] = some_codes.reshape(-1, k).to(torch.int8)
         scales[rows] = some_scales.squeeze(-1).to(scale_dtype)
         if zeros is not None and some_zeros is not None:
@@ -83,28 +83,20 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.fl
     return Affine(codes, scales, zeros, scheme)
 
 
-def _quantize_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zeros as floats for w [n, groups, group]."""
+def quantize_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return codes, scales and zeros as floats for fp32 groups w [n, groups, group]; one scale, one zero per group."""
     low, high = scheme.lowest, scheme.highest
     smallest, largest = w.aminmax(dim=-1, keepdim=True)
     if not scheme.symmetric:
         smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
-        candidates = _ASYMMETRIC_4 if scheme.bits == 4 else (1.0,)
-        scales = [(largest - smallest) * (factor / (high - low)) for factor in candidates]
-    else:
-        extreme = torch.where(largest >= -smallest, largest, smallest)
-        if scheme.bits == 4:
-            scales = [extreme / factor if factor < 0 else extreme.abs() / factor for factor in _SYMMETRIC_4]
-        else:
-            scales = [extreme.abs() / high]
+    scales = _scale_candidates(smallest, largest, scheme)
     best: tuple[Tensor, Tensor, Tensor | None] | None = None
     least: Tensor | None = None
     for scale in scales:
         scale = scale.to(dtype).float()
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a group of zeros has the codes 0
         zero = None if scheme.symmetric else (low - smallest / scale).round_().clamp_(low, high)
-        codes = (w / scale).round_()
-        codes = (codes if zero is None else codes.add_(zero)).clamp_(low, high)
+        codes = encode(w, scale, zero, scheme)
         if len(scales) == 1:
             return codes, scale, zero
         found = codes if zero is None else codes - zero
@@ -120,6 +112,23 @@ def _quantize_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Ten
             None if zero is None or best[2] is None else torch.where(better, zero, best[2]),
         )
     return best  # type: ignore[return-value]
+
+
+def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """Return the codes of fp32 values as floats, by scales and zeros that broadcast over them."""
+    codes = (w / scale).round_()
+    return (codes if zero is None else codes.add_(zero)).clamp_(scheme.lowest, scheme.highest)
+
+
+def _scale_candidates(smallest: Tensor, largest: Tensor, scheme: Scheme) -> list[Tensor]:
+    """Return the scales to try for groups with these extreme values."""
+    if not scheme.symmetric:
+        factors = _ASYMMETRIC_4 if scheme.bits == 4 else (1.0,)
+        return [(largest - smallest) * (factor / (scheme.highest - scheme.lowest)) for factor in factors]
+    extreme = torch.where(largest >= -smallest, largest, smallest)
+    if scheme.bits == 4:
+        return [extreme / factor if factor < 0 else extreme.abs() / factor for factor in _SYMMETRIC_4]
+    return [extreme.abs() / scheme.highest]
 
 
 def dequantize(quantized: Affine, dtype: torch.dtype = torch.float32) -> Tensor:

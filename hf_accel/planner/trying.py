@@ -18,7 +18,8 @@ from hf_accel.core.steps.plan import Plan, Step
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import described
 from hf_accel.measure import random_prompt
-from hf_accel.measure.reference import TOLERANCES, Reference
+from hf_accel.measure.reference import Reference
+from hf_accel.ops.tolerances import of_text_logits
 
 TOKENS, NEW_TOKENS = 4, 2
 
@@ -70,7 +71,7 @@ def _reference(model: PreTrainedModel) -> Reference:
 
 def _fault(plan: Plan, setting: Setting, reference: Reference) -> str | None:
     """Return what is wrong with the text of a plan, None if its logits are stock's up to rounding."""
-    bound = TOLERANCES.get(setting.anatomy.dtype, 1e-3)
+    bound = of_text_logits(setting.anatomy.dtype)
     if any(Patcher.for_config(step.config).fidelity is not Fidelity.EXACT for step in plan.steps):
         bound = math.inf
     try:

@@ -1,7 +1,8 @@
 """Weights in few bits: products, experts and embeddings that store them, and the step that puts them in place."""
 
+from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.modules.linear import QuantizedLinear
-from hf_accel.quantization.patcher import WeightOnlyConfig, WeightOnlyPatcher
+from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.takeover import CompressedTensorsConfig, CompressedTensorsPatcher
 
 __all__ = [

@@ -9,8 +9,9 @@ from hf_accel.core.calls.report import Skip
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
-from hf_accel.quantization.mixed import choose_bits, losers, measured
-from hf_accel.quantization.patcher import WeightOnlyConfig
+from hf_accel.quantization.config import WeightOnlyConfig
+from hf_accel.quantization.mixed import choose_bits, measured
+from hf_accel.quantization.timing import slower_products
 
 
 def offered(goal: Goal, setting: Setting) -> Offer:
@@ -22,7 +23,7 @@ def offered(goal: Goal, setting: Setting) -> Offer:
     choice = choose_bits(setting, goal, reference)
     if choice.config is None:
         return Offer(skipped=[Skip(name, f"even 8 bits cost more than max_kl={goal.max_kl:g}: {choice.quality}")])
-    slower = [] if goal.saves_memory or not setting.keeps_prepared else losers(setting, choice.config)
+    slower = [] if goal.saves_memory or not setting.keeps_prepared else slower_products(setting, choice.config)
     if not slower:
         return Offer([choice.config], quality=choice.quality)
     reason = f"products that are not faster in few bits here stay as they are: {len(slower)}, {slower[0]} first"

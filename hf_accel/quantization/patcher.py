@@ -1,13 +1,12 @@
-"""Weights in 8 and 4 bits: decoding is reading weights, so fewer bytes take less time in the same proportion.
+"""Puts weights in 8 and 4 bits in place: decoding is reading weights, so fewer bytes take proportionally less time.
 
-Rounding to nearest with scales by least squared error, one product at a time: beside the model only the packed copy
-of the product at hand exists, and with originals="drop" the original goes before the next one is made.
+One product is quantized at a time: beside the model only the packed copy of the product at hand exists, and with
+originals="drop" the original goes before the next one is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,151 +14,26 @@ import torch
 from torch import nn
 
 from hf_accel.core.calls.hosting import Host
-from hf_accel.core.config import Config
 from hf_accel.core.journal import Journal
-from hf_accel.core.model.anatomy import Anatomy, holds_experts
+from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.hf_config import own_configs
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
-from hf_accel.errors import ConfigError
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import LANES, QUANTUM, PackedWeight
-from hf_accel.ops.affine import GROUP_SIZES, Scheme, quantize
+from hf_accel.ops.affine import Scheme
+from hf_accel.quantization.candidates import offered
+from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
-from hf_accel.quantization.modules.experts import QuantizedExperts, has_known_layout
+from hf_accel.quantization.modules.experts import QuantizedExperts
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
+from hf_accel.quantization.observing import Moment
+from hf_accel.quantization.rounding import METHODS
+from hf_accel.quantization.targets import Target, targets
 
-
-@dataclass(frozen=True, kw_only=True)
-class WeightOnlyConfig(Config):
-    """Weights of the linear products in 8 or 4 bits.
-
-    bits: 8 (one scale per output channel) or 4 (one scale per group of columns).
-    group_size: columns that share a scale, 32, 64 or 128; fewer are more exact and cost 16 bits per group. None: the
-        whole row at 8 bits, 64 at 4 bits (32 where 64 does not divide the row).
-    symmetric: zero is the code 0; False gives each group a zero of its own (4 bits only: 8 bits gain nothing from it).
-    layers: name pattern -> bits for the products it matches (4, 8, or None: left as they are); the first match counts.
-    head: bits of the output head, 8 by default because every token's logits pass through it; None leaves it alone.
-    embeddings: 8 stores the table of input embeddings in 8 bits too, sharing the codes of a tied head: less memory,
-        not more speed.
-    """
-
-    bits: int = 4
-    group_size: int | None = None
-    symmetric: bool = True
-    layers: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] = ()
-    head: int | None = 8
-    embeddings: int | None = None
-
-    def __post_init__(self) -> None:
-        pairs = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
-        try:
-            object.__setattr__(self, "layers", tuple((pattern, bits) for pattern, bits in pairs))
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"WeightOnlyConfig.layers maps name patterns to bits; {self.layers!r} was given."
-            ) from None
-        if strange := [pattern for pattern, _ in self.pairs if not isinstance(pattern, str)]:
-            raise ConfigError(f"WeightOnlyConfig.layers maps name patterns, which are texts; {strange[0]!r} was given.")
-        given = {"bits": self.bits} | {f"layers[{pattern!r}]": bits for pattern, bits in self.pairs if bits is not None}
-        given |= {"head": self.head} if self.head is not None else {}
-        for name, bits in given.items():
-            if type(bits) is not int or bits not in (4, 8):
-                raise ConfigError(f"WeightOnlyConfig.{name} is 4 or 8; {bits!r} was given.")
-        if self.embeddings not in (None, 8):
-            raise ConfigError(f"WeightOnlyConfig.embeddings is 8 or None; {self.embeddings!r} was given.")
-        if self.embeddings is not None and self.head == 4:
-            raise ConfigError("WeightOnlyConfig.embeddings=8 shares its codes with the head; head=4 contradicts it.")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise ConfigError(
-                f"WeightOnlyConfig.group_size is one of {GROUP_SIZES} or None; {self.group_size!r} was given."
-            )
-        if type(self.symmetric) is not bool or (not self.symmetric and self.bits == 8):
-            raise ConfigError("WeightOnlyConfig.symmetric is True or False, and False only with bits=4.")
-
-    @property
-    def pairs(self) -> tuple[tuple[str, int | None], ...]:
-        return self.layers  # type: ignore[return-value]
-
-    def bits_of(self, name: str) -> int | None:
-        """Bits for the product called `name`, by the first pattern that matches it."""
-        for pattern, bits in self.pairs:
-            if fnmatchcase(name, pattern):
-                return bits
-        return self.bits
-
-    def scheme(self, bits: int, columns: int) -> tuple[Scheme, str]:
-        """Return the scheme for a row of `columns`, and what stood against the wanted one."""
-        if bits == 8:
-            fits = self.bits == 8 and self.group_size is not None and columns % self.group_size == 0
-            return Scheme(8, self.group_size if fits else None), ""
-        wanted = (64, 32) if self.group_size is None else (self.group_size,)
-        for group in wanted:
-            if columns % group == 0:
-                return Scheme(4, group, self.symmetric), ""
-        return Scheme(8), f"groups of {wanted[-1]} do not divide {columns} columns; kept at 8 bits per channel"
-
-
-@dataclass
-class Target:
-    """A product to quantize: the child `name` of `parent`, called `path` in the model."""
-
-    path: str
-    parent: nn.Module
-    name: str
-    scheme: Scheme | None = None  # None: a module of experts, whose products have schemes of their own
-
-    @property
-    def module(self) -> Any:
-        return self.parent._modules[self.name]
-
-
-def targets(anatomy: Anatomy, config: WeightOnlyConfig) -> tuple[list[Target], list[str]]:
-    """Return what `config` quantizes in a model, and sentences on what it leaves out."""
-    found: list[Target] = []
-    left_out: dict[str, list[str]] = {}
-    adapters: set[str] = set()
-    head = anatomy.model.get_output_embeddings()
-    for parent_path, parent in anatomy.model.named_modules():
-        for name, module in parent._modules.items():
-            path = f"{parent_path}.{name}" if parent_path else name
-            if module is None:
-                continue
-            if parent_path in adapters or _is_adapter(parent, name):  # parents come before what they hold
-                adapters.add(path)
-                continue
-            if holds_experts(module):
-                bits = config.bits_of(path)
-                if bits is not None and has_known_layout(module):
-                    found.append(Target(path, parent, name))
-                elif bits is not None:
-                    left_out.setdefault("experts in a layout that is not known stay as they are", []).append(path)
-                continue
-            if type(module) not in anatomy.PRODUCTS:
-                continue
-            bits = config.head if module is head else config.bits_of(path)
-            rows, columns = linear_weight(module).shape
-            if bits is None:
-                continue
-            if rows < LANES:
-                left_out.setdefault(f"products of fewer than {LANES} rows stay as they are", []).append(path)
-                continue
-            scheme, reason = config.scheme(bits, columns)
-            if reason:
-                left_out.setdefault(reason, []).append(path)
-            found.append(Target(path, parent, name, scheme))
-    return found, [f"{reason}: {_listed(paths)}" for reason, paths in left_out.items()]
-
-
-def _is_adapter(parent: nn.Module, name: str) -> bool:
-    """Return whether a child belongs to an adapter and not to the model: PEFT keeps the model's in `base_layer`."""
-    return (hasattr(parent, "base_layer") and name != "base_layer") or name.startswith(("lora_", "modules_to_save"))
-
-
-def _listed(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+FINITE = "holds numbers only"  # what the setting keeps of a product
 
 
 class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
@@ -171,8 +45,6 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
 
     @classmethod
     def candidates(cls, goal: Goal, setting: Setting) -> Offer:
-        from hf_accel.quantization.candidates import offered
-
         return offered(goal, setting) if goal.is_lossy else Offer()
 
     def obstacles(self, setting: Setting) -> list[str]:
@@ -293,10 +165,10 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
 def _is_finite(module: Any, setting: Setting) -> bool:
     """Return whether the weights of a product are numbers; they are read once in a session."""
     known = setting.prepared_for(module)
-    if "is finite" not in known:
+    if FINITE not in known:
         weights = [w.detach() for w in module.parameters() if w.dim() > 1]
-        known["is finite"] = all(bool(torch.isfinite(torch.stack(w.aminmax())).all()) for w in weights)
-    return bool(known["is finite"])
+        known[FINITE] = all(bool(torch.isfinite(torch.stack(w.aminmax())).all()) for w in weights)
+    return bool(known[FINITE])
 
 
 def packed_bytes(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> int:
@@ -311,13 +183,26 @@ def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
     return dtype if scheme.group_size is None or dtype is torch.float16 else torch.bfloat16
 
 
-def quantized(weight: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, dtype: torch.dtype) -> QuantizedLinear:
+def quantized(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    *,
+    method: str = "nearest",
+    observed: Moment | None = None,
+) -> QuantizedLinear:
     """Return the product of a weight [N, K] and a bias [N] in `scheme`, for a model of `dtype`.
 
     Scales are values of bfloat16 (float16 in a float16 model), so that they take two bytes in memory and can be
     saved in the model's own dtype without loss; per channel, of the model's dtype.
+
+    Args:
+        method: which of the rounding methods chooses codes and scales.
+        observed: what the product reads on calibration text, for methods that ask for it.
     """
-    return QuantizedLinear(PackedWeight.pack(quantize(weight, scheme, _scale_dtype(scheme, dtype))), bias, dtype)
+    rounded = METHODS[method](weight, scheme, observed, _scale_dtype(scheme, dtype))
+    return QuantizedLinear(PackedWeight.pack(rounded), bias, dtype)
 
 
 def quantization_method(model: Any) -> str | None:

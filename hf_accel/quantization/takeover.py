@@ -21,7 +21,8 @@ from hf_accel.errors import CheckpointError
 from hf_accel.kernels import native
 from hf_accel.kernels.packed import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme, dequantize
-from hf_accel.quantization.files.formats import FORMAT, METHOD, Rules, from_tensors, stored_names, stored_shapes
+from hf_accel.quantization.files.formats import FORMAT, METHOD, from_tensors, stored_names, stored_shapes
+from hf_accel.quantization.files.rules import Rules
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.linear import QuantizedLinear
 
@@ -80,7 +81,7 @@ class CompressedTensorsPatcher(Patcher[CompressedTensorsConfig], config=Compress
 
 
 def _compressed(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
-    """Path, parent, name and module of everything that the package has given a scheme."""
+    """Return path, parent, name and module of everything that the package has given a scheme."""
     return [
         (f"{path}.{name}" if path else name, parent, name, module)
         for path, parent in model.named_modules()
@@ -90,7 +91,7 @@ def _compressed(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
 
 
 def _weight(path: str, module: Any) -> Affine:
-    """Codes, scales and zeros of a module, packed or expanded by the package.
+    """Return codes, scales and zeros of a module, packed or expanded by the package.
 
     Raises:
         CheckpointError: it is no linear product with weights of 4 or 8 bits, or its weight was changed since.
@@ -117,7 +118,7 @@ def _weight(path: str, module: Any) -> Affine:
 
 
 def _recovered(path: str, module: Any, scheme: Scheme) -> Affine:
-    """Codes of a weight that was expanded: the division is exact enough, which is checked."""
+    """Return the codes of a weight that was expanded: dividing by the scales finds them, which is checked."""
     weight, scales = getattr(module, "weight", None), getattr(module, "weight_scale", None)
     zeros = getattr(module, "weight_zero_point", None)
     if weight is None or scales is None or (zeros is None and not scheme.symmetric):

@@ -19,6 +19,7 @@ from hf_accel.core.calls.forward import apart_objection
 from hf_accel.core.model.rope import moving_rope, unfamiliar_lengths
 from hf_accel.errors import described
 from hf_accel.kernels.packed import PackedProduct
+from hf_accel.ops import tolerances
 from hf_accel.speculative.costs import RowCosts, settle
 from hf_accel.speculative.trials import PROMPT_TOKENS, WIDEST, Trials
 from hf_accel.speculative.windows import NARROW, narrowed, widest_window
@@ -28,9 +29,6 @@ WIDTHS = (2, 4, 8, 16, WIDEST)
 NEEDED = 8  # up to here every width is tried, whatever it takes
 KEPT = {8: 2, 16: 2}  # how many tokens of a step stay, all others are taken back
 HOPELESS = 6.0  # drafts never pay where a step takes so many times as long as a single one
-# relative difference (Frobenius) that other summation orders explain, with the roundings to the dtype in between
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-PACKED = 2e-2  # the least where products quantize their inputs, as weights in few bits have it
 OTHER = "steps of several tokens give other logits than single ones"
 
 
@@ -44,9 +42,8 @@ class Tolerance:
     @classmethod
     def of(cls, model: nn.Module) -> Tolerance:
         dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-        limit = TOLERANCES.get(dtype, 1e-3)
         is_packed = any(isinstance(module, PackedProduct) for module in model.modules())
-        return cls(max(limit, PACKED) if is_packed else limit, is_packed or dtype.itemsize <= 2)
+        return cls(tolerances.of_step_logits(dtype, is_packed), is_packed or dtype.itemsize <= 2)
 
     def typical(self, relative: torch.Tensor) -> float:
         """Return the largest difference of all positions, the median where a single position proves nothing."""

@@ -100,7 +100,7 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(self._stored.get(name, name))
         except CheckpointError:
             raise
-        except Exception as error:  # of safetensors, and of torch for dtypes that it has not
+        except Exception as error:  # safetensors' own errors, and torch's for dtypes that it does not know
             raise self.damaged(name, f"it cannot be read ({described(error)})") from error
         if tensor.dtype not in dtypes:
             wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -56,7 +56,7 @@ def order_metadata(path: Path) -> None:
 
 @dataclass
 class Stamp:
-    """What a file that is read says of itself."""
+    """The checksums and the config that a file of ours holds in its metadata."""
 
     config: dict[str, Any]
     sums: dict[str, str]

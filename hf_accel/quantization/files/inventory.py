@@ -131,7 +131,7 @@ def written(config: Any) -> dict[str, Any]:
 
 
 def _plain(model: Any, packed: set[str]) -> dict[str, Tensor]:
-    """Every tensor of the state that is not part of a packed weight; of tied ones, the one that is not derived."""
+    """Return the tensors of the state that are not part of a packed weight; of tied ones, only the source."""
     own = {f"{name}.{tensor}" for name in packed for tensor in OWN_TENSORS}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
     tied = {

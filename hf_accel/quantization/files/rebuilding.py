@@ -146,7 +146,10 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 def _initialising(empty: Any, packed: Iterable[str]) -> str:
-    """Transformers initialises what it has loaded, and some architectures then ask for weights that are packed."""
+    """Return why transformers could not initialise the model, as it does once weights are loaded, or "".
+
+    Some architectures then ask for weights that are packed. `empty` loses the weights of its packed products.
+    """
     for name in packed:
         empty.get_submodule(name)._parameters.pop("weight")
     for tensor in [*empty.parameters(), *empty.buffers()]:

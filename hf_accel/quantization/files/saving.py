@@ -48,7 +48,7 @@ def write(model: Any, folder: Path, max_shard_size: int | str) -> None:
         UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights.
         CheckpointError: the folder holds weights that stock code would take for those of this model, or is a file, or
             cannot be written.
-        ConfigError: `max_shard_size` is no size.
+        ConfigError: `max_shard_size` is not a size.
     """
     found = take_inventory(model)
     if folder.exists() and not folder.is_dir():
@@ -113,7 +113,7 @@ def _write_all(model: Any, found: Inventory, folder: Path, max_shard_size: int |
 
 
 def _move_all(source: Path, folder: Path) -> None:
-    """Move all files of a save into their place, the config last; weights of an earlier save go."""
+    """Move all files of a save into their place, the config last, and delete weights of an earlier save."""
     (folder / _CONFIG).unlink(missing_ok=True)
     written = {path.name for path in source.iterdir()}
     for path in folder.iterdir():
@@ -124,7 +124,7 @@ def _move_all(source: Path, folder: Path) -> None:
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, contiguous, and copies of those that lie where another does: files hold each by itself."""
+    """Return the tensors, contiguous, with copies of those that share memory: a file holds each by itself."""
     places: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
@@ -136,7 +136,7 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _entries(found: Inventory) -> dict[str, _Entry]:
-    """Name -> size and maker of every tensor to write; the tensors of one packed weight follow one another."""
+    """Return name -> size and maker of every tensor to write; the tensors of one packed weight follow one another."""
     entries = {name: _Entry(t.numel() * t.element_size(), partial(t.detach)) for name, t in found.plain.items()}
     latest: dict[str, dict[str, Tensor]] = {}
 

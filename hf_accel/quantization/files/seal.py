@@ -157,7 +157,7 @@ class Seal(HfQuantizer):
 
 
 class _Passing:
-    """A `quantization_config` that is written once: transformers saves a config and leaves it as it was made."""
+    """Stands as `quantization_config` until transformers has saved the config, then puts back what was there before."""
 
     def __init__(self, owner: Any, content: dict[str, Any]) -> None:
         self.owner, self.content = owner, content

@@ -18,8 +18,8 @@ class QuantizedEmbedding(nn.Embedding):
 
     codes: Tensor
     scales: Tensor
-    # empty; casting the model casts it, and so says in which dtype embeddings are wanted. A parameter, because
-    # transformers asks a model's parameters for its device, and there may be no others
+    # empty: casting the model casts it, too, and so it has the dtype in which embeddings are wanted. A parameter,
+    # because transformers asks a model's parameters for its device, and there may be no others
     like: nn.Parameter
 
     @property

@@ -37,7 +37,7 @@ class QuantizedExperts(nn.Module):
 
     def __init__(self, gate_up: list[QuantizedLinear], down: list[QuantizedLinear], original: Any) -> None:
         super().__init__()
-        # the original's rule for the gate reads what it likes: limits, factors, an activation, the config
+        # the original's rule for the gate may read any attribute: limits, factors, an activation, the config
         self.__dict__ |= {name: value for name, value in vars(original).items() if name not in self.__dict__}
         self._modules |= original._modules
         self.num_experts = len(gate_up)
@@ -45,7 +45,10 @@ class QuantizedExperts(nn.Module):
         self.original_class = type(original)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, E], top_k_index and top_k_weights [T, k] -> [T, E]; index `num_experts` means none."""
+        """Map hidden_states [T, E], top_k_index and top_k_weights [T, k] to [T, E].
+
+        The index `num_experts` stands for no expert.
+        """
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:

@@ -19,7 +19,7 @@ from hf_accel.ops.affine import Scheme
 
 
 class SealedWeight:
-    """Stands where code looks for the weight of a product: what it was, not what it is stored as.
+    """Stands in for the `weight` of a packed product, with the shape, dtype and device that the weight had.
 
     Libraries read shape, dtype and device of a weight to build adapters. Some architectures compute with a weight
     themselves: they get its values, made anew each time. Changing the values (merging an adapter, resizing a
@@ -98,7 +98,7 @@ class SealedWeight:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """Gradients to the input; the weight has none."""
+    """The product with a gradient for its input and none for its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
@@ -137,7 +137,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight on the buffers as they are now: they may have been moved or exchanged."""
+        """Return the weight on the buffers as they are now: they may have been moved or exchanged."""
         buffers, packed = self._buffers, self._packed
         if (
             buffers["codes"] is not packed.codes
@@ -165,11 +165,11 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and offsets."""
+        """Return the bytes of codes, scales and offsets."""
         return self.packed.nbytes
 
     def product(self, x: Tensor) -> Tensor:
-        """The product without autograd."""
+        """Return the product, without autograd."""
         bias = self._parameters["bias"]
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)  # type: ignore[assignment]

@@ -68,8 +68,8 @@ def widen(model: PreTrainedModel, shape: Mapping[str, int], dtype: torch.dtype) 
         dtype: of the new weights. They are on the device of `model`; attention is transformers' default one.
 
     Raises:
-        ConfigError: the shape has an unknown key, is narrower than the model or does not fit together, or the dtype
-            is none that a model can be built in.
+        ConfigError: the shape has an unknown key, is narrower than the model or does not fit together, or no model
+            can be built in the dtype.
         UnsupportedModelError: the model is no plain Llama causal language model.
     """
     if not isinstance(model, LlamaForCausalLM) or type(model.config) is not LlamaConfig:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_accel.assets import retrieval_path
 from hf_accel.errors import ConfigError
 
 PAD, START, ASK = 0, 1, 2
@@ -200,11 +200,6 @@ def _needle_task(dice: random.Random, filler: int, depth: float, needles: int) -
         place += 1
     body = [token for piece in (*pieces[:place], asked, *pieces[place:]) for token in piece]
     return Task((START, *body, ASK, asked[0]), asked[1:], depth)
-
-
-def retrieval_path() -> Path:
-    """Return the folder of the embedded retrieval model, as `from_pretrained` takes it."""
-    return Path(__file__).parent.parent / "assets" / "retrieval"
 
 
 def retrieval_model(dtype: torch.dtype = torch.float32) -> Any:

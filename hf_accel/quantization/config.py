@@ -1,0 +1,81 @@
+"""What the user says of weights in few bits: how many, for which products, and in groups of which size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from hf_accel.core.config import Config
+from hf_accel.errors import ConfigError
+from hf_accel.ops.affine import GROUP_SIZES, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOnlyConfig(Config):
+    """Weights of the linear products in 8 or 4 bits.
+
+    bits: 8 (one scale per output channel) or 4 (one scale per group of columns).
+    group_size: columns that share a scale, 32, 64 or 128; fewer are more exact and cost 16 bits per group. None: the
+        whole row at 8 bits, 64 at 4 bits (32 where 64 does not divide the row).
+    symmetric: zero is the code 0; False gives each group a zero of its own (4 bits only: 8 bits gain nothing from it).
+    layers: name pattern -> bits for the products it matches (4, 8, or None: left as they are); the first match counts.
+    head: bits of the output head, 8 by default because every token's logits pass through it; None leaves it alone.
+    embeddings: 8 stores the table of input embeddings in 8 bits too, sharing the codes of a tied head: less memory,
+        not more speed.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    layers: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] = ()
+    head: int | None = 8
+    embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        pairs = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
+        try:
+            object.__setattr__(self, "layers", tuple((pattern, bits) for pattern, bits in pairs))
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"WeightOnlyConfig.layers maps name patterns to bits; {self.layers!r} was given."
+            ) from None
+        if strange := [pattern for pattern, _ in self.pairs if not isinstance(pattern, str)]:
+            raise ConfigError(f"WeightOnlyConfig.layers maps name patterns, which are texts; {strange[0]!r} was given.")
+        given = {"bits": self.bits} | {f"layers[{pattern!r}]": bits for pattern, bits in self.pairs if bits is not None}
+        given |= {"head": self.head} if self.head is not None else {}
+        for name, bits in given.items():
+            if type(bits) is not int or bits not in (4, 8):
+                raise ConfigError(f"WeightOnlyConfig.{name} is 4 or 8; {bits!r} was given.")
+        if self.embeddings not in (None, 8):
+            raise ConfigError(f"WeightOnlyConfig.embeddings is 8 or None; {self.embeddings!r} was given.")
+        if self.embeddings is not None and self.head == 4:
+            raise ConfigError("WeightOnlyConfig.embeddings=8 shares its codes with the head; head=4 contradicts it.")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ConfigError(
+                f"WeightOnlyConfig.group_size is one of {GROUP_SIZES} or None; {self.group_size!r} was given."
+            )
+        if type(self.symmetric) is not bool or (not self.symmetric and self.bits == 8):
+            raise ConfigError("WeightOnlyConfig.symmetric is True or False, and False only with bits=4.")
+
+    @property
+    def pairs(self) -> tuple[tuple[str, int | None], ...]:
+        return self.layers  # type: ignore[return-value]
+
+    def bits_of(self, name: str) -> int | None:
+        """Return the bits of the product called `name`, by the first pattern that matches it."""
+        for pattern, bits in self.pairs:
+            if fnmatchcase(name, pattern):
+                return bits
+        return self.bits
+
+    def scheme(self, bits: int, columns: int) -> tuple[Scheme, str]:
+        """Return the scheme for rows of `columns`, and why it is not the one asked for, or ""."""
+        if bits == 8:
+            fits = self.bits == 8 and self.group_size is not None and columns % self.group_size == 0
+            return Scheme(8, self.group_size if fits else None), ""
+        wanted = (64, 32) if self.group_size is None else (self.group_size,)
+        for group in wanted:
+            if columns % group == 0:
+                return Scheme(4, group, self.symmetric), ""
+        return Scheme(8), f"groups of {wanted[-1]} do not divide {columns} columns; kept at 8 bits per channel"
