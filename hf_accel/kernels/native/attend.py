@@ -93,7 +93,7 @@ def encode(states: Tensor, bits: int, rows: Tensor, *, is_key: bool) -> None:
     """Write states [B, G, T, D] as rows [B, G, T, R] of codes; equal to `hf_accel.ops.cached.encode` bit for bit.
 
     Raises:
-        ValueError: the head size is above 256, or the dtype is none of the kernels', or the rows are others.
+        ValueError: the head size is above 256, the kernels do not know the dtype, or the rows have another shape.
     """
     batch, heads, tokens, size = states.shape
     if states.dtype not in DTYPE_CODES or states.stride(-1) != 1 or rows.stride(-1) != 1:
@@ -112,5 +112,5 @@ def encode(states: Tensor, bits: int, rows: Tensor, *, is_key: bool) -> None:
 
 
 def _row(size: int, bits: int | None) -> int:
-    """Return the elements of a row of `size` values; none are possible (-1) where halves are not alike."""
+    """Return the elements of a row of `size` values; -1 where it is odd, as no row in 4 bits can have them."""
     return size if bits is None else row_bytes(bits, size) if bits == 8 or size % 2 == 0 else -1
