@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from hf_accel import (
-    AttentionConfig,
-    CompressedTensorsConfig,
-    DecoderBlockConfig,
-    DecodingConfig,
-    KVCacheConfig,
-    NativeLinearConfig,
-    SharedProjectionConfig,
-    SpeculativeConfig,
-    WeightOnlyConfig,
-)
+import hf_accel
 from hf_accel.core.config import Config
 from hf_accel.core.steps.patcher import Fidelity, Patcher
 from hf_accel.core.steps.setting import Setting
 
 CATALOGUE: list[Config] = [
-    WeightOnlyConfig(bits=8),
-    CompressedTensorsConfig(),
-    NativeLinearConfig(max_rows=16),
-    SharedProjectionConfig(max_rows=16),
-    DecoderBlockConfig(max_rows=16),
-    AttentionConfig(),
-    KVCacheConfig(),
-    DecodingConfig(),
+    hf_accel.WeightOnlyConfig(bits=8),
+    hf_accel.CompressedTensorsConfig(),
+    hf_accel.NativeLinearConfig(max_rows=16),
+    hf_accel.SharedProjectionConfig(max_rows=16),
+    hf_accel.DecoderBlockConfig(max_rows=16),
+    hf_accel.AttentionConfig(),
+    hf_accel.KVCacheConfig(),
+    hf_accel.DecodingConfig(),
     # drafts always, so that every call of every test is verified step by step
-    SpeculativeConfig(drafter="lookup", max_draft_tokens=4, adaptive=False),
+    hf_accel.SpeculativeConfig(drafter="lookup", max_draft_tokens=4, adaptive=False),
 ]
 # the others change the weights, and with them the text, copies and what is saved
 LOSSLESS = [config for config in CATALOGUE if Patcher.for_config(config).fidelity is not Fidelity.LOSSY]
@@ -50,7 +40,7 @@ def exact(model: PreTrainedModel, *without: type[Config], speculates: bool = Fal
 
     speculates: whether drafts are verified; plain steps are another way through the token loop.
     """
-    left_out = without if speculates else (*without, SpeculativeConfig)
+    left_out = without if speculates else (*without, hf_accel.SpeculativeConfig)
     chosen: dict[str, Config] = {}
     for config in LOSSLESS:
         if type(config) not in left_out and fits(config, model):

@@ -166,8 +166,12 @@ def test_a_family_is_one_folder_and_three_lines(tmp_path: Path) -> None:
     # one import, one line of the catalogue, one row
     insert(tmp_path / "hf_accel" / "families.py", "hf_accel.layers", "from hf_accel.exercise import ExerciseConfig")
     insert(tmp_path / "hf_accel" / "families.py", '"KVCacheConfig",', '    "ExerciseConfig",')
-    insert(tmp_path / "tests" / "catalogue.py", "    DecodingConfig(),", "    hf_accel.ExerciseConfig(),")
-    insert(tmp_path / "docs" / "configs.md", "| `DecodingConfig`", "| `ExerciseConfig` | nothing | exact | never |")
+    insert(tmp_path / "tests" / "catalogue.py", "    hf_accel.DecodingConfig(),", "    hf_accel.ExerciseConfig(),")
+    insert(
+        tmp_path / "docs" / "configs.md",
+        "| `DecodingConfig",
+        "| `ExerciseConfig()` | a place | nothing | all models | nothing |",
+    )
     (tmp_path / "use.py").write_text(USE)
 
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'tests'}", "OMP_NUM_THREADS": "1"}
