@@ -18,7 +18,8 @@ from hf_accel import DecodingConfig, KVCacheConfig
 from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
 from hf_accel.cache.patcher import use_growing_layers
 from hf_accel.core.calls.cache_layers import RaggedLayer
-from hf_accel.core.calls.forward import Stepper, rollback_objection, stop_recording
+from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.rollback import rollback_objection, stop_recording
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding import draws as draws_module

@@ -123,7 +123,7 @@ def test_a_draft_drawn_from_one_distribution_gives_tokens_of_another() -> None:
     steps.rows = type("All", (), {"ended": [False] * rows})()
     drafts = torch.multinomial(proposal[0, 0].expand(rows, 8), 1)
     for given in (proposal.expand(rows, 1, 8), None):
-        made = steps._draw(Draft(drafts, [1] * rows, given), scores.expand(rows, 2, 8))
+        made = steps._accept(Draft(drafts, [1] * rows, given), scores.expand(rows, 2, 8))
         share = torch.bincount(torch.tensor([row[0] for row in made]), minlength=8) / rows
         target = scores[0, 0].softmax(-1)
         assert 0.5 * (share - target).abs().sum() < 0.03

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from hf_accel.core.calls.forward import rollback_objection
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.keywords import KEYWORDS
 from hf_accel.core.calls.report import Applied
+from hf_accel.core.calls.rollback import rollback_objection
 from hf_accel.core.journal import Journal
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.recent import Recent
