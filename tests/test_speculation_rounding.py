@@ -188,9 +188,9 @@ def generator_left_anywhere(patch: Patch) -> None:
     patch.setattr(Chooser, "finish", lambda self, tokens: None)
 
 
-def naps_that_draw_again(patch: Patch) -> None:
+def plain_runs_that_draw_again(patch: Patch) -> None:
     dice = random.Random(1)
-    patch.setattr(SpeculativeSession, "nap", lambda self, limit: max(0, min(dice.randrange(3), limit - 1)))
+    patch.setattr(SpeculativeSession, "plain_steps", lambda self, limit: max(0, min(dice.randrange(3), limit - 1)))
     patch.setattr(Chooser, "pause", lambda self: setattr(self, "draws", None))
 
 
@@ -274,7 +274,7 @@ DEFECTS: list[tuple[Callable[[Patch], None], str, int, dict[str, Any]]] = [
     (rejected_tokens_kept, "gemma3", 4, {}),
     (draws_of_the_next_token, "llama", 1, SAMPLED),
     (generator_left_anywhere, "llama", 1, SAMPLED),
-    (naps_that_draw_again, "llama", 1, SAMPLED),
+    (plain_runs_that_draw_again, "llama", 1, SAMPLED),
     (rows_one_too_short, "llama", 4, {}),
     (windows_one_too_long, "mistral", 4, {}),
     (window_columns_off_by_one, "gemma3", 4, {}),

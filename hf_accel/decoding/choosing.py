@@ -56,7 +56,7 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 class Chooser:
-    """Chooses the tokens of one call, several positions at a time. See `hf_accel.core.calls.drafting.Chooser`."""
+    """Chooses the tokens of one call, several positions at a time. See `hf_accel.core.calls.drafting.TokenChooser`."""
 
     def __init__(self, processors: Any, samples: bool, rows: Rows, has_own_draws: bool = False) -> None:
         """has_own_draws: drafts and verification draw for themselves, not as plain decoding would."""

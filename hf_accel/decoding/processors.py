@@ -36,7 +36,7 @@ PREFIXWISE: frozenset[type] = frozenset(
 )  # fmt: skip
 
 
-def processor_objection(processors: Any) -> str | None:
+def processor_obstacle(processors: Any) -> str | None:
     """Return the processor that cannot be applied position by position, None if all can."""
     for processor in processors:
         if type(processor) not in POINTWISE | PREFIXWISE:

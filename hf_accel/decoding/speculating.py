@@ -8,11 +8,11 @@ from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.drafting import Speculation
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs
-from hf_accel.core.calls.rollback import rollback_objection, stop_recording
+from hf_accel.core.calls.rollback import rollback_obstacle, stop_recording
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.support import foreign_inputs
 from hf_accel.decoding.ends import Ends, following_positions
-from hf_accel.decoding.processors import processor_objection
+from hf_accel.decoding.processors import processor_obstacle
 from hf_accel.decoding.steps import PlainSteps, Steps
 from hf_accel.decoding.verification import VerifiedSteps
 
@@ -23,7 +23,7 @@ def speculation_of(call: Call) -> Speculation | None:
     speculation: Speculation | None = call.options.get("speculative", host.speculation if host else None)
     if not speculation:
         return None
-    reason = objection_before_prompt(call) or speculation.objection(call)
+    reason = obstacle_before_prompt(call) or speculation.obstacle(call)
     if reason is None:
         return speculation
     speculation.skip(reason)
@@ -34,7 +34,7 @@ def steps_of(call: Call, speculation: Speculation | None, outputs: Any) -> Steps
     """Return where the call gets its tokens from, now that its prompt has run with these outputs."""
     if speculation is None:
         return PlainSteps(call, outputs)
-    reason = objection_after_prompt(call, outputs)
+    reason = obstacle_after_prompt(call, outputs)
     if reason is None:
         return VerifiedSteps(call, speculation, outputs)
     speculation.skip(reason)
@@ -43,7 +43,7 @@ def steps_of(call: Call, speculation: Speculation | None, outputs: Any) -> Steps
     return PlainSteps(call, outputs)
 
 
-def objection_before_prompt(call: Call) -> str | None:
+def obstacle_before_prompt(call: Call) -> str | None:
     """Return why a call is decoded one token at a time, None if drafts can be verified as far as is known yet."""
     config, cache, batch = call.generation_config, call.model_kwargs.get(CACHE), call.input_ids.shape[0]
     if config.is_assistant:
@@ -60,10 +60,10 @@ def objection_before_prompt(call: Call) -> str | None:
         return "the cache of a batch is the caller's"
     if batch > 1 and call.model_kwargs.get("position_ids") is None:
         return "the model takes no positions, so rows cannot be apart"
-    return processor_objection(call.logits_processor) or _rope_objection(call)
+    return processor_obstacle(call.logits_processor) or _rope_obstacle(call)
 
 
-def _rope_objection(call: Call) -> str | None:
+def _rope_obstacle(call: Call) -> str | None:
     """Return why the positions of this call leave no steps of several tokens that equal single ones."""
     rope = call.rope
     if rope is None:
@@ -79,12 +79,12 @@ def _rope_objection(call: Call) -> str | None:
     return None
 
 
-def objection_after_prompt(call: Call, outputs: Any) -> str | None:
+def obstacle_after_prompt(call: Call, outputs: Any) -> str | None:
     """Return why the call must go on plainly now that its prompt has run, None if drafts can be verified."""
     if reason := foreign_inputs(call.model):
         return reason
     cache = call.model_kwargs[CACHE]
-    if reason := rollback_objection(cache, call.input_ids.shape[0] > 1):
+    if reason := rollback_obstacle(cache, call.input_ids.shape[0] > 1):
         return reason
     if not LeanInputs.fit(call.model, call.model_kwargs, outputs):
         return "the model's inputs do not follow from those before"

@@ -71,7 +71,7 @@ class VerifiedSteps(Steps):
             for row, goes_on in enumerate(unfinished.tolist()):
                 rows.ended[row] |= not goes_on
         while not all(ended or rows.new_tokens(row) > self._handed_out for row, ended in enumerate(rows.ended)):
-            if not self._can_step_plainly() or (count := self.session.nap(self._room())) < 1:
+            if not self._can_step_plainly() or (count := self.session.plain_steps(self._room())) < 1:
                 self._verify()
                 continue
             self._plain_run.left = count
@@ -152,7 +152,7 @@ class VerifiedSteps(Steps):
             if self.rows.ended[row]:
                 taken.append([])
                 continue
-            proposal = None if draft.proposal is None else draft.proposal[row, :count]
+            proposal = None if draft.probabilities is None else draft.probabilities[row, :count]
             uniforms = torch.rand(count).tolist()
             tokens, _ = accept(
                 target[row, : count + 1], drafts[row][:count], proposal, uniforms, lambda p: int(draw(p))
@@ -193,8 +193,4 @@ class VerifiedSteps(Steps):
                 rows.add(row, tokens)
                 if self._waiting is not None and scores is not None and logits is not None:
                     self._waiting.extend((scores[:, t], logits[:, t].float()) for t in range(len(tokens)))
-        cached = [length - 1 for length in rows.lengths]
-        live = [cached[row] for row in rows.live()]
-        if live:  # rows that have ended go on with tokens that nobody sees, wherever they are in nobody's way
-            cached = [min(live) if ended else length for length, ended in zip(cached, rows.ended, strict=True)]
-        self.stepper.keep(cached)
+        self.stepper.keep(rows.align_ended([length - 1 for length in rows.lengths]))

@@ -24,7 +24,7 @@ def run_model(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs, return_dict=True)
 
 
-def apart_objection(model: Any) -> str | None:
+def apart_obstacle(model: Any) -> str | None:
     """Return why the masks of rows that are apart cannot be given to `model`, None if they can."""
     if any(buffer.dtype is torch.bool and buffer.dim() > 1 for buffer in model.buffers()):
         return "its attention has masks of its own"  # of the columns of the cache, whatever row they belong to

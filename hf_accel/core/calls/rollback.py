@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from hf_accel.core.calls.cache_layers import RaggedLayer
 
 
-def rollback_objection(cache: Any, is_batch: bool) -> str | None:
+def rollback_obstacle(cache: Any, is_batch: bool) -> str | None:
     """Return why steps over `cache` cannot be taken back, None if they can; the cache has seen the prompt."""
     if not isinstance(cache, Cache):
         return f"there is no cache to take steps back in ({type(cache).__name__})"
