@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.forward import following_positions
 from hf_accel.core.calls.rows import Rows
-
-
-def following_positions(call: Call) -> torch.Tensor | None:
-    """Return the position of every row's first new token, [B]; None where the model is not told positions."""
-    positions = call.model_kwargs.get("position_ids")
-    return None if positions is None else positions[..., -1].expand(call.input_ids.shape[0]) + 1
 
 
 class Ends:
@@ -28,7 +22,7 @@ class Ends:
                 self.eos |= set(criterion.eos_token_id.flatten().tolist())
         config = call.model.config.get_text_config(decoder=True)
         self.positions = int(getattr(config, "max_position_embeddings", None) or self.maximum)
-        following = following_positions(call)
+        following = following_positions(call.model_kwargs, len(call.input_ids))
         prompt_tokens = call.input_ids.shape[1]
         # of the last token of a row, which its next step begins with, beyond the row's length
         self._offsets = [0] * len(call.input_ids) if following is None else (following - prompt_tokens).tolist()

@@ -6,12 +6,13 @@ from typing import Any
 
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.drafting import Speculation
+from hf_accel.core.calls.forward import following_positions
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs
 from hf_accel.core.calls.rollback import rollback_obstacle, stop_recording
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.support import foreign_inputs
-from hf_accel.decoding.ends import Ends, following_positions
+from hf_accel.decoding.ends import Ends
 from hf_accel.decoding.processors import processor_obstacle
 from hf_accel.decoding.steps import PlainSteps, Steps
 from hf_accel.decoding.verification import VerifiedSteps
@@ -68,12 +69,13 @@ def _rope_obstacle(call: Call) -> str | None:
     rope = call.rope
     if rope is None:
         return None
-    following, prompt_tokens = following_positions(call), call.input_ids.shape[1]
+    batch, prompt_tokens = call.input_ids.shape
+    following = following_positions(call.model_kwargs, batch)
     first = prompt_tokens if following is None else int(following.max())
     stop = first + Ends(call).maximum - prompt_tokens - 1  # the last token is not taken in
     if rope.beyond is not None and first >= rope.beyond:
         return f"{rope} at every token from {rope.beyond} on"
-    if call.input_ids.shape[0] > 1 and not rope.is_steady(first, stop):
+    if batch > 1 and not rope.is_steady(first, stop):
         # frequencies follow the row that is furthest, so rows apart would change one another's
         return f"{rope}, and those of the batch change before it ends"
     return None

@@ -19,11 +19,11 @@ import torch
 
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.drafting import Draft, Session, Speculation
-from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.forward import Stepper, following_positions
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.choosing import NO_TOKEN, Chooser, NextTokens, choose_token, draw, next_tokens
-from hf_accel.decoding.ends import Ends, following_positions
+from hf_accel.decoding.ends import Ends
 from hf_accel.decoding.steps import Steps
 from hf_accel.ops.acceptance import accept
 
@@ -43,7 +43,7 @@ class VerifiedSteps(Steps):
     def __init__(self, call: Call, speculation: Speculation, outputs: Any) -> None:
         self.call, self.speculation = call, speculation
         config, kwargs = call.generation_config, call.model_kwargs
-        mask, following = kwargs.get("attention_mask"), following_positions(call)
+        mask, following = kwargs.get("attention_mask"), following_positions(kwargs, len(call.input_ids))
         self.rows = rows = Rows(call.input_ids, mask, config.max_length)
         self.cache = kwargs[CACHE]
         self.stepper = Stepper(call.model, self.cache, rows.lengths, mask, following, rows.prompt_tokens)

@@ -125,7 +125,7 @@ def _pass_window(proof: Proof, trials: Trials, window: int, tolerance: Tolerance
 
 
 def _far_obstacle(trials: Trials, tolerance: Tolerance) -> str | None:
-    """Return why drafts cannot be verified beyond a rope's switch, or around the lengths that foreign rotary code names."""
+    """Return why drafts fail beyond a rope's switch, or around the lengths that foreign rotary code names."""
     rope = moving_rope(trials.model)
     beyond = [] if rope is None else [(n, n) for n in rope.switches if n > trials.first_position]
     around = [(n, max(0, n - PROMPT_TOKENS - NEEDED // 2)) for n in unfamiliar_lengths(trials.model)]

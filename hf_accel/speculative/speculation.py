@@ -52,7 +52,7 @@ class ModelSpeculation:
             return self.proof.obstacle
         if batch > 1 and self.proof.apart is not None:
             return "rows of this model cannot have different lengths"
-        # A near-tie could be decided again by a step of one token only if all keys and values were written by such steps,
+        # A near-tie could be decided again by a step of one token only if such steps had written all keys and values,
         # too. That is plain decoding, so where steps round differently there is nothing faster.
         if self.config.strict and (self.rounding[0] > 0 or (batch > 1 and self.proof.apart_difference > 0)):
             return "strict, and steps of several tokens round differently here"

@@ -24,6 +24,12 @@ def run_model(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs, return_dict=True)
 
 
+def following_positions(model_kwargs: dict[str, Any], rows: int) -> torch.Tensor | None:
+    """Return the position of every row's first new token, [B]; None where the model is not told positions."""
+    positions = model_kwargs.get("position_ids")
+    return None if positions is None else positions[..., -1].expand(rows) + 1
+
+
 def apart_obstacle(model: Any) -> str | None:
     """Return why the masks of rows that are apart cannot be given to `model`, None if they can."""
     if any(buffer.dtype is torch.bool and buffer.dim() > 1 for buffer in model.buffers()):

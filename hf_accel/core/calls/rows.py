@@ -59,7 +59,7 @@ class Rows:
     def align_ended(self, lengths: list[int]) -> list[int]:
         """Return lengths in a cache of all rows, with rows that have ended at the least length of the others.
 
-        Such rows take part in further steps and nobody uses their tokens, so they need not be apart from the others.
+        Such rows take part in further steps, but their tokens are not used: so they need not be apart from the others.
         """
         live = [lengths[row] for row in self.live()]
         if not live:

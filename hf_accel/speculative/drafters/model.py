@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_accel.core.calls.drafting import Draft, TokenChooser
-from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.forward import Stepper, following_positions
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.speculative.drafters.drafter import CONFIDENCE, Drafter, GoesOn, Guess
@@ -121,7 +121,7 @@ class OwnCacheDrafter(ModelDrafter):
         inputs = {"input_ids": rows.ids[:, :prompt], "attention_mask": mask, "position_ids": positions, CACHE: cache}
         given = {name: value for name, value in inputs.items() if value is not None}
         self.model.get_decoder()(use_cache=True, return_dict=True, **given)
-        following = None if positions is None else positions[..., -1].expand(len(rows)) + 1
+        following = following_positions(self.kwargs, len(rows))
         self.stepper = Stepper(self.model, cache, [prompt] * len(rows), mask, following, prompt)
         self.stepper.keep(self.stepper.lengths)
         return self.stepper
