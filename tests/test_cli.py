@@ -16,7 +16,7 @@ import hf_accel
 from hf_accel.assets import demo_path
 from hf_accel.cli import app
 from hf_accel.core.steps.plan import Plan
-from hf_accel.decoding.steps import PlainSteps
+from hf_accel.decoding import choosing
 from hf_accel.kernels import native
 from hf_accel.measure import Bench, Run, difference
 from hf_accel.measure.overhead import CallCost
@@ -157,16 +157,16 @@ def test_bench_builds_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_shows_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    select = PlainSteps.select
+    choose = choosing.choose_token
 
     def second_best(scores: torch.Tensor, samples: bool) -> torch.Tensor:
-        return select(scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf), samples)
+        return choose(scores.scatter(1, scores.argmax(-1, keepdim=True), -torch.inf), samples)
 
     from hf_accel.cli import models
 
     plan = Plan.of([hf_accel.DecodingConfig()])
     monkeypatch.setattr(models, "plan_goal", lambda *_: plan)
-    monkeypatch.setattr(PlainSteps, "select", staticmethod(second_best))
+    monkeypatch.setattr(choosing, "choose_token", second_best)
     data = json.loads(succeed("bench", folder, *BENCH, "--json").stdout)
     assert data["same_ids"] is False
     assert (data["difference"]["row"], data["difference"]["new_token"]) == (0, 0)

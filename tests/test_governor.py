@@ -1,4 +1,4 @@
-"""Who decides how much is drafted, by made-up numbers: beliefs, costs, the account, the choice, naps, the counts."""
+"""Who decides how much is drafted, by made-up numbers: beliefs, costs, the account, lengths, plain runs, the counts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative import costs as costs_module
 from hf_accel.speculative.acceptance import DECAY, Acceptance
 from hf_accel.speculative.costs import RECENT, REFRESH, RowCosts, StepCosts
-from hf_accel.speculative.drafters.drafter import Drafter, Proposal
-from hf_accel.speculative.governor import ALLOWANCE_SHARE, ALLOWANCE_STEPS, CREDIT_STEPS, GAIN, Account, Choice, choose
+from hf_accel.speculative.drafters.drafter import Drafter, Guess
+from hf_accel.speculative.governor import (
+    ALLOWANCE_SHARE,
+    ALLOWANCE_STEPS,
+    CREDIT_STEPS,
+    GAIN,
+    Account,
+    DraftLength,
+    choose,
+)
 from hf_accel.speculative.session import IDLE_STEPS, SpeculativeSession
-from hf_accel.speculative.sources import Arm, Source
+from hf_accel.speculative.sources import Candidate, Source
 from hf_accel.speculative.statistics import Statistics
 
 FLAT = RowCosts({1: 1.0, 32: 1.0})  # reading weights is all it takes
@@ -154,10 +162,12 @@ def test_what_was_gained_pays_for_a_while() -> None:
     assert not account.allows(CREDIT_STEPS + ALLOWANCE_STEPS + 50 * ALLOWANCE_SHARE + 0.01)
 
 
-def by_definition(chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int) -> Choice:
+def by_definition(
+    chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int
+) -> DraftLength:
     """The k with the most tokens per second among those that the account allows, by equation 1."""
     plain_s = costs.step(1)
-    best = Choice(0, 1 / plain_s)
+    best = DraftLength(0, 1 / plain_s)
     for k in range(1, most + 1):
         seconds = k * draft_s + costs.step(k + 1)
         if not account.allows(seconds / plain_s - 1):
@@ -168,7 +178,7 @@ def by_definition(chances: list[list[float]], draft_s: float, costs: StepCosts, 
             tokens.append(sum(reach))
         rate = (sum(tokens) / len(tokens) + min(tokens)) / 2 / seconds
         if rate > best.rate * (1.0 if best.tokens else GAIN):
-            best = Choice(k, rate)
+            best = DraftLength(k, rate)
     return best
 
 
@@ -232,16 +242,16 @@ def test_the_slowest_row_counts_as_much_as_all() -> None:
 
 
 @given(
-    held=st.lists(st.integers(0, 8), min_size=1, max_size=200),
+    counts=st.lists(st.integers(0, 8), min_size=1, max_size=200),
     claimed=st.floats(0.0, 1.0),
     draft_s=st.floats(0.0, 0.7),
     high=st.floats(1.0, 32.0),
 )
-def test_no_call_loses_more_than_is_allowed(held: list[int], claimed: float, draft_s: float, high: float) -> None:
+def test_no_call_loses_more_than_is_allowed(counts: list[int], claimed: float, draft_s: float, high: float) -> None:
     """Whatever is believed, and whatever becomes of the drafts."""
     account, costs = Account(), StepCosts(RowCosts({1: 1.0, 32: high}), 1)
     spent = brought = 0.0
-    for accepted in held:
+    for accepted in counts:
         tokens = choose([[claimed] * 8], draft_s, costs, account, 8).tokens
         cost = tokens * draft_s + costs.step(tokens + 1)
         account.settle(cost, 1.0 + min(accepted, tokens))
@@ -257,7 +267,7 @@ class Scripted(Drafter):
     def __init__(self, buckets: list[int] | None) -> None:
         self.buckets, self.asked = buckets, []  # type: ignore[var-annotated]
 
-    def propose(self, tokens: int, goes_on: Any) -> Proposal | None:
+    def propose(self, tokens: int, goes_on: Any) -> Guess | None:
         self.asked.append(tokens)
         if self.buckets is None:
             return None
@@ -265,24 +275,26 @@ class Scripted(Drafter):
         while made < tokens and goes_on([self.buckets[made - 1]]):
             made += 1
         draft = Draft(torch.zeros(1, made, dtype=torch.long), [made])
-        return Proposal(draft, [self.buckets[:made]])
+        return Guess(draft, [self.buckets[:made]])
 
 
-def arm(name: str, drafter: Drafter, chance: float = 0.9, draft_s: float = 0.05) -> Arm:
+def candidate(name: str, drafter: Drafter, chance: float = 0.9, draft_s: float = 0.05) -> Candidate:
     beliefs = Acceptance([chance]), Acceptance([0.05, 0.3, 0.6, 0.9, 0.99])
-    return Arm(Source(name, None, draft_s, *beliefs), drafter, draft_s, *beliefs)
+    return Candidate(Source(name, None, draft_s, *beliefs), drafter, draft_s, *beliefs)
 
 
-def session(arms: list[Arm], rows: RowCosts = FLAT, ids: torch.Tensor | None = None, adaptive: bool = True) -> Any:
+def session(
+    candidates: list[Candidate], rows: RowCosts = FLAT, ids: torch.Tensor | None = None, adaptive: bool = True
+) -> Any:
     text = Rows(torch.arange(6)[None] if ids is None else ids, None, 100)
-    made = SpeculativeSession(arms, text, StepCosts(rows, len(text)), 6, adaptive, Statistics(), lambda: None)
+    made = SpeculativeSession(candidates, text, StepCosts(rows, len(text)), 6, adaptive, Statistics(), lambda: None)
     made.account = rich()
     return made
 
 
 def test_without_a_governor_the_first_with_something_to_say_drafts() -> None:
     silent, speaking, last = Scripted(None), Scripted([0] * 9), Scripted([0] * 9)
-    made = session([arm("a", silent), arm("b", speaking), arm("c", last)], adaptive=False)
+    made = session([candidate("a", silent), candidate("b", speaking), candidate("c", last)], adaptive=False)
     assert made.propose(100).tokens.shape == (1, 6)
     assert (silent.asked, speaking.asked, last.asked) == ([6], [6], [])
     made.observe(Draft(torch.zeros(1, 6, dtype=torch.long), [6]), [2], 1.0)
@@ -293,18 +305,18 @@ def test_without_a_governor_the_first_with_something_to_say_drafts() -> None:
 
 def test_the_governor_takes_who_promises_most() -> None:
     good, bad, dear = Scripted([4] * 9), Scripted([4] * 9), Scripted([4] * 9)
-    made = session([arm("bad", bad, 0.2), arm("good", good, 0.9), arm("dear", dear, 0.95, 0.6)])
+    made = session([candidate("bad", bad, 0.2), candidate("good", good, 0.9), candidate("dear", dear, 0.95, 0.6)])
     made.propose(100)
     assert (bad.asked, dear.asked) == ([], [])
     assert good.asked == [6]
-    assert session([arm("good", Scripted([4] * 9))], STEEP).propose(100) is None
+    assert session([candidate("good", Scripted([4] * 9))], STEEP).propose(100) is None
 
 
 def test_a_prompt_is_read_only_for_as_many_tokens_as_make_up_for_it() -> None:
     for left, drafts in ((100, True), (20, False)):  # 20 plain steps, for about half a step per token
         drafter = Scripted([4] * 9)
         drafter.unread = 4096
-        made = session([arm("model", drafter)], RowCosts({1: 1.0, 32: 4.1}))
+        made = session([candidate("model", drafter)], RowCosts({1: 1.0, 32: 4.1}))
         assert (made.propose(left) is not None) == drafts
         drafter.unread = 0
         assert made.propose(left) is not None
@@ -312,13 +324,13 @@ def test_a_prompt_is_read_only_for_as_many_tokens_as_make_up_for_it() -> None:
 
 def test_a_draft_ends_where_its_drafter_is_unsure() -> None:
     for buckets, expected in (([4] * 9, 6), ([4, 4, 0, 4, 4, 4], 3), ([0] * 9, 1)):
-        made = session([arm("model", Scripted(buckets), 0.9, 0.2)])
+        made = session([candidate("model", Scripted(buckets), 0.9, 0.2)])
         assert made.propose(100).counts == [expected], buckets
 
 
 def test_a_session_learns_from_what_is_accepted() -> None:
     """The draft after the first wrong one says nothing."""
-    one = arm("model", Scripted([4] * 9))
+    one = candidate("model", Scripted([4] * 9))
     made = session([one], adaptive=False)
     draft = made.propose(100)
     before = one.overall.chance(0)
@@ -333,23 +345,23 @@ def test_a_session_learns_from_what_is_accepted() -> None:
     assert one.overall._tried[0] == pytest.approx((DECAY * tried + 1) * DECAY + 1), "one right, one wrong"
 
 
-def test_naps_follow_idle_steps_where_steps_are_short() -> None:
+def test_plain_runs_follow_idle_steps_where_steps_are_short() -> None:
     def idle(step_s: float, steps: int, **fields: Any) -> Any:
-        made = session([arm("model", Scripted(None))], RowCosts({1: step_s, 32: step_s}), **fields)
+        made = session([candidate("model", Scripted(None))], RowCosts({1: step_s, 32: step_s}), **fields)
         for _ in range(steps):
             assert made.propose(50) is None
             made.observe(None, [0], step_s)
         return made
 
-    assert idle(0.001, IDLE_STEPS - 1).nap(50) == 0
-    assert idle(0.001, 8).nap(50) == 8
-    assert idle(0.001, 8).nap(5) == 4
-    assert idle(0.00099, 40).nap(50) == 15, "asking takes a hundredth of the time"
-    assert idle(0.1, 40).nap(50) == 0, "long steps are not slowed by asking"
-    assert idle(0.001, 40, adaptive=False).nap(50) == 0
+    assert idle(0.001, IDLE_STEPS - 1).plain_steps(50) == 0
+    assert idle(0.001, 8).plain_steps(50) == 8
+    assert idle(0.001, 8).plain_steps(5) == 4
+    assert idle(0.00099, 40).plain_steps(50) == 15, "asking takes a hundredth of the time"
+    assert idle(0.1, 40).plain_steps(50) == 0, "long steps are not slowed by asking"
+    assert idle(0.001, 40, adaptive=False).plain_steps(50) == 0
     made = idle(0.001, 8)
     made.observe(None, [0], 0.001, 8)
-    assert made.nap(50) == 0, "asked at least once between two naps"
+    assert made.plain_steps(50) == 0, "asked at least once between two plain runs"
     assert made.totals.to_dict()["steps"] == made.totals.to_dict()["tokens"] == 16
 
 

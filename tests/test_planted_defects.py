@@ -13,10 +13,11 @@ from space import Request, differs, requests
 
 from hf_accel.attention import grouped
 from hf_accel.cache.layers import growing
+from hf_accel.core.calls.inputs import LeanInputs, StockInputs
 from hf_accel.core.drift import CACHE
-from hf_accel.decoding.inputs import LeanInputs, StockInputs
-from hf_accel.decoding.loop import Collected, TokenLoop
-from hf_accel.decoding.steps import PlainSteps
+from hf_accel.decoding import choosing
+from hf_accel.decoding.collected import Collected
+from hf_accel.decoding.loop import TokenLoop
 from hf_accel.kernels.native.block import NativeBlock
 
 Patch = pytest.MonkeyPatch
@@ -127,16 +128,14 @@ def without_the_cache_returned(call: Any) -> None:
 
 
 def two_draws(patch: Patch) -> None:
-    select = PlainSteps.select
+    choose = choosing.choose_token
     patch.setattr(
-        PlainSteps,
-        "select",
-        staticmethod(lambda scores, samples: (select(scores, samples), select(scores, samples))[1]),
+        choosing, "choose_token", lambda scores, samples: (choose(scores, samples), choose(scores, samples))[1]
     )
 
 
 def greedy_always(patch: Patch) -> None:
-    patch.setattr(PlainSteps, "select", staticmethod(lambda scores, samples: scores.argmax(-1)))
+    patch.setattr(choosing, "choose_token", lambda scores, samples: scores.argmax(-1))
 
 
 def raw_logits_as_scores(patch: Patch) -> None:

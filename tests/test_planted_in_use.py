@@ -17,7 +17,7 @@ from hf_accel.core.calls.doors import MAKERS, Door
 from hf_accel.core.model import anatomy
 from hf_accel.core.model import hf_config as configs
 from hf_accel.core.steps import applying
-from hf_accel.decoding import verification
+from hf_accel.decoding import speculating
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.layers import audit
 from hf_accel.planner import goals, timing, trying
@@ -62,7 +62,7 @@ def virtual_tokens_unseen(patch: Patch) -> None:
 
 
 def virtual_tokens_unnamed(patch: Patch) -> None:
-    patch.setattr(verification, "foreign_inputs", lambda model: None)
+    patch.setattr(speculating, "foreign_inputs", lambda model: None)
 
 
 def attention_that_models_do_not_know(patch: Patch) -> None:

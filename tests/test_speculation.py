@@ -138,21 +138,21 @@ def test_over_weights_in_few_bits(name: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_naps_between_drafts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_runs_between_drafts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain steps in between, as many as the dice say, with all that comes with them: rows ended ahead, draws, ends."""
     dice = random.Random(1)
-    naps: list[int] = []
+    runs: list[int] = []
 
-    def nap(self: Any, limit: int) -> int:
-        naps.append(max(0, min(dice.choice([0, 0, 1, 2, 5]), limit - 1)))
-        return naps[-1]
+    def plain_steps(self: Any, limit: int) -> int:
+        runs.append(max(0, min(dice.choice([0, 0, 1, 2, 5]), limit - 1)))
+        return runs[-1]
 
-    monkeypatch.setattr(SpeculativeSession, "nap", nap)
+    monkeypatch.setattr(SpeculativeSession, "plain_steps", plain_steps)
     for seed in range(3):
         for title in ("few tokens", "to the end", "sampling", "sampling to the end"):
             assert_stock(shared(name, ("lookup", "model")), name, 4, seed, **CALLS[title])
         assert_stock(shared(name, "self"), name, 1, seed, **CALLS["sampling to the end"])
-    assert sum(naps) > 20
+    assert sum(runs) > 20
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -291,13 +291,13 @@ def test_lookup_is_judged_by_the_text_whether_it_was_verified_or_not() -> None:
     text = Rows(ids, None, 100)
     belief = Acceptance([0.5] * 5)
     drafter = LookupDrafter(text, belief)
-    proposal = drafter.propose(4, lambda _: True)
-    assert proposal is not None
-    assert proposal.draft.tokens.tolist() == [[3, 4, 1, 2]]
-    bucket = proposal.buckets[0][0]
+    guess = drafter.propose(4, lambda _: True)
+    assert guess is not None
+    assert guess.draft.tokens.tolist() == [[3, 4, 1, 2]]
+    bucket = guess.buckets[0][0]
     text.add(0, [3, 4, 9])
     drafter.propose(4, lambda _: True)
     assert belief._tried[bucket] == pytest.approx(1 + DECAY + DECAY**2), "two right, one wrong"
-    assert belief._held[bucket] == pytest.approx(DECAY + DECAY**2)
+    assert belief._accepted[bucket] == pytest.approx(DECAY + DECAY**2)
     text.ended[0] = True
     assert drafter.propose(4, lambda _: True) is None

@@ -18,7 +18,8 @@ from hf_accel import DecodingConfig, KVCacheConfig
 from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
 from hf_accel.cache.patcher import use_growing_layers
 from hf_accel.core.calls.cache_layers import RaggedLayer
-from hf_accel.core.calls.forward import Stepper, rollback_objection, stop_recording
+from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.rollback import rollback_obstacle, stop_recording
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding import draws as draws_module
@@ -175,10 +176,10 @@ def test_who_can_have_rows_apart() -> None:
     assert not isinstance(DynamicLayer(), RaggedLayer)
     stock, ours = (DynamicCache(config=build("gemma3").config) for _ in range(2))
     use_growing_layers(ours, 32)
-    assert rollback_objection(stock, is_batch=False) is None
-    assert "different lengths" in str(rollback_objection(stock, is_batch=True))
-    assert rollback_objection(ours, is_batch=True) is None
-    assert "no cache" in str(rollback_objection(((),), is_batch=False))
+    assert rollback_obstacle(stock, is_batch=False) is None
+    assert "different lengths" in str(rollback_obstacle(stock, is_batch=True))
+    assert rollback_obstacle(ours, is_batch=True) is None
+    assert "no cache" in str(rollback_obstacle(((),), is_batch=False))
 
 
 @pytest.mark.parametrize("growing", [False, True])

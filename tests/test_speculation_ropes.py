@@ -137,11 +137,11 @@ def test_positions_of_the_callers_own_decide_where_steps_end() -> None:
 def test_differences_are_found_in_half_precision(dtype: torch.dtype) -> None:
     for name in ("windows without masks", "looking ahead"):
         model = hf_accel.optimize(copy.deepcopy(made(name)).to(dtype), [always("lookup")])
-        assert PLAIN[name] in host_of(model).doors[Door.DRAFTS].proof.objection  # type: ignore[union-attr]
+        assert PLAIN[name] in host_of(model).doors[Door.DRAFTS].proof.obstacle  # type: ignore[union-attr]
     for name in ("windows and masks", "longrope"):
         model = hf_accel.optimize(copy.deepcopy(made(name)).to(dtype), [always("lookup")])
         found = host_of(model).doors[Door.DRAFTS].proof  # type: ignore[union-attr]
-        assert (found.objection, found.apart) == (None, None)
+        assert (found.obstacle, found.apart) == (None, None)
 
 
 def test_the_report_says_where_drafts_end() -> None:

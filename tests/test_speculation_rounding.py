@@ -124,7 +124,7 @@ def test_a_draft_drawn_from_one_distribution_gives_tokens_of_another() -> None:
     steps.rows = type("All", (), {"ended": [False] * rows})()
     drafts = torch.multinomial(proposal[0, 0].expand(rows, 8), 1)
     for given in (proposal.expand(rows, 1, 8), None):
-        made = steps._draw(Draft(drafts, [1] * rows, given), scores.expand(rows, 2, 8))
+        made = steps._accept(Draft(drafts, [1] * rows, given), scores.expand(rows, 2, 8))
         share = torch.bincount(torch.tensor([row[0] for row in made]), minlength=8) / rows
         target = scores[0, 0].softmax(-1)
         assert 0.5 * (share - target).abs().sum() < 0.03
@@ -189,9 +189,9 @@ def generator_left_anywhere(patch: Patch) -> None:
     patch.setattr(Chooser, "finish", lambda self, tokens: None)
 
 
-def naps_that_draw_again(patch: Patch) -> None:
+def plain_runs_that_draw_again(patch: Patch) -> None:
     dice = random.Random(1)
-    patch.setattr(SpeculativeSession, "nap", lambda self, limit: max(0, min(dice.randrange(3), limit - 1)))
+    patch.setattr(SpeculativeSession, "plain_steps", lambda self, limit: max(0, min(dice.randrange(3), limit - 1)))
     patch.setattr(Chooser, "pause", lambda self: setattr(self, "draws", None))
 
 
@@ -275,7 +275,7 @@ DEFECTS: list[tuple[Callable[[Patch], None], str, int, dict[str, Any]]] = [
     (rejected_tokens_kept, "gemma3", 4, {}),
     (draws_of_the_next_token, "llama", 1, SAMPLED),
     (generator_left_anywhere, "llama", 1, SAMPLED),
-    (naps_that_draw_again, "llama", 1, SAMPLED),
+    (plain_runs_that_draw_again, "llama", 1, SAMPLED),
     (rows_one_too_short, "llama", 4, {}),
     (windows_one_too_long, "mistral", 4, {}),
     (window_columns_off_by_one, "gemma3", 4, {}),

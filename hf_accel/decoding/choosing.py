@@ -1,78 +1,70 @@
-"""Chooses tokens at several positions of several rows at once, as plain decoding would choose them one by one.
+"""Chooses tokens from logits: the only place that applies processors and draws, for plain steps and verified ones.
 
-Processors are applied per position to the tokens that precede it. That is what stock would do only for processors that
-look at nothing else, so those of transformers that do are listed; with any other a call is decoded plainly.
+Plain decoding takes one position of every row, by `next_tokens`. Verification takes several positions of several rows
+at once, by `Chooser`, and chooses what plain decoding would choose there one by one.
 """
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.generation import logits_process as stock
 
+from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.rows import Rows
 from hf_accel.decoding.draws import Draws
+from hf_accel.decoding.processors import are_pointwise, for_row
 from hf_accel.ops.acceptance import coupled
 
-# look at the scores alone, so all positions go through them together
-POINTWISE: frozenset[type] = frozenset(
-    getattr(stock, name)
-    for name in (
-        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper",
-        "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor",
-        "InfNanRemoveLogitsProcessor", "LogitNormalization",
-    )
-    if hasattr(stock, name)
-)  # fmt: skip
-# look at the row's own tokens, too
-PREFIXWISE: frozenset[type] = frozenset(
-    getattr(stock, name)
-    for name in (
-        "RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor",
-        "SequenceBiasLogitsProcessor", "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor",
-        "SuppressTokensAtBeginLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor",
-        "ExponentialDecayLengthPenalty", "WatermarkLogitsProcessor",
-    )
-    if hasattr(stock, name)
-)  # fmt: skip
-
-
-# what `choose` returns where there is nothing to draw from
+# what `Chooser.choose` returns where there is nothing to draw from
 NO_TOKEN = -1
 
 
-def processor_objection(processors: Any) -> str | None:
-    """Return the processor that cannot be applied position by position, None if all can."""
-    for processor in processors:
-        if type(processor) not in POINTWISE | PREFIXWISE:
-            return f"{type(processor).__name__} may look at more than the tokens of its row"
-    return None
+@dataclass
+class NextTokens:
+    """The next token of every row, [B], with what it was chosen from where that is kept: [B, V] each, fp32."""
+
+    tokens: torch.Tensor
+    scores: torch.Tensor | None
+    logits: torch.Tensor | None
+    outputs: Any = None  # of the forward pass, with attentions and hidden states
 
 
-def _for_row(processors: Any, row: int) -> stock.LogitsProcessorList:
-    """Return the processors as row `row` of the batch has them."""
-    found = stock.LogitsProcessorList()
-    for processor in processors:
-        padding = getattr(processor, "prompt_ignore_length", None)
-        if isinstance(padding, torch.Tensor):  # of every row; the repetition penalty is not for padding
-            processor = copy.copy(processor)
-            processor.prompt_ignore_length = padding[row : row + 1]
-        found.append(processor)
-    return found
+def next_tokens(outputs: Any, input_ids: torch.Tensor, call: Call) -> NextTokens:
+    """Choose from the outputs of a forward pass as stock does, in its precision; input_ids: [B, S], all so far."""
+    logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
+    scores = call.logits_processor(input_ids, logits)
+    return NextTokens(choose_token(scores, call.generation_config.do_sample), scores, logits, outputs)
+
+
+def choose_token(scores: torch.Tensor, samples: bool) -> torch.Tensor:
+    """Return tokens [...] for processed scores [..., V]: the best ones, or sampled by the draws that stock makes.
+
+    Raises:
+        RuntimeError: there is nothing to sample from, as a score is NaN.
+    """
+    return draw(scores.softmax(dim=-1)) if samples else scores.argmax(dim=-1)
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return a random index [...] for each distribution of probabilities [..., V]."""
+    if probabilities.dim() != 2:
+        rows = probabilities.reshape(-1, probabilities.shape[-1])
+        return draw(rows).view(probabilities.shape[:-1])
+    return torch.multinomial(probabilities, num_samples=1).squeeze(1)
 
 
 class Chooser:
-    """Scores and tokens of one call. See `hf_accel.core.calls.drafting.Chooser`."""
+    """Chooses the tokens of one call, several positions at a time. See `hf_accel.core.calls.drafting.TokenChooser`."""
 
     def __init__(self, processors: Any, samples: bool, rows: Rows, has_own_draws: bool = False) -> None:
         """has_own_draws: drafts and verification draw for themselves, not as plain decoding would."""
         self.processors, self.samples, self.rows = processors, samples, rows
         self.has_own_draws = samples and has_own_draws
         self.draws: Draws | None = None
-        self._is_pointwise = all(type(processor) in POINTWISE for processor in processors)
-        self._of_row = [] if self._is_pointwise else [_for_row(processors, row) for row in range(len(rows))]
+        self._is_pointwise = are_pointwise(processors)
+        self._of_row = [] if self._is_pointwise else [for_row(processors, row) for row in range(len(rows))]
 
     def score(self, logits: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor:
         """Return the processed scores [B, T, V], fp32, of logits [B, T, V].
@@ -99,15 +91,12 @@ class Chooser:
         return torch.stack(lines)
 
     def choose(self, scores: torch.Tensor, ahead: int = 0) -> torch.Tensor:
-        """Return the tokens [B, T] that plain decoding chooses from scores [B, T, V].
+        """Return the tokens [B, T] that plain decoding chooses from scores [B, T, V]; NO_TOKEN where it would raise.
 
         ahead: how many tokens beyond the end of its row the first position of each row lies.
         """
-        if not self.samples:
-            return scores.argmax(dim=-1)
-        if self.has_own_draws:
-            flat = scores.softmax(dim=-1).flatten(0, 1)
-            return torch.multinomial(flat, num_samples=1).view(scores.shape[:2])
+        if not self.samples or self.has_own_draws:
+            return choose_token(scores, self.samples)
         probabilities = scores.softmax(dim=-1)
         tokens = coupled(probabilities, self._exponentials(scores, ahead))
         # as argmax takes NaN for the largest: one look at what was chosen shows whether there was something to choose

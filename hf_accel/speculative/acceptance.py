@@ -16,25 +16,25 @@ class Acceptance:
     def __init__(self, priors: Sequence[float], weight: float = 4.0) -> None:
         self._priors, self._weight = list(priors), weight
         self._tried = [0.0] * len(self._priors)
-        self._held = [0.0] * len(self._priors)
+        self._accepted = [0.0] * len(self._priors)
 
     def chance(self, bucket: int) -> float:
         """Return the estimate for a bucket."""
-        return (self._held[bucket] + self._priors[bucket] * self._weight) / (self._tried[bucket] + self._weight)
+        return (self._accepted[bucket] + self._priors[bucket] * self._weight) / (self._tried[bucket] + self._weight)
 
-    def observe(self, bucket: int, held: bool) -> None:
+    def observe(self, bucket: int, accepted: bool) -> None:
         """Take in one draft whose predecessors were all accepted."""
         self._tried[bucket] = DECAY * self._tried[bucket] + 1
-        self._held[bucket] = DECAY * self._held[bucket] + held
+        self._accepted[bucket] = DECAY * self._accepted[bucket] + accepted
 
     def blend(self, other: Acceptance) -> None:
-        """Move what is believed halfway to what another tracker, a copy of this one, has come to believe."""
+        """Move every count halfway to that of `other`, which began as a copy of this tracker."""
         for bucket in range(len(self._tried)):
             self._tried[bucket] = 0.5 * (self._tried[bucket] + other._tried[bucket])
-            self._held[bucket] = 0.5 * (self._held[bucket] + other._held[bucket])
+            self._accepted[bucket] = 0.5 * (self._accepted[bucket] + other._accepted[bucket])
 
     def copy(self) -> Acceptance:
-        """Return a tracker that believes what this one does and forgets nothing of its own."""
+        """Return a tracker with the same counts; what it observes from then on leaves this one as it is."""
         found = Acceptance(self._priors, self._weight)
-        found._tried, found._held = list(self._tried), list(self._held)
+        found._tried, found._accepted = list(self._tried), list(self._accepted)
         return found

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_accel.core.calls.doors import Door
-from hf_accel.core.calls.forward import apart_objection
+from hf_accel.core.calls.forward import apart_obstacle
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
@@ -20,7 +20,7 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import HfAccelError, UnsupportedModelError
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.costs import RowCosts
-from hf_accel.speculative.forms import Form, few_bits, sped_up, to_try, without_layers
+from hf_accel.speculative.forms import DraftForm, few_bits, sped_up, to_try, without_layers
 from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, prove
 from hf_accel.speculative.sources import Source
 from hf_accel.speculative.speculation import ModelSpeculation
@@ -28,7 +28,7 @@ from hf_accel.speculative.trials import CONTEXT_TOKENS, Trials
 
 # a drafter whose token costs more than this share of a plain step never pays
 HIGHEST_COST = 0.7
-# how much further than in the trials logits may be apart elsewhere
+# on other text, logits of a step may differ from those of single tokens by this many times what the trials showed
 MARGIN = 8
 
 
@@ -54,8 +54,8 @@ def _tried(model: Any, setting: Setting, host: Host, config: SpeculativeConfig) 
     proof = prove(trials)
     sources: list[Source] = []
     left_out: list[str] = []
-    if proof.objection is not None:
-        left_out.append(f"every call is decoded plainly: {proof.objection}")
+    if proof.obstacle is not None:
+        left_out.append(f"every call is decoded plainly: {proof.obstacle}")
     else:
         sources, left_out = _sources(setting, host, config, trials, proof.rows)
         if proof.apart is not None:
@@ -78,7 +78,7 @@ def _tried(model: Any, setting: Setting, host: Host, config: SpeculativeConfig) 
 
 def _rounding(trials: Trials, proof: Proof, config: SpeculativeConfig) -> tuple[float, float]:
     """Return how far logits of a step may lie from those of steps of one token: of few rows, and of more."""
-    if config.strict and proof.objection is None:  # every width that may come
+    if config.strict and proof.obstacle is None:  # every width that may come
         widest = min(config.max_draft_tokens + 1, SMALL_ROWS)
         return MARGIN * trials.rounding(range(2, widest + 1)), 0.0
     return MARGIN * proof.rounding[0], MARGIN * proof.rounding[1]
@@ -130,14 +130,16 @@ def _model_source(
     return [Source.model(form, agreement, draft_s, can_be_apart)]
 
 
-def _can_be_apart(form: Form, host: Host) -> bool:
-    if apart_objection(form.model):
+def _can_be_apart(form: DraftForm, host: Host) -> bool:
+    if apart_obstacle(form.model):
         return False
     trials = Trials.of(form.model, host.doors.get(Door.DRAFT_CACHE), writes=False)
     return apart_difference(trials, Tolerance.of(form.model)) < math.inf
 
 
-def _form(name: str, setting: Setting, host: Host, config: SpeculativeConfig, trials: Trials) -> tuple[Form, float]:
+def _form(
+    name: str, setting: Setting, host: Host, config: SpeculativeConfig, trials: Trials
+) -> tuple[DraftForm, float]:
     applied: list[Config] = [step.config for step in host.report.applied]
     if name == "layer_skip":
         return trials.best_skip(setting.progress)

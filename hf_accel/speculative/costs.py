@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-RECENT = 7
-REFRESH = 4
+RECENT = 7  # passes of a width that its median is taken over
+REFRESH = 4  # passes after which medians are taken anew
 SHORT_S = 0.25  # passes that take less in all are timed again, as noise is large among them
 
 

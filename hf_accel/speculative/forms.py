@@ -22,7 +22,7 @@ from hf_accel.core.steps.setting import Setting
 
 
 @dataclass
-class Form:
+class DraftForm:
     """A model that drafts: over the layers `layers` of the cache of the model it drafts for, or over its own cache."""
 
     name: str
@@ -42,7 +42,7 @@ def to_try(setting: Setting, applied: list[Config]) -> Any:
     return model
 
 
-def few_bits(setting: Setting, bits: int, group_size: int | None, applied: list[Config]) -> Form:
+def few_bits(setting: Setting, bits: int, group_size: int | None, applied: list[Config]) -> DraftForm:
     """Return the model with its weights in few bits, sped up by the steps that speed up the model itself.
 
     Raises:
@@ -51,7 +51,7 @@ def few_bits(setting: Setting, bits: int, group_size: int | None, applied: list[
     model = shadow(setting.model)
     _apply(model, [few_bits_config(bits, group_size), *_speedups(applied)], setting)
     own = _own_bytes(model, setting.model)
-    return Form("self", model, f"its own weights in {bits} bits draft, {own / 1e6:.1f} MB more", own)
+    return DraftForm("self", model, f"its own weights in {bits} bits draft, {own / 1e6:.1f} MB more", own)
 
 
 def few_bits_config(bits: int, group_size: int | None) -> Config:
@@ -60,16 +60,16 @@ def few_bits_config(bits: int, group_size: int | None) -> Config:
     return Config.from_dict(values)
 
 
-def sped_up(draft_model: Any, applied: list[Config]) -> Form:
+def sped_up(draft_model: Any, applied: list[Config]) -> DraftForm:
     """Return the draft model of the user's, sped up in a copy of its modules; the user's own is left as it is."""
     model = shadow(draft_model)
     setting = Setting.of(model)
     fitting = [config for config in _speedups(applied) if not Patcher.for_config(config).obstacles(setting)]
     _apply(model, fitting, setting)
-    return Form("model", model, f"{type(draft_model).__name__} drafts", has_own_cache=True)
+    return DraftForm("model", model, f"{type(draft_model).__name__} drafts", has_own_cache=True)
 
 
-def without_layers(model: Any, skipped: list[int]) -> Form:
+def without_layers(model: Any, skipped: list[int]) -> DraftForm:
     """Return the model without the layers `skipped`; the others are the model's own modules."""
     name, layers = layer_list(model)
     kept = [index for index in range(len(layers)) if index not in skipped]
@@ -82,7 +82,7 @@ def without_layers(model: Any, skipped: list[int]) -> Form:
     if isinstance(values.get("layer_types"), (list, tuple)):
         values["layer_types"] = [config.layer_types[index] for index in kept]
     summary = f"the model without {len(skipped)} of its {len(layers)} layers drafts"
-    return Form("layer_skip", form, summary, layers=kept, skipped=skipped)
+    return DraftForm("layer_skip", form, summary, layers=kept, skipped=skipped)
 
 
 def layer_list(model: Any) -> tuple[str, nn.ModuleList]:

@@ -4,8 +4,8 @@ With the chance a that a draft is accepted, a step with k drafts brings 1 + a + 
 arXiv:2211.17192, equation 1) and costs k drafts and a verification of k + 1 tokens; the k with the most tokens per
 second wins, and plain decoding is k = 0. All three are followed as they change.
 
-What is tried may fail, so it is paid from an account: a call may lose 0.8 plain steps and one in a hundred of the
-steps that it has made, and no more. So a call is never slower than plain decoding by more than that, whatever the text.
+Drafts may fail, so they are paid from an account: tokens are drafted only if the call, were all of them wrong, would
+then be behind plain decoding by no more than 0.8 of a plain step plus 1 % of the call.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from hf_accel.speculative.costs import StepCosts
 
 ALLOWANCE_STEPS = 0.8
 ALLOWANCE_SHARE = 0.01
-CREDIT_STEPS = 4.0  # what was gained long ago does not pay for what fails now
-GAIN = 1.03  # by how much drafting must promise to be faster
+CREDIT_STEPS = 4.0  # of what was gained no more is kept to pay for what fails later
+GAIN = 1.03  # drafts are made where they promise so many times the tokens per second of plain decoding
 
 
 @dataclass(frozen=True)
-class Choice:
-    """To draft `tokens` tokens; `rate` is how many tokens per second that promises."""
+class DraftLength:
+    """How many tokens to draft, and how many tokens per second that promises."""
 
     tokens: int
     rate: float
@@ -44,14 +44,14 @@ class Account:
         self.lost = max(-CREDIT_STEPS, self.lost + cost - tokens)
 
 
-def choose(chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int) -> Choice:
+def choose(chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int) -> DraftLength:
     """Return how many tokens to draft.
 
     chances: per live row, the chance that its i-th draft is accepted once those before it are; a row that has fewer
     drafts than others gains nothing beyond them. draft_s: seconds per drafted token.
     """
     plain_s = costs.step(1)
-    best = Choice(0, 1 / plain_s)
+    best = DraftLength(0, 1 / plain_s)
     expected = [1.0] * len(chances)
     reach = [1.0] * len(chances)
     for tokens in range(1, most + 1):
@@ -64,5 +64,5 @@ def choose(chances: list[list[float]], draft_s: float, costs: StepCosts, account
         # the slowest row decides when a batch is done, the others how much is gained until then
         rate = (sum(expected) / len(expected) + min(expected)) / 2 / seconds
         if rate > best.rate * (GAIN if best.tokens == 0 else 1.0):
-            best = Choice(tokens, rate)
+            best = DraftLength(tokens, rate)
     return best

@@ -7,10 +7,10 @@ from typing import Any
 from transformers import DynamicCache
 
 from hf_accel.core.calls.doors import Door
-from hf_accel.core.calls.forward import rollback_objection
 from hf_accel.core.calls.hosting import Host, host_of
 from hf_accel.core.calls.keywords import Keyword, register
 from hf_accel.core.calls.report import SECTIONS, Applied
+from hf_accel.core.calls.rollback import rollback_obstacle
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.shadow import shadow
 from hf_accel.core.steps.goal import Gain, Goal, Offer
@@ -23,11 +23,11 @@ from hf_accel.speculative.forms import few_bits_config, layer_list
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS
 
-MOST_CONFIGS = 8  # of calls, kept with the weights that their drafters have of their own
+MOST_CONFIGS = 8  # so many configs of single calls stay set up, with the weights of their drafters
 PER_CALL = "per call: "
 KEYWORD = "speculative"
 SECTION = "speculation"
-# arguments by which a caller asks stock for its own assisted generation
+# arguments of `generate` that ask for the assisted generation of transformers
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
@@ -112,7 +112,7 @@ def _trial_obstacle(model: Any) -> str | None:
     context = getattr(config, "max_position_embeddings", None)
     if isinstance(context, int) and context < CONTEXT_TOKENS:
         return f"a context of {context} tokens is too short to try drafts in; it takes {CONTEXT_TOKENS}"
-    reason = rollback_objection(DynamicCache(config=config), is_batch=False)
+    reason = rollback_obstacle(DynamicCache(config=config), is_batch=False)
     return reason and f"{reason}, so drafts cannot be verified"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from hf_accel.core.calls.forward import apart_objection
+from hf_accel.core.calls.forward import apart_obstacle
 from hf_accel.core.model.rope import moving_rope, unfamiliar_lengths
 from hf_accel.errors import described
 from hf_accel.kernels.packed import PackedProduct
@@ -71,13 +71,13 @@ class Proof:
     """What was found.
 
     rounding: how far logits were from those of single steps, in few rows and more; 0 where no text shows it, as in
-    fp32. objection: why every call is decoded plainly; apart: why batches are; None: they need not be.
+    fp32. obstacle: why every call is decoded plainly; apart: why batches are; None: they need not be.
     """
 
     rows: RowCosts
     rounding: tuple[float, float]
     apart_difference: float
-    objection: str | None = None
+    obstacle: str | None = None
     apart: str | None = None
 
 
@@ -88,14 +88,14 @@ def prove(trials: Trials) -> Proof:
     wide = compare(trials, tolerance)
     proof = Proof(wide.rows, (wide.few, wide.many) if tolerance.is_rough else (0.0, 0.0), math.inf)
     if not wide.is_equal(tolerance):
-        proof.objection = OTHER
+        proof.obstacle = OTHER
         return proof
-    proof.objection = _far_objection(trials, tolerance)
-    proof.apart = apart_objection(trials.model) if trials.takes_positions else "it takes no positions"
+    proof.obstacle = _far_obstacle(trials, tolerance)
+    proof.apart = apart_obstacle(trials.model) if trials.takes_positions else "it takes no positions"
     if proof.apart is None:
         proof.apart_difference = apart_difference(trials, tolerance)
     window = widest_window(trials.model)
-    if window is not None and window > NARROW and proof.objection is None:
+    if window is not None and window > NARROW and proof.obstacle is None:
         _pass_window(proof, trials, window, tolerance)
     if proof.apart is None and proof.apart_difference == math.inf:
         proof.apart = "rows of different lengths get other results than alone"
@@ -109,20 +109,20 @@ def _pass_window(proof: Proof, trials: Trials, window: int, tolerance: Tolerance
         narrow = Trials.of(model, trials.prepare_cache, writes=False, layers=layers, cache_config=config)
         wide = compare(narrow, tolerance, is_timed=False)
     except Exception as error:  # stock itself may fail there
-        proof.objection = f"steps past the window of {window} tokens could not be tried: {described(error)}"
+        proof.obstacle = f"steps past the window of {window} tokens could not be tried: {described(error)}"
         return
     # a step of two ends where the window does: what differs there is rounding
     limit = min(tolerance.limit, max(4 * wide.relative[2], tolerance.limit / 8))
     tolerance = replace(tolerance, limit=limit)
     if not wide.is_equal(tolerance):
-        proof.objection = f"{OTHER} past the window of {window} tokens"
+        proof.obstacle = f"{OTHER} past the window of {window} tokens"
     elif proof.apart_difference < math.inf and apart_difference(narrow, tolerance) == math.inf:
         proof.apart_difference = math.inf
         proof.apart = f"rows of different lengths get other results than alone past the window of {window} tokens"
 
 
-def _far_objection(trials: Trials, tolerance: Tolerance) -> str | None:
-    """Return what objects to steps beyond a rope's switch, or around the lengths that foreign rotary code names."""
+def _far_obstacle(trials: Trials, tolerance: Tolerance) -> str | None:
+    """Return why drafts fail beyond a rope's switch, or around the lengths that foreign rotary code names."""
     rope = moving_rope(trials.model)
     beyond = [] if rope is None else [(n, n) for n in rope.switches if n > trials.first_position]
     around = [(n, max(0, n - PROMPT_TOKENS - NEEDED // 2)) for n in unfamiliar_lengths(trials.model)]

@@ -8,23 +8,23 @@ from collections.abc import Callable
 from hf_accel.core.calls.drafting import Draft
 from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.costs import StepCosts
-from hf_accel.speculative.drafters.drafter import Proposal
-from hf_accel.speculative.governor import Account, Choice, choose
-from hf_accel.speculative.sources import Arm
+from hf_accel.speculative.drafters.drafter import Guess
+from hf_accel.speculative.governor import Account, DraftLength, choose
+from hf_accel.speculative.sources import Candidate
 from hf_accel.speculative.statistics import Statistics
 
-# drafting nothing takes this long, and may take this share of the time
+# looking for drafts where there are none takes about so long, and may take this share of a call
 ASKING_S = 150e-6
 ASKING_SHARE = 0.01
-IDLE_STEPS = 4
+IDLE_STEPS = 4  # without a draft, before plain steps are made without looking for one
 
 
 class SpeculativeSession:
-    """See `hf_accel.core.calls.drafting.Session`. arms: in the order in which they are asked."""
+    """See `hf_accel.core.calls.drafting.Session`. candidates: in the order in which they are asked."""
 
     def __init__(
         self,
-        arms: list[Arm],
+        candidates: list[Candidate],
         rows: Rows,
         costs: StepCosts,
         most: int,
@@ -32,12 +32,12 @@ class SpeculativeSession:
         totals: Statistics,
         close: Callable[[], None],
     ) -> None:
-        self.arms, self.rows, self.costs, self.totals, self.close = arms, rows, costs, totals, close
+        self.candidates, self.rows, self.costs, self.totals, self.close = candidates, rows, costs, totals, close
         self.most, self.adaptive = most, adaptive
         self.account = Account()
         self._idle = 0  # tokens since the last draft
-        self._just_napped = False
-        self._current: tuple[Arm, Proposal, float] | None = None
+        self._just_ran_plainly = False
+        self._current: tuple[Candidate, Guess, float] | None = None
 
     def propose(self, limit: int) -> Draft | None:
         most = min(limit, self.most)
@@ -45,87 +45,89 @@ class SpeculativeSession:
         found = self._fixed(most) if not self.adaptive else self._best(most, limit)
         if found is None:
             return None
-        arm, proposal, seconds = found
+        candidate, guess, seconds = found
         self._current = found
-        if not arm.drafter.is_free:
-            arm.observe(seconds, max(1, proposal.draft.tokens.shape[1]))
-        return proposal.draft
+        if not candidate.drafter.is_free:
+            candidate.observe(seconds, max(1, guess.draft.tokens.shape[1]))
+        return guess.draft
 
-    def nap(self, limit: int) -> int:
-        """Asking costs time; where steps are short, more plain ones are made the longer no draft was worth it."""
+    def plain_steps(self, limit: int) -> int:
+        """Return more steps the longer no draft was worth it, where steps are so short that asking for one counts."""
         if not self.adaptive or self._idle < IDLE_STEPS:
             return 0
         longest = int(ASKING_S / (ASKING_SHARE * self.costs.step(1)))
-        nap = min(limit - 1, longest, self._idle)
-        return nap if nap > 1 and not self._just_napped else 0
+        steps = min(limit - 1, longest, self._idle)
+        return steps if steps > 1 and not self._just_ran_plainly else 0
 
     def observe(self, draft: Draft | None, accepted: list[int], seconds: float, steps: int = 1) -> None:
         tokens = 1 if draft is None else 1 + draft.tokens.shape[1]
         self.costs.observe(tokens, seconds)
         self.totals.step(steps * sum(count >= 0 for count in accepted), steps)
-        self._just_napped = steps > 1
+        self._just_ran_plainly = steps > 1
         if draft is None or self._current is None:
             self._idle += steps
             self.account.settle(float(steps), float(steps))
             return
         self._idle = 0
-        arm, proposal, _ = self._current
+        candidate, guess, _ = self._current
         live = [row for row, count in enumerate(accepted) if count >= 0]
         for row in live:
-            held = accepted[row]
-            if not arm.drafter.is_free:
-                for t, bucket in enumerate(proposal.buckets[row][: held + 1]):
-                    arm.by_confidence.observe(bucket, t < held)
-                    arm.overall.observe(0, t < held)
-            self.totals.drafted(arm.source.name, draft.counts[row], held)
+            count = accepted[row]
+            if not candidate.drafter.is_free:
+                for t, bucket in enumerate(guess.buckets[row][: count + 1]):
+                    candidate.by_confidence.observe(bucket, t < count)
+                    candidate.overall.observe(0, t < count)
+            self.totals.drafted(candidate.source.name, draft.counts[row], count)
         if live:
             plain_s = self.costs.step(1)
-            cost = (arm.draft_s * draft.tokens.shape[1] + self.costs.step(tokens)) / plain_s
+            cost = (candidate.draft_s * draft.tokens.shape[1] + self.costs.step(tokens)) / plain_s
             self.account.settle(cost, 1 + min(accepted[row] for row in live))
 
-    def _pays_reading(self, arm: Arm, choice: Choice, left: int) -> bool:
-        """Return whether what the arm promises for the tokens left is more than reading the prompt for it takes."""
-        unread = arm.drafter.unread
+    def _pays_reading(self, candidate: Candidate, length: DraftLength, left: int) -> bool:
+        """Return whether drafting the tokens left gains more time than reading the prompt for it takes."""
+        unread = candidate.drafter.unread
         if not unread:
             return True
         batch = self.costs.batch
-        read_s = arm.draft_s * self.costs.rows.ratio(batch * unread, batch)
-        return left * (self.costs.step(1) - 1 / choice.rate) > read_s
+        read_s = candidate.draft_s * self.costs.rows.ratio(batch * unread, batch)
+        return left * (self.costs.step(1) - 1 / length.rate) > read_s
 
-    def _fixed(self, most: int) -> tuple[Arm, Proposal, float] | None:
-        for arm in self.arms:
+    def _fixed(self, most: int) -> tuple[Candidate, Guess, float] | None:
+        """Let the first candidate draft that has something to say, as many tokens as it can."""
+        for candidate in self.candidates:
             start = time.perf_counter()
-            proposal = arm.drafter.propose(most, lambda _: True)
-            if proposal is not None:
-                return arm, proposal, time.perf_counter() - start
+            guess = candidate.drafter.propose(most, lambda _: True)
+            if guess is not None:
+                return candidate, guess, time.perf_counter() - start
         return None
 
-    def _best(self, most: int, left: int) -> tuple[Arm, Proposal, float] | None:
-        """Let the arm draft that promises most tokens per second, if any promises more than plain decoding.
+    def _best(self, most: int, left: int) -> tuple[Candidate, Guess, float] | None:
+        """Let the candidate draft that promises most tokens per second, if any promises more than plain decoding.
 
         left: how many tokens may still come.
         """
         live = self.rows.live()
-        best: tuple[float, Arm, int, Proposal | None] | None = None
-        for arm in self.arms:
-            proposal = None
-            if arm.drafter.is_free:
-                proposal = arm.drafter.propose(most, lambda _: True)
-                if proposal is None:
+        best: tuple[float, Candidate, int, Guess | None] | None = None
+        for candidate in self.candidates:
+            guess = None
+            if candidate.drafter.is_free:
+                guess = candidate.drafter.propose(most, lambda _: True)
+                if guess is None:
                     continue
-                chances = [[arm.by_confidence.chance(b) for b in proposal.buckets[row]] for row in live]
+                chances = [[candidate.by_confidence.chance(b) for b in guess.buckets[row]] for row in live]
             else:
-                chances = [[arm.overall.chance(0)] * most] * len(live)
-            choice = choose(chances, arm.draft_s, self.costs, self.account, most)
-            if choice.tokens and (best is None or choice.rate > best[0]) and self._pays_reading(arm, choice, left):
-                best = (choice.rate, arm, choice.tokens, proposal)
+                chances = [[candidate.overall.chance(0)] * most] * len(live)
+            length = choose(chances, candidate.draft_s, self.costs, self.account, most)
+            is_best = length.tokens > 0 and (best is None or length.rate > best[0])
+            if is_best and self._pays_reading(candidate, length, left):
+                best = (length.rate, candidate, length.tokens, guess)
         if best is None:
             return None
-        rate, arm, tokens, proposal = best
-        if proposal is not None:
-            counts = [min(count, tokens) for count in proposal.draft.counts]
+        rate, candidate, tokens, guess = best
+        if guess is not None:
+            counts = [min(count, tokens) for count in guess.draft.counts]
             width = max(counts)
-            return arm, Proposal(Draft(proposal.draft.tokens[:, :width], counts), proposal.buckets), 0.0
+            return candidate, Guess(Draft(guess.draft.tokens[:, :width], counts), guess.buckets), 0.0
         reach = 1.0
         step = 1
 
@@ -133,14 +135,14 @@ class SpeculativeSession:
             """Draft on while the next token promises more than the time it takes would bring otherwise."""
             nonlocal reach, step
             step += 1
-            reach *= max(arm.by_confidence.chance(bucket) for bucket in latest)
-            more_s = arm.draft_s + self.costs.step(step + 1) - self.costs.step(step)
-            return reach * arm.overall.chance(0) > rate * more_s
+            reach *= max(candidate.by_confidence.chance(bucket) for bucket in latest)
+            more_s = candidate.draft_s + self.costs.step(step + 1) - self.costs.step(step)
+            return reach * candidate.overall.chance(0) > rate * more_s
 
         start = time.perf_counter()
         if self.account.lost < 0:  # in credit: as long as the drafter is sure
             most = min(most, tokens + 2)
         else:
             most = tokens
-        proposal = arm.drafter.propose(most, goes_on)
-        return None if proposal is None else (arm, proposal, time.perf_counter() - start)
+        guess = candidate.drafter.propose(most, goes_on)
+        return None if guess is None else (candidate, guess, time.perf_counter() - start)

@@ -8,20 +8,22 @@ from dataclasses import dataclass, field
 
 from hf_accel.speculative.acceptance import Acceptance
 from hf_accel.speculative.drafters.drafter import Drafter
-from hf_accel.speculative.forms import Form
+from hf_accel.speculative.forms import DraftForm
 
-# before anything is known of a text: the longer a match, the likelier what follows
+# how likely a draft of lookup is accepted before its text has shown anything: one chance for each bucket of lengths of
+# the match, from the shortest on (`LENGTHS` in drafters/lookup.py)
 MATCH_PRIORS = (0.25, 0.4, 0.6, 0.75, 0.85)
-# how much oftener than all drafts those of a confidence are wrong
+# how many times as often as the average draft of a model one is rejected: one factor for each bucket of the
+# probability that the drafter gave it, from the lowest on (`CONFIDENCE` in drafters/drafter.py)
 CONFIDENCE_ERRORS = (3.0, 2.0, 1.2, 0.5, 0.2)
 
 
 @dataclass
 class Source:
-    """A drafter of the model: `form` is the model that drafts, None for lookup; trackers outlive calls."""
+    """A drafter of the model, over all calls: `form` is the model that drafts, None for lookup."""
 
     name: str
-    form: Form | None
+    form: DraftForm | None
     draft_s: float
     overall: Acceptance
     by_confidence: Acceptance
@@ -32,7 +34,7 @@ class Source:
         return cls("lookup", None, 0.0, Acceptance([0.5]), Acceptance(MATCH_PRIORS))
 
     @classmethod
-    def model(cls, form: Form, agreement: float, draft_s: float, can_be_apart: bool) -> Source:
+    def model(cls, form: DraftForm, agreement: float, draft_s: float, can_be_apart: bool) -> Source:
         # a short text may agree wholly by chance
         prior = min(max(agreement, 0.05), 0.95)
         by_confidence = [max(0.1, 1 - (1 - prior) * errors) for errors in CONFIDENCE_ERRORS]
@@ -40,8 +42,8 @@ class Source:
 
 
 @dataclass
-class Arm:
-    """One drafter in one call, and what is believed of it."""
+class Candidate:
+    """One drafter in one call, with what its drafts take and how often they are accepted."""
 
     source: Source
     drafter: Drafter

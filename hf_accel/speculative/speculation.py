@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_accel.core.calls.call import Call
-from hf_accel.core.calls.drafting import Chooser
+from hf_accel.core.calls.drafting import TokenChooser
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.config import SpeculativeConfig
@@ -21,7 +21,7 @@ from hf_accel.speculative.drafters.model import OwnCacheDrafter, SharedCacheDraf
 from hf_accel.speculative.drafters.suffixes import TenantHistory
 from hf_accel.speculative.proof import SMALL_ROWS, Proof
 from hf_accel.speculative.session import SpeculativeSession
-from hf_accel.speculative.sources import Arm, Source
+from hf_accel.speculative.sources import Candidate, Source
 from hf_accel.speculative.statistics import Statistics
 
 
@@ -46,26 +46,26 @@ class ModelSpeculation:
     def rounding_bound(self, rows: int) -> float:
         return self.rounding[rows > SMALL_ROWS]
 
-    def objection(self, call: Call) -> str | None:
+    def obstacle(self, call: Call) -> str | None:
         batch = call.input_ids.shape[0]
-        if self.proof.objection is not None:
-            return self.proof.objection
+        if self.proof.obstacle is not None:
+            return self.proof.obstacle
         if batch > 1 and self.proof.apart is not None:
             return "rows of this model cannot have different lengths"
-        # Single tokens could settle near-ties only over keys and values that single tokens wrote. Writing those anew
-        # takes a step for every token so far, so where steps round differently, plain decoding is the fastest way.
+        # A near-tie could be decided again by a step of one token only if such steps had written all keys and values,
+        # too. That is plain decoding, so where steps round differently there is nothing faster.
         if self.config.strict and (self.rounding[0] > 0 or (batch > 1 and self.proof.apart_difference > 0)):
             return "strict, and steps of several tokens round differently here"
         if self.config.strict and 2 * batch > SMALL_ROWS:
             return f"strict, and only steps of up to {SMALL_ROWS} rows round alike"
         return None
 
-    def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: Chooser) -> SpeculativeSession:
+    def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: TokenChooser) -> SpeculativeSession:
         self.statistics.opened()
         history = None
         if self.history is not None:
             history = self.history.of(call.request.tenant)
-        arms = []
+        candidates = []
         costs = StepCosts(self.row_costs, len(rows))
         scale = self.row_costs.ratio(len(rows), 1)  # drafts were timed for one row
         for source in self.sources:
@@ -80,21 +80,21 @@ class ModelSpeculation:
                 drafter = OwnCacheDrafter(source.form.model, self.prepare_cache, rows, chooser, call.model_kwargs)
             else:
                 drafter = SharedCacheDrafter(source.form.model, source.form.layers, rows, chooser, stepper)
-            arms.append(Arm(source, drafter, source.draft_s * scale, overall, by_confidence))
+            candidates.append(Candidate(source, drafter, source.draft_s * scale, overall, by_confidence))
         most = self.config.max_draft_tokens
         if self.config.strict:
             most = min(most, SMALL_ROWS // len(rows) - 1)
 
         def close() -> None:
             with self._lock:
-                for arm in arms:
-                    arm.source.overall.blend(arm.overall)
-                    arm.source.by_confidence.blend(arm.by_confidence)
+                for candidate in candidates:
+                    candidate.source.overall.blend(candidate.overall)
+                    candidate.source.by_confidence.blend(candidate.by_confidence)
             if history is not None:
                 for text in rows.texts:
                     history.add(text)  # in one piece: other calls of the tenant may end at the same time
 
-        return SpeculativeSession(arms, rows, costs, most, self.config.adaptive, self.statistics, close)
+        return SpeculativeSession(candidates, rows, costs, most, self.config.adaptive, self.statistics, close)
 
     def skip(self, reason: str) -> None:
         self.statistics.skipped(reason)

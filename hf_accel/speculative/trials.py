@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.drift import CACHE
 from hf_accel.speculative.costs import RowCosts
-from hf_accel.speculative.forms import Form, layer_list, without_layers
+from hf_accel.speculative.forms import DraftForm, layer_list, without_layers
 
 TEXT_TOKENS = 16
 PROMPT_TOKENS = 8
@@ -125,7 +125,7 @@ class Trials:
         return max(float((logits(width) - single).abs().max()) for width in widths)
 
     @torch.no_grad()
-    def agreement(self, form: Form) -> float:
+    def agreement(self, form: DraftForm) -> float:
         """Return the share of tokens of the model's text that a draft would have chosen."""
         cache: Any = DynamicCache(config=form.model.config.get_text_config(decoder=True))
         if form.layers is not None:  # the layers keep the places they have in the model's cache
@@ -134,7 +134,7 @@ class Trials:
         return float((logits.argmax(dim=-1) == self.text[:, PROMPT_TOKENS:]).float().mean())
 
     @torch.no_grad()
-    def draft_seconds(self, form: Form) -> float:
+    def draft_seconds(self, form: DraftForm) -> float:
         """Return what drafting a token takes, the least of a few."""
         trial = Trials(form.model, self.prepare_cache, self.text) if form.has_own_cache else self
         stepper = trial.stepper(1)
@@ -176,7 +176,7 @@ class Trials:
         firsts = {kinds.index(kind) for kind in set(kinds)} | {0}
         return sorted((index for index in influence if index not in firsts), key=influence.__getitem__)
 
-    def best_skip(self, progress: Callable[[], None] | None = None) -> tuple[Form, float]:
+    def best_skip(self, progress: Callable[[], None] | None = None) -> tuple[DraftForm, float]:
         """Return the model without the number of layers that promises most, and its agreement.
 
         Raises:
@@ -186,7 +186,7 @@ class Trials:
         if not order:
             raise LookupError("every layer is needed")
         total = len(layer_list(self.model)[1])
-        best: tuple[float, Form, float] | None = None
+        best: tuple[float, DraftForm, float] | None = None
         for count in sorted({max(1, len(order) * part // 8) for part in (1, 2, 3, 4, 5, 6)}):
             form = without_layers(self.model, sorted(order[:count]))
             agreement = self.agreement(form)

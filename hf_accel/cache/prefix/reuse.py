@@ -23,7 +23,7 @@ from hf_accel.cache.codec import Codec
 from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
 from hf_accel.cache.prefix.store import Block, PrefixStore
 from hf_accel.cache.probing import LayerShape, ModelShapes, autocast_dtype
-from hf_accel.core.calls.forward import recording
+from hf_accel.core.calls.rollback import recording
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.rope import moving_rope
 from hf_accel.core.model.support import foreign_inputs

@@ -1,4 +1,8 @@
-"""What families may expect of one another, beyond transformers' own contracts, without importing one another."""
+"""The contract between what verifies drafts and what makes them, so that neither has to import the other.
+
+`Speculation` belongs to a model and opens a `Session` for each call, which gives drafts; `TokenChooser` belongs to the
+verification of that call, and drafters choose tokens by it.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +16,30 @@ from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
 
 
-class Chooser(Protocol):
-    """Scores and tokens as the call at hand chooses them; see `hf_accel.decoding.choosing.Chooser`."""
+class TokenChooser(Protocol):
+    """Chooses tokens as the call at hand chooses them, so that a drafter can guess them."""
 
     samples: bool
-    has_own_draws: bool  # drafts are drawn from proposals, and verified by acceptance and residual
+    has_own_draws: bool  # drafts are drawn for themselves, and verified by acceptance and residual
 
-    def score(self, logits: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor: ...
+    def score(self, logits: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the processed scores [B, T, V] of logits [B, T, V], where the rows go on with the tokens `ahead`."""
 
-    def choose(self, scores: torch.Tensor, ahead: int = 0) -> torch.Tensor: ...
+    def choose(self, scores: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+        """Return the tokens [B, T] for scores [B, T, V] that begin `ahead` tokens beyond the ends of the rows."""
 
 
 @dataclass
 class Draft:
     """Tokens [B, k] proposed to follow the rows, counts[b] of them in row b (the rest is filler).
 
-    proposal: [B, k, V], the probabilities they were drawn from; None: they were chosen deterministically, or by the
+    probabilities: [B, k, V], which the tokens were drawn from; None: they were chosen deterministically, or by the
     draws that verification makes as well.
     """
 
     tokens: torch.Tensor
     counts: list[int]
-    proposal: torch.Tensor | None = None
+    probabilities: torch.Tensor | None = None
 
 
 class Session(Protocol):
@@ -42,7 +48,7 @@ class Session(Protocol):
     def propose(self, limit: int) -> Draft | None:
         """Return drafts of at most `limit` tokens, None to decode one token plainly."""
 
-    def nap(self, limit: int) -> int:
+    def plain_steps(self, limit: int) -> int:
         """Return how many tokens to decode plainly before asking for drafts, at most `limit`; 0 to ask now."""
 
     def observe(self, draft: Draft | None, accepted: list[int], seconds: float, steps: int = 1) -> None:
@@ -63,10 +69,11 @@ class Speculation(Protocol):
     def rounding_bound(self, rows: int) -> float:
         """Return by how much logits may differ between a step of `rows` rows and one of a single token; 0: not."""
 
-    def objection(self, call: Call) -> str | None:
+    def obstacle(self, call: Call) -> str | None:
         """Return why a call is decoded plainly, None if a session can be opened."""
 
-    def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: Chooser) -> Session: ...
+    def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: TokenChooser) -> Session:
+        """Open the session of a call whose prompt has run; `stepper` and `chooser` are those of its verification."""
 
     def skip(self, reason: str) -> None:
         """Count a call that was decoded plainly."""

@@ -1,63 +1,34 @@
-"""Forward passes over a cache whose rows may have different lengths.
+"""Forward passes after the prompt: the only place that calls a model there, be it to decode, to verify or to draft.
 
-A step feeds T tokens to every row, each at its own position, and `keep` says how many tokens of each row stay: one row
-(or rows in step) by cropping, which every transformers cache understands; rows apart by `RaggedLayer`, with explicit
-masks [B, 1, T, S]. Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows apart, B T S bytes.
+`SingleTokens` feeds one token to every row, with the inputs that stock would give. `Stepper` feeds T tokens to every
+row of a cache, each at its own position, and `keep` says how many tokens of each row stay: one row (or rows in step)
+by cropping, which every transformers cache understands; rows apart by `RaggedLayer`, with explicit masks [B, 1, T, S].
+Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows apart, B T S bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
-from hf_accel.core.calls.cache_layers import RaggedLayer
+from hf_accel.core.calls.inputs import LeanInputs, StockInputs
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
 
 
-def rollback_objection(cache: Any, is_batch: bool) -> str | None:
-    """Return why steps over `cache` cannot be taken back, None if they can; the cache has seen the prompt."""
-    if not isinstance(cache, Cache):
-        return f"there is no cache to take steps back in ({type(cache).__name__})"
-    if cache.offloading:
-        return "the cache is offloaded by transformers"
-    for layer in cache.layers:
-        # quantized layers inherit `crop` and claim to be croppable, but drop only what is not quantized yet
-        if not isinstance(layer, DynamicLayer) or isinstance(layer, QuantizedLayer) or not layer.is_croppable:
-            return f"a {type(layer).__name__} of the cache cannot take steps back"
-        if hasattr(layer, "update_indexer"):  # among equal scores, the best k are others in a matrix of another shape
-            return f"keys of a {type(layer).__name__} are chosen otherwise in steps of several tokens"
-        if is_batch and not isinstance(layer, RaggedLayer):
-            return f"rows of a {type(layer).__name__} cannot have different lengths"
-    return None
+def run_model(model: Any, inputs: dict[str, Any]) -> Any:
+    """Call `model` and return its outputs."""
+    return model(**inputs, return_dict=True)
 
 
-@contextmanager
-def recording(cache: Any) -> Iterator[None]:
-    """Let the windows of `cache` keep their past for the block, so that steps can be taken back beyond them."""
-    windows = [layer for layer in cache.layers if not getattr(layer, "record_past", True)]
-    cache.activate_past_recording()
-    try:
-        yield
-    finally:
-        stop_recording(windows)
+def following_positions(model_kwargs: dict[str, Any], rows: int) -> torch.Tensor | None:
+    """Return the position of every row's first new token, [B]; None where the model is not told positions."""
+    positions = model_kwargs.get("position_ids")
+    return None if positions is None else positions[..., -1].expand(rows) + 1
 
 
-def stop_recording(layers: list[Any]) -> None:
-    """Let windows forget again what they cannot see, as they do in a plain call."""
-    for layer in layers:
-        if getattr(layer, "record_past", False):
-            if layer.is_initialized:
-                layer.crop(0)
-            layer.record_past = False
-
-
-def apart_objection(model: Any) -> str | None:
+def apart_obstacle(model: Any) -> str | None:
     """Return why the masks of rows that are apart cannot be given to `model`, None if they can."""
     if any(buffer.dtype is torch.bool and buffer.dim() > 1 for buffer in model.buffers()):
         return "its attention has masks of its own"  # of the columns of the cache, whatever row they belong to
@@ -67,6 +38,31 @@ def apart_objection(model: Any) -> str | None:
     if masks_of(model.config._attn_implementation) is None:
         return f"its attention is {model.config._attn_implementation}"
     return None
+
+
+class SingleTokens:
+    """The forward passes of plain decoding, one token per row, with whatever inputs the model takes."""
+
+    def __init__(self, model: Any, model_kwargs: dict[str, Any], outputs: Any) -> None:
+        """Begin with the outputs of the prompt, from which the first tokens are chosen."""
+        is_lean = LeanInputs.fit(model, model_kwargs, outputs)
+        self._inputs = LeanInputs(model_kwargs) if is_lean else StockInputs(model, model_kwargs)
+        self._model, self._outputs = model, outputs
+        self._is_first = True
+
+    def next(self, input_ids: torch.Tensor) -> Any:
+        """Return the outputs that the next token of every row is chosen from; `input_ids` is all so far, [B, S]."""
+        if not self._is_first:
+            inputs = self._inputs.next(self._outputs, input_ids)
+            self._outputs = None  # the logits of the prompt can be large
+            self._outputs = run_model(self._model, inputs)
+        self._is_first = False
+        return self._outputs
+
+    def close(self) -> Any:
+        """Return the cache that stock would return after the last pass."""
+        self._inputs.absorb(self._outputs)
+        return self._inputs.cache
 
 
 class Stepper:
@@ -102,7 +98,11 @@ class Stepper:
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, T, V] for tokens [B, T] at the ends of the rows, which grow by T."""
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, "return_dict": True, CACHE: self.cache}
+        return self.outputs(ids).logits  # type: ignore[no-any-return]
+
+    def outputs(self, ids: torch.Tensor) -> Any:
+        """Return all outputs of the model for tokens [B, T] at the ends of the rows, which grow by T."""
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, CACHE: self.cache}
         tokens = ids.shape[1]
         if self.positions is not None:
             inputs["position_ids"] = self._positions(tokens)
@@ -110,9 +110,9 @@ class Stepper:
             inputs["attention_mask"] = self._ragged_masks(tokens)
         elif self.mask is not None:
             inputs["attention_mask"] = self._visible(self.lengths[0] + tokens)
-        logits: torch.Tensor = self.model(**inputs).logits
+        found = run_model(self.model, inputs)
         self.lengths = [length + tokens for length in self.lengths]
-        return logits
+        return found
 
     def _positions(self, tokens: int) -> torch.Tensor:
         """Return the positions [B, tokens] of the tokens at the ends of the rows."""

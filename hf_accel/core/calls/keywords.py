@@ -19,7 +19,7 @@ from hf_accel.errors import ConfigError
 class Keyword:
     """One keyword of `generate`.
 
-    understand: (model, value, all other arguments) -> what stands at `doors` in this call, or what `Call.options` holds
+    understand: (model, value, all other arguments) -> what stands at `doors` in this call, or what `Request.options` holds
         under the keyword's name where there are none.
     """
 

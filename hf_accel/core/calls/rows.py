@@ -56,6 +56,17 @@ class Rows:
         ends: Any = torch.tensor(self.lengths, device=self.ids.device) - 1
         return self.ids.gather(1, ends[:, None])
 
+    def align_ended(self, lengths: list[int]) -> list[int]:
+        """Return lengths in a cache of all rows, with rows that have ended at the least length of the others.
+
+        Such rows take part in further steps, but their tokens are not used: so they need not be apart from the others.
+        """
+        live = [lengths[row] for row in self.live()]
+        if not live:
+            return lengths
+        least = min(live)
+        return [least if ended else length for length, ended in zip(lengths, self.ended, strict=True)]
+
     def live(self) -> list[int]:
         """Return the rows that have not ended."""
         return [row for row, ended in enumerate(self.ended) if not ended]

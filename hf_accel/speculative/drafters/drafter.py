@@ -1,9 +1,4 @@
-"""Drafters that run a model: a cheaper form of the model over its own cache, or a smaller model over one of its own.
-
-Cost: one forward pass of the drafting model per token. Over the model's own cache there is nothing else: the draft
-reads the keys and values of the model, writes its own behind them, and is taken back before verification. A draft
-model of its own has a cache of its own and must read the prompt first.
-"""
+"""What a drafter is: it guesses the next tokens of the rows of one call, and says how sure it is of each."""
 
 from __future__ import annotations
 
@@ -14,13 +9,13 @@ from typing import ClassVar
 
 from hf_accel.core.calls.drafting import Draft
 
-# drafts are alike when the drafter gave them a similar probability
+# bounds of the buckets that drafts of a model fall into, by the probability that the drafter gave them
 CONFIDENCE = (0.4, 0.7, 0.9, 0.98)
 
 
 @dataclass
-class Proposal:
-    """A draft and, per row, the bucket of each of its tokens."""
+class Guess:
+    """A draft and, per row, the bucket of `Acceptance` that each of its tokens falls into."""
 
     draft: Draft
     buckets: list[list[int]]
@@ -41,5 +36,5 @@ class Drafter(ABC):
         return 0
 
     @abstractmethod
-    def propose(self, tokens: int, goes_on: GoesOn) -> Proposal | None:
+    def propose(self, tokens: int, goes_on: GoesOn) -> Guess | None:
         """Return drafts of up to `tokens` tokens for the live rows, None where there is nothing to propose."""

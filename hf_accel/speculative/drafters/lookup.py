@@ -1,7 +1,7 @@
 """The drafter that runs no model: what followed the last tokens of a row earlier in its text, or in earlier calls.
 
-Whether its drafts hold shows without verifying them, in the tokens that come next: so it is judged at every step, and
-asked for verification only where that pays. Cost: microseconds per step.
+Whether its drafts are right shows in the tokens that come next, even without verifying them: so it is judged at every
+step, and its drafts are verified only where that pays. Cost: microseconds per step.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 from hf_accel.core.calls.drafting import Draft
 from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.acceptance import Acceptance
-from hf_accel.speculative.drafters.drafter import Drafter, GoesOn, Proposal
+from hf_accel.speculative.drafters.drafter import Drafter, GoesOn, Guess
 from hf_accel.speculative.drafters.suffixes import SuffixIndex
 
-# matches are alike when they are about as long
+# bounds of the buckets that drafts fall into, by the length of the match
 LENGTHS = (3, 5, 8, 16)
 
 
@@ -29,7 +29,7 @@ class LookupDrafter(Drafter):
         self._read = [0] * len(rows)
         self._expected: list[tuple[int, list[int], int] | None] = [None] * len(rows)
 
-    def propose(self, tokens: int, goes_on: GoesOn) -> Proposal | None:
+    def propose(self, tokens: int, goes_on: GoesOn) -> Guess | None:
         count = len(self.rows)
         found: list[list[int]] = [[] for _ in range(count)]
         buckets: list[list[int]] = [[] for _ in range(count)]
@@ -49,7 +49,7 @@ class LookupDrafter(Drafter):
         if not width:
             return None
         filled = torch.tensor([drafts + [0] * (width - len(drafts)) for drafts in found])
-        return Proposal(Draft(filled.to(self.rows.ids), [len(drafts) for drafts in found]), buckets)
+        return Guess(Draft(filled.to(self.rows.ids), [len(drafts) for drafts in found]), buckets)
 
     def _judge(self, row: int, text: list[int]) -> None:
         """Compare what was expected at the previous step with what came."""

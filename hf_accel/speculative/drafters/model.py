@@ -1,4 +1,9 @@
-"""Drafters that run a model."""
+"""Drafters that run a model: a cheaper form of the model over its own cache, or a smaller model over one of its own.
+
+Cost: one forward pass of the drafting model per token. Over the model's own cache there is nothing else: the draft
+reads the keys and values of the model, writes its own behind them, and is taken back before verification. A draft
+model of its own has a cache of its own and must read the prompt first.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +12,25 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hf_accel.core.calls.drafting import Chooser, Draft
-from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.drafting import Draft, TokenChooser
+from hf_accel.core.calls.forward import Stepper, following_positions
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
-from hf_accel.speculative.drafters.drafter import CONFIDENCE, Drafter, GoesOn, Proposal
+from hf_accel.speculative.drafters.drafter import CONFIDENCE, Drafter, GoesOn, Guess
 
 
 class ModelDrafter(Drafter):
     """Drafts token by token with a model."""
 
-    def __init__(self, rows: Rows, chooser: Chooser) -> None:
+    def __init__(self, rows: Rows, chooser: TokenChooser) -> None:
         self.rows, self.chooser = rows, chooser
 
-    def _draft(self, stepper: Stepper, tokens: torch.Tensor, most: int, goes_on: GoesOn) -> Proposal:
+    def _draft(self, stepper: Stepper, tokens: torch.Tensor, most: int, goes_on: GoesOn) -> Guess:
         """Draft up to `most` tokens after feeding `tokens` [B, T], of which the last of each row is the row's last."""
         live = self.rows.live()
         drafts: torch.Tensor | None = None
         buckets: list[list[int]] = [[] for _ in range(len(self.rows))]
-        proposals: list[torch.Tensor] = []
+        drawn_from: list[torch.Tensor] = []
         for ahead in range(most):
             logits = stepper.forward(tokens)[:, -1:].to(self.rows.ids.device)
             scores = self.chooser.score(logits, drafts)
@@ -33,25 +38,27 @@ class ModelDrafter(Drafter):
             drafts = tokens if drafts is None else torch.cat([drafts, tokens], dim=1)
             probabilities = scores.softmax(dim=-1)
             if self.chooser.has_own_draws:
-                proposals.append(probabilities)
+                drawn_from.append(probabilities)
             chances = probabilities.gather(2, tokens[:, :, None])[:, 0, 0].tolist()
             for row in live:
                 buckets[row].append(sum(chances[row] >= bound for bound in CONFIDENCE))
             if ahead + 1 < most and not goes_on([buckets[row][-1] for row in live]):
                 break
         counts = [len(found) for found in buckets]
-        proposal = torch.cat(proposals, dim=1) if proposals else None
-        return Proposal(Draft(drafts, counts, proposal), buckets)  # type: ignore[arg-type]
+        distributions = torch.cat(drawn_from, dim=1) if drawn_from else None
+        return Guess(Draft(drafts, counts, distributions), buckets)  # type: ignore[arg-type]
 
 
 class SharedCacheDrafter(ModelDrafter):
     """A cheaper form of the model, over the model's own cache. layers: those of the cache that it uses; None: all."""
 
-    def __init__(self, model: Any, layers: list[int] | None, rows: Rows, chooser: Chooser, verifier: Stepper) -> None:
+    def __init__(
+        self, model: Any, layers: list[int] | None, rows: Rows, chooser: TokenChooser, verifier: Stepper
+    ) -> None:
         super().__init__(rows, chooser)
         self.model, self.layers, self.verifier = model, layers, verifier
 
-    def propose(self, tokens: int, goes_on: GoesOn) -> Proposal | None:
+    def propose(self, tokens: int, goes_on: GoesOn) -> Guess | None:
         stepper = self.verifier.beside(self.model, self.layers)
         before = list(stepper.lengths)
         try:
@@ -63,7 +70,9 @@ class SharedCacheDrafter(ModelDrafter):
 class OwnCacheDrafter(ModelDrafter):
     """A smaller model with the same vocabulary, over a cache of its own."""
 
-    def __init__(self, model: Any, prepare_cache: Any, rows: Rows, chooser: Chooser, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, prepare_cache: Any, rows: Rows, chooser: TokenChooser, kwargs: dict[str, Any]
+    ) -> None:
         super().__init__(rows, chooser)
         self.model, self.prepare_cache, self.kwargs = model, prepare_cache, kwargs
         config = model.config.get_text_config(decoder=True)
@@ -74,31 +83,26 @@ class OwnCacheDrafter(ModelDrafter):
     def unread(self) -> int:
         return self.rows.prompt_tokens if self.stepper is None else 0
 
-    def propose(self, tokens: int, goes_on: GoesOn) -> Proposal | None:
+    def propose(self, tokens: int, goes_on: GoesOn) -> Guess | None:
         rows = self.rows
         tokens = min(tokens, self.context - max(rows.lengths))
         if tokens < 1:
             return None
         stepper = self.stepper or self._read_prompt()
-        # of what it has read, everything but the drafts that were not accepted is right
-        held = [min(have, length - 1) for have, length in zip(stepper.lengths, rows.lengths, strict=True)]
-        missing = [length - 1 - have for length, have in zip(rows.lengths, held, strict=True)]
+        # what it has read stays, but for drafts that were not accepted
+        kept = [min(have, length - 1) for have, length in zip(stepper.lengths, rows.lengths, strict=True)]
+        missing = [length - 1 - have for length, have in zip(rows.lengths, kept, strict=True)]
         live = rows.live()
         most = max(missing[row] for row in live)
         if any(missing[row] < most for row in live):
-            if max(held[row] for row in live) + most > self.context:
+            if max(kept[row] for row in live) + most > self.context:
                 return None
             # rows that have read more read filler behind their ends, which is taken back
-            stepper.keep(self._along(held))
+            stepper.keep(rows.align_ended(kept))
             stepper.forward(self._tokens(stepper.lengths, most))
-            held, most = [length - 1 for length in rows.lengths], 0
-        stepper.keep(self._along(held))
+            kept, most = [length - 1 for length in rows.lengths], 0
+        stepper.keep(rows.align_ended(kept))
         return self._draft(stepper, self._tokens(stepper.lengths, most + 1), tokens, goes_on)
-
-    def _along(self, held: list[int]) -> list[int]:
-        """Return `held` with rows that have ended where they are in nobody's way."""
-        least = min(held[row] for row in self.rows.live())
-        return [least if ended else length for length, ended in zip(held, self.rows.ended, strict=True)]
 
     def _tokens(self, starts: list[int], count: int) -> torch.Tensor:
         """Return `count` tokens [B, count] of each row from its start on, filler behind its end."""
@@ -117,7 +121,7 @@ class OwnCacheDrafter(ModelDrafter):
         inputs = {"input_ids": rows.ids[:, :prompt], "attention_mask": mask, "position_ids": positions, CACHE: cache}
         given = {name: value for name, value in inputs.items() if value is not None}
         self.model.get_decoder()(use_cache=True, return_dict=True, **given)
-        following = None if positions is None else positions[..., -1].expand(len(rows)) + 1
+        following = following_positions(self.kwargs, len(rows))
         self.stepper = Stepper(self.model, cache, [prompt] * len(rows), mask, following, prompt)
         self.stepper.keep(self.stepper.lengths)
         return self.stepper

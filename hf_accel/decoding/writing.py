@@ -1,0 +1,61 @@
+"""The text of one call in progress: what stock's loop does around choosing a token, in its order and precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from hf_accel.core.calls.call import Call
+from hf_accel.core.drift import CACHE
+from hf_accel.decoding.choosing import NextTokens
+from hf_accel.decoding.collected import Collected
+
+
+class Writing:
+    """One call's text, to which tokens are given until it is done; whoever drives it keeps nothing of its own.
+
+    input_ids: [B, S], prompt and tokens so far. unfinished: [B], 1 for the rows that still count.
+    """
+
+    def __init__(self, call: Call) -> None:
+        config, self.input_ids = call.generation_config, call.input_ids
+        device = self.input_ids.device
+        self.unfinished = torch.ones(self.input_ids.shape[0], dtype=torch.long, device=device)
+        self._criteria, self._streamer = call.stopping_criteria, call.streamer
+        pad: Any = config._pad_token_tensor
+        self._pad: Any = pad.to(device) if pad is not None else None
+        self._pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in call.stopping_criteria)
+        self._collected = Collected.for_config(config)
+        self._collects = any(self._collected.wanted.values())
+        self._returns_dict = config.return_dict_in_generate
+
+    def take(self, step: NextTokens) -> bool:
+        """Append the next token of every row, and return whether the text is done."""
+        if self._collects:
+            self._collected.add(step)
+        tokens = step.tokens
+        if self._pads_finished_rows:
+            tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~self._criteria(self.input_ids, self._collected.scores)
+        if self._streamer is not None:
+            self._streamer.put(tokens.cpu())
+        return not self.unfinished.any()
+
+    def result(self, cache: Any) -> Any:
+        """End the stream and return what stock's `_sample` would: ids [B, S], or a GenerateDecoderOnlyOutput."""
+        if self._streamer is not None:
+            self._streamer.end()
+        if not self._returns_dict:
+            return self.input_ids
+        collected = self._collected
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids,  # type: ignore[arg-type]
+            scores=collected.scores,
+            logits=collected.logits,
+            attentions=collected.attentions,
+            hidden_states=collected.hidden_states,
+            **{CACHE: cache},
+        )
