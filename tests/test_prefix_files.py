@@ -250,8 +250,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     """The process is killed between writing a file and giving it its name."""
     script = """
 import os, signal, sys, torch
-from hf_accel.cache.prefix_files import PrefixFiles
-from hf_accel.cache.prefixes import PrefixStore
+from hf_accel.cache.prefix.files import PrefixFiles
+from hf_accel.cache.prefix.store import PrefixStore
 store = PrefixStore(10**6, 2, PrefixFiles(sys.argv[1]))
 make = lambda start, stop: [torch.full((16,), start, dtype=torch.uint8)]
 store.add("a", b"weights", [5, 6, 7, 8], make)

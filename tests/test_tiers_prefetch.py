@@ -163,7 +163,7 @@ def test_exit_of_the_interpreter(store: str, tmp_path: Path) -> None:
     """With a read under way and nothing closed: no hanging, no message, no file."""
     script = f"""
 import torch
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.tiers import Tiers
 tiers = Tiers(torch.device("cpu"), store={store!r}, near_budget_bytes=4 << 20, folder={str(tmp_path)!r})
 for i in range(6):
     tiers.put(0, torch.full((1, 1, 64, 4096), float(i)), torch.ones(1, 1, 64, 4096), owned=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_accel.cache.eviction import METHODS
 from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
 from hf_accel.ops.cached import BITS
-from hf_accel.ops.eviction import METHODS
 
 STORES = ("device", "cpu", "disk")
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_accel.cache.buffers import MINIMUM_TOKENS
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.config import KVCacheConfig
-from hf_accel.cache.layers.growing import MINIMUM_TOKENS
 from hf_accel.cache.probing import LayerShape
 from hf_accel.errors import ConfigError
 
@@ -19,8 +19,13 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Division:
-    """block_tokens: tokens of a block; near_bytes, cpu_bytes: of the budgets, for blocks beyond the hot buffers (with
-    two buffers for reading); hot_bytes: of the layers' own buffers."""
+    """How a call's budgets are spent.
+
+    block_tokens: how many tokens move together.
+    hot_bytes: what the layers' own buffers take.
+    near_bytes: what is left of the device's budget, for blocks and for two buffers to read them into.
+    cpu_bytes: what blocks may take of CPU memory, None: no limit.
+    """
 
     block_tokens: int
     hot_bytes: int
@@ -43,7 +48,7 @@ def divide(
     fixed = sum(size * max(MINIMUM_TOKENS, min(tokens, 2 * window)) for size, window in windows)
     budget, cpu = config.device_budget_bytes, config.cpu_budget_bytes
     if device.type == "cpu" and cpu is not None:
-        # one memory, one budget; nothing on top of "as few as will do" is that
+        # both budgets are of one memory and add up; a sum of 0 bytes means "as few as will do", as None does
         budget, cpu = (budget or 0) + cpu or None, 0
     sizes = [n for n in (1 << i for i in range(4, 13)) if n == SMALLEST or n < tokens]
 

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from hf_accel.cache.assembly import Caching, use_growing_layers
+from hf_accel.cache.assembly import CacheAssembly, use_growing_layers
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.prefix.files import PrefixFiles
@@ -66,7 +66,7 @@ def _needs_attention(config: KVCacheConfig) -> bool:
     return config.store != "device" or config.method is not None
 
 
-def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> Caching:
+def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> CacheAssembly:
     """Return what gives the model's caches the layers of `config`.
 
     Raises:
@@ -100,7 +100,7 @@ def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStati
         from hf_accel.cache.tiers.spill import Spill
 
         Spill(config.folder).close()  # a folder that cannot be written is an error now, not at the first call
-    return Caching(config, known, statistics, prefixes)
+    return CacheAssembly(config, known, statistics, prefixes)
 
 
 def _shapes(host: Host) -> ModelShapes:
@@ -159,7 +159,7 @@ def _missing(patcher: KVCachePatcher, host: Host) -> list[Patcher[Any]]:
     return [Patcher.for_config(Config.from_dict({"type": name})) for name in needed]
 
 
-def _built(model: Any, host: Host, config: KVCacheConfig) -> Caching:
+def _built(model: Any, host: Host, config: KVCacheConfig) -> CacheAssembly:
     """Set `config` up for calls that name it, with what it needs; on an error nothing stays.
 
     Raises:
@@ -185,7 +185,7 @@ def _built(model: Any, host: Host, config: KVCacheConfig) -> Caching:
     return caching
 
 
-def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
+def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> CacheAssembly:
     """Understand `generate(kv_cache=...)`: a KVCacheConfig, or False for the layers that go with any model.
 
     Raises:
@@ -217,7 +217,7 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
         raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
     host: Any = host_of(model)
     with host.lock:
-        built: Recent[KVCacheConfig, Caching] = host.built.setdefault("kv_cache", Recent(MOST_CONFIGS))
+        built: Recent[KVCacheConfig, CacheAssembly] = host.built.setdefault("kv_cache", Recent(MOST_CONFIGS))
         caching = built.get(config)
         if caching is None:
             caching = _built(model, host, config)

@@ -20,7 +20,8 @@ import torch
 from transformers import DynamicCache
 
 from hf_accel.cache.codec import Codec
-from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.cache.prefix.store import Block, PrefixStore
 from hf_accel.cache.probing import LayerShape, ModelShapes, autocast_dtype
 from hf_accel.core.calls.forward import recording
@@ -155,7 +156,7 @@ def _cut(cache: Any, row: int, padding: int, start: int, stop: int) -> list[torc
     """Return keys and values [G, n, R] of positions [start, stop) of a row, of every layer in turn."""
     found = []
     for layer in cache.layers:
-        for buffer in (layer._keys, layer._values):
+        for buffer in (layer.buffers.keys, layer.buffers.values):
             found.append(buffer[row, :, padding + start : padding + stop])
     return found
 
