@@ -170,8 +170,6 @@ class Buffers:
 
     def select(self, choose: Callable[[torch.Tensor], torch.Tensor], tokens: int = 1) -> None:
         """Replace what is in use by what `choose` makes of it, rows or positions, with room for `tokens` more."""
-        if self.stop == self.start:
-            return
         self.keys, self.values = choose(self.used(self.keys)), choose(self.used(self.values))
         self.rows, self.start, self.stop = None, 0, self.keys.shape[2]
         self.grow(tokens)

@@ -126,4 +126,5 @@ class BufferedLayer(DynamicLayer):
 
     def _select(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the rows of the batch by those that `choose` makes of a tensor."""
-        self.buffers.select(choose)
+        if self.get_seq_length():
+            self.buffers.select(choose)

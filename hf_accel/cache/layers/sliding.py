@@ -99,5 +99,5 @@ class GrowingSlidingLayer(BufferedLayer, DynamicSlidingWindowLayer):
         if was_beyond:
             self.cumulative_length += tokens_to_remove
             self.buffers.start = self._first_seen()
-        elif tokens_to_remove:
+        else:
             self.cumulative_length = self.buffers.stop - self.buffers.start
