@@ -19,7 +19,7 @@ from hf_accel.cache.layers.evicting import EvictingLayer
 from hf_accel.cache.layers.growing import GrowingLayer
 from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.cache.layers.tiered import TieredLayer
-from hf_accel.cache.prefix.reuse import Prefixes
+from hf_accel.cache.prefix.reuse import PrefixReuse
 from hf_accel.cache.probing import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.cache.tiers.tiers import Tiers
@@ -47,7 +47,7 @@ class CacheAssembly:
         config: KVCacheConfig,
         shapes: ModelShapes,
         statistics: CacheStatistics,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixReuse | None = None,
     ) -> None:
         self.config, self.shapes, self.statistics, self.prefixes = config, shapes, statistics, prefixes
 

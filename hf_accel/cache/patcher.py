@@ -12,7 +12,7 @@ from hf_accel.cache.assembly import CacheAssembly, use_growing_layers
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.prefix.files import PrefixFiles
-from hf_accel.cache.prefix.reuse import Prefixes, prefix_obstacle
+from hf_accel.cache.prefix.reuse import PrefixReuse, prefix_obstacle
 from hf_accel.cache.prefix.store import PrefixStore
 from hf_accel.cache.probing import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
@@ -95,7 +95,7 @@ def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStati
     if config.prefix_reuse:
         if reason := prefix_obstacle(model):
             raise UnsupportedModelError(f"Prompts of this model cannot take over keys and values: {reason}.")
-        prefixes = Prefixes(_store(host, config, statistics), Codec(config.bits), known)
+        prefixes = PrefixReuse(_store(host, config, statistics), Codec(config.bits), known)
     if config.store == "disk":
         from hf_accel.cache.tiers.spill import Spill
 
