@@ -26,7 +26,7 @@ from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.core.calls.call import NewCache
 from hf_accel.core.drift import CACHE
 
-# strategies that take steps back or take rows apart, which positions given up do not allow
+# strategies that take steps back or exchange rows, which is impossible once positions have been given up
 WHOLE = {
     GenerationMode.ASSISTED_GENERATION: "assisted generation",
     GenerationMode.BEAM_SEARCH: "beam search",

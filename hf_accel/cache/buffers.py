@@ -2,7 +2,8 @@
 
 Stock `DynamicLayer.update` is `torch.cat`: a step at S tokens reads and writes the whole cache, O(S) per token. Here
 an append writes T positions and growth is geometric, O(1) amortised; dropping the last n tokens moves a counter.
-Cost: up to `growth` times the bytes in use, untouched pages of which the operating system never backs with memory.
+Cost: up to 1.5 times the bytes in use, or what the call expects; the operating system backs untouched pages of them
+with no memory.
 """
 
 from __future__ import annotations

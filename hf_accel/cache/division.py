@@ -13,8 +13,7 @@ from hf_accel.cache.probing import LayerShape
 from hf_accel.errors import ConfigError
 
 SMALLEST, LARGEST = 16, 4096  # tokens of a block
-# of all rows and heads of a layer, where no budget says otherwise: reads of as much run at full speed
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # of a block where no budget says otherwise: a disk reads as much at once at full speed
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Tiers:
     ) -> None:
         """Raises ConfigError for a store that does not exist or a folder in which no file can be written."""
         if store not in ("cpu", "disk"):
-            raise ConfigError(f"store={store!r}: there are 'cpu' and 'disk'.")
+            raise ConfigError(f"store is 'cpu' or 'disk'; {store!r} was given.")
         if cpu_budget_bytes is None and store == "disk":
             cpu_budget_bytes = 0
         self.device, self.store, self.prefetch = torch.device(device), store, prefetch
@@ -197,7 +197,10 @@ class Tiers:
         kind = (keys.shape, values.shape, keys.dtype, values.dtype)
         if kind not in self._layouts:
             if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.numel() == 0 or values.numel() == 0:
-                raise ConfigError(f"a block of keys {tuple(keys.shape)} and values {tuple(values.shape)}.")
+                raise ConfigError(
+                    "a block needs keys and values of the same rows, heads and tokens, at least one of each; "
+                    f"keys {tuple(keys.shape)} and values {tuple(values.shape)} were given."
+                )
             self._layouts[kind] = Layout(keys.shape, values.shape, (keys.dtype, values.dtype))
         return self._layouts[kind]
 
