@@ -87,7 +87,7 @@ class KVCacheConfig(Config):
             raise ConfigError(f'{name}: prefix_reuse is for store="device"; blocks that have moved out are not kept.')
         if self.from_tokens and self.bits is None:
             raise ConfigError(
-                f"{name}.from_tokens says from how many tokens on bits are used; give bits=8 or bits=4 with it."
+                f"{name}.from_tokens says from how many tokens on bits are used; give bits, too."
             )
         if self.eviction is not None and self.eviction not in METHODS:
             raise ConfigError(f"{name}.eviction is one of {', '.join(METHODS)}; {self.eviction!r} was given.")
