@@ -86,9 +86,7 @@ class KVCacheConfig(Config):
         if self.prefix_reuse and self.store != "device":
             raise ConfigError(f'{name}: prefix_reuse is for store="device"; blocks that have moved out are not kept.')
         if self.from_tokens and self.bits is None:
-            raise ConfigError(
-                f"{name}.from_tokens says from how many tokens on bits are used; give bits, too."
-            )
+            raise ConfigError(f"{name}.from_tokens says from how many tokens on bits are used; give bits, too.")
         if self.eviction is not None and self.eviction not in METHODS:
             raise ConfigError(f"{name}.eviction is one of {', '.join(METHODS)}; {self.eviction!r} was given.")
         if self.method is None:
