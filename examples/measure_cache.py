@@ -36,7 +36,7 @@ from hf_accel import (
     WeightOnlyConfig,
 )
 from hf_accel.assets import demo_path
-from hf_accel.cache.assembly import Caching
+from hf_accel.cache.assembly import CacheAssembly
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.probing import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
@@ -72,7 +72,7 @@ def filled(model: Any, tokens: int, batch: int, bits: int | None, is_stock: bool
     config = model.config
     cache = DynamicCache(config=config)
     if not is_stock:
-        Caching(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, tokens + 64, Codec(bits))
+        CacheAssembly(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, tokens + 64, Codec(bits))
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for layer in cache.layers:
@@ -131,7 +131,7 @@ def quality(options: argparse.Namespace) -> None:
             total = 0.0
             for row in rows:
                 cache = DynamicCache(config=model.config)
-                Caching(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, tokens, Codec(bits))
+                CacheAssembly(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, tokens, Codec(bits))
                 logits = model(input_ids=row[None], use_cache=True, **{CACHE: cache}).logits[0, :-1]
                 total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
             found[bits] = math.exp(total / (rows.numel() - len(rows)))

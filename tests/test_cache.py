@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_accel.cache.layers.growing import MINIMUM_TOKENS, GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.buffers import MINIMUM_TOKENS
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 
 HEADS, SIZE, VALUE_SIZE = 2, 6, 6
 
@@ -170,16 +172,16 @@ def filled(layer: Any, tokens: int, step: int = 1) -> Any:
 def test_memory_is_within_the_documented_bound(tokens: int) -> None:
     """At most 1.5 times the bytes in use, or the minimum; with an expectation, that many tokens but no waste."""
     layer = filled(GrowingLayer(), tokens)
-    assert layer._keys.shape[2] <= max(1.5 * tokens, MINIMUM_TOKENS)
+    assert layer.buffers.keys.shape[2] <= max(1.5 * tokens, MINIMUM_TOKENS)
     layer = filled(GrowingLayer(expected_tokens=tokens), tokens)
-    assert layer._keys.shape[2] <= max(1.5 * tokens, MINIMUM_TOKENS, 4)
+    assert layer.buffers.keys.shape[2] <= max(1.5 * tokens, MINIMUM_TOKENS, 4)
     short = filled(GrowingLayer(expected_tokens=100_000), 8, step=8)
-    assert short._keys.shape[2] <= MINIMUM_TOKENS, "a large maximum must not reserve memory that is never used"
+    assert short.buffers.keys.shape[2] <= MINIMUM_TOKENS, "a large maximum must not reserve memory that is never used"
 
 
 def test_memory_of_a_window_does_not_grow_with_the_text() -> None:
     layer = filled(GrowingSlidingLayer(16, expected_tokens=5000), 2000)
-    assert layer._keys.shape[2] <= max(MINIMUM_TOKENS, 4 * 16)
+    assert layer.buffers.keys.shape[2] <= max(MINIMUM_TOKENS, 4 * 16)
 
 
 def test_appending_copies_rarely() -> None:
@@ -188,16 +190,16 @@ def test_appending_copies_rarely() -> None:
     kept = []  # keeps every buffer alive, so that addresses are not used twice
     for _ in range(1000):
         filled(layer, 1)
-        kept.append(layer._keys)
-        buffers.add(layer._keys.data_ptr())
+        kept.append(layer.buffers.keys)
+        buffers.add(layer.buffers.keys.data_ptr())
     assert len(buffers) <= 10
 
 
 def test_dropping_tokens_moves_nothing() -> None:
     layer = filled(GrowingLayer(), 100)
-    buffer, version = layer._keys, layer._keys._version
+    buffer, version = layer.buffers.keys, layer.buffers.keys._version
     layer.crop(-40)
-    assert layer._keys is buffer
+    assert layer.buffers.keys is buffer
     assert buffer._version == version
     assert layer.get_seq_length() == 60
 

@@ -15,7 +15,7 @@ from models import build, prompt
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
 from hf_accel.cache import patcher
-from hf_accel.cache.assembly import Caching
+from hf_accel.cache.assembly import CacheAssembly
 from hf_accel.cache.prefix.store import PrefixStore
 from hf_accel.cache.statistics import MOST_REASONS, CacheStatistics
 from hf_accel.core.calls.hosting import host_of
@@ -50,7 +50,7 @@ def alive() -> tuple[int, int]:
     """Return how many configs are at work and how many stores there are, of all models."""
     gc.collect()
     kinds = [type(thing) for thing in gc.get_objects()]
-    return sum(kind is Caching for kind in kinds), sum(kind is PrefixStore for kind in kinds)
+    return sum(kind is CacheAssembly for kind in kinds), sum(kind is PrefixStore for kind in kinds)
 
 
 def configs(model: Any, folder: Path) -> dict[str, Any]:

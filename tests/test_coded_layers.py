@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_speculation_cache import HEADS, SIZE, Apart, unwritten_is_nan
 
+from hf_accel.cache.buffers import MINIMUM_TOKENS, Buffers
 from hf_accel.cache.codec import AS_IS, Codec
-from hf_accel.cache.layers.growing import MINIMUM_TOKENS, GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.core.calls.held import CachedStates
 from hf_accel.kernels import native
 from hf_accel.ops import cached
@@ -164,10 +166,10 @@ class Twins(RuleBasedStateMachine):
             if ours is not None:
                 assert ours.dtype is theirs.dtype
                 assert torch.equal(ours, theirs)
-        if coded._keys is not None:
-            assert coded._keys.shape[:3] == plain._keys.shape[:3]
+        if coded.buffers.keys is not None:
+            assert coded.buffers.keys.shape[:3] == plain.buffers.keys.shape[:3]
             sizes = [cached.row_bytes(self.bits, size) for size in self.sizes]
-            assert [coded._keys.shape[3], coded._values.shape[3]] == sizes
+            assert [coded.buffers.keys.shape[3], coded.buffers.values.shape[3]] == sizes
 
 
 class SlidingTwins(Twins):
@@ -191,7 +193,7 @@ class CodedApart(Apart):
     def __init__(self, batch: int, window: int | None, expected: int, seed: int, bits: int) -> None:
         super().__init__(batch, window, expected, seed)
         self.bits = bits
-        self.ours.codec = Codec(bits)
+        self.ours.buffers = Buffers(Codec(bits), self.ours.buffers.room)
         for layer in self.rows:
             layer.update = partial(self.update_rounded, layer.update)
 
@@ -234,12 +236,12 @@ def test_buffers_grow_while_rows_are_apart(bits: int, kernels: float) -> None:
     layers.begin(40)
     layers.step(5, bool(kernels))
     layers.keep([40, 44])
-    before = layers.ours._keys.shape[2]
+    before = layers.ours.buffers.keys.shape[2]
     for _ in range(8):  # the shorter row never reaches where the longer one has been
         lengths = layers.lengths
         layers.step(5, bool(kernels))
         layers.keep([lengths[0] + 1, lengths[1] + 5])
-    assert layers.ours._keys.shape[2] > before
+    assert layers.ours.buffers.keys.shape[2] > before
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -250,7 +252,7 @@ def test_rows_in_step_again_are_a_plain_layer(bits: int, window: int | None) -> 
     layers.step(4, False)
     layers.keep([10, 13])
     layers.ours.crop(0)
-    assert layers.ours._rows is None
+    assert layers.ours.buffers.rows is None
     assert layers.ours.get_seq_length() == 13
 
 
@@ -261,8 +263,8 @@ def test_assigned_keys_and_values_are_kept_as_rows(window: int | None, bits: int
     layer.update(torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 6))
     keys, values = torch.randn(1, 2, 5, 12).bfloat16(), torch.randn(1, 2, 5, 8).half()
     layer.keys, layer.values = keys, values
-    assert layer._keys.shape == (1, 2, 5, cached.row_bytes(bits, 12))
-    assert layer._values.shape == (1, 2, 5, cached.row_bytes(bits, 8))
+    assert layer.buffers.keys.shape == (1, 2, 5, cached.row_bytes(bits, 12))
+    assert layer.buffers.values.shape == (1, 2, 5, cached.row_bytes(bits, 8))
     assert torch.equal(layer.keys, rounded(keys, bits, True))
     assert torch.equal(layer.values, rounded(values, bits, False))
     if window is None:
@@ -284,7 +286,7 @@ def test_rows_are_adopted_as_they_are(bits: int, window: int | None) -> None:
     layer = make(window, 0, bits)
     layer.adopt(*rows, (6, 10), (torch.bfloat16, torch.bfloat16))
     assert layer.get_seq_length() == 9
-    assert torch.equal(layer._used(layer._keys), rows[0])
+    assert torch.equal(layer.buffers.used(layer.buffers.keys), rows[0])
     assert torch.equal(layer.values, rounded(states[1], bits, False))
     key, _ = layer.update(*(x[:, :, :1] for x in states))
     assert torch.equal(key[:, :, 9:], rounded(states[0][:, :, :1], bits, True))
@@ -295,14 +297,14 @@ def test_memory_is_that_of_the_rows(bits: int) -> None:
     layer, buffers = make(None, 0, bits), []
     for _ in range(1000):
         layer.update(torch.ones(1, 2, 1, 64), torch.ones(1, 2, 1, 64))
-        if not any(layer._keys is buffer for buffer in buffers):
-            buffers.append(layer._keys)
+        if not any(layer.buffers.keys is buffer for buffer in buffers):
+            buffers.append(layer.buffers.keys)
     assert len(buffers) <= 10
-    assert layer._keys.dtype is torch.uint8
-    assert layer._keys.numel() <= 1.5 * 1000 * 2 * cached.row_bytes(bits, 64)
+    assert layer.buffers.keys.dtype is torch.uint8
+    assert layer.buffers.keys.numel() <= 1.5 * 1000 * 2 * cached.row_bytes(bits, 64)
     assert Codec(bits).bytes_per_token(2, (64, 64), torch.bfloat16) == 4 * cached.row_bytes(bits, 64)
     assert AS_IS.bytes_per_token(2, (64, 32), torch.bfloat16) == 2 * 96 * 2
-    assert make(None, 10**6, bits)._room(3) == MINIMUM_TOKENS
+    assert make(None, 10**6, bits).buffers.room(3) == MINIMUM_TOKENS
 
 
 @pytest.mark.parametrize("native_is_there", [True, False])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_accel.cache.eviction import METHODS
 from hf_accel.ops.eviction import (
-    METHODS,
     accumulate,
     attention_weights,
     h2o_scores,

@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from hf_accel.attention.grouped import MAX_QUERIES, grouped_attention_forward
 from hf_accel.attention.held import held_attention
 from hf_accel.cache.codec import Codec
-from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.core.calls.held import CachedStates, Held
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.kernels import native

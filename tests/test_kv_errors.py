@@ -230,7 +230,7 @@ def test_what_a_plan_cannot_do_in_a_call_is_reported() -> None:
 
 def hot_bytes(outcome: Any) -> int:
     """Return what the buffers of the layers take."""
-    return sum(layer._keys.nbytes + layer._values.nbytes for layer in outcome[CACHE].layers)
+    return sum(layer.buffers.keys.nbytes + layer.buffers.values.nbytes for layer in outcome[CACHE].layers)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])

@@ -249,8 +249,8 @@ def test_what_is_held_is_bounded(method: str, monkeypatch: pytest.MonkeyPatch) -
 
     def watch(self: EvictingLayer, keys: Any, *args: Any, **others: Any) -> Any:
         result = update(self, keys, *args, **others)
-        held.append((self._stop - self._start, keys.shape[2]))
-        sizes.append((self._keys.shape[2], keys.shape[2]))
+        held.append((self.buffers.stop - self.buffers.start, keys.shape[2]))
+        sizes.append((self.buffers.keys.shape[2], keys.shape[2]))
         return result
 
     monkeypatch.setattr(EvictingLayer, "update", watch)
@@ -274,12 +274,12 @@ def test_rows_can_be_chosen_and_steps_not_taken_back() -> None:
     cache = made[CACHE]
     with pytest.raises(RuntimeError, match="cannot take steps back"):
         cache.crop(-1)
-    before = [(layer._used(layer._keys), layer._valid, layer._scores) for layer in cache.layers]
+    before = [(layer.buffers.used(layer.buffers.keys), layer._valid, layer._received) for layer in cache.layers]
     cache.reorder_cache(torch.tensor([2, 1, 1]))
     for (keys, valid, scores), layer in zip(before, cache.layers, strict=True):
-        assert torch.equal(layer._used(layer._keys), keys[[2, 1, 1]])
+        assert torch.equal(layer.buffers.used(layer.buffers.keys), keys[[2, 1, 1]])
         assert torch.equal(layer._valid, valid[[2, 1, 1]])
-        assert torch.equal(layer._scores, scores[[2, 1, 1]])
+        assert torch.equal(layer._received, scores[[2, 1, 1]])
         assert layer._counts == [KEPT + 3, 9 + 3, 9 + 3]
     assert not torch.equal(before[0][1][0], before[0][1][1])
 

@@ -119,7 +119,7 @@ class Twins(RuleBasedStateMachine):
             return
         assert self.ours.get_seq_length() == self.whole.get_seq_length() == self.length
         assert self.ours.get_mask_sizes(3) == self.stock.get_mask_sizes(3)
-        assert self.ours._stop <= 2 * BLOCK
+        assert self.ours.buffers.stop <= 2 * BLOCK
         if self.length:
             assert torch.equal(self.ours.keys, self.whole.keys)
             assert torch.equal(self.ours.values, self.whole.values)
@@ -157,8 +157,8 @@ def test_a_prompt_at_once_lies_as_token_by_token() -> None:
     assert torch.equal(one.keys, states)
     assert torch.equal(other.keys, states)
     # at least a block can be taken back without touching the tiers
-    assert one._away == other._away == 24 - (0 if one._stop <= 2 * BLOCK else BLOCK)
-    assert BLOCK <= one._stop <= 2 * BLOCK
+    assert one._away == other._away == 24 - (0 if one.buffers.stop <= 2 * BLOCK else BLOCK)
+    assert BLOCK <= one.buffers.stop <= 2 * BLOCK
 
 
 def test_steps_of_which_one_block_is_taken_back_touch_no_tier(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_rows_are_chosen_where_nothing_is_hot() -> None:
     states = torch.randn(2, HEADS, 9, SIZE)
     layer.update(states, states)
     layer.crop(-5)
-    assert layer._stop == 0
+    assert layer.buffers.stop == 0
     layer.batch_select_indices(torch.tensor([1, 1, 0]))
     assert torch.equal(layer.keys, states[[1, 1, 0], :, :4])  # type: ignore[arg-type]
     more = torch.randn(3, HEADS, 7, SIZE)
@@ -217,7 +217,7 @@ def test_gradients_end_at_the_layer() -> None:
     layer.update(keys, keys)
     layer.update(keys * 2, keys)
     assert not layer.keys.requires_grad  # type: ignore[union-attr]
-    assert not layer._keys.requires_grad  # type: ignore[union-attr]
+    assert not layer.buffers.keys.requires_grad  # type: ignore[union-attr]
     assert torch.equal(layer.keys, torch.cat([keys, keys * 2], dim=2))  # type: ignore[arg-type]
 
 

@@ -12,7 +12,8 @@ from hypothesis import Phase, find, settings
 from space import Request, differs, requests
 
 from hf_accel.attention import grouped
-from hf_accel.cache.layers import growing
+from hf_accel.cache import buffers
+from hf_accel.cache.layers import buffered, growing, sliding
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding import choosing
@@ -158,27 +159,27 @@ def lean_inputs_for_everything(patch: Patch) -> None:
 
 
 def append_off_by_one(patch: Patch) -> None:
-    append = growing.Buffers._append
+    append = buffers.Buffers.append
 
     def wrong(self: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         append(self, keys.roll(1, dims=2) if keys.shape[2] > 1 else keys, values)
 
-    patch.setattr(growing.Buffers, "_append", wrong)
+    patch.setattr(buffers.Buffers, "append", wrong)
 
 
 def append_over_the_last_token(patch: Patch) -> None:
-    append = growing.Buffers._append
+    append = buffers.Buffers.append
 
     def wrong(self: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         append(self, keys, values)
-        if self._stop > keys.shape[2]:
-            self._values[:, :, self._stop - keys.shape[2] - 1] = values[:, :, 0]
+        if self.stop > keys.shape[2]:
+            self.values[:, :, self.stop - keys.shape[2] - 1] = values[:, :, 0]
 
-    patch.setattr(growing.Buffers, "_append", wrong)
+    patch.setattr(buffers.Buffers, "append", wrong)
 
 
 def reserve_off_by_one(patch: Patch) -> None:
-    reserve = growing.Buffers.reserve
+    reserve = buffered.BufferedLayer.reserve
 
     def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = reserve(self, *args, **kwargs)
@@ -187,7 +188,7 @@ def reserve_off_by_one(patch: Patch) -> None:
         found[0][:, :, found[2] - 1] = 0.0
         return found
 
-    patch.setattr(growing.Buffers, "reserve", wrong)
+    patch.setattr(buffered.BufferedLayer, "reserve", wrong)
 
 
 def crop_one_too_few(patch: Patch) -> None:
@@ -197,14 +198,14 @@ def crop_one_too_few(patch: Patch) -> None:
 
 def window_off_by_one(patch: Patch) -> None:
     patch.setattr(
-        growing.GrowingSlidingLayer, "_slide",
+        sliding.GrowingSlidingLayer, "_slide",
         lambda self, tokens: (setattr(self, "cumulative_length", self.cumulative_length + tokens),
-                              self._values[:, :, max(0, self._stop - 3)].zero_()),
+                              self.buffers.values[:, :, max(0, self.buffers.stop - 3)].zero_()),
     )  # fmt: skip
 
 
 def beams_not_reordered(patch: Patch) -> None:
-    patch.setattr(growing.Buffers, "reorder_cache", lambda self, beam_idx: None)
+    patch.setattr(buffered.BufferedLayer, "reorder_cache", lambda self, beam_idx: None)
 
 
 def grouped_attention_without_mask(patch: Patch) -> None:

@@ -19,6 +19,7 @@ from test_prefix_tenants import together
 from test_prefixes import ROOT, consistent, length, plain, telling, verify
 
 from hf_accel.cache.prefix import files as prefix_files
+from hf_accel.cache.prefix import folder as block_folder
 from hf_accel.cache.prefix.files import PrefixFiles
 from hf_accel.cache.prefix.store import PrefixStore
 from hf_accel.errors import ConfigError
@@ -250,8 +251,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     """The process is killed between writing a file and giving it its name."""
     script = """
 import os, signal, sys, torch
-from hf_accel.cache.prefix_files import PrefixFiles
-from hf_accel.cache.prefixes import PrefixStore
+from hf_accel.cache.prefix.files import PrefixFiles
+from hf_accel.cache.prefix.store import PrefixStore
 store = PrefixStore(10**6, 2, PrefixFiles(sys.argv[1]))
 make = lambda start, stop: [torch.full((16,), start, dtype=torch.uint8)]
 store.add("a", b"weights", [5, 6, 7, 8], make)
@@ -261,9 +262,9 @@ store.add("a", b"weights", [5, 6, 7, 8, 9, 10], make)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
     (left,) = tmp_path.glob("*.part")
-    elsewhere = left.with_name(left.name.replace(prefix_files._machine(), "0" * 8))
-    running = left.with_name(f"{left.name[:64]}.{os.getppid()}.{prefix_files._machine()}.0.part")
-    own = left.with_name(f"{left.name[:64]}.{os.getpid()}.{prefix_files._machine()}.999.part")
+    elsewhere = left.with_name(left.name.replace(block_folder._machine(), "0" * 8))
+    running = left.with_name(f"{left.name[:64]}.{os.getppid()}.{block_folder._machine()}.0.part")
+    own = left.with_name(f"{left.name[:64]}.{os.getpid()}.{block_folder._machine()}.999.part")
     old = own.with_name(own.name.replace("999", "998"))
     foreign = tmp_path / "notes.part"
     for path in (elsewhere, running, own, old, foreign):
@@ -304,7 +305,7 @@ def test_what_another_process_uses_is_not_deleted_first(tmp_path: Path) -> None:
         store.add("a", ROOT, [token], plain)
     size = next(tmp_path.iterdir()).stat().st_size
     assert store.files is not None
-    store.files.budget_bytes, store.files._next_scan = 4 * size, time.monotonic() + 100
+    store.files.blocks.budget_bytes, store.files.blocks.next_scan = 4 * size, time.monotonic() + 100
     assert length(store_in(tmp_path, block_tokens=1), [0], "a") == 1  # the other one
     store.add("a", ROOT, [9], plain)
     fresh = store_in(tmp_path, block_tokens=1)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from test_prefixes import BYTES, ROOT, consistent, length, plain, telling, verify
 
-from hf_accel.cache.prefix import store as prefixes
-from hf_accel.cache.prefix.store import Block, PrefixStore
+from hf_accel.cache.prefix import chain
+from hf_accel.cache.prefix.counts import MAXIMUM_TENANTS_COUNTED
+from hf_accel.cache.prefix.shelf import PrefixBlock
+from hf_accel.cache.prefix.store import PrefixStore
 
 ALIKE = [None, "", "None", "a", "a\0", "\0a", "\0", "A", "a ", "b'a'", "0", "é", "e\u0301", "\ud800"]
 
@@ -36,7 +38,7 @@ def test_no_two_tenants_roots_or_sizes_share_a_key() -> None:
 def test_tenants_and_roots_find_nothing_of_each_other(is_keyed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even if keys did not depend on the tenant."""
     if not is_keyed:
-        monkeypatch.setattr(prefixes, "_tenant_bytes", lambda tenant: b"")
+        monkeypatch.setattr(chain, "_tenant_bytes", lambda tenant: b"")
     store, tokens = PrefixStore(10**6, block_tokens=2), [1, 2, 3, 4]
     for at, tenant in enumerate(ALIKE):
         for other in ALIKE[at:]:
@@ -55,7 +57,7 @@ def test_another_tenants_block_is_refused_and_counted() -> None:
     """A table that two tenants share by mistake, with keys that would agree: nothing is served."""
     store, tokens = PrefixStore(10**6, block_tokens=2), [1, 2, 3, 4]
     store.add("a", ROOT, tokens, plain)
-    store._shelves["b"] = store._shelves["a"]
+    store._shelves.by_tenant["b"] = store._shelves.by_tenant["a"]
     store._chain = lambda tenant, root, given: PrefixStore._chain(store, "a", root, given)  # type: ignore[method-assign]
     assert store.match("b", ROOT, tokens) == []
     assert store.statistics().crossings == 1
@@ -67,7 +69,7 @@ def test_a_look_touches_nothing_of_other_tenants() -> None:
     store, tokens = PrefixStore(10**6, block_tokens=2), [1, 2, 3, 4]
     store.add("a", ROOT, tokens, plain)
     store.add("b", ROOT, tokens[:2], plain)
-    store._shelves["a"] = object()  # type: ignore[assignment]
+    store._shelves.by_tenant["a"] = object()  # type: ignore[assignment]
     assert length(store, tokens, "b") == 1
     assert length(store, tokens, "c") == 0
 
@@ -97,11 +99,11 @@ def test_who_holds_more_than_a_share_gives_way() -> None:
 
 def test_tenants_that_come_and_go_leave_no_counters() -> None:
     store = PrefixStore(BYTES, block_tokens=1)
-    for number in range(prefixes.MAXIMUM_TENANTS_COUNTED + 50):
+    for number in range(MAXIMUM_TENANTS_COUNTED + 50):
         store.match(str(number), ROOT, [1])
         store.add(str(number), ROOT, [1], plain)
-    assert len(store.statistics().tenants) == prefixes.MAXIMUM_TENANTS_COUNTED
-    assert len(store._shelves) == 1
+    assert len(store.statistics().tenants) == MAXIMUM_TENANTS_COUNTED
+    assert len(store._shelves.by_tenant) == 1
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_threads_of_several_tenants(budget: int) -> None:
     """Each block says whose it is and of which tokens; those given out are looked at again when all is over."""
     store = PrefixStore(budget, block_tokens=2)
     tenants, roots = [None, "", "a", "a\0"], [b"", b"r"]
-    given: list[tuple[list[Block], str | None, bytes, list[int]]] = []
+    given: list[tuple[list[PrefixBlock], str | None, bytes, list[int]]] = []
     matches: list[int] = []
     added: list[int] = []
 

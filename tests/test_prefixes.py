@@ -14,7 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hf_accel.cache.prefix.store import Block, PrefixStore
+from hf_accel.cache.prefix.shelf import PrefixBlock
+from hf_accel.cache.prefix.store import PrefixStore
 from hf_accel.errors import ConfigError
 
 ROOT = b"weights"
@@ -35,7 +36,7 @@ def telling(tenant: str | None, root: bytes, tokens: Sequence[int]) -> Callable[
     return make
 
 
-def verify(found: list[Block], tenant: str | None, root: bytes, tokens: Sequence[int]) -> None:
+def verify(found: list[PrefixBlock], tenant: str | None, root: bytes, tokens: Sequence[int]) -> None:
     """The blocks follow each other from the first token on, and hold what was made for exactly this prefix."""
     stop = 0
     for block in found:
@@ -51,7 +52,7 @@ def verify(found: list[Block], tenant: str | None, root: bytes, tokens: Sequence
 def consistent(store: PrefixStore) -> None:
     """Sums are sums, within the budget; every block can be reached, and is more recent than those behind it."""
     statistics, total = store.statistics(), 0
-    for shelf in store._shelves.values():
+    for shelf in store._shelves.by_tenant.values():
         keys, reachable = list(shelf.blocks), set()
         for key, block in reversed(shelf.blocks.items()):  # a block's predecessor comes first
             followed = [other for other in reachable if hashlib.sha256(other + block.tokens).digest() == key]
@@ -61,7 +62,7 @@ def consistent(store: PrefixStore) -> None:
         assert shelf.size == sum(tensor.nbytes for block in shelf.blocks.values() for tensor in block.tensors)
         total += shelf.size
     assert statistics.bytes == total <= store.budget_bytes
-    assert statistics.stored_blocks == sum(len(shelf.blocks) for shelf in store._shelves.values())
+    assert statistics.stored_blocks == sum(len(shelf.blocks) for shelf in store._shelves.by_tenant.values())
     assert statistics.stored_blocks == statistics.added_blocks - statistics.evicted_blocks - statistics.cleared_blocks
     assert statistics.crossings == 0
     for name in ("hits", "misses", "reused_tokens", "added_blocks", "evicted_blocks", "stored_blocks", "bytes"):
@@ -163,7 +164,7 @@ class Twins(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         consistent(self.store)
-        shelves = self.store._shelves
+        shelves = self.store._shelves.by_tenant
         assert set(shelves) == set(self.held)
         for tenant, entries in self.held.items():
             assert [block.tensors[1].tolist() for block in shelves[tenant].blocks.values()] == [
@@ -222,7 +223,7 @@ def test_keys_are_as_documented() -> None:
 def test_keys_that_collide_give_no_wrong_text() -> None:
     store, tokens = PrefixStore(10**6, block_tokens=2), [1, 2, 3, 4, 5, 6]
     store.add(None, ROOT, tokens, plain)
-    shelf = store._shelves[None]
+    shelf = store._shelves.by_tenant[None]
     key = list(shelf.blocks)[1]
     shelf.blocks[key] = dataclasses.replace(shelf.blocks[key], tokens=struct.pack("<2q", 3, 9))
     assert length(store, tokens) == 1
@@ -236,7 +237,7 @@ def test_the_ends_of_chains_go_first() -> None:
     for new in range(20, 25):
         store.match(None, ROOT, [7, 8])  # 9 is as old as 1 2 3, but younger
         store.add(None, ROOT, [new], plain)
-        held = [struct.unpack("<q", block.tokens)[0] for block in store._shelves[None].blocks.values()]
+        held = [struct.unpack("<q", block.tokens)[0] for block in store._shelves.by_tenant[None].blocks.values()]
         lengths.append([sum(token in held for token in chain) for chain in ([1, 2, 3], [7, 8, 9])])
         consistent(store)
     assert lengths == [[2, 3], [1, 3], [0, 3], [0, 2], [0, 2]]

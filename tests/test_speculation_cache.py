@@ -15,7 +15,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig
-from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.cache.patcher import use_growing_layers
 from hf_accel.core.calls.cache_layers import RaggedLayer
 from hf_accel.core.calls.forward import Stepper
@@ -166,7 +167,7 @@ def test_rows_in_step_again_are_a_plain_layer(window: int | None) -> None:
     layers.step(4, False)
     layers.keep([10, 13])
     layers.ours.crop(0)
-    assert layers.ours._rows is None
+    assert layers.ours.buffers.rows is None
     assert layers.ours.get_seq_length() == 13
 
 

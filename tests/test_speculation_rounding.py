@@ -14,7 +14,8 @@ from speculating import ENDS, FEW_TOKENS, always, ask, assert_stock, counts, noi
 
 import hf_accel
 from hf_accel import DecodingConfig, KVCacheConfig
-from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.drafting import Draft
 from hf_accel.core.calls.forward import Stepper

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_accel.cache.tiers.spill import Layout, Spill, runs_of
+from hf_accel.cache.tiers.layout import Layout, runs_of
+from hf_accel.cache.tiers.spill import Spill
 from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.errors import ConfigError, StorageError
 

@@ -18,7 +18,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig
-from hf_accel.cache.tiers.spill import Layout, Spill
+from hf_accel.cache.tiers.layout import Layout
+from hf_accel.cache.tiers.spill import Spill
 from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.errors import StorageError
 

@@ -14,7 +14,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 CHILD = """
 import sys, time, torch
 from pathlib import Path
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.tiers import Tiers
 folder, mark, value = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 tiers = Tiers(torch.device("cpu"), store="disk", near_budget_bytes=1 << 20, folder=folder)
 for i in range(10):
@@ -61,7 +61,7 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.tiers import Tiers
 
 def status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))

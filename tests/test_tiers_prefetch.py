@@ -81,13 +81,13 @@ def test_what_was_read_ahead_is_never_stale(change: str, is_slow: bool, monkeypa
     assert tiers._staging._ahead[0] is tiers._layers[0][1]
     if not is_slow:
         time.sleep(0.02)
-    offset = tiers._layers[0][1].record.offset  # type: ignore[union-attr]
+    offset = tiers._layers[0][1].extent.offset  # type: ignore[union-attr]
     other = block(2, SHAPES[0], 77)
     if change == "pop and put":
         assert same(tiers.pop(0), pairs[0].pop())
         tiers.put(0, *other)
         pairs[0].append(other)
-        assert tiers._layers[0][1].record.offset == offset  # type: ignore[union-attr]
+        assert tiers._layers[0][1].extent.offset == offset  # type: ignore[union-attr]
     elif change == "select":
         tiers.select(0, torch.tensor([1, 1]))
         pairs[0] = [tuple(part[[1, 1]] for part in pair) for pair in pairs[0]]
@@ -102,7 +102,7 @@ def test_what_was_read_ahead_is_never_stale(change: str, is_slow: bool, monkeypa
 
 def test_errors_of_the_thread_are_raised_at_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
     tiers, pairs = filled(2, 3)
-    bad = tiers._layers[0][1].record
+    bad = tiers._layers[0][1].extent
     read = Spill.read
 
     def failing(self: Spill, record: Any, *args: Any) -> None:
@@ -163,7 +163,7 @@ def test_exit_of_the_interpreter(store: str, tmp_path: Path) -> None:
     """With a read under way and nothing closed: no hanging, no message, no file."""
     script = f"""
 import torch
-from hf_accel.cache.tiers import Tiers
+from hf_accel.cache.tiers.tiers import Tiers
 tiers = Tiers(torch.device("cpu"), store={store!r}, near_budget_bytes=4 << 20, folder={str(tmp_path)!r})
 for i in range(6):
     tiers.put(0, torch.full((1, 1, 64, 4096), float(i)), torch.ones(1, 1, 64, 4096), owned=True)

@@ -16,16 +16,17 @@ from hf_accel.cache.codec import AS_IS, Codec
 from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.division import divide
 from hf_accel.cache.layers.evicting import EvictingLayer
-from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.cache.layers.tiered import TieredLayer
-from hf_accel.cache.prefix.reuse import Prefixes
+from hf_accel.cache.prefix.reuse import PrefixReuse
 from hf_accel.cache.probing import ModelShapes
 from hf_accel.cache.statistics import CacheStatistics
 from hf_accel.cache.tiers.tiers import Tiers
 from hf_accel.core.calls.call import NewCache
 from hf_accel.core.drift import CACHE
 
-# strategies that take steps back or take rows apart, which positions given up do not allow
+# strategies that take steps back or exchange rows, which is impossible once positions have been given up
 WHOLE = {
     GenerationMode.ASSISTED_GENERATION: "assisted generation",
     GenerationMode.BEAM_SEARCH: "beam search",
@@ -35,18 +36,18 @@ WHOLE = {
 
 def use_growing_layers(cache: Any, expected_tokens: int) -> None:
     """Replace the still empty stock layers of `cache`; layers of other kinds (linear, quantized) stay."""
-    Caching(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, expected_tokens)
+    CacheAssembly(KVCacheConfig(), ModelShapes(), CacheStatistics()).replace(cache, expected_tokens)
 
 
-class Caching:
-    """One config at work for one model."""
+class CacheAssembly:
+    """Makes the layers that one config asks for, for the caches of one model."""
 
     def __init__(
         self,
         config: KVCacheConfig,
         shapes: ModelShapes,
         statistics: CacheStatistics,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixReuse | None = None,
     ) -> None:
         self.config, self.shapes, self.statistics, self.prefixes = config, shapes, statistics, prefixes
 
@@ -117,7 +118,7 @@ class Caching:
 
         def make(index: int) -> EvictingLayer:
             noted = statistics.evicted if index == 0 else None
-            return EvictingLayer(config, None if mask is None else mask.bool(), new.expected_tokens, codec, noted)
+            return EvictingLayer(config, None if mask is None else mask.bool(), codec, noted)
 
         return make
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_accel.cache.eviction import METHODS
 from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
 from hf_accel.ops.cached import BITS
-from hf_accel.ops.eviction import METHODS
 
 STORES = ("device", "cpu", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheConfig(Config):
-    """A key/value cache that appends in place. Everything else is off unless asked for, and may be combined.
+    """A key/value cache that appends in place. Everything else is off unless asked for.
+
+    `bits` goes with all else; of a `store` other than "device", an `eviction` or `window`, and `prefix_reuse` only one.
 
     bits: None keeps keys and values as they are; 8 or 4 keeps codes with a scale per token and head, which attention
         reads as they are. Lossy: see docs/cache.md for what it costs in perplexity.
@@ -84,7 +86,7 @@ class KVCacheConfig(Config):
         if self.prefix_reuse and self.store != "device":
             raise ConfigError(f'{name}: prefix_reuse is for store="device"; blocks that have moved out are not kept.')
         if self.from_tokens and self.bits is None:
-            raise ConfigError(f"{name}.from_tokens says from when on `bits` are used; there are none.")
+            raise ConfigError(f"{name}.from_tokens says from how many tokens on bits are used; give bits, too.")
         if self.eviction is not None and self.eviction not in METHODS:
             raise ConfigError(f"{name}.eviction is one of {', '.join(METHODS)}; {self.eviction!r} was given.")
         if self.method is None:

@@ -6,21 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_accel.cache.buffers import MINIMUM_TOKENS
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.config import KVCacheConfig
-from hf_accel.cache.layers.growing import MINIMUM_TOKENS
 from hf_accel.cache.probing import LayerShape
 from hf_accel.errors import ConfigError
 
 SMALLEST, LARGEST = 16, 4096  # tokens of a block
-# of all rows and heads of a layer, where no budget says otherwise: reads of as much run at full speed
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # of a block where no budget says otherwise: a disk reads as much at once at full speed
 
 
 @dataclass(frozen=True)
 class Division:
-    """block_tokens: tokens of a block; near_bytes, cpu_bytes: of the budgets, for blocks beyond the hot buffers (with
-    two buffers for reading); hot_bytes: of the layers' own buffers."""
+    """How a call's budgets are spent.
+
+    block_tokens: how many tokens move together.
+    hot_bytes: what the layers' own buffers take.
+    near_bytes: what is left of the device's budget, for blocks and for two buffers to read them into.
+    cpu_bytes: what blocks may take of CPU memory, None: no limit.
+    """
 
     block_tokens: int
     hot_bytes: int
@@ -43,7 +47,7 @@ def divide(
     fixed = sum(size * max(MINIMUM_TOKENS, min(tokens, 2 * window)) for size, window in windows)
     budget, cpu = config.device_budget_bytes, config.cpu_budget_bytes
     if device.type == "cpu" and cpu is not None:
-        # one memory, one budget; nothing on top of "as few as will do" is that
+        # both budgets are of one memory and add up; a sum of 0 bytes means "as few as will do", as None does
         budget, cpu = (budget or 0) + cpu or None, 0
     sizes = [n for n in (1 << i for i in range(4, 13)) if n == SMALLEST or n < tokens]
 

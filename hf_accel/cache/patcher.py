@@ -8,11 +8,11 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from hf_accel.cache.assembly import Caching, use_growing_layers
+from hf_accel.cache.assembly import CacheAssembly, use_growing_layers
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.prefix.files import PrefixFiles
-from hf_accel.cache.prefix.reuse import Prefixes, prefix_obstacle
+from hf_accel.cache.prefix.reuse import PrefixReuse, prefix_obstacle
 from hf_accel.cache.prefix.store import PrefixStore
 from hf_accel.cache.probing import ModelShapes, layer_shapes
 from hf_accel.cache.statistics import CacheStatistics
@@ -75,7 +75,7 @@ def _needs_attention(config: KVCacheConfig) -> bool:
     return config.store != "device" or config.method is not None
 
 
-def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> Caching:
+def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStatistics) -> CacheAssembly:
     """Return what gives the model's caches the layers of `config`.
 
     Raises:
@@ -104,12 +104,12 @@ def set_up(model: Any, host: Host, config: KVCacheConfig, statistics: CacheStati
     if config.prefix_reuse:
         if reason := prefix_obstacle(model):
             raise UnsupportedModelError(f"Prompts of this model cannot take over keys and values: {reason}.")
-        prefixes = Prefixes(_store(host, config, statistics), Codec(config.bits), known)
+        prefixes = PrefixReuse(_store(host, config, statistics), Codec(config.bits), known)
     if config.store == "disk":
         from hf_accel.cache.tiers.spill import Spill
 
         Spill(config.folder).close()  # a folder that cannot be written is an error now, not at the first call
-    return Caching(config, known, statistics, prefixes)
+    return CacheAssembly(config, known, statistics, prefixes)
 
 
 def _shapes(host: Host) -> ModelShapes:
@@ -185,7 +185,7 @@ def _missing(patcher: KVCachePatcher, host: Host) -> list[Patcher[Any]]:
     return [Patcher.for_config(Config.from_dict({"type": name})) for name in needed]
 
 
-def _built(model: Any, host: Host, config: KVCacheConfig) -> Caching:
+def _built(model: Any, host: Host, config: KVCacheConfig) -> CacheAssembly:
     """Set `config` up for calls that name it, with what it needs.
 
     Raises:
@@ -207,7 +207,7 @@ def _built(model: Any, host: Host, config: KVCacheConfig) -> Caching:
     return caching
 
 
-def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
+def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> CacheAssembly:
     """Understand `generate(kv_cache=...)`: a KVCacheConfig, or False for the layers that go with any model.
 
     Raises:
@@ -238,7 +238,7 @@ def _kv_cache(model: Any, value: Any, arguments: dict[str, Any]) -> Caching:
     if config.prefix_reuse and arguments.get("inputs_embeds") is not None:
         raise ConfigError("prefix_reuse finds prompts by their tokens; inputs_embeds has none. Give input_ids.")
     host: Any = host_of(model)
-    caching: Caching = host.built_once("kv_cache", config, MOST_CONFIGS, lambda: _built(model, host, config))
+    caching: CacheAssembly = host.built_once("kv_cache", config, MOST_CONFIGS, lambda: _built(model, host, config))
     return caching
 
 

@@ -43,7 +43,7 @@ class _ProbingLayer(GrowingLayer):
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         super().update(key_states, value_states)
-        found = self._held(0, self._stop)
+        found = self.buffers.held(0, self.buffers.stop)
         self.held = _Probed(found.shape, found.sizes, found.dtypes, found.device, found.bits, found.parts)
         return self.held.states()
 

@@ -129,7 +129,7 @@ class _ProbeLayer:
         self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Reserved:
         shape = (batch, kv_heads, tokens, head_dim)
-        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), 0, 0, None
+        return Reserved(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), 0, 0, None)
 
     def commit(self, tokens: int) -> None:
         """Nothing follows."""

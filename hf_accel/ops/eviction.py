@@ -16,33 +16,11 @@ Cost: the weights O(B·H·T·S·D) in time and B·H·T·S fp32 values, the choic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method looks at: which queries' attention."""
-
-    queries: Literal["none", "last", "window", "all"]
-    paper: str
-
-    @property
-    def needs_queries(self) -> bool:
-        return self.queries != "none"
-
-
-METHODS: dict[str, Method] = {
-    "streaming": Method("none", paper="arXiv:2309.17453"),
-    "snapkv": Method("window", paper="arXiv:2404.14469"),
-    "h2o": Method("all", paper="arXiv:2306.14048"),
-    "tova": Method("last", paper="arXiv:2401.06104"),
-    "key-norm": Method("none", paper="arXiv:2406.11430"),
-}
 
 
 def attention_weights(query: Tensor, keys: Tensor, scale: float, visible: Tensor) -> Tensor:

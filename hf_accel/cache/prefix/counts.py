@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+MAXIMUM_TENANTS_COUNTED = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +47,22 @@ class Counting:
     added_blocks: int = 0
     evicted_blocks: int = 0
     cleared_blocks: int = 0
+
+
+class Counters:
+    """What is counted of all tenants together and of each that was active lately; whoever calls holds a lock."""
+
+    def __init__(self) -> None:
+        self.total = Counting()
+        self.tenants: OrderedDict[str | None, Counting] = OrderedDict()
+        self.crossings = 0
+
+    def add(self, tenant: str | None, **numbers: int) -> None:
+        """Add numbers to the counts of these names, of a tenant and of all."""
+        own = self.tenants.setdefault(tenant, Counting())
+        self.tenants.move_to_end(tenant)
+        if len(self.tenants) > MAXIMUM_TENANTS_COUNTED:
+            self.tenants.popitem(last=False)
+        for counts in (self.total, own):
+            for name, number in numbers.items():
+                setattr(counts, name, getattr(counts, name) + number)

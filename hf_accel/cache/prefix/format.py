@@ -26,7 +26,7 @@ _FIELD = b'"checksum":"'
 _BLANK = "0" * 64
 
 
-class Record(NamedTuple):
+class BlockFile(NamedTuple):
     """What a file holds; `owner` and `tokens` are opaque digests for the caller to compare."""
 
     owner: str
@@ -34,7 +34,7 @@ class Record(NamedTuple):
     tensors: tuple[torch.Tensor, ...]
 
 
-def read_block(file: BinaryIO, key: bytes, largest: int) -> Record:
+def read_block(file: BinaryIO, key: bytes, largest: int) -> BlockFile:
     """Return what an open file of at most `largest` bytes holds.
 
     Raises:
@@ -81,7 +81,7 @@ def encode(key: bytes, owner: str, tokens: str, tensors: Sequence[torch.Tensor])
     return b"".join((data[:at], _checksum(data, at), data[at + len(_BLANK) :]))
 
 
-def decode(data: bytes, key: bytes) -> Record:
+def decode(data: bytes, key: bytes) -> BlockFile:
     """Return what a file holds.
 
     Raises:
@@ -94,7 +94,7 @@ def decode(data: bytes, key: bytes) -> Record:
         (metadata, _), tensors = _head(io.BytesIO(data)), load(data)
         if (metadata["format"], metadata["key"]) != (FORMAT, key.hex()):
             raise CheckpointError("it is another block, or of another format")
-        return Record(metadata["owner"], metadata["tokens"], tuple(tensors[name] for name in sorted(tensors)))
+        return BlockFile(metadata["owner"], metadata["tokens"], tuple(tensors[name] for name in sorted(tensors)))
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"it is not what was written ({error})") from error
 

@@ -9,8 +9,6 @@ Cost: a copy of what is reused and of what is new, and about 2 ms to see whether
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,29 +18,27 @@ import torch
 from transformers import DynamicCache
 
 from hf_accel.cache.codec import Codec
-from hf_accel.cache.layers.growing import GrowingLayer, GrowingSlidingLayer
-from hf_accel.cache.prefix.store import Block, PrefixStore
-from hf_accel.cache.probing import LayerShape, ModelShapes, autocast_dtype
+from hf_accel.cache.layers.growing import GrowingLayer
+from hf_accel.cache.layers.sliding import GrowingSlidingLayer
+from hf_accel.cache.prefix.identity import ModelIdentity
+from hf_accel.cache.prefix.shelf import PrefixBlock
+from hf_accel.cache.prefix.store import PrefixStore
+from hf_accel.cache.probing import LayerShape, ModelShapes
 from hf_accel.core.calls.rollback import recording
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.rope import moving_rope
 from hf_accel.core.model.support import foreign_inputs
-from hf_accel.core.model.watching import PROCESS, Surroundings, simple_attributes
 
-BLOCK_TOKENS = 64
+# inputs of the model that do not change what keys and values of given tokens are
 PLAIN = {CACHE, "use_cache", "logits_to_keep", "attention_mask", "position_ids"}
-SAMPLES = 16
-ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # of peft's layers
 
 
-class Prefixes:
-    """The stored beginnings of one model's prompts, in the form that `codec` and the layers' `shapes` give them."""
+class PrefixReuse:
+    """Lets the prompts of one model take over keys and values from `store`, where the call's cache has this `codec`."""
 
     def __init__(self, store: PrefixStore, codec: Codec, shapes: ModelShapes) -> None:
         self.store, self.codec, self.shapes = store, codec, shapes
-        self._contents: tuple[bytes, bytes] | None = None  # of which weights, their hash
-        self._surroundings: Surroundings | None = None
-        self._exchanged = 0
+        self._identity = ModelIdentity(codec, is_lasting=store.files is not None)
 
     def objection(
         self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
@@ -81,7 +77,7 @@ class Prefixes:
     ) -> Iterator[None]:
         """Take over what is stored of the prompts' beginnings, and store them after the block."""
         shapes = self.shapes.of(model)
-        root = self._root(model, shapes)
+        root = self._identity.root(model, shapes)
         padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(1).tolist()
         rows = [row[pad:] for row, pad in zip(input_ids.tolist(), padding, strict=True)]
         found = [self.store.match(tenant, root, row) for row in rows]
@@ -103,7 +99,7 @@ class Prefixes:
         self,
         cache: Any,
         shapes: list[LayerShape],
-        found: list[list[Block]],
+        found: list[list[PrefixBlock]],
         padding: list[int],
         columns: int,
         device: torch.device,
@@ -124,25 +120,6 @@ class Prefixes:
                 buffers.append(buffer)
             layer.adopt(buffers[0], buffers[1], shape.sizes, shape.dtypes)
 
-    def _functions_digest(self, model: Any) -> bytes:
-        """Return a digest of the classes and functions that the model runs through; empty until one is exchanged."""
-        if self._surroundings is None or not self._surroundings.look():
-            self._exchanged += self._surroundings is not None
-            self._surroundings = Surroundings(model.modules())
-        return repr((self._exchanged, PROCESS)).encode() if self._exchanged else b""
-
-    def _root(self, model: Any, shapes: list[LayerShape]) -> bytes:
-        """Return a digest of all that keys and values of given tokens depend on."""
-        functions = self._functions_digest(model)
-        state = functions + _weights_digest(model)
-        if self.store.files is not None:
-            if self._contents is None or self._contents[0] != state:
-                self._contents = state, _contents_digest(model)
-            state = self._contents[1] + _ways_digest(model) + functions
-        kept = (self.codec.bits, [(s.kv_heads, s.sizes, str(s.dtypes), s.window) for s in shapes])
-        ways = (str(autocast_dtype(model)), str(model.device), str(model.config._attn_implementation))
-        return hashlib.sha256(state + _config_bytes(model) + repr((kept, ways)).encode()).digest()
-
 
 def prefix_obstacle(model: Any) -> str | None:
     """Return why no prompt of this model can take over keys and values, None if they can."""
@@ -155,59 +132,6 @@ def _cut(cache: Any, row: int, padding: int, start: int, stop: int) -> list[torc
     """Return keys and values [G, n, R] of positions [start, stop) of a row, of every layer in turn."""
     found = []
     for layer in cache.layers:
-        for buffer in (layer._keys, layer._values):
+        for buffer in (layer.buffers.keys, layer.buffers.values):
             found.append(buffer[row, :, padding + start : padding + stop])
     return found
-
-
-def _config_bytes(model: Any) -> bytes:
-    return json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
-
-
-def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _weights_digest(model: Any) -> bytes:
-    """Return a digest that changes when weights, adapters or hooks do: where tensors lie, their versions, samples."""
-    digest = hashlib.sha256(_ways_digest(model))
-    samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for name, tensor in _tensors(model):
-        digest.update(
-            repr((name, tensor.data_ptr(), _version(tensor), tensor.shape, tensor.stride(), tensor.dtype)).encode()
-        )
-        if tensor.numel():
-            flat = tensor.detach().flatten() if tensor.is_contiguous() else tensor.detach()[..., :1].flatten()
-            samples.setdefault((tensor.dtype, tensor.device), []).append(flat[:: len(flat) // SAMPLES + 1])
-    for group in samples.values():
-        digest.update(torch.cat(group).cpu().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
-
-
-def _ways_digest(model: Any) -> bytes:
-    """Return a digest of what modules do with their weights, as far as it can be changed from outside."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        # keys of hooks are counted up and never come again, as addresses do
-        hooks = [*module._forward_hooks, *module._forward_pre_hooks]
-        adapters = [getattr(module, state, None) for state in ADAPTER_STATE]
-        digest.update(repr((name, type(module).__qualname__, simple_attributes(module))).encode())
-        if hooks:
-            digest.update(repr((hooks, PROCESS)).encode())
-        if any(adapter is not None for adapter in adapters):
-            digest.update(repr(adapters).encode())
-    return digest.digest()
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _contents_digest(model: Any) -> bytes:
-    """Return a digest of every weight; about a second per gigabyte."""
-    digest = hashlib.blake2b(digest_size=32)
-    for name, tensor in _tensors(model):
-        digest.update(repr((name, tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.digest()

@@ -14,30 +14,9 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from hf_accel.cache.tiers.spill import Layout, Record, Run, Spill, pages, runs_of
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-class Block:
-    """Keys and values of some positions: tensors in memory or a record on the disk, and which rows of them count."""
-
-    __slots__ = ("keys", "layout", "record", "rows", "runs", "shown", "tier", "values")
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = self.shown = layout  # as stored and as read
-        self.tier = ""
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
-        self.record: Record | None = None
-        self.rows: tuple[int, ...] | None = None  # None: all, in order
-        self.runs: list[Run] = [(0, 0, layout.rows)]
-
-    def show(self, rows: tuple[int, ...] | None) -> None:
-        """Let row b of the block be the stored row rows[b]."""
-        self.rows = rows
-        self.shown = self.layout if rows is None else self.layout.of_rows(len(rows))
-        self.runs = [(0, 0, self.layout.rows)] if rows is None else runs_of(rows)
+from hf_accel.cache.tiers.block import Block
+from hf_accel.cache.tiers.layout import Layout, Pair, pages
+from hf_accel.cache.tiers.spill import Spill
 
 
 class Slot:
@@ -65,7 +44,7 @@ class Slot:
         return self._views[layout]
 
     def take_in(self, layout: Layout, keys: torch.Tensor, values: torch.Tensor) -> list[np.ndarray]:
-        """Copy tensors into the CPU's buffer; return its parts in the order of a record."""
+        """Copy tensors into the CPU's buffer; return its parts in the order in which they lie there."""
         if self.loaded is not None:
             self.loaded.synchronize()  # what it held has left it
         for here, given in zip(layout.views(self.on_host), (keys, values)):
@@ -84,9 +63,9 @@ class Slot:
             self.loaded.record(stream)  # type: ignore[union-attr]
 
     def _load(self, block: Block, spill: Spill | None, non_blocking: bool) -> None:
-        if block.record is not None:
+        if block.extent is not None:
             size = block.shown.size
-            spill.read(block.record, block.shown, block.runs, self.bytes)  # type: ignore[union-attr]
+            spill.read(block.extent, block.shown, block.runs, self.bytes)  # type: ignore[union-attr]
             if self.on_host is not self.on_device:
                 self.on_device[:size].copy_(self.on_host[:size], non_blocking=non_blocking)
             return
@@ -140,7 +119,7 @@ class Staging:
             if error is not None:
                 raise error
         else:
-            if block.record is not None:
+            if block.extent is not None:
                 self.forget()  # the order is another: what was read ahead is not wanted soon
             slot = self.spare()
             if self._stream is not None:

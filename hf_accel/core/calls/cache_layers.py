@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-pass
 
+class Reserved(NamedTuple):
+    """Buffers [B, G, C, D], with C >= past + T, into which a kernel writes T new keys and values of each row.
 
-Reserved = tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None]
+    past: the position where the first new token belongs; where rows have different lengths, that of the longest.
+    first: the first position that the new tokens can see.
+    row_pasts: where rows have different lengths, the `past` of each, int64 [B] on the CPU.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    past: int
+    first: int
+    row_pasts: torch.Tensor | None
 
 
 class AppendableLayer(Protocol):
     """A cache layer into whose buffers a kernel may write new keys and values itself.
 
-    `reserve` returns key and value buffers [B, G, C, D] (C >= past + T), `past`, the position where the first new
-    token belongs, `first`, the first position the new tokens can see, and, where rows have different lengths, the
-    `past` of each, int64 [B] on the CPU (then `past` is the largest); or None if it cannot take them that way.
-    After the kernel has written the T positions of each row, `commit(T)` makes them part of the cache.
+    `reserve` returns where, or None if the layer cannot take them that way. After the kernel has written T positions of
+    each row, `commit(T)` makes them part of the cache.
     bits: 8 or 4 where the buffers are rows of codes, uint8 [B, G, C, R], see `hf_accel.ops.cached`.
     """
 
@@ -45,3 +53,8 @@ class RaggedLayer(Protocol):
     def columns(self, tokens: int) -> tuple[int, int]: ...
 
     def set_rows(self, lengths: list[int]) -> None: ...
+
+
+def rows_apart_obstacle(layer: Any) -> str | None:
+    """Return why the rows of a cache layer cannot have different lengths, None if they can."""
+    return None if isinstance(layer, RaggedLayer) else f"rows of a {type(layer).__name__} cannot have different lengths"

@@ -19,8 +19,8 @@ from hf_accel.errors import ConfigError
 class Keyword:
     """One keyword of `generate`.
 
-    understand: (model, value, all other arguments) -> what stands at `doors` in this call, or what `Request.options` holds
-        under the keyword's name where there are none.
+    understand: (model, value, all other arguments) -> what stands at `doors` in this call; where there are none, what
+        `Request.options` holds under the keyword's name.
     """
 
     name: str

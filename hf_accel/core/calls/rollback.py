@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
-from hf_accel.core.calls.cache_layers import RaggedLayer
+from hf_accel.core.calls.cache_layers import rows_apart_obstacle
 
 
 def rollback_obstacle(cache: Any, is_batch: bool) -> str | None:
@@ -24,8 +24,8 @@ def rollback_obstacle(cache: Any, is_batch: bool) -> str | None:
             return f"a {type(layer).__name__} of the cache cannot take steps back"
         if hasattr(layer, "update_indexer"):  # among equal scores, the best k are others in a matrix of another shape
             return f"keys of a {type(layer).__name__} are chosen otherwise in steps of several tokens"
-        if is_batch and not isinstance(layer, RaggedLayer):
-            return f"rows of a {type(layer).__name__} cannot have different lengths"
+        if is_batch and (reason := rows_apart_obstacle(layer)):
+            return reason
     return None
 
 
