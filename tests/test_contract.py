@@ -17,7 +17,7 @@ import torch
 from catalogue import CATALOGUE, LOSSLESS, exact, example, fits
 from comparison import assert_equal_calls, optimised
 from fingerprint import changes, fingerprint
-from models import FEW, NAMES, build, padded, prompt, stock
+from models import FEW, NAMES, build, on_models, padded, prompt, stock
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import hf_accel
@@ -87,7 +87,8 @@ def test_obstacles_change_nothing_and_are_sentences(name: str, model_name: str) 
     assert found == Patcher.for_config(example(name)).obstacles(Anatomy.of(model))
 
 
-@pytest.mark.parametrize("name,model_name", [(name, model_name) for model_name in NAMES for name in EVERY])
+# "exact" is all lossless steps but those that claim the place of another
+@pytest.mark.parametrize("name,model_name", on_models(EVERY, ["exact", "WeightOnlyConfig", "SpeculativeConfig"]))
 def test_a_life_from_optimize_to_restore(name: str, model_name: str, tmp_path: Path) -> None:
     """One model is optimised, used, copied, pickled, saved and restored, beside one that shares its config."""
     model = build(model_name)
