@@ -42,6 +42,7 @@ from comparison import optimised
 from models import stock
 from planting import Defect, Patch, instead, is_red, machine, nothing, result
 
+from hf_accel.cache.codec import Codec
 from hf_accel.cache.layers.growing import GrowingLayer
 from hf_accel.cache.layers.tiered import TieredLayer
 from hf_accel.cache.prefix.store import PrefixStore
@@ -119,7 +120,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "draws that are made twice": (calls.two_draws, test_generate.test_equal_to_stock),
     "scores that are logits": (calls.raw_logits_as_scores, test_generate.test_equal_to_stock),
     "a token accepted too many": (drafts.one_draft_too_many, test_generate.test_equal_to_stock_speculating),
-    "positions of the mask": (calls.positions_from_the_mask, test_generate_inputs.test_positions_of_the_callers),
+    "positions that stand still": (
+        calls.positions_that_stand_still,
+        test_generate_inputs.test_positions_of_the_callers,
+    ),
     "scores of another step": (
         drafts.scores_of_another_step,
         test_speculation_calls.test_scores_logits_and_the_cache_are_returned,
@@ -130,7 +134,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     ),
     "beams that stay": (instead(GrowingLayer, "reorder_cache", nothing), machine(test_cache.Twins)),
     "windows that forget too much": (calls.window_off_by_one, machine(test_cache.SlidingTwins)),
-    "beams of codes that stay": (instead(GrowingLayer, "reorder_cache", nothing), machine(test_coded_layers.Twins)),
+    "codes that are not written": (instead(Codec, "write", nothing), machine(test_coded_layers.Twins)),
     "beams of tiers that stay": (instead(TieredLayer, "reorder_cache", nothing), machine(test_kv_layers.Twins)),
     "tenants who share": (one_tenant, test_prefix_tenants.test_tenants_and_roots_find_nothing_of_each_other),
     "tenants who share, against lists": (one_tenant, machine(test_prefixes.Twins)),

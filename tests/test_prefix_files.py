@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Running
 from safetensors.torch import load_file
 from test_prefix_tenants import together
 from test_prefixes import ROOT, consistent, length, plain, telling, verify
@@ -250,16 +249,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     """The process is killed between writing a file and giving it its name."""
     script = """
 import os, signal, sys, torch
-from hf_accel.cache.prefix_files import PrefixFiles
-from hf_accel.cache.prefixes import PrefixStore
+from hf_accel.cache.prefix.files import PrefixFiles
+from hf_accel.cache.prefix.store import PrefixStore
 store = PrefixStore(10**6, 2, PrefixFiles(sys.argv[1]))
 make = lambda start, stop: [torch.full((16,), start, dtype=torch.uint8)]
 store.add("a", b"weights", [5, 6, 7, 8], make)
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 store.add("a", b"weights", [5, 6, 7, 8, 9, 10], make)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == -9, done.stderr
+    done = Running(script, tmp_path.with_suffix(".output"), tmp_path)
+    assert done.wait(300) == -9, done.stderr
     (left,) = tmp_path.glob("*.part")
     elsewhere = left.with_name(left.name.replace(prefix_files._machine(), "0" * 8))
     running = left.with_name(f"{left.name[:64]}.{os.getppid()}.{prefix_files._machine()}.0.part")
