@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -160,6 +162,24 @@ def randomize(model: PreTrainedModel, tiny: Tiny, seed: int = 1) -> None:
 def build(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
     """Return a fresh model; two calls with the same arguments return equal models that share nothing."""
     return copy.deepcopy(_prototype(name, dtype, attention))
+
+
+@functools.cache
+def stock(name: str) -> PreTrainedModel:
+    """Return the model that tests share: to be asked, not to be changed."""
+    return build(name)
+
+
+def on_models(cases: Iterable[str], everywhere: Iterable[str]) -> list[Any]:
+    """Return parameters (case, model): every case on FEW, those of `everywhere` on all models; the rest are slow."""
+    hard = set(everywhere)
+    cases = list(cases)
+    assert hard <= set(cases)
+    return [
+        pytest.param(case, name, marks=[] if name in FEW or case in hard else pytest.mark.slow)
+        for name in NAMES
+        for case in cases
+    ]
 
 
 def prompt(batch: int = 1, tokens: int = 11, seed: int = 3) -> torch.Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,17 +49,26 @@ def place_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree_of(path)))
+
+
 def imports_of(path: Path) -> list[tuple[int, str]]:
     """Return line and dotted name of every import from the package, those of TYPE_CHECKING blocks excepted."""
-    tree = ast.parse(path.read_text())
     typing_only = {
         child
-        for node in ast.walk(tree)
+        for node in nodes_of(path)
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for child in ast.walk(node)
     }
     found = []
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if node in typing_only:
             continue
         if isinstance(node, ast.Import):
@@ -69,72 +80,86 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
 
 
 def test_every_place_has_a_floor() -> None:
-    for path in FILES:
-        if path != PACKAGE / "__init__.py":
-            assert place_of(path) in FLOORS, (
-                f"{name_of(path)}: add {place_of(path)!r} to FLOORS in {Path(__file__).name}"
-            )
+    places = {place_of(path) for path in FILES if path != PACKAGE / "__init__.py"}
+    assert places <= FLOORS.keys(), f"add to FLOORS in {Path(__file__).name}: {sorted(places - FLOORS.keys())}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path != PACKAGE / "__init__.py"], ids=name_of)
-def test_imports_only_from_floors_below(path: Path) -> None:
+def imports_from_other_floors(path: Path) -> Iterator[str]:
     own = place_of(path)
     for line, name in imports_of(path):
         parts = name.split(".")
-        assert len(parts) > 1, f"{name_of(path)}:{line}: import from the module, not from the package"
-        other = parts[1]
-        if other == own or other == "__version__":
+        other = parts[1] if len(parts) > 1 else ""
+        if other in (own, "__version__"):
             continue
-        where = f"{name_of(path)}:{line}: {own} imports {name}"
-        assert not (own in FAMILIES and other in FAMILIES), f"{where}: families never import each other"
-        assert FLOORS.get(other, 99) < FLOORS[own], f"{where}: only floors below {FLOORS[own]}"
+        where = f"{line}: {own} imports {name}"
+        if not other:
+            yield f"{where}: import from the module, not from the package"
+        elif own in FAMILIES and other in FAMILIES:
+            yield f"{where}: families never import each other"
+        elif FLOORS.get(other, 99) >= FLOORS[own]:
+            yield f"{where}: only floors below {FLOORS[own]}"
 
 
-@pytest.mark.parametrize("path", [*FILES, *TESTS, *EXAMPLES], ids=name_of)
-def test_files_are_small(path: Path) -> None:
+def too_many_lines(path: Path) -> Iterator[str]:
     lines = len(path.read_text().splitlines())
-    assert lines <= MAXIMUM_LINES, f"{name_of(path)} has {lines} lines; split it by what it is about"
+    if lines > MAXIMUM_LINES:
+        yield f"{lines} lines; split it by what it is about"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_names_say_what_is_inside(path: Path) -> None:
-    for part in path.relative_to(PACKAGE).with_suffix("").parts:
-        assert part not in {"utils", "util", "helpers", "helper", "base", "misc", "common", "tools"}, name_of(path)
+def names_that_say_nothing(path: Path) -> Iterator[str]:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    said = {"utils", "util", "helpers", "helper", "base", "misc", "common", "tools"}.intersection(parts)
+    yield from (f"{part!r} does not say what is inside" for part in said)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_print_assert_or_bare_except(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        where = f"{name_of(path)}:{getattr(node, 'lineno', 0)}"
-        assert not isinstance(node, ast.Assert), f"{where}: raise an error of the tree instead of assert"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id != "print", f"{where}: no print in the package"
+def prints_asserts_and_bare_excepts(path: Path) -> Iterator[str]:
+    for node in nodes_of(path):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Assert):
+            yield f"{line}: raise an error of the tree instead of assert"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"{line}: no print in the package"
         if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{where}: bare except"
-            silent = all(isinstance(child, ast.Pass) for child in node.body)
-            assert not silent, f"{where}: an error is swallowed without a trace"
+            if node.type is None:
+                yield f"{line}: bare except"
+            if all(isinstance(child, ast.Pass) for child in node.body):
+                yield f"{line}: an error is swallowed without a trace"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_the_anatomy_knows_architectures(path: Path) -> None:
-    if path == PACKAGE / "core" / "anatomy.py":
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Compare):
-            assert "model_type" not in ast.unparse(node), (
-                f"{name_of(path)}:{node.lineno}: architectures belong in anatomy"
-            )
+def comparisons_of_architectures(path: Path) -> Iterator[str]:
+    for node in nodes_of(path):
+        if isinstance(node, ast.Compare) and "model_type" in ast.unparse(node):
+            yield f"{node.lineno}: architectures belong in anatomy"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_modules_classes_and_public_functions_are_documented(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), f"{name_of(path)}: say in one sentence what this module is"
+def missing_docstrings(path: Path) -> Iterator[str]:
+    tree = tree_of(path)
+    if not ast.get_docstring(tree):
+        yield "1: say in one sentence what this module is"
     for node in tree.body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Patcher"):
-                continue  # described by its config
-            assert ast.get_docstring(node), f"{name_of(path)}:{node.lineno}: {node.name} has no docstring"
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name.startswith("_"):
+            continue
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Patcher"):
+            continue  # described by its config
+        if not ast.get_docstring(node):
+            yield f"{node.lineno}: {node.name} has no docstring"
+
+
+RULES: dict[Callable[[Path], Iterator[str]], list[Path]] = {
+    imports_from_other_floors: [path for path in FILES if path != PACKAGE / "__init__.py"],
+    too_many_lines: [*FILES, *TESTS, *EXAMPLES],
+    names_that_say_nothing: FILES,
+    prints_asserts_and_bare_excepts: FILES,
+    comparisons_of_architectures: [path for path in FILES if path != PACKAGE / "core" / "model" / "anatomy.py"],
+    missing_docstrings: FILES,
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_no_file_breaks_the_rule(rule: Callable[[Path], Iterator[str]]) -> None:
+    """One case per rule: the message lists every place that breaks it."""
+    offenders = [f"{name_of(path)}:{sentence}" for path in RULES[rule] for sentence in rule(path)]
+    assert not offenders, "\n".join(["", *offenders])
 
 
 def test_public_names() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import io
 import json
+import pickle
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from catalogue import CATALOGUE, LOSSLESS, exact, example, fits
 from comparison import assert_equal_calls, optimised
 from fingerprint import changes, fingerprint
-from models import FEW, NAMES, build, padded, prompt
+from models import FEW, NAMES, build, on_models, padded, prompt, stock
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import hf_accel
@@ -82,38 +87,114 @@ def test_obstacles_change_nothing_and_are_sentences(name: str, model_name: str) 
     assert found == Patcher.for_config(example(name)).obstacles(Setting.of(model))
 
 
-@pytest.mark.parametrize("model_name", NAMES)
-@pytest.mark.parametrize("name", EVERY)
-def test_restore_gives_everything_back(name: str, model_name: str) -> None:
+# "exact" is all lossless steps but those that claim the place of another
+@pytest.mark.parametrize("name,model_name", on_models(EVERY, ["exact", "WeightOnlyConfig", "SpeculativeConfig"]))
+def test_a_life_from_optimize_to_restore(name: str, model_name: str, tmp_path: Path) -> None:
+    """One model is optimised, used, copied, pickled, saved and restored, beside one that shares its config."""
     model = build(model_name)
-    text = greedy(model)
     configs = chosen(name, model)
-    before, bits = fingerprint(model), logits(model)
+    text, files = greedy(model), saved(model, tmp_path / "stock")
+    other = sharing_config_and_weights(model)
+    before, bits, others = fingerprint(model), logits(model), (logits(other), fingerprint(other))
+    interfaces = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+
     assert hf_accel.optimize(model, configs) is model
     optimised_text = greedy(model)
+    if all(Patcher.for_config(config).fidelity is Fidelity.EXACT for config in configs):
+        assert torch.equal(optimised_text, text), "the optimised text differs in fp32"
+    check_padded_rows(model, rows_of(model) if is_lossy(name) else rows_of_stock(model_name))
+
+    assert not changes(others[1], fingerprint(other)), "a model that shares its config is another one"
+    assert torch.equal(logits(other), others[0])
+    assert interfaces == (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    with pytest.raises(hf_accel.ConflictError):
+        hf_accel.report(other)
+
+    if is_lossy(name):  # a copy has the weights the model has now
+        check_deep_copy(model, optimised_text, logits(model), None)
+    else:
+        check_deep_copy(model, text, bits, stock(model_name))
+        check_pickles(model, bits, stock(model_name))
+        found = saved(model, tmp_path / "optimised")
+        assert {name for name in files.keys() | found.keys() if files.get(name) != found.get(name)} == set()
+    assert torch.equal(greedy(model), optimised_text), "what was done to copies disturbed the original"
+
     hf_accel.restore(model)
     assert not changes(before, fingerprint(model))
     assert torch.equal(logits(model), bits)
     assert torch.equal(greedy(model), text)
     assert model not in _hosts
-    if all(Patcher.for_config(config).fidelity is Fidelity.EXACT for config in configs):
-        assert torch.equal(optimised_text, text), "the optimised text differs in fp32"
 
 
-@pytest.mark.parametrize("model_name", NAMES)
-@pytest.mark.parametrize("name", EVERY)
-def test_left_padded_rows_equal_rows_alone(name: str, model_name: str) -> None:
-    stock = build(model_name)
-    lengths = [4, 11, 7]
-    batch = padded(lengths)
-    patched = optimised(stock, chosen(name, stock))
-    reference = patched if is_lossy(name) else stock
-    expected = greedy(reference, **batch)
-    assert torch.equal(greedy(patched, **batch), expected)
-    for row, length in enumerate(lengths):
-        ids = batch["input_ids"][row : row + 1, -length:]
-        alone = greedy(reference, input_ids=ids, attention_mask=torch.ones_like(ids))
-        assert torch.equal(alone[0, length:], expected[row, max(lengths) :]), "stock's own rows differ: change lengths"
+def sharing_config_and_weights(model: Any) -> Any:
+    """Return a second model of the same config object and generation settings, with equal weights of its own."""
+    other = type(model)(model.config).eval()
+    other.generation_config = model.generation_config
+    with torch.no_grad():
+        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs)
+    for mine, theirs in zip(other.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
+    assert other.config is model.config
+    return other
+
+
+LENGTHS = [4, 11, 7]
+
+
+def rows_of(model: Any) -> list[torch.Tensor]:
+    """Return what a model continues each row of a padded batch with when the row is alone."""
+    ids = padded(LENGTHS)["input_ids"]
+    alone = [ids[row : row + 1, -length:] for row, length in enumerate(LENGTHS)]
+    return [greedy(model, input_ids=row, attention_mask=torch.ones_like(row))[0, row.shape[1] :] for row in alone]
+
+
+@functools.cache
+def rows_of_stock(model_name: str) -> list[torch.Tensor]:
+    rows = rows_of(stock(model_name))
+    check_padded_rows(stock(model_name), rows)  # else change the lengths
+    return rows
+
+
+def check_padded_rows(model: Any, rows: list[torch.Tensor]) -> None:
+    """Left-padded rows continue as rows alone do."""
+    assert torch.equal(greedy(model, **padded(LENGTHS))[:, max(LENGTHS) :], torch.stack(rows))
+
+
+def check_copy(copied: Any, bits: torch.Tensor, stock: Any) -> None:
+    assert [type(module) for module in copied.modules()] == [type(module) for module in stock.modules()]
+    assert copied.config._attn_implementation == stock.config._attn_implementation
+    assert torch.equal(logits(copied), bits)
+
+
+def check_deep_copy(model: Any, text: torch.Tensor, bits: torch.Tensor, stock: Any) -> None:
+    """A deep copy writes `text`, of the classes of `stock` if there is one; wiping it does not reach the original."""
+    twin = copy.deepcopy(model)
+    if stock is not None:
+        check_copy(twin, bits, stock)
+    assert type(twin).__module__.startswith("transformers.")
+    assert torch.equal(greedy(twin), text)
+    assert torch.equal(logits(twin), bits)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.zero_()
+    del twin
+    gc.collect()
+
+
+def check_pickles(model: Any, bits: torch.Tensor, stock: Any) -> None:
+    """Pickles and torch's files hold stock models."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for again in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        check_copy(again, bits, stock)
+
+
+def saved(model: Any, folder: Path) -> dict[str, bytes]:
+    """Return the files that `save_pretrained` writes."""
+    model.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("model_name", FEW)
@@ -140,58 +221,6 @@ def test_an_error_in_mid_patch_leaves_nothing(name: str, model_name: str, monkey
     hf_accel.optimize(model, configs)
     hf_accel.restore(model)
     assert not changes(before, fingerprint(model))
-
-
-@pytest.mark.parametrize("model_name", NAMES)
-@pytest.mark.parametrize("name", EVERY)
-def test_a_deep_copy_is_stock_and_cannot_disturb_the_original(name: str, model_name: str) -> None:
-    stock = build(model_name)
-    model = optimised(stock, chosen(name, stock))
-    text = greedy(model)
-    twin = copy.deepcopy(model)
-    assert type(twin) is type(stock)
-    assert twin.config._attn_implementation == stock.config._attn_implementation
-    if is_lossy(name):  # the copy has the weights the model has now
-        assert torch.equal(greedy(twin), text)
-        assert torch.equal(logits(twin), logits(model))
-    else:
-        assert [type(m) for m in twin.modules()] == [type(m) for m in stock.modules()]
-        assert torch.equal(greedy(twin), greedy(stock))
-        assert torch.equal(logits(twin), logits(stock))
-    with torch.no_grad():
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            tensor.zero_()
-    del twin
-    gc.collect()
-    assert torch.equal(greedy(model), text)
-    hf_accel.restore(model)
-    assert torch.equal(logits(model), logits(stock))
-
-
-@pytest.mark.parametrize("model_name", NAMES)
-@pytest.mark.parametrize("name", EVERY)
-def test_a_second_model_sharing_config_and_weights_is_untouched(name: str, model_name: str) -> None:
-    model = build(model_name)
-    other = type(model)(model.config).eval()
-    other.generation_config = model.generation_config
-    with torch.no_grad():
-        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
-            mine.copy_(theirs)
-    for mine, theirs in zip(other.buffers(), model.buffers(), strict=True):
-        mine.copy_(theirs)
-    assert other.config is model.config
-    configs = chosen(name, model)
-    greedy(other)
-    before, bits = fingerprint(other), logits(other)
-    attention, masks = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
-    hf_accel.optimize(model, configs)
-    greedy(model)
-    assert not changes(before, fingerprint(other))
-    assert torch.equal(logits(other), bits)
-    assert dict(AttentionInterface._global_mapping) == attention
-    assert dict(AttentionMaskInterface._global_mapping) == masks
-    with pytest.raises(hf_accel.ConflictError):
-        hf_accel.report(other)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "+".join(type(c).__name__ for c in pair))

@@ -10,18 +10,24 @@ from space import NAMES, STRATEGIES, Request, compare, pair, perform, requests
 import hf_accel
 
 
+def walk(strategy: str, name: str, calls: int) -> None:
+    settings(max_examples=calls)(given(requests([name], [strategy]))(compare))()
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_call_is_stocks(strategy: str, name: str) -> None:
-    @settings(max_examples=30)
-    @given(requests([name], [strategy]))
-    def walk(request: Request) -> None:
-        compare(request)
-
-    walk()
+    walk(strategy, name, 15)
 
 
-@settings(max_examples=60)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_many_calls_are_stocks(strategy: str, name: str) -> None:
+    walk(strategy, name, 300)
+
+
+@settings(max_examples=40)
 @given(requests(), st.integers(0, 3))
 def test_errors_are_stocks_and_leave_the_model_working(request: Request, seed: int) -> None:
     """Impossible arguments fail as on the stock model, and the next call is right."""

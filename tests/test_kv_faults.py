@@ -6,8 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import pytest
 import torch
 from cached_calls import assert_moved, peaks, shared, smallest, stock, tight
 from models import build, prompt
+from processes import Running
 from test_spill import failing
 
 import hf_accel
@@ -171,8 +170,8 @@ while True:
 """
 
 
-def start(folder: Path, mark: Path, what: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(folder), str(mark), what])
+def start(folder: Path, mark: Path, what: str) -> Running:
+    return Running(CHILD, mark.with_suffix(".output"), Path(__file__).parent, folder, mark, what)
 
 
 def test_processes_that_share_a_folder_and_one_that_is_killed(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 from comparison import optimised
 from models import NAMES, TINY, VOCABULARY, build, padded, prompt
+from processes import Running
 from speculating import counts, speculating
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -322,9 +321,8 @@ def test_a_second_process_reuses_what_is_on_the_disk_and_damage_is_noticed(tmp_p
     model, ids = reusing("gemma3", prefix_folder=str(tmp_path)), prompt(1, 150)
     expected = text(stock("gemma3"), ids)
     assert torch.equal(text(model, ids, kv_cache=chosen, tenant="a"), expected)
-    command = [sys.executable, "-c", SECOND, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = Running(SECOND, tmp_path.with_suffix(".output"), Path(__file__).parent, tmp_path)
+    assert done.wait(300) == 0, done.stderr[-2000:]
     line = str(expected[0, 150:].tolist())
     assert done.stdout.splitlines() == [line, "0 0 0", line, "128 2 0"]
     files = [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]

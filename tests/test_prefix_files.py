@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Running
 from safetensors.torch import load_file
 from test_prefix_tenants import together
 from test_prefixes import ROOT, consistent, length, plain, telling, verify
@@ -259,8 +258,8 @@ store.add("a", b"weights", [5, 6, 7, 8], make)
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 store.add("a", b"weights", [5, 6, 7, 8, 9, 10], make)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == -9, done.stderr
+    done = Running(script, tmp_path.with_suffix(".output"), tmp_path)
+    assert done.wait(300) == -9, done.stderr
     (left,) = tmp_path.glob("*.part")
     elsewhere = left.with_name(left.name.replace(block_folder._machine(), "0" * 8))
     running = left.with_name(f"{left.name[:64]}.{os.getppid()}.{block_folder._machine()}.0.part")

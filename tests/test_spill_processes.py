@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import Running
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read memory or files from")
 CHILD = """
@@ -33,8 +32,8 @@ for turn in range(10**9):
 """
 
 
-def start(folder: Path, mark: Path, value: int, what: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder), str(mark), str(value), what])
+def start(folder: Path, mark: Path, value: int, what: str) -> Running:
+    return Running(CHILD, mark.with_suffix(".output"), folder, mark, value, what)
 
 
 def test_nothing_is_left_of_a_killed_process(tmp_path: Path) -> None:
@@ -95,12 +94,6 @@ print(status("VmHWM") - before - budget)
 @pytest.mark.parametrize("prefetch", ["0", "1"])
 def test_resident_memory_stays_within_the_budget(prefetch: str, tmp_path: Path) -> None:
     """300 MB of blocks, 40 MB of budget: the process holds at most that and 30 MB more."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path), prefetch],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = Running(MEMORY, tmp_path, tmp_path, prefetch)
+    assert done.wait(300) == 0, done.stderr
     assert int(done.stdout) <= 30 << 20, f"{int(done.stdout) >> 20} MB above the budget"

@@ -21,7 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "peft": ("peft",),
     "onnx": ("onnx", "onnxruntime"),
     "bench": ("psutil",),
-    "test": ("pytest", "hypothesis", "compressed-tensors", "peft", "ruff", "mypy"),
+    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "peft", "ruff", "mypy"),
 }
 
 

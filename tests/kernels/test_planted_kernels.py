@@ -1,0 +1,61 @@
+"""Results of kernels that are a little off turn the tests of kernels red."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_native_attend
+import test_native_block
+import test_native_block_cached
+import test_native_block_stock
+import test_native_linear
+import test_native_packed
+import test_native_ragged
+import test_vendor
+from planting import Defect, Patch, instead, is_red, result
+
+from hf_accel.kernels import native, vendor
+from hf_accel.kernels.native import NativeBlock
+from hf_accel.ops.attention import AttentionState
+
+
+def layer(change: Callable[[Any], Any]) -> Defect:
+    return result(NativeBlock, "__call__", change)
+
+
+PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
+    "products": (result(native, "linear", lambda y: y * 1.01), test_native_linear.test_no_less_exact_than_aten),
+    "layers": (layer(lambda y: y * 1.02), test_native_block.test_equals_the_textbook_layer),
+    "layers of transformers": (
+        layer(lambda y: y * 1.02),
+        test_native_block_stock.test_equals_the_layer_of_transformers,
+    ),
+    "layers over codes": (layer(lambda y: y * 1.5), test_native_block_cached.test_equals_the_layer_over_the_same_rows),
+    "rows that see one another": (
+        layer(lambda y: y + y.mean(0, keepdim=True)),
+        test_native_ragged.test_every_row_is_bit_equal_to_that_row_alone,
+    ),
+    "a layout that there is not": (
+        instead(vendor, "int4_product", lambda weight: weight),
+        test_vendor.test_schemes_that_a_kernel_has_no_layout_for_are_left_alone,
+    ),
+    "packed products": (
+        result(test_native_packed, "packed_linear", lambda y: y * 1.01),
+        test_native_packed.test_equals_integer_sums_in_plain_loops,
+    ),
+    "attention over codes": (
+        result(AttentionState, "result", lambda y: y * 1.1),
+        test_native_attend.test_equals_attention_over_what_the_rows_read_as,
+    ),
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("title", PLANTED)
+def test_a_planted_defect_is_seen(title: str, monkeypatch: Patch) -> None:
+    defect, test = PLANTED[title]
+    with monkeypatch.context() as patch:
+        defect(patch)
+        assert is_red(test, isa=native.status().isa, monkeypatch=patch)
