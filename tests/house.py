@@ -56,10 +56,14 @@ def imports_of(text: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if not node.level else [f".{node.module}"]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         yield from (name.removeprefix("hf_accel.") for name in names if name.startswith("hf_accel."))
+
+
+def has_relative_imports(text: str) -> bool:
+    return any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(text)))
 
 
 def targets_of(path: str, sources: Sources) -> set[str]:
@@ -79,6 +83,7 @@ def upward_imports(sources: Sources) -> list[str]:
     families = families_of(sources)
     floor = {place: number for number, places in enumerate(floors_of(sources)) for place in places}
     found = [f"{path}: {place_of(path)} is on no floor" for path in sources if place_of(path) not in floor]
+    found += [f"{path}: write absolute imports" for path in sources if has_relative_imports(sources[path])]
     for path in sources:
         own = place_of(path)
         for name in imports_of(sources[path]):

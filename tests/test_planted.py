@@ -80,8 +80,9 @@ from hf_accel.core.steps.plan import Plan
 from hf_accel.decoding.draws import Draws
 from hf_accel.layers import siblings
 from hf_accel.layers.block import BlockStep
-from hf_accel.measure import difference, retrieval, widen
+from hf_accel.measure import difference
 from hf_accel.measure.quality import QualityReference
+from hf_accel.measure.subjects import retrieval, widen
 from hf_accel.ops import affine, cached
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.speculative.acceptance import Acceptance
@@ -294,10 +295,6 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_retrieval.test_counts_of_each_depth,
     ),
     "weights left out": (instead(widen, "_copy", nothing), test_widen.test_one_size_wider_is_the_same_function),
-    "an import from above": (
-        source("import hf_accel.cli.app"),
-        house_rule(test_architecture.imports_from_other_floors),
-    ),
     "a long file": (source("\n" * 500), house_rule(test_architecture.too_many_lines)),
     "a name that says nothing": (named("utils.py"), house_rule(test_architecture.names_that_say_nothing)),
     "an assert": (source("assert 1"), house_rule(test_architecture.prints_asserts_and_bare_excepts)),
@@ -331,7 +328,7 @@ def drafts_of(name: str) -> Any:
 
 # their own tests plant mistakes, or `test_planted_in_use.py` or `walks/test_planted_saving.py` does
 OWN = [
-    "acceptance", "attention", "frozen_values", "generation_space", "in_use", "kv_eviction", "planner",
+    "acceptance", "attention", "frozen_values", "generation_space", "house", "in_use", "kv_eviction", "planner",
     "prefix_changes", "prefix_ownership", "quantized_fuzz", "quantized_saving", "speculation_ropes",
     "speculation_rounding", "spill_fuzz", "tiers", "wrappers",
 ]  # fmt: skip
