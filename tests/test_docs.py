@@ -137,8 +137,8 @@ def test_config_has_one_row(config: type) -> None:
     assert len(rows) == 1, f"docs/configs.md has {len(rows)} rows for {config.__name__}; it needs one"
 
 
-def test_readme_names_the_architectures_with_native_layers() -> None:
-    [row] = re.findall(r"^\| (.*?) \| yes \| yes \| yes \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_architectures_with_native_layers_are_named() -> None:
+    [row] = re.findall(r"^\| (.*?) \| yes \| yes \| yes \|$", (ROOT / "docs" / "usage.md").read_text(), re.MULTILINE)
     assert {name.removesuffix("_text") for name in STYLES} == set(row.split(", "))
 
 

@@ -48,7 +48,7 @@ def test_moments_equal_a_textbook(name: str) -> None:
     model = build(name)
     chosen = targets_of(model)
     observed = observe(model, text(), chosen)
-    assert not observed.left_out
+    assert not observed.skipped
     assert list(observed.moments) == [target.path for target in chosen]
     for target in chosen:
         expected, count = textbook(model, text(), target.module)
@@ -208,7 +208,7 @@ def test_portions_bound_the_memory_and_change_nothing() -> None:
 
 
 def sentences(observed: Observed) -> str:
-    return "; ".join(observed.left_out)
+    return "; ".join(observed.skipped)
 
 
 def test_experts_that_are_modules_see_the_tokens_sent_to_them() -> None:

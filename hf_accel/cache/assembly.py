@@ -130,7 +130,7 @@ class CacheAssembly:
         if self.prefixes is None:
             yield
             return
-        reason = self.prefixes.objection(model, input_ids, generation_config, kwargs)
+        reason = self.prefixes.obstacle(model, input_ids, generation_config, kwargs)
         if reason is not None:
             self.statistics.skipped(f"prefixes are not reused: {reason}")
             yield

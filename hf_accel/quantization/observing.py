@@ -42,7 +42,7 @@ class Observed:
     """Path of a product -> moment of what it read; sentences on products that nothing is known of."""
 
     moments: dict[str, Moment]
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def portions(targets: Sequence[Target], max_bytes: int) -> Iterator[list[Target]]:

@@ -36,7 +36,7 @@ class Target:
 def targets(anatomy: Anatomy, config: WeightOnlyConfig) -> tuple[list[Target], list[str]]:
     """Return what `config` quantizes in a model, and sentences on what it leaves out."""
     found: list[Target] = []
-    left_out: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {}
     head = anatomy.model.get_output_embeddings()
     for path, parent, name, module in _places(anatomy.model):
         is_product, is_experts = type(module) in anatomy.PRODUCTS, holds_experts(module)
@@ -47,17 +47,17 @@ def targets(anatomy: Anatomy, config: WeightOnlyConfig) -> tuple[list[Target], l
             if has_known_layout(module):
                 found.append(Target(path, parent, name))
             else:
-                left_out.setdefault("experts in a layout that is not known stay as they are", []).append(path)
+                skipped.setdefault("experts in a layout that is not known stay as they are", []).append(path)
             continue
         rows, columns = linear_weight(module).shape
         if rows < LANES:
-            left_out.setdefault(f"products of fewer than {LANES} rows stay as they are", []).append(path)
+            skipped.setdefault(f"products of fewer than {LANES} rows stay as they are", []).append(path)
             continue
         scheme, reason = config.scheme(bits, columns)
         if reason:
-            left_out.setdefault(reason, []).append(path)
+            skipped.setdefault(reason, []).append(path)
         found.append(Target(path, parent, name, scheme))
-    return found, [f"{reason}: {_listed(paths)}" for reason, paths in left_out.items()]
+    return found, [f"{reason}: {_listed(paths)}" for reason, paths in skipped.items()]
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

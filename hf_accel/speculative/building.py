@@ -53,16 +53,16 @@ def _tried(model: Any, setting: Setting, host: Host, config: SpeculativeConfig) 
     trials = Trials.of(model, host.doors.get(Door.DRAFT_CACHE), writes, first)
     proof = prove(trials)
     sources: list[Source] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     if proof.obstacle is not None:
-        left_out.append(f"every call is decoded plainly: {proof.obstacle}")
+        skipped.append(f"every call is decoded plainly: {proof.obstacle}")
     else:
-        sources, left_out = _sources(setting, host, config, trials, proof.rows)
+        sources, skipped = _sources(setting, host, config, trials, proof.rows)
         if proof.apart is not None:
-            left_out.append(f"batches are decoded plainly: {proof.apart}")
+            skipped.append(f"batches are decoded plainly: {proof.apart}")
         if rope is not None:
             lengths = " and ".join(map(str, [*rope.switches, *([] if rope.beyond is None else [rope.beyond])]))
-            left_out.append(f"no drafts across {lengths} tokens, where batches are decoded plainly: {rope}")
+            skipped.append(f"no drafts across {lengths} tokens, where batches are decoded plainly: {rope}")
     speculation = ModelSpeculation(
         config, sources, proof, _rounding(trials, proof, config), host.doors.get(Door.DRAFT_CACHE)
     )
@@ -73,7 +73,7 @@ def _tried(model: Any, setting: Setting, host: Host, config: SpeculativeConfig) 
         + [form.summary for form in forms]
         + ([f"a step of {costs} a single one"] if costs else [])
     )
-    return speculation, Change(summary, sum(form.extra_bytes for form in forms), tuple(left_out))
+    return speculation, Change(summary, sum(form.extra_bytes for form in forms), tuple(skipped))
 
 
 def _rounding(trials: Trials, proof: Proof, config: SpeculativeConfig) -> tuple[float, float]:
@@ -89,19 +89,19 @@ def _sources(
 ) -> tuple[list[Source], list[str]]:
     """Return the drafters in the order in which they are asked, and sentences on those left out."""
     found: list[Source] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     for name in config.drafters(setting.draft_model is not None):
         if name == "lookup":
             found.append(Source.lookup())
             continue
         try:
             with converting(UnsupportedModelError, f'The drafter "{name}" fails on this model'):
-                found += _model_source(name, setting, host, config, trials, rows, left_out)
+                found += _model_source(name, setting, host, config, trials, rows, skipped)
         except HfAccelError as error:
             if config.drafter != "auto":
                 raise
-            left_out.append(f"drafter {name}: {error}")
-    return found, left_out
+            skipped.append(f"drafter {name}: {error}")
+    return found, skipped
 
 
 def _model_source(
@@ -111,20 +111,20 @@ def _model_source(
     config: SpeculativeConfig,
     trials: Trials,
     rows: RowCosts,
-    left_out: list[str],
+    skipped: list[str],
 ) -> list[Source]:
-    """Return the drafter that runs a model; none where it never pays, with a sentence on it in `left_out`."""
+    """Return the drafter that runs a model; none where it never pays, with a sentence on it in `skipped`."""
     form, agreement = _form(name, setting, host, config, trials)
     with undisturbed(form.model):
         draft_s = trials.draft_seconds(form)
         can_be_apart = not form.has_own_cache or _can_be_apart(form, host)
     share = draft_s / rows.seconds[1]
     if config.adaptive and share > HIGHEST_COST:
-        left_out.append(f"drafter {name}: drafting a token takes {share:.2f} of a plain step here")
+        skipped.append(f"drafter {name}: drafting a token takes {share:.2f} of a plain step here")
         return []
     form.summary += f" ({100 * agreement:.0f} % agreement on own text, {share:.2f} of a step per token)"
     if not can_be_apart:
-        left_out.append(f"drafter {name} in batches: rows of the draft model cannot have different lengths")
+        skipped.append(f"drafter {name} in batches: rows of the draft model cannot have different lengths")
     if form.layers is not None:  # those of the model itself, so that what becomes of them is followed
         form = replace(form, model=without_layers(setting.model, form.skipped).model)
     return [Source.model(form, agreement, draft_s, can_be_apart)]

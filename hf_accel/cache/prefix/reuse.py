@@ -40,7 +40,7 @@ class PrefixReuse:
         self.store, self.codec, self.shapes = store, codec, shapes
         self._identity = ModelIdentity(codec, is_lasting=store.files is not None)
 
-    def objection(
+    def obstacle(
         self, model: Any, input_ids: torch.Tensor, generation_config: Any, kwargs: dict[str, Any]
     ) -> str | None:
         """Return why this call's prompt is computed as a whole, None if a beginning may be taken over."""

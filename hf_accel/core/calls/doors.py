@@ -13,16 +13,21 @@ from hf_accel.core.calls.call import Call, NewCache
 class Door(enum.Enum):
     """The doors, each with the protocol of who stands there. One stands at each; a call may bring its own.
 
-    GENERATE: `CallServer`, asked before stock `generate` begins. NEW_CACHE: `CacheMaker`. PREFILL: `PromptReader`.
-    TOKEN_LOOP: `TextWriter`. DRAFTS: `hf_accel.core.calls.drafting.Speculation`, asked by the token loop.
+    GENERATE: `CallServer`, asked before stock `generate` begins.
+    NEW_CACHE: `CacheMaker`. PREFILL: `PromptReader`. TOKEN_LOOP: `TextWriter`.
+    FORWARD: a function with the arguments and outputs of the model, for passes after the prompt.
+    DRAFTS: `hf_accel.core.calls.drafting.Speculation`, asked by the token loop.
     DRAFT_CACHE: a function (cache, expected tokens), for the caches of models that draft.
     CONTINUOUS_BATCHING: a function, called before transformers' manager of continuous batching is made.
+
+    Saving has no door here: what stands as `model.hf_quantizer` is asked, by transformers and by us.
     """
 
     GENERATE = "generate"
     NEW_CACHE = "new cache"
     PREFILL = "prefill"
     TOKEN_LOOP = "token loop"
+    FORWARD = "forward"
     DRAFTS = "drafts"
     DRAFT_CACHE = "draft cache"
     CONTINUOUS_BATCHING = "continuous batching"

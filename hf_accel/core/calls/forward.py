@@ -8,18 +8,23 @@ Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from hf_accel.core.calls.doors import Door
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
 
 
-def run_model(model: Any, inputs: dict[str, Any]) -> Any:
-    """Call `model` and return its outputs."""
-    return model(**inputs, return_dict=True)
+def runner_of(model: Any) -> Callable[..., Any]:
+    """Return what runs `model` after the prompt, with the arguments of its forward: who stands there, or the model."""
+    host = host_of(model)
+    who: Callable[..., Any] = model if host is None else host.doors.get(Door.FORWARD, model)
+    return who
 
 
 def following_positions(model_kwargs: dict[str, Any], rows: int) -> torch.Tensor | None:
@@ -47,7 +52,7 @@ class SingleTokens:
         """Begin with the outputs of the prompt, from which the first tokens are chosen."""
         is_lean = LeanInputs.fit(model, model_kwargs, outputs)
         self._inputs = LeanInputs(model_kwargs) if is_lean else StockInputs(model, model_kwargs)
-        self._model, self._outputs = model, outputs
+        self._run, self._outputs = runner_of(model), outputs
         self._is_first = True
 
     def next(self, input_ids: torch.Tensor) -> Any:
@@ -55,7 +60,7 @@ class SingleTokens:
         if not self._is_first:
             inputs = self._inputs.next(self._outputs, input_ids)
             self._outputs = None  # the logits of the prompt can be large
-            self._outputs = run_model(self._model, inputs)
+            self._outputs = self._run(**inputs, return_dict=True)
         self._is_first = False
         return self._outputs
 
@@ -84,6 +89,7 @@ class Stepper:
         prompt_tokens: int,
         layers: list[int] | None = None,
     ) -> None:
+        self._run = runner_of(model)
         self.model, self.cache, self.lengths = model, cache, list(lengths)
         self.mask, self.positions, self.prompt_tokens = mask, positions, prompt_tokens
         self.layers = layers
@@ -110,7 +116,7 @@ class Stepper:
             inputs["attention_mask"] = self._ragged_masks(tokens)
         elif self.mask is not None:
             inputs["attention_mask"] = self._visible(self.lengths[0] + tokens)
-        found = run_model(self.model, inputs)
+        found = self._run(**inputs, return_dict=True)
         self.lengths = [length + tokens for length in self.lengths]
         return found
 
