@@ -75,9 +75,6 @@ class Host:
 
 POSITIONAL = ("inputs", "generation_config")  # arguments of `generate` that are often given without their names
 
-
-"""Return the `generate` call of an optimised model that this thread is in, None outside of one."""
-
 _hosts: WeakKeyDictionary[torch.nn.Module, Host] = WeakKeyDictionary()
 
 
