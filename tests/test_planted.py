@@ -89,6 +89,8 @@ from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.speculative.acceptance import Acceptance
 from hf_accel.speculative.drafters.suffixes import SuffixIndex
 
+# as in the tests of adapters
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 Test = Callable[..., Any]
 
 
