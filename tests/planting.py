@@ -39,16 +39,27 @@ def cases(test: Callable[..., Any]) -> Iterator[dict[str, Any]]:
 
 
 def is_red(test: Callable[..., Any], **fixtures: Any) -> bool:
-    """Return whether a case of the test fails; of `fixtures` each test is given what it names."""
-    wanted = inspect.signature(test).parameters
-    given = {name: value for name, value in fixtures.items() if name in wanted}
+    """Return whether a case of the test fails; of `fixtures` and `monkeypatch` each test is given what it names."""
+    signature = inspect.signature(test)
     for case in cases(test):
-        try:
-            test(**{**case, **{name: value() if name == "tmp_path" else value for name, value in given.items()}})
-        except pytest.skip.Exception:
-            continue
-        except (Exception, pytest.fail.Exception):
-            return True
+        with Patch.context() as patch:  # what a case patches is its own
+            found = {**fixtures, "monkeypatch": patch}
+            if "tmp_path" in signature.parameters:
+                found["tmp_path"] = fixtures["tmp_path"]()
+            arguments = case | {name: value for name, value in found.items() if name in signature.parameters}
+            signature.bind(**arguments)  # an argument that is missing is a mistake of the table
+            if _fails(test, arguments):
+                return True
+    return False
+
+
+def _fails(test: Callable[..., Any], arguments: dict[str, Any]) -> bool:
+    try:
+        test(**arguments)
+    except pytest.skip.Exception:
+        return False
+    except (Exception, pytest.fail.Exception):
+        return True
     return False
 
 

@@ -305,7 +305,7 @@ def test_autocast(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_torch_compile(name: str) -> None:
     """Compiled by dynamo, run as they are: products appear as operators, results stay stock's."""
     stock, patched = build(name), optimised(build(name))

@@ -117,6 +117,8 @@ def test_a_life_from_optimize_to_restore(name: str, model_name: str, tmp_path: P
         check_pickles(model, bits, stock(model_name))
         found = saved(model, tmp_path / "optimised")
         assert {name for name in files.keys() | found.keys() if files.get(name) != found.get(name)} == set()
+    if name == "exact":  # once for each model: walking through all objects takes longer than the rest of a life
+        gc.collect()
     assert torch.equal(greedy(model), optimised_text), "what was done to copies disturbed the original"
 
     hf_accel.restore(model)
@@ -178,8 +180,6 @@ def check_deep_copy(model: Any, text: torch.Tensor, bits: torch.Tensor, stock: A
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
             tensor.zero_()
-    del twin
-    gc.collect()
 
 
 def check_pickles(model: Any, bits: torch.Tensor, stock: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
@@ -9,22 +11,24 @@ from space import NAMES, STRATEGIES, Request, compare, pair, perform, requests
 
 import hf_accel
 
+SHORT, LONG = 15, 300  # calls of each strategy on each model, by default and in the slow run
 
-def walk(strategy: str, name: str, calls: int) -> None:
-    settings(max_examples=calls)(given(requests([name], [strategy]))(compare))()
+
+def walk(strategy: str, name: str, calls: int, **options: Any) -> None:
+    settings(max_examples=calls, **options)(given(requests([name], [strategy]))(compare))()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_call_is_stocks(strategy: str, name: str) -> None:
-    walk(strategy, name, 15)
+    walk(strategy, name, SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_many_calls_are_stocks(strategy: str, name: str) -> None:
-    walk(strategy, name, 300)
+    walk(strategy, name, LONG)
 
 
 @settings(max_examples=40)

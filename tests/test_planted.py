@@ -64,8 +64,10 @@ import test_undisturbed
 import test_widen
 import torch
 from comparison import optimised
+from hypothesis import Phase
 from models import stock
 from planting import Defect, Patch, instead, is_red, machine, nothing, result
+from test_generation_space import SHORT, STRATEGIES, walk
 
 import hf_accel
 from hf_accel import KVCacheConfig, SpeculativeConfig, WeightOnlyConfig
@@ -88,6 +90,8 @@ from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.speculative.acceptance import Acceptance
 from hf_accel.speculative.drafters.suffixes import SuffixIndex
 
+# as in the tests of adapters
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 Test = Callable[..., Any]
 
 
@@ -311,19 +315,51 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
 }
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("title", PLANTED)
-def test_a_planted_defect_is_seen(title: str, tmp_path_factory: Any, monkeypatch: Patch) -> None:
-    defect, test = PLANTED[title]
-    with monkeypatch.context() as patch:
-        models = lambda name: (stock(name), optimised(stock(name)))  # noqa: E731
-        defect(patch)
-        fixtures = {"models": models, "speculating": drafts_of, "monkeypatch": patch}
-        assert is_red(test, tmp_path=lambda: tmp_path_factory.mktemp("planted"), **fixtures)
+def models(name: str) -> tuple[Any, Any]:
+    return stock(name), optimised(stock(name))
 
 
 def drafts_of(name: str) -> Any:
     return drafts.shared(name, "model")
+
+
+@pytest.fixture
+def fixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what tests are given, by name; folders are made anew for each case."""
+    folder = lambda: tmp_path_factory.mktemp("planted")  # noqa: E731
+    return {"models": models, "speculating": drafts_of, "tmp_path": folder}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("title", PLANTED)
+def test_a_planted_defect_is_seen(title: str, fixtures: dict[str, Any], monkeypatch: Patch) -> None:
+    defect, test = PLANTED[title]
+    with monkeypatch.context() as patch:
+        defect(patch)
+        assert is_red(test, **fixtures)
+
+
+@pytest.mark.slow
+@pytest.mark.native
+@pytest.mark.parametrize("title", PLANTED)
+def test_nothing_is_seen_where_nothing_is_planted(title: str, fixtures: dict[str, Any]) -> None:
+    assert not is_red(PLANTED[title][1], **fixtures)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("defect,name", calls.DEFECTS.items(), ids=map(calls.title, calls.DEFECTS))
+def test_short_walks_or_calls_see_what_long_walks_see(defect: Defect, name: str, monkeypatch: Patch) -> None:
+    """What the default run has of calls: a few of every strategy on four models, and those that somebody wrote down."""
+
+    def walks() -> None:
+        for strategy in STRATEGIES:
+            walk(strategy, name, SHORT, phases=[Phase.generate])
+
+    pair = stock(name), optimised(stock(name))
+    with monkeypatch.context() as patch:
+        defect(patch)
+        written = (test_generate.test_equal_to_stock, test_generate_inputs.test_model_keywords_reach_every_forward)
+        assert is_red(walks) or any(is_red(test, models=lambda _: pair) for test in written)
 
 
 # their own tests plant mistakes, or `test_planted_in_use.py` or `walks/test_planted_saving.py` does

@@ -58,4 +58,4 @@ def test_a_planted_defect_is_seen(title: str, monkeypatch: Patch) -> None:
     defect, test = PLANTED[title]
     with monkeypatch.context() as patch:
         defect(patch)
-        assert is_red(test, isa=native.status().isa, monkeypatch=patch)
+        assert is_red(test, isa=native.status().isa)
