@@ -17,6 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 Patch = pytest.MonkeyPatch
 Defect = Callable[[Patch], None]
+Test = Callable[..., Any]
 
 
 def cases(test: Callable[..., Any]) -> Iterator[dict[str, Any]]:

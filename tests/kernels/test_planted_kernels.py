@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_includes
 import test_native_attend
 import test_native_block
 import test_native_block_cached
@@ -25,7 +26,16 @@ def layer(change: Callable[[Any], Any]) -> Defect:
     return result(NativeBlock, "__call__", change)
 
 
+def a_circle(patch: Patch) -> None:
+    included = test_includes.included_by
+    added = {"drivers/attend.h": ["drivers/block.h"], "drivers/block.h": ["drivers/attend.h"]}
+    patch.setattr(
+        test_includes, "included_by", lambda path: included(path) + added.get(test_includes.name_of(path), [])
+    )
+
+
 PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
+    "a circle of headers": (a_circle, test_includes.test_no_file_includes_itself_by_way_of_others),
     "products": (result(native, "linear", lambda y: y * 1.01), test_native_linear.test_no_less_exact_than_aten),
     "layers": (layer(lambda y: y * 1.02), test_native_block.test_equals_the_textbook_layer),
     "layers of transformers": (

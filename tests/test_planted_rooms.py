@@ -1,0 +1,117 @@
+"""Mistakes in setting up, rounding, observing and the rooms of the cache: the second table, see `test_planted.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_applying
+import test_cache_bounds
+import test_cli_quantize
+import test_demo_model
+import test_doors
+import test_native_prefill
+import test_observing
+import test_prefix_calls
+import test_prefix_files
+import test_rounding
+import test_tiers_prefetch
+import test_trained_models
+import torch
+from planting import Defect, Patch, Test, instead, is_red, nothing
+from transformers import AutoTokenizer
+
+from hf_accel.assets import demo_path
+from hf_accel.cache.prefix import format
+from hf_accel.cache.tiers.staging import Staging
+from hf_accel.cli import quantize
+from hf_accel.core.calls.hosting import Host
+from hf_accel.core.calls.keywords import KEYWORDS, Keyword
+from hf_accel.core.recent import Recent
+from hf_accel.core.steps.setting import Setting
+from hf_accel.decoding import choosing
+from hf_accel.kernels import native
+from hf_accel.quantization import observing
+from hf_accel.quantization.rounding import METHODS
+
+
+def rolled_codes(patch: Patch) -> None:
+    nearest = METHODS["nearest"]
+
+    def wrong(*arguments: Any) -> Any:
+        found = nearest(*arguments)
+        found.codes.copy_(found.codes.roll(1, 1))
+        return found
+
+    patch.setitem(METHODS, "nearest", wrong)
+
+
+def the_last_position_only(self: observing.Moment, inputs: torch.Tensor) -> None:
+    rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()[-1:]
+    self.total.addmm_(rows.T, rows)
+    self.count += inputs.numel() // inputs.shape[-1]
+
+
+def every_call_reuses(patch: Patch) -> None:
+    kept = KEYWORDS["kv_cache"]
+    patch.setitem(KEYWORDS, "kv_cache", Keyword("kv_cache", lambda model, value, arguments: None, kept.doors))
+
+
+def products_too_large(patch: Patch) -> None:
+    linear = native.linear
+    patch.setattr(native, "linear", lambda *arguments, **options: 1.01 * linear(*arguments, **options))
+
+
+def the_least_likely_token(patch: Patch) -> None:
+    patch.setattr(choosing, "choose_token", lambda scores, samples: scores.argmin(-1))
+
+
+PLANTED: dict[str, tuple[Defect, Test]] = {
+    "weights read again and again": (
+        instead(Setting, "prepared_for", lambda self, module: {}),
+        test_applying.test_no_weight_is_read_for_checking_more_than_once,
+    ),
+    "who stands at a door stays": (
+        instead(Host, "stand", lambda self, door, who: self.doors.__setitem__(door, who)),
+        test_doors.test_undoing_puts_back_who_stood_there,
+    ),
+    "inputs seen once only": (
+        instead(observing.Moment, "add", the_last_position_only),
+        test_observing.test_moments_equal_a_textbook,
+    ),
+    "codes of the neighbours": (rolled_codes, test_rounding.test_a_model_holds_the_codes_of_nearest),
+    "configs without a bound": (
+        instead(Recent, "put", lambda self, key, value: self._entries.__setitem__(key, value)),
+        test_cache_bounds.test_recent,
+    ),
+    "a text that is none": (
+        instead(quantize, "_text", lambda path: "a text of some length " * 50),
+        test_cli_quantize.test_a_calibration_file_without_text,
+    ),
+    "a model without its card": (
+        instead(test_demo_model, "FOLDER", test_demo_model.FOLDER.parent),
+        test_demo_model.test_the_folder_fits_in_four_million_bytes_and_has_its_card,
+    ),
+    "prompts of other products": (products_too_large, test_native_prefill.test_a_prompt_is_as_exact_as_stocks),
+    "reuse of what has no tokens": (every_call_reuses, test_prefix_calls.test_what_excludes_reuse_is_refused),
+    "prefixes that nobody checks": (
+        instead(format, "_checksum", lambda data, at: data[at : at + len(format._BLANK)]),
+        test_prefix_files.test_every_altered_byte_and_every_truncation_is_a_miss,
+    ),
+    "what was read ahead is kept": (
+        instead(Staging, "forget", nothing),
+        test_tiers_prefetch.test_what_was_read_ahead_is_never_stale,
+    ),
+    "the worst token": (the_least_likely_token, test_trained_models.test_same_text_in_single_precision),
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("title", PLANTED)
+def test_a_planted_defect_is_seen(title: str, tmp_path_factory: Any, monkeypatch: Patch) -> None:
+    defect, test = PLANTED[title]
+    tokenizer = AutoTokenizer.from_pretrained(demo_path(), local_files_only=True)
+    with monkeypatch.context() as patch:
+        defect(patch)
+        fixtures = {"monkeypatch": patch, "tokenizer": tokenizer}
+        assert is_red(test, tmp_path=lambda: tmp_path_factory.mktemp("planted"), **fixtures)
