@@ -63,7 +63,7 @@ def run_bench(
     anatomy = setting.anatomy
     given = dict(inputs) if inputs is not None else workload.inputs(model)
     bandwidth = read_bandwidth(anatomy.device)
-    ways = {"stock": _Way(setting, None, workload, given), "patched": _Way(setting, plan, workload, given)}
+    ways = {"stock": _State(setting, None, workload, given), "patched": _State(setting, plan, workload, given)}
     runs = alternate(ways, workload.rounds, progress, budget_s)
     sides = {"stock": Side(), "patched": Side()}
     for state, side in sides.items():
@@ -91,7 +91,7 @@ def run_bench(
     )
 
 
-class _Way:
+class _State:
     """One state of the model to measure; `report` is that of the latest round."""
 
     def __init__(

@@ -100,7 +100,7 @@ class Plan:
         try:
             data = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"A plan is read from JSON; what was given is none ({error}).") from error
+            raise ConfigError(f"A plan is read from JSON, which what was given is not ({error}).") from error
         return cls.from_dict(data)
 
     def __str__(self) -> str:
