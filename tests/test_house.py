@@ -34,7 +34,7 @@ def words_in_core(sources: house.Sources) -> list[str]:
 
 RULES: dict[str, tuple[Callable[[house.Sources], list[str]], str, str]] = {
     # name: the rule, and where which line breaks it
-    "upward": (house.upward_imports, "kernels/packed.py", "from hf_accel.core.config import Config"),
+    "upward": (house.upward_imports, "kernels/weights.py", "from hf_accel.core.config import Config"),
     "relative": (house.upward_imports, "core/config.py", "from . import drift"),
     "families": (house.upward_imports, "layers/audit.py", "from hf_accel.cache import KVCacheConfig"),
     "circles": (house.circles, "core/config.py", "from hf_accel.core.steps.plan import Plan"),

@@ -21,8 +21,8 @@ import hf_accel
 from hf_accel import NativeLinearConfig, SharedProjectionConfig, WeightOnlyConfig
 from hf_accel.core.config import Config
 from hf_accel.core.model.anatomy import holds_experts
-from hf_accel.kernels.packed import LANES
-from hf_accel.kernels.products import dequantized_linear
+from hf_accel.kernels.packed import dequantized_linear
+from hf_accel.kernels.weights import LANES
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization import QuantizedLinear
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding

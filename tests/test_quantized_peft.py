@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
-from hf_accel.kernels.products import dequantized_linear
+from hf_accel.kernels.packed import dequantized_linear
 from hf_accel.quantization import QuantizedLinear
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name

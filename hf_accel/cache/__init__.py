@@ -4,5 +4,6 @@ from hf_accel.cache.config import KVCacheConfig
 from hf_accel.cache.layers.growing import GrowingLayer
 from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.cache.patcher import KVCachePatcher
+from hf_accel.cache.tiers import spill
 
-__all__ = ["GrowingLayer", "GrowingSlidingLayer", "KVCacheConfig", "KVCachePatcher"]
+__all__ = ["GrowingLayer", "GrowingSlidingLayer", "KVCacheConfig", "KVCachePatcher", "spill"]

@@ -25,7 +25,7 @@ from hf_accel.core.model.watching import Surroundings
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
-from hf_accel.kernels.packed import PackedProduct
+from hf_accel.kernels.weights import PackedProduct
 from hf_accel.layers.audit import Audit
 from hf_accel.layers.guard import BlockStep
 from hf_accel.layers.linear import native_obstacles

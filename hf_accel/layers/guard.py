@@ -16,7 +16,7 @@ from hf_accel.core.model.back_ends import BACK_ENDS
 from hf_accel.core.model.blocks import DecoderBlock, LinearSlice
 from hf_accel.core.model.watching import Surroundings, Watch
 from hf_accel.kernels import native
-from hf_accel.kernels.packed import PackedProduct
+from hf_accel.kernels.weights import PackedProduct
 
 _NAME = "_attn_implementation_internal"  # the back end's name, in the values of a config
 # attributes that may change while the native call stays right: only training reads them, or they are read anew

@@ -21,7 +21,7 @@ from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
-from hf_accel.kernels.packed import LANES, QUANTUM, PackedWeight
+from hf_accel.kernels.weights import LANES, QUANTUM, PackedWeight
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.candidates import offered
 from hf_accel.quantization.config import WeightOnlyConfig

@@ -19,7 +19,7 @@ from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels import native
-from hf_accel.kernels.packed import PackedWeight
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 from hf_accel.quantization.files.formats import FORMAT, METHOD, from_tensors, stored_names, stored_shapes
 from hf_accel.quantization.files.rules import Rules

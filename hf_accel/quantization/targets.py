@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_accel.core.model.anatomy import Anatomy, holds_experts
-from hf_accel.kernels.packed import LANES
+from hf_accel.kernels.weights import LANES
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.modules.experts import has_known_layout

@@ -18,7 +18,7 @@ from torch import nn
 from hf_accel.core.calls.forward import apart_obstacle
 from hf_accel.core.model.rope import moving_rope, unfamiliar_lengths
 from hf_accel.errors import described
-from hf_accel.kernels.packed import PackedProduct
+from hf_accel.kernels.weights import PackedProduct
 from hf_accel.ops import tolerances
 from hf_accel.speculative.costs import RowCosts, settle
 from hf_accel.speculative.trials import PROMPT_TOKENS, WIDEST, Trials

@@ -21,8 +21,8 @@ from torch.nn.functional import linear
 
 from hf_accel.kernels import native
 from hf_accel.kernels.native import NativeBlock, Projection
-from hf_accel.kernels.packed import PackedWeight
-from hf_accel.kernels.products import dequantized_linear, packed_linear
+from hf_accel.kernels.packed import dequantized_linear, packed_linear
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme, dequantize, quantize
 from hf_accel.quantization import QuantizedLinear
 
@@ -262,7 +262,7 @@ def test_dequantized_products_round_nothing(scheme: Scheme, monkeypatch: pytest.
         expected = linear(x, weight.dequantize(x.dtype), b)
         assert torch.equal(dequantized_linear(x, weight, b), expected)
         with monkeypatch.context() as patch:
-            patch.setattr("hf_accel.kernels.products._BLOCK_BYTES", 128 * 4 * 32)  # blocks of 16 to 64 rows
+            patch.setattr("hf_accel.kernels.packed._BLOCK_BYTES", 128 * 4 * 32)  # blocks of 16 to 64 rows
             in_parts = dequantized_linear(x, weight, b)
         assert difference(in_parts, expected) < 2 * torch.finfo(x.dtype).eps
     assert torch.equal(packed_linear(gaussian(2, 128).double(), weight), linear(gaussian(2, 128).double(),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_accel.kernels import vendor
-from hf_accel.kernels.packed import PackedWeight
-from hf_accel.kernels.products import dequantized_linear, packed_linear
+from hf_accel.kernels.packed import dequantized_linear, packed_linear
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme, quantize
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_accel.kernels import native
 from hf_accel.kernels.native import BlockShape, BlockWeights, NativeBlock, Projection
-from hf_accel.kernels.packed import PackedWeight
-from hf_accel.kernels.products import packed_linear
+from hf_accel.kernels.packed import packed_linear
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import cached
 from hf_accel.ops.affine import Scheme, quantize
 

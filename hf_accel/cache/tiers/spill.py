@@ -11,6 +11,7 @@ Cost: one system call per block or run of its rows (150 µs per MB from the page
 from __future__ import annotations
 
 import errno
+import math
 import os
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from hf_accel.errors import ConfigError, StorageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+ALWAYS_CHECKED_BELOW = math.inf  # bytes per second of a read: at no speed is one believed without its digest
 
 
 class Extent:

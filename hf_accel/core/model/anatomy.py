@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_accel.core.model.architectures import SIBLING_NAMES
 from hf_accel.core.model.blocks import DecoderBlock, described_blocks
 from hf_accel.core.model.support import check_supported, unwrap
-from hf_accel.kernels.packed import PackedProduct
+from hf_accel.kernels.weights import PackedProduct
 
 
 @dataclass(frozen=True)

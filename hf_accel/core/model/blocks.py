@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_accel.core.model.architectures import ACTIVATIONS, STYLES, Style
-from hf_accel.kernels.packed import PackedProduct
+from hf_accel.kernels.weights import PackedProduct
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_accel.kernels.native import library as _library
 from hf_accel.kernels.native.linear import DTYPE_CODES
-from hf_accel.kernels.packed import FORMATS
+from hf_accel.kernels.weights import FORMATS
 from hf_accel.ops.attention import AttentionState
 from hf_accel.ops.cached import row_bytes
 

@@ -24,7 +24,7 @@ from hf_accel.kernels.native.block_weights import (
     checked_dtype,
 )
 from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
-from hf_accel.kernels.packed import FORMATS, MATRIX
+from hf_accel.kernels.weights import FORMATS, MATRIX
 
 _HEAD = struct.Struct("=8q3d")
 _NORMS = struct.Struct("=6Q")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_accel.kernels.native.attend import MAX_HEAD_DIM
 from hf_accel.kernels.native.linear import DTYPE_CODES
-from hf_accel.kernels.packed import PackedWeight
+from hf_accel.kernels.weights import PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 NORM_STYLES = {"llama": 0, "gemma": 1}

@@ -18,7 +18,7 @@ _function: Any = None
 
 
 def packed_linear(x: Tensor, matrix: bytes, rows: int) -> Tensor:
-    """x W^T + bias [..., rows] for the `hfa_matrix` `matrix` (see kernels/packed.py), whose bias has the dtype of x.
+    """x W^T + bias [..., rows] for the `hfa_matrix` `matrix` (see kernels/weights.py), whose bias has the dtype of x.
 
     Raises: ValueError for sizes the library does not serve.
     """

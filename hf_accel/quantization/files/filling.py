@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_accel.errors import CheckpointError
-from hf_accel.kernels.packed import PackedWeight
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.formats import from_tensors, stored_names, stored_shapes

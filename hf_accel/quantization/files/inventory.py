@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.errors import UnsupportedModelError, described
-from hf_accel.kernels.packed import PackedWeight
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.quantization.files.formats import stored_shapes, to_config, to_tensors
 from hf_accel.quantization.files.rebuilding import (
     Shapes,

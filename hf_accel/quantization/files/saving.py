@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_accel.core.failures import converting
 from hf_accel.errors import CheckpointError, ConfigError
-from hf_accel.kernels.packed import PackedWeight
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.quantization.files.checkpoint import read_json
 from hf_accel.quantization.files.formats import stored_shapes
 from hf_accel.quantization.files.integrity import KEY, digest, order_metadata, stamp

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_accel.kernels.packed import LANES, PackedWeight
+from hf_accel.kernels.weights import LANES, PackedWeight
 from hf_accel.quantization.modules.linear import SealedWeight
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_accel.errors import UnsupportedModelError
-from hf_accel.kernels.packed import PackedWeight
-from hf_accel.kernels.products import dequantized_linear, packed_linear
+from hf_accel.kernels.packed import dequantized_linear, packed_linear
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Scheme
 
 
@@ -112,7 +112,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """y = x W^T + bias for x [..., K], with W [N, K] packed in 8 or 4 bits (see kernels/packed.py).
+    """y = x W^T + bias for x [..., K], with W [N, K] packed in 8 or 4 bits (see kernels/weights.py).
 
     A subclass of `nn.Linear` so that adapters find it; `nn.Linear.__init__` is not run, as there is no weight.
     integer_rows: products of more rows than this are computed on dequantized blocks of the weight instead of on the

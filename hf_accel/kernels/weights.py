@@ -1,0 +1,189 @@
+"""Weights of 8 and 4 bits in the layout of the native kernels, and how weights are described to C.
+
+Sixteen rows lie interleaved, so that a vector register holds one value of each: see `hfa_matrix` in csrc/native.h. The
+layout is the same for all instruction sets. `packed` multiplies with such weights.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_accel.kernels import vendor
+from hf_accel.ops.affine import Affine, Scheme, dequantize
+
+LANES = 16
+QUANTUM = 32
+FORMATS = {None: 0, 8: 1, 4: 2}
+"""The bits of a weight, or of keys and values -> `enum hfa_format`; None: values of the dtype."""
+MATRIX = struct.Struct("=QQqqqQQqq")
+"""`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
+
+
+@dataclass(eq=False)
+class PackedWeight:
+    """A quantized weight [rows, columns].
+
+    codes: 8 bits int8 [R, Kp/2, 16, 2], 4 bits uint8 [R, Kp/8, 16, 4]; scales [R, groups, 16] as the bits of bf16
+    (int16) or fp32 (int32) values, so that casting a model leaves them alone; offsets int32 (fp32 bits) or None.
+    R = ceil(rows / 16), Kp = columns rounded up to 32.
+    """
+
+    scheme: Scheme
+    rows: int
+    columns: int
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+    _fields: dict[Any, bytes] = field(default_factory=dict, repr=False)
+    _chosen: dict[tuple[int, torch.dtype], vendor.Product | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.rows, self.columns))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.offsets) if t is not None)
+
+    @staticmethod
+    def pack(quantized: Affine) -> PackedWeight:
+        """Lay out codes [N, K], scales and zeros."""
+        n, k = quantized.codes.shape
+        groups = quantized.scales.shape[1]
+        if groups > 1 and k // groups % QUANTUM:
+            raise ValueError(f"groups of {k // groups} columns cannot be packed: not a multiple of {QUANTUM}")
+        rows, padded = -(-n // LANES) * LANES, -(-k // QUANTUM) * QUANTUM
+        codes = quantized.codes
+        if (rows, padded) != (n, k):
+            codes = functional.pad(codes, (0, padded - k, 0, rows - n))
+        if quantized.scheme.bits == 8:
+            codes = codes.view(rows // LANES, LANES, padded // 2, 2).transpose(1, 2).contiguous()
+        else:
+            halves = (codes + 8).view(torch.uint8).view(rows // LANES, LANES, padded // 8, 2, 4)
+            codes = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).transpose(1, 2).contiguous()
+        scales = quantized.scales.float()
+        offsets = None if quantized.zeros is None else -scales * quantized.zeros.float()
+
+        def laid_out(values: Tensor) -> Tensor:
+            values = functional.pad(values, (0, 0, 0, rows - n))
+            return values.view(rows // LANES, LANES, groups).transpose(1, 2).contiguous()
+
+        half = scales.bfloat16()
+        is_half = torch.equal(half.float(), scales)
+        bits = laid_out(half).view(torch.int16) if is_half else laid_out(scales).view(torch.int32)
+        return PackedWeight(
+            quantized.scheme, n, k, codes, bits, None if offsets is None else laid_out(offsets).view(torch.int32)
+        )
+
+    def unpack(self, start: int = 0, stop: int | None = None) -> Affine:
+        """Return codes, scales (fp32) and zeros of rows [start, stop); start a multiple of 16."""
+        stop = self.rows if stop is None else min(stop, self.rows)
+        part = slice(start // LANES, -(-stop // LANES))
+        count, k = stop - start, self.columns
+        codes = self.codes[part]
+        if self.scheme.bits == 8:
+            codes = codes.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)
+        else:
+            halves = torch.stack((codes & 15, codes >> 4), dim=-2).view(torch.int8) - 8  # [R, Kp/8, 16, 2, 4]
+            codes = halves.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)
+
+        def rowwise(bits: Tensor) -> Tensor:
+            values = bits[part].view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32)
+            return values.transpose(1, 2).reshape(-1, bits.shape[1])[:count].float()
+
+        scales, zeros = rowwise(self.scales), None
+        if self.offsets is not None:
+            safe = torch.where(scales == 0, torch.ones_like(scales), scales)
+            zeros = (-rowwise(self.offsets) / safe).round().to(torch.int8)
+        return Affine(codes[:count, :k].contiguous(), scales, zeros, self.scheme)
+
+    def slice(self, start: int, stop: int) -> PackedWeight:
+        """Return rows [start, stop) on the same memory.
+
+        Raises:
+            ValueError: `start` is not a multiple of 16.
+        """
+        if start % LANES:
+            raise ValueError(f"rows from {start} on cannot be taken out of a packed weight: not a multiple of {LANES}")
+        part = slice(start // LANES, -(-stop // LANES))
+        offsets = None if self.offsets is None else self.offsets[part]
+        return PackedWeight(self.scheme, stop - start, self.columns, self.codes[part], self.scales[part], offsets)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight [rows, columns]; for tests, gradients and comparisons: it is as large as the original."""
+        return dequantize(self.unpack(), dtype)
+
+    def device_product(self, dtype: torch.dtype, dense: vendor.Product) -> vendor.Product | None:
+        """Return torch's own kernel for this weight where it is; None where `dense` is faster. Timed once."""
+        key = (self.codes.data_ptr(), dtype)
+        if key not in self._chosen:
+            self._chosen.clear()
+            self._chosen[key] = vendor.choose(self.unpack(), dense, dtype)
+        return self._chosen[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fields": {}, "_chosen": {}}
+
+    def check(self) -> None:
+        """Raise ValueError unless the tensors lie in memory as the kernels take them; they may have been changed."""
+        groups = 1 if self.scheme.group_size is None else -(-self.columns // self.scheme.group_size)
+        parts, padded = -(-self.rows // LANES), -(-self.columns // QUANTUM) * QUANTUM
+        is_8 = self.scheme.bits == 8
+        shape = (parts, padded // 2, LANES, 2) if is_8 else (parts, padded // 8, LANES, 4)
+        rowwise = (parts, groups, LANES)
+        fits = self.codes.dtype is (torch.int8 if is_8 else torch.uint8) and self.codes.shape == shape
+        fits = fits and self.scales.dtype in (torch.int16, torch.int32) and self.scales.shape == rowwise
+        kept = [self.codes, self.scales]
+        if self.offsets is not None:
+            kept.append(self.offsets)
+            fits = fits and self.offsets.dtype is torch.int32 and self.offsets.shape == rowwise
+        if not fits or not all(t.is_contiguous() and t.is_cpu and t.data_ptr() for t in kept):
+            raise ValueError("a packed weight's tensors were changed to what its kernels cannot read")
+
+    def matrix(self, bias: Tensor | None = None) -> bytes:
+        """The `hfa_matrix` of this weight for C; valid as long as the tensors stay where they are."""
+        offsets = self.offsets
+        codes, scales = self.codes, self.scales
+        # tensors keep their identity when their memory moves (`.data`, `share_memory`, copies of this object), and
+        # their address when they are given another layout
+        pointers = (
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
+        key = (pointers, codes.stride(), codes.shape, codes.dtype, scales.stride(), scales.shape, scales.dtype,
+               None if offsets is None else (offsets.stride(), offsets.shape, offsets.dtype),
+               None if bias is None else (bias.stride(), bias.shape))  # fmt: skip
+        found = self._fields.get(key)
+        if found is None:
+            self.check()
+            if bias is not None and (bias.shape != (self.rows,) or bias.stride() != (1,) or not pointers[3]):
+                raise ValueError(f"bias {tuple(bias.shape)} with strides {bias.stride()} is not one row of {self.rows}")
+            self._fields.clear()
+            found = self._fields[key] = MATRIX.pack(
+                pointers[0],
+                pointers[3],
+                int(scales.dtype is torch.int32),
+                self.rows,
+                self.columns,
+                pointers[1],
+                pointers[2],
+                FORMATS[self.scheme.bits],
+                -(-self.columns // QUANTUM) * QUANTUM if self.scheme.group_size is None else self.scheme.group_size,
+            )
+        return found
+
+
+@runtime_checkable
+class PackedProduct(Protocol):
+    """A linear product whose weight [N, K] is stored in few bits, in the layout of the native kernels."""
+
+    @property
+    def packed(self) -> PackedWeight: ...
