@@ -179,15 +179,19 @@ class Buffers:
 
     def make_room(self, keys_like: torch.Tensor, values_like: torch.Tensor, tokens: int) -> None:
         """Make room for `tokens` more positions in buffers for states like these."""
-        if self.keys is None:
-            values_dtype = values_like.dtype
-            if VALUES_FOLLOW_KEYS:
-                values_dtype = torch.promote_types(keys_like.dtype, values_dtype)
-            self.keys, self.values = (
-                like.new_empty((*like.shape[:2], 0, self.codec.row(like.shape[3])), dtype=self.codec.kept_dtype(dtype))
-                for like, dtype in ((keys_like, keys_like.dtype), (values_like, values_dtype))
-            )
-        self.grow(tokens)
+        if self.keys is not None:
+            self.grow(tokens)
+            return
+        values_dtype = values_like.dtype
+        if VALUES_FOLLOW_KEYS:
+            values_dtype = torch.promote_types(keys_like.dtype, values_dtype)
+        room = self.room(tokens)
+        self.keys = self._new(keys_like, keys_like.dtype, room)
+        self.values = self._new(values_like, values_dtype, room)
+
+    def _new(self, like: torch.Tensor, dtype: torch.dtype, room: int) -> torch.Tensor:
+        batch, heads, _, size = like.shape
+        return like.new_empty((batch, heads, room, self.codec.row(size)), dtype=self.codec.kept_dtype(dtype))
 
     def grow(self, tokens: int) -> None:
         """Move what is in use to the front of new buffers with room for `tokens` more."""
