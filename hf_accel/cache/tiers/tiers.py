@@ -190,9 +190,6 @@ class Tiers:
                 if self._placing.is_away(block):
                     return self._staging.ask(block)
 
-    def _is_away(self, block: Block) -> bool:
-        return block.tier == "disk" or (block.tier == "cpu" and self.device.type != "cpu")
-
     def _layout(self, keys: torch.Tensor, values: torch.Tensor) -> Layout:
         kind = (keys.shape, values.shape, keys.dtype, values.dtype)
         if kind not in self._layouts:

@@ -22,7 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.core.calls.call import IN_PROGRESS, Call, CallLog, NewCache, Request
-from hf_accel.core.calls.doors import MAKERS, Door, TextWriter
+from hf_accel.core.calls.doors import MAKERS, CacheMaker, CallServer, Door, PromptReader, TextWriter
 from hf_accel.core.calls.keywords import KEYWORDS, understood
 from hf_accel.core.calls.report import Report
 from hf_accel.core.drift import CACHE
@@ -118,7 +118,7 @@ class Hosted:
         token = IN_PROGRESS.set(request)
         try:
             with host.calls.counting():
-                server: Any = (host.doors | request.standing).get(Door.GENERATE)
+                server: CallServer | None = _standing(host, Door.GENERATE)
                 if server is not None and server.obstacle(self, args, kwargs) is None:
                     host.calls.note("")
                     return server.serve(self, args, kwargs)
@@ -175,7 +175,8 @@ class Hosted:
                 host.calls.note(_MODE_REASONS[generation_mode])
             if given is not None and (request := IN_PROGRESS.get()) is not None:
                 request.has_callers_cache = True
-            cache, maker = model_kwargs.get(CACHE), _standing(host, Door.NEW_CACHE)
+            cache = model_kwargs.get(CACHE)
+            maker: CacheMaker | None = _standing(host, Door.NEW_CACHE)
             if given is None and cache is not None and maker is not None:
                 rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
                 mask = model_kwargs.get("attention_mask")
@@ -186,7 +187,8 @@ class Hosted:
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         host = host_of(self)
-        reader, request = host and _standing(host, Door.PREFILL), IN_PROGRESS.get()
+        request = IN_PROGRESS.get()
+        reader: PromptReader | None = None if host is None else _standing(host, Door.PREFILL)
         tenant = request.options.get("tenant") if request else None
         with reader.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if reader else nullcontext():
             return beneath(Hosted, self, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
