@@ -54,12 +54,21 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
             known here (latent attention, gated queries, keys of other layers); the message names the module.
     """
     check_supported(model)
-    config = model.config
-    if config.get_text_config(decoder=True) is not config:
+    if model.config.get_text_config(decoder=True) is not model.config:
         raise UnsupportedModelError(
             f"{type(model).__name__} reads more than text; key and value heads are converted in plain text models. "
             "Take the language model out of it first."
         )
+    return layers_of(model)
+
+
+def layers_of(model: Any) -> list[AttentionLayer]:
+    """Return the self-attention modules of a plain text model, which may be on the meta device.
+
+    Raises:
+        UnsupportedModelError: as attention_layers.
+    """
+    config = model.config
     found: list[AttentionLayer] = []
     refused: dict[str, str] = {}
     for path, module in model.named_modules():

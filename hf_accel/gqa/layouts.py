@@ -103,7 +103,6 @@ FUSED: dict[str, Fused] = {
         "query_key_value", "dense", _falcon, lambda module, heads: module.num_kv_heads, lambda config: config.alibi
     ),
     "MptAttention": Fused("Wqkv", "out_proj", _blocks, alibi=lambda config: True),
-    "DbrxAttention": Fused("Wqkv", "out_proj", _blocks, lambda module, heads: module.num_key_value_heads),
     "Phi3Attention": Fused("qkv_proj", "o_proj", _blocks, lambda module, heads: heads // module.num_key_value_groups),
     "CodeGenAttention": Fused("qkv_proj", "out_proj", _codegen),
 }
