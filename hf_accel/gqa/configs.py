@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from hf_accel.errors import ConfigError, UnsupportedModelError
-from hf_accel.gqa.architectures.table import architectures_for
+from hf_accel.gqa.architectures.table import NO_WAY, architectures_for
 
 
 def stated(config: Any, kv_heads: int) -> Any:
@@ -62,4 +62,5 @@ def advice(model_type: str) -> str:
     """Return a sentence on the architectures in which such a model can be expressed."""
     if targets := architectures_for(model_type):
         return f"Express it in another architecture first: {' or '.join(targets)}."
-    return "hf_accel knows no other architecture that computes the same with fewer of them."
+    reason = f": {NO_WAY[model_type]}" if model_type in NO_WAY else ""
+    return f"There is no other architecture to express it in that could{reason}."

@@ -124,13 +124,14 @@ def _check_difference(before: Any, after: Any, kv_heads: int) -> None:
     strange = sorted(name for name in changed if not any(name.startswith(part) for part in own))
     if strange:
         raise UnsupportedModelError(
-            f"The architecture {model_type} with {kv_heads} key/value heads differs from that with {layers[0].kv_heads} in more "
-            f"than its projections: {strange[0]} (one of {len(strange)}). {advice(model_type)}"
+            f"The architecture {model_type} with {kv_heads} key/value heads differs from that with "
+            f"{layers[0].kv_heads} in more than its projections: {strange[0]} (one of {len(strange)}). "
+            f"{advice(model_type)}"
         )
     if any(layer.kv_heads != kv_heads for layer in layers_of(after)):
         raise UnsupportedModelError(
-            f"The architecture {model_type} is built with {layers[0].kv_heads} key/value heads although its config says "
-            f"{kv_heads}. {advice(model_type)}"
+            f"The architecture {model_type} is built with {layers[0].kv_heads} key/value heads although its config "
+            f"says {kv_heads}. {advice(model_type)}"
         )
 
 
