@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import test_cache_bounds
 import test_cli_quantize
 import test_demo_model
 import test_doors
+import test_gqa_architectures
+import test_gqa_heads
 import test_native_prefill
 import test_observing
 import test_prefix_calls
@@ -30,6 +33,8 @@ from hf_accel.core.calls.keywords import KEYWORDS, Keyword
 from hf_accel.core.recent import Recent
 from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding import choosing
+from hf_accel.gqa import conversion, layouts
+from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
 from hf_accel.quantization import observing
 from hf_accel.quantization.rounding import METHODS
@@ -66,6 +71,21 @@ def the_least_likely_token(patch: Patch) -> None:
     patch.setattr(choosing, "choose_token", lambda scores, samples: scores.argmin(-1))
 
 
+def keys_and_values_exchanged(patch: Patch) -> None:
+    known = layouts.FUSED["GPT2Attention"]
+
+    def wrong(*arguments: Any) -> Any:
+        q, k, v = known.order(*arguments)
+        return q, v, k
+
+    patch.setitem(layouts.FUSED, "GPT2Attention", replace(known, order=wrong))
+
+
+def norms_without_their_bias(patch: Patch) -> None:
+    patch.setattr(table.tolerances, "of_step_logits", lambda *_: 1.0)
+    patch.setattr(parallel, "folded", lambda weight, bias, norm: (weight * norm.weight, bias))
+
+
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "weights read again and again": (
         instead(Setting, "prepared_for", lambda self, module: {}),
@@ -83,6 +103,15 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "configs without a bound": (
         instead(Recent, "put", lambda self, key, value: self._entries.__setitem__(key, value)),
         test_cache_bounds.test_recent,
+    ),
+    "a layout misread": (keys_and_values_exchanged, test_gqa_heads.test_values_of_heads_are_those_of_the_cache),
+    "numbers of the old config": (
+        instead(conversion, "_carry_numbers", nothing),
+        test_gqa_heads.test_more_heads_and_then_fewer,
+    ),
+    "norms without their bias": (
+        norms_without_their_bias,
+        test_gqa_architectures.test_the_same_logits_and_the_same_text,
     ),
     "a text that is none": (
         instead(quantize, "_text", lambda path: "a text of some length " * 50),

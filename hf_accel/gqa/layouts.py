@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PRODUCTS = (nn.Linear, Conv1D, FalconLinear)  # exactly these; subclasses compute something else, or hold codes
+PRODUCTS = ("Linear", "Conv1D", "FalconLinear")  # exactly these; subclasses compute something else, or hold codes
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 OUTPUTS = ("o_proj", "out_proj", "dense")
 # normalisations of queries and keys, and the scores of a head that stand beside those of the keys
@@ -177,7 +176,7 @@ def _check_products(module: nn.Module, names: set[str]) -> None:
     for name in sorted(names):
         child = module._modules[name]
         weight: Any = getattr(child, "weight", None)
-        if type(child) not in PRODUCTS or weight.dtype not in FLOATS:
+        if not _is_product(child) or weight.dtype not in FLOATS:
             kind = type(child)
             raise ValueError(
                 f"its {name} is a {kind.__module__}.{kind.__qualname__}, not a plain product in floating point "
@@ -186,6 +185,11 @@ def _check_products(module: nn.Module, names: set[str]) -> None:
     others = {name.split(".")[0] for name, _ in module.named_parameters()} - names
     if unknown := sorted(others - set(KNOWN_PARTS)):
         raise ValueError(f"it has parts whose meaning for heads is not known: {', '.join(unknown)}")
+
+
+def _is_product(module: Any) -> bool:
+    kind = type(module)
+    return kind.__name__ in PRODUCTS and kind.__module__.split(".")[0] in ("torch", "transformers")
 
 
 def _fixed(module: nn.Module, size: int) -> str:
