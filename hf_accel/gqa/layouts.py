@@ -58,13 +58,9 @@ def _blocks(module: Any, heads: int, kv_heads: int, size: int) -> Parts:
 
 
 def _head_by_head(module: Any, heads: int, kv_heads: int, size: int) -> Parts:
-    """Of each group its queries, its key and its value; with as many key heads as queries, [q k v] of each head."""
+    """Of each group its queries, its key and its value: [q k v] of each head, or all queries, the key and the value."""
     rows = torch.arange((heads + 2 * kv_heads) * size).view(kv_heads, heads // kv_heads + 2, size)
     return rows[:, :-2].reshape(heads, size), rows[:, -2], rows[:, -1]
-
-
-def _falcon(module: Any, heads: int, kv_heads: int, size: int) -> Parts:
-    return _head_by_head(module, heads, kv_heads, size)  # with one key head, too: all queries, its key, its value
 
 
 def _bigcode(module: Any, heads: int, kv_heads: int, size: int) -> Parts:
@@ -99,7 +95,11 @@ FUSED: dict[str, Fused] = {
     "PersimmonAttention": Fused("query_key_value", "dense", _head_by_head),
     "BloomAttention": Fused("query_key_value", "dense", _head_by_head, alibi=lambda config: True),
     "FalconAttention": Fused(
-        "query_key_value", "dense", _falcon, lambda module, heads: module.num_kv_heads, lambda config: config.alibi
+        "query_key_value",
+        "dense",
+        _head_by_head,
+        lambda module, heads: module.num_kv_heads,
+        lambda config: config.alibi,
     ),
     "MptAttention": Fused("Wqkv", "out_proj", _blocks, alibi=lambda config: True),
     "Phi3Attention": Fused("qkv_proj", "o_proj", _blocks, lambda module, heads: heads // module.num_key_value_groups),
@@ -120,7 +120,8 @@ def layout_of(module: nn.Module, config: Any) -> Layout:
         ValueError: it is not built as anything that is known here; the sentence says what it has.
     """
     heads = config.num_attention_heads
-    fused = next((FUSED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in FUSED), None)
+    kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models.")]
+    fused = next((FUSED[kind] for kind in kinds if kind in FUSED), None)
     layout = _separate(module, config, heads) if fused is None else _fused(module, fused, config, heads)
     query, key, value = (out_in(module.get_submodule(part.name)) for part in (layout.q, layout.k, layout.v))
     size, kv_heads, value_size = layout.q.rows.shape[1], *layout.v.rows.shape
@@ -141,7 +142,11 @@ def _separate(module: nn.Module, config: Any, heads: int) -> Layout:
     output = next((name for name in OUTPUTS if name in children), None)
     if output is None or any(name not in children for name in SEPARATE):
         found = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
-        raise ValueError(f"its products are {', '.join(found) or 'none'}, an order of heads that is not known")
+        if any(name.startswith("kv_a_proj") for name in found):
+            raise ValueError(
+                "its keys and values come from one latent vector for all heads (MLA), which is small already"
+            )
+        raise ValueError(f"its parts are {', '.join(found)}, an order of heads that is not known")
     _check_products(module, {*SEPARATE, output})
     q, k, v = (out_in(children[name]).shape[0] for name in SEPARATE)  # type: ignore[arg-type]
     if q % heads:
