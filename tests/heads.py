@@ -34,7 +34,7 @@ OWN: dict[str, Tiny] = {
     "olmo2": Tiny("olmo2", SMALL),
     "granite": Tiny("granite", SMALL),
     "gpt_oss": Tiny("gpt_oss", SMALL | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "persimmon": Tiny("persimmon", _NEOX),
+    "persimmon": Tiny("persimmon", _NEOX | {"qk_layernorm": False}),
     "gptj": Tiny("gptj", _GPT | {"rotary_dim": 8}),
     "codegen": Tiny("codegen", _GPT | {"rotary_dim": 8, "n_ctx": 64}),
     "neox_parallel": Tiny("gpt_neox", _NEOX),

@@ -23,6 +23,9 @@ from hf_accel.gqa.heads import AttentionLayer, Heads, attention_layers, read_hea
 WITHOUT_HEADS = {"deepseek_v3"}
 READ = [name for name in [*NAMES, *tiny.OWN] if name not in WITHOUT_HEADS]
 IDS = prompt(2, 9)
+FUSED = ["gpt2", "gpt_neox", "phi3", "bigcode", "bigcode_one", "bloom", "mpt", "persimmon", "codegen"]
+FUSED += ["falcon_grouped", "falcon_parallel", "falcon_one", "falcon_alibi"]
+WHOLE = {"phi3", "falcon_grouped", "falcon_parallel", "falcon_one"}  # numbers of both halves of a head rotate together
 FIXED = {"falcon_alibi", "bloom", "mpt", "olmo2", "gpt_oss"}  # something of each query head stands outside projections
 # what a model can have instead of the heads it has
 EXPRESSIBLE = {name: 4 for name in NAMES if "num_key_value_heads" in build(name).config.to_dict()} | {
@@ -57,10 +60,11 @@ def even(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> PreTrainedModel:
 
 
 def moved(model: PreTrainedModel) -> None:
-    """Let the heads of each layer change places: groups go round, and the queries of a group are reversed."""
+    """Let heads of each layer change places: the first two groups, and the queries of each group."""
     for layer in attention_layers(model):
         h = read_heads(layer, model.config)
-        groups = torch.arange(layer.kv_heads).roll(1)
+        groups = torch.arange(layer.kv_heads)
+        groups[:2] = groups[:2].flip(0)
         queries = torch.arange(layer.heads).view(layer.kv_heads, -1)[groups].flip(1).flatten()
 
         def at(rows: Any, places: torch.Tensor) -> Any:
@@ -129,6 +133,21 @@ def test_values_of_heads_are_those_of_the_cache(name: str) -> None:
         if len(h.v) != cached.shape[1]:  # falcon caches the value of a group once for each of its queries
             expected = expected.repeat_interleave(cached.shape[1] // len(h.v), 1)
         torch.testing.assert_close(cached, expected[:, :, -cached.shape[2] :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_numbers_of_a_query_meet_those_of_its_key(name: str) -> None:
+    """A number of the queries twice as large and the same number of the keys half as large change nothing."""
+    model = tiny.made(name)
+    expected = tiny.logits(model, IDS)
+    for layer in attention_layers(model):
+        h = read_heads(layer, model.config)
+        factors = torch.ones(h.q.shape[1])
+        factors[[len(factors) // 2 - 1, -1] if name in WHOLE else [-1]] = 2
+        q_bias, k_bias = (None, None) if h.q_bias is None else (h.q_bias * factors, h.k_bias / factors)
+        q, k = h.q * factors[:, None], h.k / factors[:, None]
+        write_heads(layer, model.config, replace(h, q=q, k=k, q_bias=q_bias, k_bias=k_bias))
+    torch.testing.assert_close(tiny.logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
