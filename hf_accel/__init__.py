@@ -17,6 +17,7 @@ from hf_accel.errors import (
     VerificationError,
 )
 from hf_accel.families import *  # noqa: F403
+from hf_accel.gqa import convert_gqa
 from hf_accel.quantization.files.loading import from_pretrained
 from hf_accel.quantization.files.seal import save_pretrained
 
@@ -35,6 +36,7 @@ __all__ = [
     "StorageError",
     "UnsupportedModelError",
     "VerificationError",
+    "convert_gqa",
     "from_pretrained",
     "optimize",
     "optimized",

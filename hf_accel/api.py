@@ -61,7 +61,10 @@ def plan(
     """
     setting = _setting(model, draft_model)
     with shown(f"planning for {type(setting.model).__name__}") as setting.progress:
-        return _plan(setting, goal_or_configs, calibration, tokenizer, max_kl).plan
+        chosen = _plan(setting, goal_or_configs, calibration, tokenizer, max_kl)
+        found = [patcher.preview(setting) for patcher in chosen.patchers or []]
+        chosen.plan.previews = [preview for preview in found if preview is not None]
+        return chosen.plan
 
 
 def optimize(
@@ -189,7 +192,8 @@ def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: 
     quality = None
     if calibration is not None:
         with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
-            quality = QualityReference(setting.model, calibration_text(setting.model, calibration, tokenizer))
+            setting.calibration = calibration_text(setting.model, calibration, tokenizer)
+            quality = QualityReference(setting.model, setting.calibration)
     if isinstance(goal_or_configs, Plan):
         chosen = goal_or_configs
         if setting.draft_model is not None:

@@ -3,6 +3,7 @@
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
 from hf_accel.decoding import DecodingConfig
+from hf_accel.gqa import GQAConfig
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.quantization import CompressedTensorsConfig, WeightOnlyConfig
 from hf_accel.speculative import SpeculativeConfig
@@ -12,6 +13,7 @@ __all__ = [
     "CompressedTensorsConfig",
     "DecoderBlockConfig",
     "DecodingConfig",
+    "GQAConfig",
     "KVCacheConfig",
     "NativeLinearConfig",
     "SharedProjectionConfig",

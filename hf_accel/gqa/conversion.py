@@ -18,7 +18,7 @@ from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.gqa.configs import advice, stated
 from hf_accel.gqa.heads import Heads, attention_layers, layers_of, write_heads
 
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
 
 
 def with_kv_heads(config: Any, kv_heads: int) -> Any:
@@ -42,15 +42,14 @@ def skeleton(model: Any, config: Any) -> Any:
         return type(model)(copy.deepcopy(config))
 
 
-def converted_model(model: Any, kv_heads: int, heads_by_layer: Iterable[Heads], *, shares: bool) -> Any:
-    """Return a new model of the class of `model` that has `kv_heads` and the projections given, first layer to last.
+def reshaped_model(model: Any, kv_heads: int, *, shares: bool) -> Any:
+    """Return a new model of the class of `model` whose layers have projections for `kv_heads`, not filled yet.
 
-    `heads_by_layer` is read layer by layer. Every other tensor is that of `model` (shares) or a copy of it; with
-    `shares`, a projection that is equal to the model's is the model's, too. The new model is in eval mode; its own
-    are its config, its generation config and its buffers.
+    Every other tensor is that of `model` (shares) or a copy of it. The new model is in eval mode; its own are its
+    config, its generation config and its buffers.
 
     Raises:
-        ConfigError: `kv_heads` do not divide the query heads, or shapes or the number of layers are not the model's.
+        ConfigError: `kv_heads` do not divide the query heads.
         UnsupportedModelError: as attention_layers and with_kv_heads.
     """
     layers = attention_layers(model)
@@ -65,12 +64,27 @@ def converted_model(model: Any, kv_heads: int, heads_by_layer: Iterable[Heads], 
     for layer in layers:
         for name in layer.products:
             _empty(_product(new.get_submodule(layer.path), name), _product(after.get_submodule(layer.path), name))
+    return new
+
+
+def converted_model(model: Any, kv_heads: int, heads_by_layer: Iterable[Heads], *, shares: bool) -> Any:
+    """Return a new model of the class of `model` that has `kv_heads` and the projections given, first layer to last.
+
+    `heads_by_layer` is read layer by layer. As `reshaped_model`; with `shares`, a projection that is equal to the
+    model's is the model's, too.
+
+    Raises:
+        ConfigError: `kv_heads` do not divide the query heads, or shapes or the number of layers are not the model's.
+        UnsupportedModelError: as attention_layers and with_kv_heads.
+    """
+    new = reshaped_model(model, kv_heads, shares=shares)
+    layers = attention_layers(model)
     given = iter(heads_by_layer)
     for old, layer in zip(layers, layers_of(new), strict=True):
         heads = next(given, None)
         if heads is None:
             raise ConfigError(f"The model has {len(layers)} layers with attention; heads were given for {old.index}.")
-        write_heads(layer, config, heads)
+        write_heads(layer, new.config, heads)
         if shares:
             for name in layer.products:
                 _share_equal(_product(layer.module, name), _product(old.module, name))
@@ -105,7 +119,7 @@ def _carry_numbers(new: Any, before: Any, after: Any, config: Any) -> None:
         if path not in news:  # of an extension of the user's
             continue
         for name, value in vars(news[path]).items():
-            if isinstance(value, _PLAIN) and vars(olds[path]).get(name) != value:
+            if isinstance(value, PLAIN) and vars(olds[path]).get(name) != value:
                 setattr(module, name, value)
         if vars(module).get("config") not in (None, config):  # configs of their own, made while building
             module.config = news[path].config

@@ -57,20 +57,24 @@ class QualityReference:
         vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         rows = max(1, _KEPT_BYTES // (4 * vocabulary * max(1, self.ids.shape[1] - 1)))
         self.ids = self.ids[:rows]
-        self.kept = list(self._distributions())
+        self.kept = list(self._distributions(model))
 
     @torch.no_grad()
-    def _distributions(self) -> Iterator[Tensor]:
+    def _distributions(self, model: Any) -> Iterator[Tensor]:
         """Yield log-probabilities [T - 1, V] of the next token, row by row."""
         for row in self.ids:
-            logits = self.model(row[None], use_cache=False).logits[0, :-1]
+            logits = model(row[None], use_cache=False).logits[0, :-1]
             yield torch.log_softmax(logits.float(), dim=-1)
 
     def compare(self) -> Quality:
         """Return what the model's distributions now cost against those kept."""
+        return self.of(self.model)
+
+    def of(self, model: Any) -> Quality:
+        """Return what the distributions of another model with the same vocabulary cost against those kept."""
         kl = agreement = before = after = 0.0
         count = 0
-        for row, old, new in zip(self.ids, self.kept, self._distributions(), strict=True):
+        for row, old, new in zip(self.ids, self.kept, self._distributions(model), strict=True):
             terms = torch.where(old == -math.inf, torch.zeros_like(old), old.exp() * (old - new))
             kl += float(terms.sum(dim=-1).double().sum())
             agreement += float((old.argmax(dim=-1) == new.argmax(dim=-1)).sum())

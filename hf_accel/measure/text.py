@@ -29,7 +29,7 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> Ca
         ConfigError: `given` is something else, or has fewer than two tokens in a row.
     """
     if given is None:
-        return CalibrationText(_own_text(model), "the model's own samples", True)
+        return own_text(model, ROWS, min(TOKENS, _context(model) - 1))
     room = _context(model)
     if isinstance(given, str):
         given = [given]
@@ -64,24 +64,24 @@ def _context(model: Any) -> int:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096
 
 
-def _own_text(model: Any) -> torch.Tensor:
-    """Sample ROWS x TOKENS from the model, the same ones every time."""
+def own_text(model: Any, rows: int, tokens: int) -> CalibrationText:
+    """Sample rows of `tokens` new tokens from the model, the same ones every time."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    tokens = min(TOKENS, _context(model) - 1)
     start = model.generation_config.bos_token_id
     start = start[0] if isinstance(start, list) else start
     journal = Journal()
     journal.set_attribute(model, "generation_config", GenerationConfig())  # the model's own may ask for other text
     try:
-        return _sampled(model, start, vocabulary, tokens)
+        ids = _sampled(model, start, vocabulary, rows, tokens)
     finally:
         journal.undo()
+    return CalibrationText(ids, "the model's own samples", True)
 
 
-def _sampled(model: Any, start: int | None, vocabulary: int, tokens: int) -> torch.Tensor:
+def _sampled(model: Any, start: int | None, vocabulary: int, rows: int, tokens: int) -> torch.Tensor:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
-        first = torch.randint(vocabulary, (ROWS, 1)) if start is None else torch.full((ROWS, 1), start)
+        first = torch.randint(vocabulary, (rows, 1)) if start is None else torch.full((rows, 1), start)
         first = first.to(model.device)
         return model.generate(
             first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,

@@ -114,6 +114,13 @@ class Patcher(ABC, Generic[C]):
         """Return the bytes of all weights once the step is applied and originals are given up; None: as before."""
         return None
 
+    def preview(self, setting: Setting) -> Any:
+        """Return what the step is expected to cost, tried without changing anything; None: nothing worth telling.
+
+        What is returned has `to_dict`, and as text what a plan shows.
+        """
+        return None
+
     @abstractmethod
     def patch(self, setting: Setting, host: Host) -> Change:
         """Apply the step through the host's journal and say what was done."""

@@ -33,6 +33,7 @@ class Plan:
     measured: Any = None  # the Speed that the planner saw, if it measured
     quality: Any = None  # the Quality that the lossy steps were measured to have
     weight_bytes: int | None = None  # of all weights afterwards, where the steps change them
+    previews: list[Any] = field(default_factory=list)  # what steps are expected to cost, told and not read
     draft_model: Any = None  # what speculation may draft with; no part of the JSON
 
     @classmethod
@@ -66,6 +67,7 @@ class Plan:
             "steps": [step.to_dict() for step in self.steps],
             "skipped": [{"what": skip.what, "reason": skip.reason} for skip in self.skipped],
             "weight_bytes": self.weight_bytes,
+            **({"previews": [preview.to_dict() for preview in self.previews]} if self.previews else {}),
         }
 
     @classmethod
@@ -112,6 +114,7 @@ class Plan:
             lines.append(f"  weights afterwards {self.weight_bytes / 1e6:.1f} MB")
         if self.quality is not None:
             lines.append(f"  quality: {self.quality}")
+        lines += [f"  {line}" for preview in self.previews for line in str(preview).splitlines()]
         lines += [f"  not {skip.what}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)
 
@@ -124,7 +127,9 @@ def _check_values(data: dict[str, Any]) -> None:
     """
     told: Any = (dict, type(None))  # what `hf-accel plan --json` tells beside the plan, and is not read
     of_a_plan = {"goal": str, "steps": list, "skipped": list, "weight_bytes": (int, type(None))}
-    expected: list[tuple[dict[str, Any], dict[str, Any]]] = [(data, of_a_plan | {"measured": told, "quality": told})]
+    expected: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (data, of_a_plan | {"measured": told, "quality": told, "previews": list})
+    ]
     expected += [(step, {"config": dict, "gain": (int, float, type(None))}) for step in data.get("steps", [])]
     expected += [(skip, {"what": str, "reason": str}) for skip in data.get("skipped", [])]
     for values, types in expected:

@@ -19,6 +19,7 @@ class Setting:
     draft_model: a smaller model with the same tokenizer, if the user has one.
     progress: called after each part of a step that takes long.
     originals: what becomes of weights that steps replace, see `Journal`.
+    calibration: the text that the user gave, a `hf_accel.measure.quality.CalibrationText`, if any.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Setting:
         """
         Journal(originals)  # refuses what it does not know before anything is measured
         self.anatomy, self.draft_model, self.progress, self.originals = anatomy, draft_model, progress, originals
+        self.calibration: Any = None
         # what was made of a weight, or found out about a layer, by the weight, which copies of the model share
         self._prepared: WeakIdKeyDictionary | None = None
 
@@ -56,7 +58,7 @@ class Setting:
     def over(self, model: Any, *, originals: str = "keep") -> Setting:
         """Return a session over a copy of the model that shares its tensors, with what was prepared for them."""
         found = Setting(Anatomy.of(model), draft_model=self.draft_model, progress=self.progress, originals=originals)
-        found._prepared = self._prepared
+        found._prepared, found.calibration = self._prepared, self.calibration
         return found
 
     def describe_anew(self) -> None:

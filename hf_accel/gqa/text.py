@@ -1,0 +1,74 @@
+"""The text on which heads are aligned and repaired, in rows that are read together."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_accel.errors import ConfigError
+from hf_accel.gqa.config import GQAConfig
+from hf_accel.gqa.converting import BATCH, kept_back, least_tokens
+from hf_accel.gqa.heads import layers_of
+from hf_accel.measure.quality import CalibrationText
+from hf_accel.measure.text import calibration_text, own_text
+
+ROW_TOKENS, LEAST_ROW_TOKENS = 256, 16
+LEAST_ROWS = 2 * BATCH  # one batch to fit to, one to look at
+OWN_TOKENS = 7168  # that the model writes, at least
+
+
+def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> CalibrationText:
+    """Return the calibration text of a conversion in rows [N, T], N a multiple of BATCH.
+
+    It is the config's; else `given`, the session's; else what the model writes.
+
+    Raises:
+        ConfigError: token ids do not fit the model, or there are too few.
+    """
+    least = least_tokens(layers_of(model), model.config)
+    if config.calibration is not None:
+        given = calibration_text(model, _tensor(config.calibration))
+    if given is None:
+        room = getattr(model.config, "max_position_embeddings", None) or ROW_TOKENS
+        length = min(ROW_TOKENS, room - 1)
+        rows = -(-max(OWN_TOKENS, least * 3 // 2) // length)
+        given = own_text(model, -(-rows // BATCH) * BATCH, length)
+    ids = _windows(given.ids)
+    found = (len(ids) - kept_back(len(ids)) * BATCH) * ids.shape[1] if len(ids) else 0
+    if found < least:
+        raise ConfigError(
+            f"Calibration text of {given.ids.numel()} tokens leaves {max(0, found)} to fit output projections to (in "
+            f"whole rows of up to {ROW_TOKENS}, some kept back); their least squares need {least}, a token for each "
+            "input. Give more text."
+        )
+    return CalibrationText(ids, given.source, given.is_own)
+
+
+def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
+    """Return the rows to convert with, and about a fifth of them to measure what it costs."""
+    measured = max(1, len(text.ids) // (5 * BATCH)) * BATCH
+    parts = text.ids[:-measured], text.ids[-measured:]
+    fitted, rest = (CalibrationText(part, text.source, text.is_own) for part in parts)
+    return fitted, rest
+
+
+def _windows(ids: Tensor) -> Tensor:
+    """Return rows of up to ROW_TOKENS, shorter where there are few, as many as make whole batches."""
+    length = min(ROW_TOKENS, ids.shape[1])
+    while length >= 2 * LEAST_ROW_TOKENS and len(ids) * (ids.shape[1] // length) < LEAST_ROWS:
+        length //= 2
+    count = ids.shape[1] // length
+    rows = ids[:, : count * length].reshape(-1, length)
+    if len(rows) < LEAST_ROWS:
+        return rows[:0]
+    return rows[: len(rows) // BATCH * BATCH]
+
+
+def _tensor(rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    try:
+        return torch.tensor(copy.copy(rows))
+    except ValueError as error:
+        raise ConfigError("GQAConfig.calibration has rows of several lengths. Give rows of one length.") from error
