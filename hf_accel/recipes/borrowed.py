@@ -1,4 +1,4 @@
-"""What a student must be, and what is put back on it: modes, flags, data types, config; nothing shared with the teacher."""
+"""What a student must be; what is put back on it: modes, flags, data types, config; and that it shares nothing."""
 
 from __future__ import annotations
 
@@ -110,6 +110,7 @@ class Borrowed:
         self.dtypes: list[tuple[nn.Parameter, torch.dtype]] = []
         config: Any = self.model.config
         self.config = dict(vars(config))
+        self.attributes = set(vars(self.model))
         return self
 
     def in_single_precision(self) -> int:
@@ -131,6 +132,8 @@ class Borrowed:
             tensor.requires_grad_(flag)
         for module, mode in self.modes:
             module.training = mode
+        for name in set(vars(self.model)) - self.attributes:  # marks that accelerate and peft leave
+            delattr(self.model, name)
         config: Any = vars(self.model.config)
         config.clear()
         config.update(self.config)

@@ -24,7 +24,7 @@ def check_picture() -> None:
 
 
 class Curve:
-    """Records {"step", "tokens", "seconds", and "loss" and "learning_rate" or what was evaluated}, in order of steps."""
+    """Records of "step", "tokens", "seconds", and "loss" and "learning_rate" or what was measured, in order."""
 
     def __init__(self, file: Path | None, until: int) -> None:
         """Begin, or go on with the records of `file` up to the step `until`."""

@@ -22,9 +22,9 @@ def fingerprint(models: list[nn.Module], tensors: list[Tensor], settings: dict[s
     """Return a digest of weights, text and settings: what makes two runs the same run."""
     digest = xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode())
     for model in models:
-        for name, tensor in model.named_parameters():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
+        for name, parameter in model.named_parameters():
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(_bytes(parameter))
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(_bytes(tensor))
@@ -48,7 +48,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"out cannot be made: {path} ({error.strerror or error}). Name another folder.") from error
+            raise ConfigError(
+                f"out cannot be made: {path} ({error.strerror or error}). Name another folder."
+            ) from error
 
     def file(self, name: str) -> Path | None:
         return None if self.path is None else self.path / name
@@ -69,8 +71,8 @@ class RunFolder:
                 raise CheckpointError(f"{file} is damaged; delete the folder or name another.") from error
             if found != run:
                 raise ConfigError(
-                    f"{self.path} has checkpoints of another run: other weights, text or settings. Give the same ones to "
-                    "continue it, or name another folder."
+                    f"{self.path} has checkpoints of another run: other weights, text or settings. Give the same "
+                    "ones to continue it, or name another folder."
                 )
         elif file is not None and self.checkpoints():
             raise ConfigError(f"{self.path} has checkpoints of another program. Name another folder.")
@@ -110,7 +112,7 @@ class RunFolder:
 def save_trained(model: nn.Module, folder: str, progress: dict[str, Any]) -> None:
     """Write what training changes: parameters that are trained, and buffers."""
     os.makedirs(folder, exist_ok=True)
-    tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    tensors: dict[str, Tensor] = {name: own.detach() for name, own in model.named_parameters() if own.requires_grad}
     tensors |= {f"buffer {name}": tensor for name, tensor in model.named_buffers()}
     torch.save(tensors, Path(folder) / TRAINED)
     (Path(folder) / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
@@ -126,11 +128,11 @@ def load_trained(model: nn.Module, folder: str) -> None:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         with torch.no_grad():
-            for name, tensor in model.named_parameters():
-                if tensor.requires_grad:
-                    tensor.copy_(tensors.pop(name))
-            for name, tensor in model.named_buffers():
-                tensor.copy_(tensors.pop(f"buffer {name}"))
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(tensors.pop(name))
+            for name, buffer in model.named_buffers():
+                buffer.copy_(tensors.pop(f"buffer {name}"))
     except Exception as error:
         raise CheckpointError(f"{file} is damaged or of another model; delete {folder} to begin before it.") from error
     if tensors:

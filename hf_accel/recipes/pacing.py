@@ -18,8 +18,8 @@ _SPARE = 0.03  # of the minutes, for what nobody measured: saving, loading, othe
 class Schedule:
     """The factor of the learning rate at each step: linear warm-up, then down to zero at the last step.
 
-    `knots`: (step, share of the run that is done by then), between which the share grows linearly; a run that is as long
-    as it was planned has two. A scheduler of torch keeps them in its state, so that a resumed run has the same.
+    `knots`: (step, share of the run that is done by then), between which the share grows linearly; a run that is as
+    long as it was planned has two. A scheduler of torch keeps them in its state, so a resumed run has the same.
     """
 
     knots: list[list[float]]

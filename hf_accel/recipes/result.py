@@ -59,7 +59,8 @@ class Uptrained:
         )
         if first is not None and last is not None and original is not None:
             lines.append(
-                f"  perplexity {first:.3f} -> {last:.3f}, the teacher's {original:.3f} ({100 * (last / original - 1):+.1f} %)"
+                f"  perplexity {first:.3f} -> {last:.3f}, the teacher's {original:.3f} "
+                f"({100 * (last / original - 1):+.1f} %)"
             )
         lines.append(f"  {self.after.tokens} tokens of {self.after.source}")
         if self.copied_bytes:

@@ -6,7 +6,8 @@ import copy
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,12 +208,10 @@ def _adapted(student: Any, run: Run) -> Iterator[Any]:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=run.lora_rank or 8, lora_alpha=2 * (run.lora_rank or 8), target_modules="all-linear")
-    before = dict(vars(student))
-    model: Any = get_peft_model(student, config)
-    unload: Callable[[], Any] = model.unload
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that are going to be renamed
+        model: Any = get_peft_model(student, config)
     try:
         yield model
     finally:
-        unload()
-        for name in set(vars(student)) - set(before):
-            delattr(student, name)
+        model.unload()  # nothing is left to do where it was merged

@@ -41,7 +41,9 @@ def _documents(given: Any, tokenizer: Any, name: str) -> Iterator[Tensor]:
     if isinstance(given, (str, Mapping)) or (isinstance(given, Tensor) and given.dim() < 2):
         given = [given]
     if not isinstance(given, Iterable):
-        raise ConfigError(f"{name} is texts, token ids [B, T], or an iterable of them; {type(given).__name__} was given.")
+        raise ConfigError(
+            f"{name} is texts, token ids [B, T], or an iterable of them; {type(given).__name__} was given."
+        )
     for item in given:
         if isinstance(item, Mapping):
             item = item.get("input_ids", item.get("text"))
@@ -100,7 +102,9 @@ def given_text(text: Any, held_out: Any, tokenizer: Any, vocabulary: int, window
     kept = packed(token_ids(held_out, tokenizer, vocabulary, HELD_OUT_TOKENS, "held_out"), window)
     for name, found in (("text", rows), ("held_out", kept)):
         if not len(found):
-            raise ConfigError(f"{name} has less than one window of {window} tokens. Give more text or a smaller window.")
+            raise ConfigError(
+                f"{name} has less than one window of {window} tokens. Give more text or a smaller window."
+            )
     return Text(rows, kept, "the held-out text")
 
 

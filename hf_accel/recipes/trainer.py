@@ -1,11 +1,11 @@
-"""The training itself: transformers' Trainer with the loss of distillation, checkpoints of what is trained, and a pace."""
+"""The training: transformers' Trainer with the loss of distillation, checkpoints of what is trained, and a pace."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,30 +48,31 @@ class DistillationTrainer(Trainer):
         self, *, teacher: Any, objective: Objective, schedule: Schedule, autocasts: bool, pace: Pace, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.teacher, self.objective, self.schedule = teacher, objective, schedule
-        self.autocasts, self.pace = autocasts, pace
+        self.teacher = teacher
+        self.aim: Objective = objective
+        self.schedule, self.autocasts, self.pace = schedule, autocasts, pace
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided over accumulated batches
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = self.objective(model, self.teacher, inputs["input_ids"], self.autocasts)
+        loss = self.aim(model, self.teacher, inputs["input_ids"], self.autocasts)
         return (loss, {}) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+            self.lr_scheduler = LambdaLR(optimizer or cast(Any, self.optimizer), self.schedule)
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        return SequentialSampler(train_dataset or cast(Any, self.train_dataset))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         progress = {"seconds": self.pace.clock.seconds, "knots": self.schedule.knots, "step_s": self.pace.step_s}
-        save_trained(self.model, str(output_dir or self.args.output_dir), progress)
+        save_trained(cast(Any, self.model), str(output_dir or self.args.output_dir), progress)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(model or self.model, resume_from_checkpoint)
+        load_trained(model or cast(Any, self.model), resume_from_checkpoint)
 
 
 class Conductor(TrainerCallback):

@@ -2,7 +2,7 @@
 
 Whoever merges key/value heads, prunes, or rounds weights changes what a model computes. Training it for a small part of
 the original's steps brings most of the quality back: Ainslie et al. 2023 (arXiv:2305.13245, section 3) uptrain merged
-heads for 5 % of them. Here the original itself is the teacher (Hinton et al. 2015, arXiv:1503.02531), whose distributions
+heads for 5 % of them. Here the original itself is the teacher (Hinton et al. 2015, arXiv:1503.02531): its distributions
 say more per token than the text does. What was changed does not matter here: two models with one vocabulary are enough.
 """
 
@@ -25,6 +25,24 @@ from hf_accel.recipes.texts import Text, context, given_text, written_text
 
 WINDOW_TOKENS, BATCH_TOKENS = 256, 2048
 RATE, RATE_PARAMETERS, LORA_FACTOR = 1e-3, 1e7, 3.0
+_DECISIVE = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "seed",
+    "max_steps",
+    "full_determinism",
+    "neftune_noise_alpha",
+)  # those of the TrainingArguments that decide on the weights
 _WRITING_SHARE = 0.3  # of the minutes, where the teacher writes the text itself
 
 
@@ -73,12 +91,12 @@ def uptrain(
         held_out: text of the same kinds for measuring; None: every fiftieth window of the text is held out.
         out: a folder for checkpoints, the record of the run and its learning curve. Called again with the same models,
             text and settings, the run continues from its last checkpoint and ends with the same weights, bit for bit.
-        minutes: the wall time that all of it may take. Steps are timed, and the learning rate decays to zero by the end;
+        minutes: the wall time that all of it may take. Steps are timed, and the learning rate is zero by the end;
             where the machine gets slower or faster on the way, the end is moved, and bits then depend on times.
         tokens: how many tokens to train on, instead of minutes.
         steps: how many steps to make, instead of minutes.
-        lora_rank: train low-rank additions to all linear products (Hu et al. 2021, arXiv:2106.09685), merged at the end;
-            None: all weights. Needs peft.
+        lora_rank: train low-rank additions to all linear products (Hu et al. 2021, arXiv:2106.09685), merged at the
+            end; None: all weights. Needs peft.
         learning_rate: of AdamW, at its highest; None: 1e-3 up to 10 M parameters, falling with the square root of their
             number above; three times that for LoRA.
         batch_size: windows per step; None: 2,048 tokens in all.
@@ -100,8 +118,8 @@ def uptrain(
         MissingDependencyError: peft or matplotlib is missing; found out before anything is done.
         CheckpointError: a checkpoint in `out` is damaged.
 
-    After an error or an interruption the last checkpoint stays. Modes, requires_grad, data types and config of the student
-    are as before; its weights are where training had brought them, but for LoRA, which is taken off.
+    After an error or an interruption the last checkpoint stays. Modes, requires_grad, data types and config of the
+    student are as before; its weights are where training had brought them, but for LoRA, which is taken off.
     """
     clock = Clock(minutes)
     budgets = {"minutes": minutes, "tokens": tokens, "steps": steps}
@@ -221,8 +239,4 @@ def _settings(arguments: Any) -> dict[str, Any]:
     """Return those of the TrainingArguments that decide on the weights."""
     if arguments is None:
         return {}
-    names = (
-        "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args bf16 fp16 "
-        "gradient_accumulation_steps per_device_train_batch_size seed max_steps full_determinism neftune_noise_alpha"
-    ).split()
-    return {name: str(getattr(arguments, name, None)) for name in names}
+    return {name: str(getattr(arguments, name, None)) for name in _DECISIVE}
