@@ -225,6 +225,7 @@ def test_modes_flags_types_and_config_are_put_back(error: type[BaseException] | 
     student.model.layers[0].eval()
     student.model.norm.weight.requires_grad_(False)
     frozen = student.model.norm.weight.clone()
+    gradient = teacher.model.norm.weight.grad = torch.ones(52)
     modes = [[module.training for module in model.modules()] for model in (student, teacher)]
     config, state, attributes = student.config.to_dict(), torch.get_rng_state(), vars(student).keys() | set()
 
@@ -245,6 +246,7 @@ def test_modes_flags_types_and_config_are_put_back(error: type[BaseException] | 
     assert [parameter.requires_grad for parameter in student.parameters()].count(False) == 1
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
     assert all(parameter.grad is None for parameter in student.parameters())
+    assert teacher.model.norm.weight.grad is gradient
     assert torch.equal(student.model.norm.weight, frozen)
     assert student.config.to_dict() == config
     assert vars(student).keys() == attributes
@@ -306,6 +308,9 @@ def test_arguments_of_the_trainer_count() -> None:
     )  # fmt: skip
     result = uptrain(changed("llama"), build("llama"), IDS, arguments=arguments, window=16, picture=False)
     assert (result.steps, result.tokens, result.learning_rate) == (3, 3 * 2 * 2 * 16, 1e-2)
+    arguments.bf16, student = True, changed("llama")  # accelerate wraps the forward of the model
+    uptrain(student, build("llama"), IDS, arguments=arguments, window=16, picture=False)
+    assert vars(student).keys() == vars(changed("llama")).keys()
     assert not Path("never-made").exists()
 
 

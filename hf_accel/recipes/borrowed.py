@@ -99,14 +99,16 @@ def own_tensors(student: nn.Module, teacher: nn.Module) -> int:
 
 
 class Borrowed:
-    """A context in which a model's modes, flags, data types and config may change; all of them are put back."""
+    """A context in which a model's modes, flags, gradients, data types and config may change; all are put back."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __enter__(self) -> Borrowed:
         self.modes = [(module, module.training) for module in self.model.modules()]
-        self.flags = [(tensor, tensor.requires_grad) for tensor in self.model.parameters()]
+        self.flags = [(tensor, tensor.requires_grad, tensor.grad) for tensor in self.model.parameters()]
+        for tensor in self.model.parameters():
+            tensor.grad = None
         self.dtypes: list[tuple[nn.Parameter, torch.dtype]] = []
         config: Any = self.model.config
         self.config = dict(vars(config))
@@ -127,9 +129,9 @@ class Borrowed:
     def __exit__(self, *_: object) -> None:
         for tensor, dtype in self.dtypes:
             tensor.data = tensor.data.to(dtype)
-        for tensor, flag in self.flags:
-            tensor.grad = None
+        for tensor, flag, gradient in self.flags:
             tensor.requires_grad_(flag)
+            tensor.grad = gradient
         for module, mode in self.modes:
             module.training = mode
         for name in set(vars(self.model)) - self.attributes:  # marks that accelerate and peft leave

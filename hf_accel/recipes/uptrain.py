@@ -118,8 +118,8 @@ def uptrain(
         MissingDependencyError: peft or matplotlib is missing; found out before anything is done.
         CheckpointError: a checkpoint in `out` is damaged.
 
-    After an error or an interruption the last checkpoint stays. Modes, requires_grad, data types and config of the
-    student are as before; its weights are where training had brought them, but for LoRA, which is taken off.
+    After an error or an interruption the last checkpoint stays. Modes, requires_grad, gradients, data types and config
+    of the student are as before; its weights are where training had brought them, but for LoRA, which is taken off.
     """
     clock = Clock(minutes)
     budgets = {"minutes": minutes, "tokens": tokens, "steps": steps}
