@@ -13,8 +13,9 @@ from hf_accel.measure.quality import Quality
 class Uptrained:
     """A healed student and what was measured. `before` and `after`: the student against the teacher, on held-out text.
 
-    `seconds` are those of all sittings, `tokens` those trained on; `extra_bytes` were held for the length of the run
-    beside the two models and their activations: gradients, the optimizer's states, fp32 copies, logits of a batch.
+    `seconds` are those of all sittings, `tokens` those trained on; `tokens_per_s` is of this sitting, with what was
+    measured and saved in between. `extra_bytes` were held for the length of the run beside the two models and their
+    activations: gradients, the optimizer's states, fp32 copies, logits of a batch.
     `copied_bytes` stay: parameters that student and teacher had shared. `curve`: one record per measurement.
     """
 

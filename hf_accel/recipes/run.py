@@ -91,24 +91,28 @@ class Run:
             trained_s = time.monotonic() - began
             if self.lora_rank is not None:
                 model.merge_and_unload()
-        borrowed.__exit__()
+        borrowed.__exit__()  # what is measured is what the caller gets
         after = self._measure(windows)[0]
         if at < schedule.steps:
             conductor.measured(schedule.steps, after)
         if picture is not None:
             curve.draw(picture, after.perplexity_before)
-        vocabulary = self.teacher.config.get_text_config(decoder=True).vocab_size
-        logits = 2 * self.batch * self.text.train.shape[1] * vocabulary * (2 if bf16 else 4)
+        done = schedule.steps
+        speed = (done - at) * self.step_tokens / max(trained_s, 1e-9)
         result = Uptrained(
-            student=self.student, before=before, after=after, steps=schedule.steps,
-            tokens=schedule.steps * self.step_tokens, seconds=self.clock.seconds,
-            tokens_per_s=(schedule.steps - at) * self.step_tokens / max(trained_s, 1e-9),
-            trained_parameters=trained, extra_bytes=extra + 12 * trained + logits, copied_bytes=copied, bf16=bf16,
+            student=self.student, before=before, after=after, steps=done, tokens=done * self.step_tokens,
+            seconds=self.clock.seconds, tokens_per_s=speed, trained_parameters=trained,
+            extra_bytes=extra + 12 * trained + self._logits_bytes(bf16), copied_bytes=copied, bf16=bf16,
             learning_rate=self.learning_rate, lora_rank=self.lora_rank, resumed_at=at or None,
             curve=tuple(curve.records), out=self.folder.path,
         )  # fmt: skip
         self.folder.decide(result=result.to_dict())
         return result
+
+    def _logits_bytes(self, bf16: bool) -> int:
+        """Return the bytes of both models' logits of one batch."""
+        vocabulary = int(self.teacher.config.get_text_config(decoder=True).vocab_size)
+        return 2 * self.batch * self.text.train.shape[1] * vocabulary * (2 if bf16 else 4)
 
     def _measure(self, windows: Tensor, until: float = float("inf")) -> tuple[Quality, int]:
         text = self.text
