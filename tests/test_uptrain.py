@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "decay": ({"decay": "steep"}, '"cosine" or "linear"'),
     "a picture nowhere": ({"picture": True}, "give out="),
     "window": ({"window": 1}, "window is 2 tokens or more"),
-    "hidden sizes": ({"hidden_weight": 1.0, "teacher": lambda: build("qwen2")}, "Leave hidden_weight at 0"),
+    "hidden sizes": ({"hidden_weight": 1.0, "teacher": lambda: build("qwen2")}, "Leave hidden_weight out"),
 }
 
 

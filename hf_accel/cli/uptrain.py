@@ -42,8 +42,10 @@ def uptrain(
     lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank, merged at the end.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak.  [default: by the model's size]")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window of text.  [default: 256]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: 2048 tokens in all]")] = None,
-    hidden_weight: Annotated[float, typer.Option(help="Weight of the hidden-state loss.")] = 0.0,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: 1024 tokens in all]")] = None,
+    hidden_weight: Annotated[
+        float | None, typer.Option(help="Weight of the hidden-state loss.  [default: 1 where it can be computed]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of windows, dropout, LoRA and written text.")] = 0,
     dtype: Annotated[
         Dtype, typer.Option(help="Data type to load the models in and to save the result in; fp32 is trained.")

@@ -12,7 +12,7 @@ from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.kernels.weights import PackedProduct
 
 
-def check_models(student: Any, teacher: Any, hidden: bool) -> None:
+def check_models(student: Any, teacher: Any) -> None:
     """Find out whether `student` can be trained towards `teacher`.
 
     Raises:
@@ -43,14 +43,24 @@ def check_models(student: Any, teacher: Any, hidden: bool) -> None:
             f"The student's vocabulary has {ours.vocab_size} tokens, the teacher's {theirs.vocab_size}. "
             "Distillation compares their next-token distributions, so both must be of one tokenizer."
         )
-    if hidden:
-        shapes = [(config.num_hidden_layers, config.hidden_size) for config in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(
-                "hidden_weight compares hidden states layer by layer, and needs as many layers of the same size: the "
-                f"student has {shapes[0][0]} of {shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}. "
-                "Leave hidden_weight at 0."
-            )
+
+
+def check_hidden_states(student: Any, teacher: Any, weight: float | None, default: float) -> float:
+    """Return the weight of the hidden-state loss; None: the default where hidden states can be compared, else 0.
+
+    Raises:
+        ConfigError: it was asked for, and layers or sizes differ.
+    """
+    configs = [model.config.get_text_config(decoder=True) for model in (student, teacher)]
+    (layers, size), (other_layers, other_size) = [(each.num_hidden_layers, each.hidden_size) for each in configs]
+    if (layers, size) == (other_layers, other_size):
+        return default if weight is None else weight
+    if weight:
+        raise ConfigError(
+            "hidden_weight compares hidden states layer by layer, and needs as many layers of the same size: the "
+            f"student has {layers} of {size}, the teacher {other_layers} of {other_size}. Leave hidden_weight out."
+        )
+    return 0.0
 
 
 def _address(tensor: Tensor) -> tuple[str, int]:

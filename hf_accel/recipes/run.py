@@ -102,17 +102,20 @@ class Run:
         result = Uptrained(
             student=self.student, before=before, after=after, steps=done, tokens=done * self.step_tokens,
             seconds=self.clock.seconds, tokens_per_s=speed, trained_parameters=trained,
-            extra_bytes=extra + 12 * trained + self._logits_bytes(bf16), copied_bytes=copied, bf16=bf16,
+            extra_bytes=extra + 12 * trained + self._batch_bytes(bf16), copied_bytes=copied, bf16=bf16,
             learning_rate=self.learning_rate, lora_rank=self.lora_rank, resumed_at=at or None,
             curve=tuple(curve.records), out=self.folder.path,
         )  # fmt: skip
         self.folder.decide(result=result.to_dict())
         return result
 
-    def _logits_bytes(self, bf16: bool) -> int:
-        """Return the bytes of both models' logits of one batch."""
-        vocabulary = int(self.teacher.config.get_text_config(decoder=True).vocab_size)
-        return 2 * self.batch * self.text.train.shape[1] * vocabulary * (2 if bf16 else 4)
+    def _batch_bytes(self, bf16: bool) -> int:
+        """Return the bytes of both models' logits of one batch, and of the teacher's hidden states."""
+        config = self.teacher.config.get_text_config(decoder=True)
+        values = 2 * config.vocab_size * (2 if bf16 else 4)
+        if self.objective.hidden_weight:
+            values += 4 * config.num_hidden_layers * config.hidden_size
+        return int(values * self.batch * self.text.train.shape[1])
 
     def _measure(self, windows: Tensor, until: float = float("inf")) -> tuple[Quality, int]:
         text = self.text

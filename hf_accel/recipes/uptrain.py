@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_accel.errors import ConfigError, MissingDependencyError, UnsupportedModelError
-from hf_accel.recipes.borrowed import Borrowed, check_models, own_tensors
+from hf_accel.recipes.borrowed import Borrowed, check_hidden_states, check_models, own_tensors
 from hf_accel.recipes.curve import check_picture
 from hf_accel.recipes.folder import RunFolder, fingerprint
 from hf_accel.recipes.pacing import Clock
 from hf_accel.recipes.result import Uptrained
 from hf_accel.recipes.texts import Text, context, given_text, written_text
 
-WINDOW_TOKENS, BATCH_TOKENS = 256, 2048
-RATE, RATE_PARAMETERS, LORA_FACTOR = 1e-3, 1e7, 3.0
+WINDOW_TOKENS, BATCH_TOKENS = 256, 1024
+RATE, RATE_PARAMETERS, LORA_FACTOR = 5e-4, 1e7, 3.0
+HIDDEN_WEIGHT = 1.0  # where the hidden states of both models can be compared
 _DECISIVE = (
     "learning_rate",
     "weight_decay",
@@ -59,7 +60,7 @@ def uptrain(
     steps: int | None = None,
     lora_rank: int | None = None,
     temperature: float = 1.0,
-    hidden_weight: float = 0.0,
+    hidden_weight: float | None = None,
     cross_entropy_share: float = 0.0,
     learning_rate: float | None = None,
     batch_size: int | None = None,
@@ -81,7 +82,7 @@ def uptrain(
 
     Memory beside the two models and their activations: 12 bytes per trained parameter (gradient and AdamW's two
     moments in fp32), 2 more where weights have 16 bits (they are trained in fp32 and rounded back), and the teacher's
-    logits of one batch, [B, T, V].
+    logits [B, T, V] and hidden states L x [B, T, E] of one batch.
 
     Args:
         student: the changed model; trained in place. Parameters without requires_grad stay as they are.
@@ -97,9 +98,11 @@ def uptrain(
         steps: how many steps to make, instead of minutes.
         lora_rank: train low-rank additions to all linear products (Hu et al. 2021, arXiv:2106.09685), merged at the
             end; None: all weights. Needs peft.
-        learning_rate: of AdamW, at its highest; None: 1e-3 up to 10 M parameters, falling with the square root of their
+        hidden_weight: weight of the hidden-state loss; None: 1 where both models have as many layers of the same size,
+            else 0.
+        learning_rate: of AdamW, at its highest; None: 5e-4 up to 10 M parameters, falling with the square root of their
             number above; three times that for LoRA.
-        batch_size: windows per step; None: 2,048 tokens in all.
+        batch_size: windows per step; None: 1,024 tokens in all.
         window: tokens per window; None: 256, or the models' context if that is shorter.
         decay: "cosine" or "linear", after 3 % of warm-up.
         bf16: products in bf16 under autocast; None: where that is measured to be faster. With `out` the decision is
@@ -132,13 +135,15 @@ def uptrain(
         positive={"temperature": temperature, "batch_size": batch_size, "window": window, "lora_rank": lora_rank,
                   "learning_rate": learning_rate},
         shares={"cross_entropy_share": cross_entropy_share},
-        natural={"hidden_weight": hidden_weight, "evaluations": evaluations, "checkpoint_minutes": checkpoint_minutes},
+        natural={"hidden_weight": hidden_weight or 0, "evaluations": evaluations,
+                 "checkpoint_minutes": checkpoint_minutes},
     )  # fmt: skip
     if decay not in ("cosine", "linear"):
         raise ConfigError(f'decay is "cosine" or "linear"; {decay!r} was given.')
     if arguments is not None and not (learning_rate is batch_size is bf16 is None and seed == 0):
         raise ConfigError("learning_rate, batch_size, bf16 and seed are those of the TrainingArguments, if given.")
-    check_models(student, teacher, hidden_weight > 0)
+    check_models(student, teacher)
+    hidden_weight = check_hidden_states(student, teacher, hidden_weight, HIDDEN_WEIGHT)
     if lora_rank is not None:
         _check_peft(student)
     folder = RunFolder(None if out is None else Path(out))
