@@ -44,7 +44,7 @@ def uptrain(
     window: Annotated[int | None, typer.Option(help="Tokens per window of text.  [default: 256]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: 1024 tokens in all]")] = None,
     hidden_weight: Annotated[
-        float | None, typer.Option(help="Weight of the hidden-state loss.  [default: 1 where it can be computed]")
+        float | None, typer.Option(help="Weight of the hidden-state loss.  [default: 4 where it can be computed]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of windows, dropout, LoRA and written text.")] = 0,
     dtype: Annotated[

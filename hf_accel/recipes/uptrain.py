@@ -25,7 +25,7 @@ from hf_accel.recipes.texts import Text, context, given_text, written_text
 
 WINDOW_TOKENS, BATCH_TOKENS = 256, 1024
 RATE, RATE_PARAMETERS, LORA_FACTOR = 5e-4, 1e7, 3.0
-HIDDEN_WEIGHT = 1.0  # where the hidden states of both models can be compared
+HIDDEN_WEIGHT = 4.0  # where the hidden states of both models can be compared
 _DECISIVE = (
     "learning_rate",
     "weight_decay",
@@ -98,7 +98,7 @@ def uptrain(
         steps: how many steps to make, instead of minutes.
         lora_rank: train low-rank additions to all linear products (Hu et al. 2021, arXiv:2106.09685), merged at the
             end; None: all weights. Needs peft.
-        hidden_weight: weight of the hidden-state loss; None: 1 where both models have as many layers of the same size,
+        hidden_weight: weight of the hidden-state loss; None: 4 where both models have as many layers of the same size,
             else 0.
         learning_rate: of AdamW, at its highest; None: 5e-4 up to 10 M parameters, falling with the square root of their
             number above; three times that for LoRA.
