@@ -41,7 +41,7 @@ def uptrain(
     steps: Annotated[int | None, typer.Option(help="Train this many steps instead of for a time.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank, merged at the end.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak.  [default: by the model's size]")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window of text.  [default: 256]")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window of text.  [default: 512]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: 1024 tokens in all]")] = None,
     hidden_weight: Annotated[
         float | None, typer.Option(help="Weight of the hidden-state loss.  [default: 4 where it can be computed]")

@@ -23,7 +23,7 @@ from hf_accel.recipes.pacing import Clock
 from hf_accel.recipes.result import Uptrained
 from hf_accel.recipes.texts import Text, context, given_text, written_text
 
-WINDOW_TOKENS, BATCH_TOKENS = 256, 1024
+WINDOW_TOKENS, BATCH_TOKENS = 512, 1024  # positions that no window has are not healed
 RATE, RATE_PARAMETERS, LORA_FACTOR = 5e-4, 1e7, 3.0
 HIDDEN_WEIGHT = 4.0  # where the hidden states of both models can be compared
 _DECISIVE = (
@@ -103,7 +103,7 @@ def uptrain(
         learning_rate: of AdamW, at its highest; None: 5e-4 up to 10 M parameters, falling with the square root of their
             number above; three times that for LoRA.
         batch_size: windows per step; None: 1,024 tokens in all.
-        window: tokens per window; None: 256, or the models' context if that is shorter.
+        window: tokens per window; None: 512, or the models' context if that is shorter.
         decay: "cosine" or "linear", after 3 % of warm-up.
         bf16: products in bf16 under autocast; None: where that is measured to be faster. With `out` the decision is
             kept; a run whose bits must not depend on it gives True or False.
