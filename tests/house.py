@@ -35,7 +35,8 @@ def floors_of(sources: Sources) -> list[set[str]]:
         families_of(sources),
         {"families"},
         {"planner"},
-        {"api", "cli"},
+        {"api", "recipes"},
+        {"cli"},
         {"__init__"},
     ]
 

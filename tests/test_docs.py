@@ -27,6 +27,7 @@ EXAMPLES = (
     "streaming.py",
     "compare_speed.py",
     "quantize.py",
+    "uptrain.py",
     "speculation.py",
     "measure_speculation.py",
     "long_context.py",
@@ -73,6 +74,7 @@ def test_pages_have_blocks_to_run() -> None:
         "speculation.md",
         "reference.md",
         "troubleshooting.md",
+        "uptraining.md",
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 import test_applying
 import test_cache_bounds
 import test_cli_quantize
+import test_cli_uptrain
 import test_demo_model
 import test_doors
 import test_gqa_architectures
@@ -20,6 +21,7 @@ import test_prefix_files
 import test_rounding
 import test_tiers_prefetch
 import test_trained_models
+import test_uptrain
 import torch
 from planting import Defect, Patch, Test, instead, is_red, nothing
 from transformers import AutoTokenizer
@@ -28,6 +30,7 @@ from hf_accel.assets import demo_path
 from hf_accel.cache.prefix import format
 from hf_accel.cache.tiers.staging import Staging
 from hf_accel.cli import quantize
+from hf_accel.cli import uptrain as uptrain_command
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.keywords import KEYWORDS, Keyword
 from hf_accel.core.recent import Recent
@@ -38,6 +41,7 @@ from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
 from hf_accel.quantization import observing
 from hf_accel.quantization.rounding import METHODS
+from hf_accel.recipes import trainer
 
 
 def rolled_codes(patch: Patch) -> None:
@@ -130,6 +134,14 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "what was read ahead is kept": (
         instead(Staging, "forget", nothing),
         test_tiers_prefetch.test_what_was_read_ahead_is_never_stale,
+    ),
+    "a run that is taken up without its weights": (
+        instead(trainer, "load_trained", nothing),
+        test_uptrain.test_an_interrupted_run_ends_with_the_same_bits,
+    ),
+    "a folder that has a model": (
+        instead(uptrain_command, "_check_out", nothing),
+        test_cli_uptrain.test_a_run_is_interrupted_taken_up_and_written,
     ),
     "the worst token": (the_least_likely_token, test_trained_models.test_same_text_in_single_precision),
 }

@@ -14,6 +14,7 @@ from hf_accel.cli.doctor import doctor
 from hf_accel.cli.output import errors
 from hf_accel.cli.plan import plan
 from hf_accel.cli.quantize import quantize
+from hf_accel.cli.uptrain import uptrain
 from hf_accel.errors import HfAccelError
 
 ERROR_CODE = 2
@@ -54,5 +55,5 @@ def main(
     """Makes Hugging Face `model.generate` fast: one line, the same text, everything undoable."""
 
 
-for command in (demo, plan, bench, quantize, doctor):
+for command in (demo, plan, bench, quantize, uptrain, doctor):
     app.command()(command)

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "peft": ("peft",),
     "onnx": ("onnx", "onnxruntime"),
     "bench": ("psutil",),
+    "plot": ("matplotlib",),
     "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "peft", "ruff", "mypy"),
 }
 

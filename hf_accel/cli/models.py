@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_accel.cli.output import progress
@@ -76,6 +77,32 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
                 f"as a folder or hub id: {reason}"
             ) from error
         return model.to(device).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer that lies beside a model, None where there is none to load."""
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except Exception:  # whatever is wrong with its files: what needs none goes on without it
+        return None
+
+
+def check_folder(out: Path) -> None:
+    """Find out before anything is loaded whether OUT can be written, leaving nothing behind.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"OUT is the folder to write; {str(out)!r} is a file.")
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        with TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUT cannot be written: {nearest} takes no files ({error.strerror or error}). Name another folder."
+        ) from error
 
 
 def untimed_plan(model: PreTrainedModel, configs: list[Config], draft_model: Any = None) -> Plan:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from transformers import AutoTokenizer
 
-from hf_accel.cli.models import AsJson, Dtype, DtypeName, ModelName, Threads, load_model, use_threads
+from hf_accel.cli.models import (
+    AsJson,
+    Dtype,
+    DtypeName,
+    ModelName,
+    Threads,
+    check_folder,
+    load_model,
+    load_tokenizer,
+    use_threads,
+)
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.core.failures import converting
 from hf_accel.core.steps.applying import apply
@@ -52,11 +60,11 @@ def quantize(
         head=head or None,
         embeddings=8 if embeddings else None,
     )
-    _check_folder(out)
+    check_folder(out)
     given = None if calibration is None else _text(calibration)
     use_threads(threads)
     loaded = load_model(model, dtype.torch)
-    tokenizer = None if model in SHAPES else _tokenizer(model)
+    tokenizer = None if model in SHAPES else load_tokenizer(model)
     if calibration is not None and tokenizer is None:
         raise ConfigError(f"--calibration needs the tokenizer of {model!r}, which was not found.")
     setting = Setting.of(loaded, originals="drop")
@@ -83,24 +91,6 @@ def quantize(
     )
 
 
-def _check_folder(out: Path) -> None:
-    """Find out before anything is loaded whether OUT can be written, leaving nothing behind.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"OUT is the folder to write; {str(out)!r} is a file.")
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    try:
-        with TemporaryDirectory(dir=nearest):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"OUT cannot be written: {nearest} takes no files ({error.strerror or error}). Name another folder."
-        ) from error
-
-
 def _pair(text: str) -> tuple[str, int | None]:
     pattern, _, bits = text.rpartition("=")
     if not pattern or not bits.isdigit():
@@ -113,10 +103,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--calibration takes a text in UTF-8; {str(path)!r} is not one ({error}).") from error
-
-
-def _tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
-    except Exception:  # whatever is wrong with its files: the model is quantized without it
-        return None

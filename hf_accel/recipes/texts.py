@@ -1,0 +1,188 @@
+"""The text of a run: the user's, packed into windows without padding, or some that the teacher writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import GenerationConfig
+
+from hf_accel.core.journal import Journal
+from hf_accel.errors import CheckpointError, ConfigError
+
+MOST_TOKENS = 1 << 25  # read of one text: 134 MB
+HELD_OUT_TOKENS, HELD_OUT_EVERY = 16384, 50  # where the user holds nothing out: every fiftieth window of the text
+WRITTEN_ROWS = 32  # that the teacher writes at a time
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of token ids, int32 [N, W] to train on and [M, W] held out, and whether the teacher wrote them."""
+
+    train: Tensor
+    held_out: Tensor
+    source: str
+    is_own: bool = False
+
+
+def context(model: Any) -> int:
+    """Return how many tokens a model can read at most."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096
+
+
+def _documents(given: Any, tokenizer: Any, name: str) -> Iterator[Tensor]:
+    """Yield the ids [T] of one document after the other; texts are ended by the tokenizer's end of text."""
+    if isinstance(given, (str, Mapping)) or (isinstance(given, Tensor) and given.dim() < 2):
+        given = [given]
+    if not isinstance(given, Iterable):
+        raise ConfigError(
+            f"{name} is texts, token ids [B, T], or an iterable of them; {type(given).__name__} was given."
+        )
+    for item in given:
+        if isinstance(item, Mapping):
+            item = item.get("input_ids", item.get("text"))
+        if isinstance(item, str):
+            if tokenizer is None:
+                raise ConfigError(f"{name} was given as strings; give the tokenizer, too (tokenizer=...).")
+            ids = list(tokenizer(item, verbose=False)["input_ids"])
+            end = getattr(tokenizer, "eos_token_id", None)
+            if end is not None and ids[-1:] != [end]:
+                ids.append(end)
+            yield torch.tensor(ids, dtype=torch.int32)
+            continue
+        try:
+            found = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError):
+            found = torch.empty(0)
+        if found.is_floating_point() or found.dtype is torch.bool or not found.dim():
+            raise ConfigError(f"{name} has an item that is neither a text nor token ids: {type(item).__name__}.")
+        yield found.flatten().to(torch.int32)
+
+
+def token_ids(given: Any, tokenizer: Any, vocabulary: int, most: int, name: str = "text") -> Tensor:
+    """Return the documents of `given` one behind the other, int32 [tokens]; not more than `most` tokens are read.
+
+    Raises:
+        ConfigError: it is neither texts nor token ids, or ids are outside the vocabulary.
+    """
+    parts, count = [], 0
+    for ids in _documents(given, tokenizer, name):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ConfigError(f"{name} has token ids outside the models' vocabulary of {vocabulary}.")
+        parts.append(ids)
+        count += len(ids)
+        if count >= most:
+            break
+    return torch.cat(parts)[:most] if parts else torch.empty(0, dtype=torch.int32)
+
+
+def packed(ids: Tensor, window: int) -> Tensor:
+    """Return ids [tokens] as rows [N, window]; the rest that fills no row is left out."""
+    return ids[: len(ids) // window * window].view(-1, window)
+
+
+def given_text(text: Any, held_out: Any, tokenizer: Any, vocabulary: int, window: int, most: int) -> Text:
+    """Return the user's text as windows; without `held_out` every fiftieth window of the text is held out.
+
+    Raises:
+        ConfigError: a text is of another kind, or too short.
+    """
+    ids = token_ids(text, tokenizer, vocabulary, min(MOST_TOKENS, most))
+    rows = packed(ids, window)
+    if held_out is None:
+        if len(rows) < 2:
+            raise ConfigError(f"text has {len(ids)} tokens; two windows of {window} are needed, one to hold out.")
+        return _split(rows, window, "every fiftieth window of the text")
+    kept = packed(token_ids(held_out, tokenizer, vocabulary, HELD_OUT_TOKENS, "held_out"), window)
+    for name, found in (("text", rows), ("held_out", kept)):
+        if not len(found):
+            raise ConfigError(
+                f"{name} has less than one window of {window} tokens. Give more text or a smaller window."
+            )
+    return Text(rows, kept, "the held-out text")
+
+
+def _split(rows: Tensor, window: int, source: str, is_own: bool = False) -> Text:
+    is_held = torch.arange(len(rows)) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, len(rows)) - 1
+    held = rows[is_held]
+    keep = max(1, HELD_OUT_TOKENS // window)
+    chosen = torch.linspace(0, len(held) - 1, min(keep, len(held))).round().long()
+    return Text(rows[~is_held], held[chosen], source, is_own)
+
+
+def written_text(teacher: Any, window: int, most: int, seed: int, until: float, kept: Path | None) -> Text:
+    """Return text that the teacher samples: at least two rows of one window, up to `most` tokens or the time `until`.
+
+    The same seed gives the same text, as far as the time reaches. It is kept in the file `kept`, and read from there.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if kept is not None and kept.exists():
+        try:
+            return _split(torch.load(kept, weights_only=True), window, "the teacher's own text", True)
+        except Exception as error:
+            raise CheckpointError(f"{kept} is damaged; delete it, and the run's checkpoints with it.") from error
+    parts: list[Tensor] = []
+    journal = Journal()
+    journal.set_attribute(teacher, "generation_config", GenerationConfig())  # its own may ask for other text
+    try:
+        start = _first_token(teacher)
+        while not parts or (sum(map(torch.numel, parts)) < most and time.monotonic() < until):
+            rows = max(2, min(WRITTEN_ROWS, -(-most // window)))
+            parts.append(_sampled(teacher, start, rows, window, seed + len(parts)))
+    finally:
+        journal.undo()
+    rows_of_text = torch.cat(parts)
+    if kept is not None:
+        part = kept.with_suffix(".part")
+        torch.save(rows_of_text, part)
+        part.replace(kept)
+    return _split(rows_of_text, window, "the teacher's own text", True)
+
+
+def _first_token(teacher: Any) -> int | None:
+    """Return the id that a text of this model begins with, None where it has none."""
+    start = teacher.config.get_text_config(decoder=True).bos_token_id
+    return start[0] if isinstance(start, list) else start
+
+
+def _sampled(teacher: Any, start: int | None, rows: int, window: int, seed: int) -> Tensor:
+    vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
+    with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        first = torch.randint(vocabulary, (rows, 1)) if start is None else torch.full((rows, 1), start)
+        first = first.to(teacher.device)
+        ids = teacher.generate(
+            first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=window - 1, pad_token_id=0,
+        )  # fmt: skip
+    return ids.to("cpu", torch.int32)
+
+
+class Windows(Dataset):
+    """Windows in the order of training: item i is one of a shuffled pass, each pass shuffled anew from the seed.
+
+    So the position in the data is a number, and a resumed run reads what it would have read.
+    """
+
+    def __init__(self, rows: Tensor, seed: int, length: int) -> None:
+        self.rows, self.seed, self.length = rows, seed, length
+        self.shuffled = -1
+        self.order = torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        epoch, place = divmod(index, len(self.rows))
+        if epoch != self.shuffled:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.order, self.shuffled = torch.randperm(len(self.rows), generator=generator), epoch
+        return {"input_ids": self.rows[self.order[place]].long()}
