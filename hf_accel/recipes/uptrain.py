@@ -24,7 +24,7 @@ from hf_accel.recipes.result import Uptrained
 from hf_accel.recipes.texts import Text, context, given_text, written_text
 
 WINDOW_TOKENS, BATCH_TOKENS = 512, 1024  # positions that no window has are not healed
-RATE, RATE_PARAMETERS, LORA_FACTOR = 5e-4, 1e7, 3.0
+RATE, RATE_PARAMETERS, LORA_FACTOR = 2e-4, 1e7, 3.0
 HIDDEN_WEIGHT = 4.0  # where the hidden states of both models can be compared
 _DECISIVE = (
     "learning_rate",
@@ -100,7 +100,7 @@ def uptrain(
             end; None: all weights. Needs peft.
         hidden_weight: weight of the hidden-state loss; None: 4 where both models have as many layers of the same size,
             else 0.
-        learning_rate: of AdamW, at its highest; None: 5e-4 up to 10 M parameters, falling with the square root of their
+        learning_rate: of AdamW, at its highest; None: 2e-4 up to 10 M parameters, falling with the square root of their
             number above; three times that for LoRA.
         batch_size: windows per step; None: 1,024 tokens in all.
         window: tokens per window; None: 512, or the models' context if that is shorter.
