@@ -118,7 +118,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_gqa_architectures.test_the_same_logits_and_the_same_text,
     ),
     "a text that is none": (
-        instead(quantize, "_text", lambda path: "a text of some length " * 50),
+        instead(quantize, "read_calibration", lambda path: "a text of some length " * 50),
         test_cli_quantize.test_a_calibration_file_without_text,
     ),
     "a model without its card": (
