@@ -89,7 +89,7 @@ def test_methods_without_text(method: str, tmp_path: Path) -> None:
 
 
 def test_another_architecture_without_a_tokenizer(tmp_path: Path) -> None:
-    heads.own("neox_parallel").save_pretrained(tmp_path / "stock")
+    heads.made("neox_parallel").save_pretrained(tmp_path / "stock")
     refused = run(tmp_path / "stock", tmp_path / "out", *ONE, "--method", "mean")
     assert refused.exit_code == 2
     assert "Express it in another architecture first: phi" in " ".join(refused.stderr.split())
@@ -100,12 +100,12 @@ def test_another_architecture_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_preview_writes_nothing(tmp_path: Path) -> None:
-    options = (*ONE, "--repair-steps", "0", "--calibration", text(tmp_path), "--preview")
-    shown = succeed(demo_path(), *options).stdout
+    options = (*ONE, "--calibration", text(tmp_path), "--preview")
+    shown = succeed(demo_path(), *options, "--repair-steps", "0").stdout
     assert "now 2, 2560 bytes of cache per token" in shown
     assert "1: KL" in shown
     assert "KL of each layer alone at 1" in shown
-    data = json.loads(succeed(demo_path(), tmp_path / "out", *options, "--json").stdout)
+    data = json.loads(succeed(demo_path(), tmp_path / "out", *options, "--method", "mean", "--json").stdout)
     [preview] = data["previews"]
     assert [ratio["kv_heads"] for ratio in preview["ratios"]] == [1]
     assert len(preview["ratios"][0]["layers"]) == 5

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_applying
 import test_cache_bounds
+import test_cli_convert_gqa
 import test_cli_quantize
 import test_cli_uptrain
 import test_demo_model
@@ -29,6 +30,7 @@ from transformers import AutoTokenizer
 from hf_accel.assets import demo_path
 from hf_accel.cache.prefix import format
 from hf_accel.cache.tiers.staging import Staging
+from hf_accel.cli import convert_gqa as convert_gqa_command
 from hf_accel.cli import quantize
 from hf_accel.cli import uptrain as uptrain_command
 from hf_accel.core.calls.hosting import Host
@@ -142,6 +144,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "a folder that has a model": (
         instead(uptrain_command, "_check_out", nothing),
         test_cli_uptrain.test_a_run_is_interrupted_taken_up_and_written,
+    ),
+    "measured on what was fitted to": (
+        instead(convert_gqa_command, "split", lambda text: (text, text)),
+        test_cli_convert_gqa.test_a_checkpoint_that_transformers_loads_and_what_it_cost,
     ),
     "the worst token": (the_least_likely_token, test_trained_models.test_same_text_in_single_precision),
 }

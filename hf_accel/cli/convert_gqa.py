@@ -110,7 +110,13 @@ def convert_gqa(
         write_json(done.to_dict() | {"method": method, "folder": str(folder)})
         return
     results.print(done.table(f"{type(new).__name__}, {dtype.value}, method {method}"))
-    results.print(f"written to {folder}; any tool that reads the original's format reads it", soft_wrap=True)
+    results.print(
+        f"measured on {done.quality.tokens} tokens of {done.quality.source}\n"
+        f"written to {folder}; it loads as any model of transformers does",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,6 @@ class _Done:
         if quality.perplexity_before is not None and quality.perplexity_after is not None:
             table.add_row("perplexity", f"{quality.perplexity_before:.2f}", f"{quality.perplexity_after:.2f}")
         table.add_row("conversion, seconds", "", f"{self.seconds:.1f}")
-        table.caption = f"measured on {quality.tokens:,} tokens of {quality.source}"
         return table
 
 
