@@ -75,6 +75,7 @@ def test_pages_have_blocks_to_run() -> None:
         "reference.md",
         "troubleshooting.md",
         "uptraining.md",
+        "gqa.md",
     }
 
 
