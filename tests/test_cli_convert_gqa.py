@@ -112,6 +112,12 @@ def test_a_preview_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_preview_of_a_method_that_needs_no_text_takes_any(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("def f(x):\n    return x\n")
+    options = ("--method", "first", "--preview", "--calibration", tmp_path / "text")
+    assert "1: KL" in succeed(demo_path(), *ONE, *options).stdout
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -30,7 +30,6 @@ from transformers import AutoTokenizer
 from hf_accel.assets import demo_path
 from hf_accel.cache.prefix import format
 from hf_accel.cache.tiers.staging import Staging
-from hf_accel.cli import convert_gqa as convert_gqa_command
 from hf_accel.cli import quantize
 from hf_accel.cli import uptrain as uptrain_command
 from hf_accel.core.calls.hosting import Host
@@ -38,7 +37,7 @@ from hf_accel.core.calls.keywords import KEYWORDS, Keyword
 from hf_accel.core.recent import Recent
 from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding import choosing
-from hf_accel.gqa import conversion, layouts
+from hf_accel.gqa import conversion, layouts, text
 from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
 from hf_accel.quantization import observing
@@ -146,7 +145,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_cli_uptrain.test_a_run_is_interrupted_taken_up_and_written,
     ),
     "measured on what was fitted to": (
-        instead(convert_gqa_command, "split", lambda text: (text, text)),
+        instead(text, "split", lambda text: (text, text)),
         test_cli_convert_gqa.test_a_checkpoint_that_transformers_loads_and_what_it_cost,
     ),
     "the worst token": (the_least_likely_token, test_trained_models.test_same_text_in_single_precision),

@@ -33,9 +33,9 @@ from hf_accel.gqa.config import METHODS
 from hf_accel.gqa.heads import attention_layers
 from hf_accel.gqa.patcher import check_heads
 from hf_accel.gqa.preview import cache_bytes
-from hf_accel.gqa.text import split, text_for
+from hf_accel.gqa.text import texts_for
 from hf_accel.measure import SHAPES
-from hf_accel.measure.quality import CalibrationText, Quality, QualityReference
+from hf_accel.measure.quality import Quality, QualityReference
 from hf_accel.measure.text import calibration_text
 
 _Out = Annotated[
@@ -87,7 +87,9 @@ def convert_gqa(
     if folder is None:
         _show_preview(original, config, given, tokenizer, as_json)
         return
-    fitted, measured = _texts(original, config, given, tokenizer)
+    with progress("writing text to measure on" if given is None else "reading the text"):
+        text = None if given is None else calibration_text(original, given, tokenizer)
+        fitted, measured = texts_for(original, config, text)
     with progress("measuring the original"), _measuring(model):
         reference = QualityReference(original, measured)
     layers = attention_layers(original)
@@ -170,17 +172,6 @@ def _checked(out: Path | None) -> Path:
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"OUT is not empty: {out}. Name another folder.")
     return out
-
-
-def _texts(
-    model: Any, config: GQAConfig, given: str | None, tokenizer: Any
-) -> tuple[CalibrationText | None, CalibrationText]:
-    """Return the text to convert with, None for the methods that need none, and that to measure on."""
-    with progress("writing text to measure on" if given is None else "reading the text"):
-        if config.method == "aligned":
-            text = None if given is None else calibration_text(model, given, tokenizer)
-            return split(text_for(model, config, text))
-        return None, calibration_text(model, given, tokenizer)
 
 
 def _measuring(name: str) -> Any:

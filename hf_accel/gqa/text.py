@@ -47,6 +47,21 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
     return CalibrationText(ids, given.source, given.is_own)
 
 
+def texts_for(
+    model: Any, config: GQAConfig, given: CalibrationText | None
+) -> tuple[CalibrationText | None, CalibrationText]:
+    """Return the text to convert with, None for the methods that need none, and that to measure on.
+
+    Raises:
+        ConfigError: as `text_for`, where a method needs text.
+    """
+    if config.method == "aligned":
+        return split(text_for(model, config, given))
+    if config.calibration is not None:
+        return None, calibration_text(model, _tensor(config.calibration))
+    return None, calibration_text(model) if given is None else given
+
+
 def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
     """Return the rows to convert with, and about a fifth of them to measure what it costs."""
     measured = max(1, len(text.ids) // (5 * BATCH)) * BATCH
