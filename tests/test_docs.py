@@ -27,6 +27,7 @@ EXAMPLES = (
     "streaming.py",
     "compare_speed.py",
     "quantize.py",
+    "convert_gqa.py",
     "uptrain.py",
     "speculation.py",
     "measure_speculation.py",
@@ -92,7 +93,7 @@ def assert_shows(name: str, shown: str) -> None:
     assert shown.strip()
     if name == "quickstart.py":
         assert "the same tokens as stock: True" in shown
-    if name == "quantize.py":
+    if name in {"quantize.py", "convert_gqa.py"}:
         assert "the same tokens after loading: True" in shown
     if name == "compare_speed.py":
         assert "tokens: the same" in shown
