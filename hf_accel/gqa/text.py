@@ -36,6 +36,10 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
         length = min(ROW_TOKENS, room - 1)
         rows = -(-max(OWN_TOKENS, least * 3 // 2) // length)
         given = own_text(model, -(-rows // BATCH) * BATCH, length)
+    return _rows(given, least)
+
+
+def _rows(given: CalibrationText, least: int) -> CalibrationText:
     ids = _windows(given.ids)
     found = (len(ids) - kept_back(len(ids)) * BATCH) * ids.shape[1] if len(ids) else 0
     if found < least:
@@ -56,7 +60,8 @@ def texts_for(
         ConfigError: as `text_for`, where a method needs text.
     """
     if config.method == "aligned":
-        return split(text_for(model, config, given))
+        fitted, rest = split(text_for(model, config, given))
+        return _rows(fitted, least_tokens(layers_of(model), model.config)), rest
     if config.calibration is not None:
         return None, calibration_text(model, _tensor(config.calibration))
     return None, calibration_text(model) if given is None else given
