@@ -27,6 +27,7 @@ EXAMPLES = (
     "streaming.py",
     "compare_speed.py",
     "quantize.py",
+    "convert_gqa.py",
     "uptrain.py",
     "speculation.py",
     "measure_speculation.py",
@@ -75,6 +76,7 @@ def test_pages_have_blocks_to_run() -> None:
         "reference.md",
         "troubleshooting.md",
         "uptraining.md",
+        "gqa.md",
     }
 
 
@@ -91,7 +93,7 @@ def assert_shows(name: str, shown: str) -> None:
     assert shown.strip()
     if name == "quickstart.py":
         assert "the same tokens as stock: True" in shown
-    if name == "quantize.py":
+    if name in {"quantize.py", "convert_gqa.py"}:
         assert "the same tokens after loading: True" in shown
     if name == "compare_speed.py":
         assert "tokens: the same" in shown

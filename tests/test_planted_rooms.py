@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_applying
 import test_cache_bounds
+import test_cli_convert_gqa
 import test_cli_quantize
 import test_cli_uptrain
 import test_demo_model
@@ -36,7 +37,7 @@ from hf_accel.core.calls.keywords import KEYWORDS, Keyword
 from hf_accel.core.recent import Recent
 from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding import choosing
-from hf_accel.gqa import conversion, layouts
+from hf_accel.gqa import conversion, layouts, text
 from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
 from hf_accel.quantization import observing
@@ -118,7 +119,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_gqa_architectures.test_the_same_logits_and_the_same_text,
     ),
     "a text that is none": (
-        instead(quantize, "_text", lambda path: "a text of some length " * 50),
+        instead(quantize, "read_calibration", lambda path: "a text of some length " * 50),
         test_cli_quantize.test_a_calibration_file_without_text,
     ),
     "a model without its card": (
@@ -142,6 +143,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "a folder that has a model": (
         instead(uptrain_command, "_check_out", nothing),
         test_cli_uptrain.test_a_run_is_interrupted_taken_up_and_written,
+    ),
+    "measured on what was fitted to": (
+        instead(text, "split", lambda text: (text, text)),
+        test_cli_convert_gqa.test_a_checkpoint_that_transformers_loads_and_what_it_cost,
     ),
     "the worst token": (the_least_likely_token, test_trained_models.test_same_text_in_single_precision),
 }

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from hf_accel import __version__
 from hf_accel.cli.bench import bench
+from hf_accel.cli.convert_gqa import convert_gqa
 from hf_accel.cli.demo import demo
 from hf_accel.cli.doctor import doctor
 from hf_accel.cli.output import errors
@@ -55,5 +56,5 @@ def main(
     """Makes Hugging Face `model.generate` fast: one line, the same text, everything undoable."""
 
 
-for command in (demo, plan, bench, quantize, uptrain, doctor):
+for command in (demo, plan, bench, quantize, convert_gqa, uptrain, doctor):
     app.command()(command)

@@ -87,6 +87,18 @@ def load_tokenizer(name: str) -> Any:
         return None
 
 
+def read_calibration(path: Path) -> str:
+    """Return the text of the file that --calibration names.
+
+    Raises:
+        ConfigError: it is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--calibration takes a text in UTF-8; {str(path)!r} is not one ({error}).") from error
+
+
 def check_folder(out: Path) -> None:
     """Find out before anything is loaded whether OUT can be written, leaving nothing behind.
 

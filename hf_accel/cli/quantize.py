@@ -16,6 +16,7 @@ from hf_accel.cli.models import (
     check_folder,
     load_model,
     load_tokenizer,
+    read_calibration,
     use_threads,
 )
 from hf_accel.cli.output import progress, results, write_json
@@ -61,7 +62,7 @@ def quantize(
         embeddings=8 if embeddings else None,
     )
     check_folder(out)
-    given = None if calibration is None else _text(calibration)
+    given = None if calibration is None else read_calibration(calibration)
     use_threads(threads)
     loaded = load_model(model, dtype.torch)
     tokenizer = None if model in SHAPES else load_tokenizer(model)
@@ -96,10 +97,3 @@ def _pair(text: str) -> tuple[str, int | None]:
     if not pattern or not bits.isdigit():
         raise ConfigError(f"--layer takes PATTERN=BITS, for example 'model.layers.0.*=8'; {text!r} was given.")
     return pattern, int(bits) or None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--calibration takes a text in UTF-8; {str(path)!r} is not one ({error}).") from error

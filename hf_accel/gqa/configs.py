@@ -22,18 +22,20 @@ def stated(config: Any, kv_heads: int) -> Any:
             f"{heads} query heads cannot share {kv_heads} key/value heads; the number has to divide {heads}."
         )
     new = copy.deepcopy(config)
-    if config.model_type == "falcon":
-        _state_falcon(new, heads, kv_heads)
-    elif config.model_type == "gpt_bigcode":
-        if kv_heads not in (1, heads):
-            raise _inexpressible(config, kv_heads, f"it has one, or as many as query heads, {heads}.")
-        new.multi_query, new.num_key_value_heads = kv_heads == 1, kv_heads
+    if state := _OWN_WORDS.get(config.model_type):
+        state(new, heads, kv_heads)
     elif isinstance(getattr(config, "num_key_value_heads", None), int):
         new.num_key_value_heads = kv_heads
     else:
         why = f"its config has no number of them. {advice(config.model_type)}"
         raise _inexpressible(config, kv_heads, why)
     return new
+
+
+def _state_bigcode(config: Any, heads: int, kv_heads: int) -> None:
+    if kv_heads not in (1, heads):
+        raise _inexpressible(config, kv_heads, f"it has one, or as many as query heads, {heads}.")
+    config.multi_query, config.num_key_value_heads = kv_heads == 1, kv_heads
 
 
 def _state_falcon(config: Any, heads: int, kv_heads: int) -> None:
@@ -54,6 +56,9 @@ def _state_falcon(config: Any, heads: int, kv_heads: int) -> None:
     config.num_kv_heads = kv_heads
 
 
+_OWN_WORDS = {"falcon": _state_falcon, "gpt_bigcode": _state_bigcode}  # architectures that say it in words of their own
+
+
 def _inexpressible(config: Any, kv_heads: int, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"The architecture {config.model_type} cannot have {kv_heads} key/value heads: {why}")
 
@@ -62,5 +67,5 @@ def advice(model_type: str) -> str:
     """Return a sentence on the architectures in which such a model can be expressed."""
     if targets := architectures_for(model_type):
         return f"Express it in another architecture first: {' or '.join(targets)}."
-    reason = f": {NO_WAY[model_type]}" if model_type in NO_WAY else ""
+    reason = f": {why}" if (why := NO_WAY.get(model_type)) else ""
     return f"There is no other architecture to express it in that could{reason}."

@@ -19,7 +19,7 @@ from hf_accel.gqa.config import GQAConfig
 from hf_accel.gqa.conversion import reshaped_model, with_kv_heads
 from hf_accel.gqa.converting import convert_into
 from hf_accel.gqa.heads import layers_of
-from hf_accel.gqa.text import split, text_for
+from hf_accel.gqa.text import texts_for
 from hf_accel.measure.quality import CalibrationText, Quality, QualityReference
 
 MOST_SHARE = 1.5  # of the mean layer's KL: a layer that costs more is named
@@ -84,11 +84,11 @@ def previewed(
     Layers are looked at alone at the ratio that `config` asks for.
 
     Raises:
-        ConfigError: as `text_for`. UnsupportedModelError: as `convert_into`.
+        ConfigError: as `texts_for`. UnsupportedModelError: as `convert_into`.
     """
     layers = layers_of(model)
-    fitted, rest = split(text_for(model, config, given))
-    ids = fitted.ids if config.method == "aligned" else None
+    fitted, rest = texts_for(model, config, given)
+    ids = None if fitted is None else fitted.ids
     with evaluating(model):
         reference = QualityReference(model, rest)
         ratios = []

@@ -36,6 +36,10 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
         length = min(ROW_TOKENS, room - 1)
         rows = -(-max(OWN_TOKENS, least * 3 // 2) // length)
         given = own_text(model, -(-rows // BATCH) * BATCH, length)
+    return _rows(given, least)
+
+
+def _rows(given: CalibrationText, least: int) -> CalibrationText:
     ids = _windows(given.ids)
     found = (len(ids) - kept_back(len(ids)) * BATCH) * ids.shape[1] if len(ids) else 0
     if found < least:
@@ -45,6 +49,22 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
             "input. Give more text."
         )
     return CalibrationText(ids, given.source, given.is_own)
+
+
+def texts_for(
+    model: Any, config: GQAConfig, given: CalibrationText | None
+) -> tuple[CalibrationText | None, CalibrationText]:
+    """Return the text to convert with, None for the methods that need none, and that to measure on.
+
+    Raises:
+        ConfigError: as `text_for`, where a method needs text.
+    """
+    if config.method == "aligned":
+        fitted, rest = split(text_for(model, config, given))
+        return _rows(fitted, least_tokens(layers_of(model), model.config)), rest
+    if config.calibration is not None:
+        return None, calibration_text(model, _tensor(config.calibration))
+    return None, calibration_text(model) if given is None else given
 
 
 def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:

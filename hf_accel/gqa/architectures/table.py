@@ -21,6 +21,7 @@ WAYS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("gpt_neox", "starcoder2"): sequential.to_starcoder2,
     ("gpt_neox", "nemotron"): sequential.to_nemotron,
 }
+_TARGETS = {source: [target for other, target in WAYS if other == source] for source, _ in WAYS}
 # what there is no way for, and why: a reader who knows the architectures expects one
 NO_WAY: dict[str, str] = {
     "bloom": "falcon, the only architecture with ALiBi that has fewer of them, divides the slopes by the root of the "
@@ -33,7 +34,7 @@ NO_WAY: dict[str, str] = {
 
 def architectures_for(model_type: str) -> list[str]:
     """Return the architectures in which models of this type may be expressed."""
-    return [target for source, target in WAYS if source == model_type]
+    return list(_TARGETS.get(model_type, ()))
 
 
 def in_architecture(model: Any, architecture: str) -> Any:
