@@ -192,7 +192,7 @@ def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: 
     quality = None
     if calibration is not None:
         with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
-            setting.calibration = calibration_text(setting.model, calibration, tokenizer)
+            setting.calibration = calibration_text(setting.model, calibration, tokenizer, row_tokens=512)
             quality = QualityReference(setting.model, setting.calibration)
     if isinstance(goal_or_configs, Plan):
         chosen = goal_or_configs

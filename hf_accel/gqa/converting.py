@@ -25,7 +25,7 @@ from hf_accel.gqa.running import Read, RecordedCall, Runnable, recorded
 from hf_accel.gqa.sensitivity import key_costs
 from hf_accel.ops.tolerances import of_text_logits
 
-BATCH = 4  # rows read together
+BATCH = 2  # rows read together
 MOST_BYTES = 1 << 30  # of inputs kept at a time
 KEPT_BACK = 8  # one row in so many is not fitted to, and decides what is better
 

@@ -15,7 +15,7 @@ from hf_accel.gqa.heads import layers_of
 from hf_accel.measure.quality import CalibrationText
 from hf_accel.measure.text import calibration_text, own_text
 
-ROW_TOKENS, LEAST_ROW_TOKENS = 256, 16
+ROW_TOKENS, LEAST_ROW_TOKENS = 512, 16  # layers are repaired for the distances that rows have
 LEAST_ROWS = 2 * BATCH  # one batch to fit to, one to look at
 OWN_TOKENS = 7168  # that the model writes, at least
 

@@ -16,7 +16,7 @@ from hf_accel.gqa.config import GQAConfig
 from hf_accel.gqa.conversion import reshaped_model
 from hf_accel.gqa.converting import convert_into
 from hf_accel.gqa.patcher import check_heads
-from hf_accel.gqa.text import text_for
+from hf_accel.gqa.text import ROW_TOKENS, text_for
 from hf_accel.measure.text import calibration_text
 
 
@@ -63,7 +63,9 @@ def convert_gqa(
     with shown(f"converting {type(model).__name__}") if progress is None else nullcontext(progress) as step:
         original = twin(model) if architecture is None else in_architecture(model, architecture)
         check_heads(original, num_kv_heads)
-        text = None if calibration is None else calibration_text(original, calibration, tokenizer)
+        text = (
+            None if calibration is None else calibration_text(original, calibration, tokenizer, row_tokens=ROW_TOKENS)
+        )
         new = reshaped_model(original, num_kv_heads, shares=shares)
         ids = text_for(original, config, text).ids if method == "aligned" else None
         convert_into(new, original, config, ids, step)

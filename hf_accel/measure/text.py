@@ -18,12 +18,13 @@ from hf_accel.measure.quality import CalibrationText
 ROWS, TOKENS = 4, 64  # of own text: 252 predictions put the error of a mean KL at some percent of it
 
 
-def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> CalibrationText:
+def calibration_text(model: Any, given: Any = None, tokenizer: Any = None, *, row_tokens: int = 256) -> CalibrationText:
     """Return calibration text for `model`.
 
     Args:
         given: token ids [B, T]; a tokenizer's output (`input_ids`, no padding); a text or several, with `tokenizer`;
             None: the model writes it.
+        row_tokens: into rows of how many tokens texts are cut, at most.
 
     Raises:
         ConfigError: `given` is something else, or has fewer than two tokens in a row.
@@ -42,7 +43,7 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None) -> Ca
         if tokenizer is None:
             raise ConfigError("Calibration text was given as strings; give the tokenizer, too (tokenizer=...).")
         joined = torch.cat([torch.as_tensor(tokenizer(text)["input_ids"]).flatten().long() for text in given])
-        length = min(room, 256, len(joined))
+        length = min(room, row_tokens, len(joined))
         given = joined[: len(joined) // max(1, length) * length].view(-1, max(1, length))
     try:
         ids = torch.as_tensor(given)
