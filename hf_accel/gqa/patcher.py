@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.journal import Journal
+from hf_accel.core.model.hf_config import own_configs
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
@@ -88,7 +89,7 @@ def _put_in_place(model: Any, new: Any, journal: Journal) -> int:
             product.train(before.training)
             added += sum(p.numel() * p.element_size() for p in product.parameters())
             journal.swap_module(old.module, name, product)
-    configs = {id(model.config): model.config}
+    configs = own_configs(model, journal)  # other models of the same config keep their heads
     fresh = dict(new.named_modules())
     for path, module in model.named_modules():
         if path not in fresh:
@@ -96,10 +97,9 @@ def _put_in_place(model: Any, new: Any, journal: Journal) -> int:
         for name, value in vars(fresh[path]).items():
             if isinstance(value, PLAIN) and name != "training" and vars(module).get(name, value) != value:
                 journal.set_attribute(module, name, value)
-        own = vars(module).get("config")
-        if own is not None and type(own) is type(model.config):
-            configs[id(own)] = own
-    for config in configs.values():
+    for config in configs:
+        if type(config) is not type(model.config):
+            continue
         for name, value in vars(new.config).items():
             if isinstance(value, PLAIN) and not name.startswith("_") and vars(config).get(name) != value:
                 journal.set_attribute(config, name, value)
