@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class GQAConfig(Config):
 
     num_kv_heads: int
     method: str = "aligned"
-    calibration: Any = None
+    calibration: Any = field(default=None, repr=False)  # thousands of numbers, which plans and reports do not print
     repair_steps: int = 200
 
     def __post_init__(self) -> None:
