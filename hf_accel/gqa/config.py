@@ -46,7 +46,9 @@ def _rows(given: Any) -> tuple[tuple[int, ...], ...]:
     """Return token ids [B, T] as plain data, which compares by value and can be written as JSON."""
     try:
         ids = torch.as_tensor(given if isinstance(given, (torch.Tensor, Sequence)) else list(given))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(given, Sequence) and len({len(row) for row in given if isinstance(row, Sequence)}) > 1:
+            raise ConfigError("GQAConfig.calibration has rows of several lengths. Give rows of one length.") from error
         ids = torch.empty(0)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype is torch.bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
     """
     least = least_tokens(layers_of(model), model.config)
     if config.calibration is not None:
-        given = calibration_text(model, _tensor(config.calibration))
+        given = calibration_text(model, torch.tensor(config.calibration))
     if given is None:
         room = getattr(model.config, "max_position_embeddings", None) or ROW_TOKENS
         length = min(ROW_TOKENS, room - 1)
@@ -42,7 +41,8 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
         raise ConfigError(
             f"Calibration text of {given.ids.numel()} tokens leaves {max(0, found)} to fit output projections to (in "
             f"whole rows of up to {ROW_TOKENS}, some kept back); their least squares need {least}, a token for each "
-            "input. Give more text."
+            f"input, and at least {LEAST_ROWS} rows (longer ones are cut, down to {LEAST_ROW_TOKENS} tokens). Give "
+            "more text."
         )
     return CalibrationText(ids, given.source, given.is_own)
 
@@ -65,10 +65,3 @@ def _windows(ids: Tensor) -> Tensor:
     if len(rows) < LEAST_ROWS:
         return rows[:0]
     return rows[: len(rows) // BATCH * BATCH]
-
-
-def _tensor(rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    try:
-        return torch.tensor(copy.copy(rows))
-    except ValueError as error:
-        raise ConfigError("GQAConfig.calibration has rows of several lengths. Give rows of one length.") from error
