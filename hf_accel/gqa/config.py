@@ -45,7 +45,8 @@ class GQAConfig(Config):
 def _rows(given: Any) -> tuple[tuple[int, ...], ...]:
     """Return token ids [B, T] as plain data, which compares by value and can be written as JSON."""
     try:
-        ids = torch.as_tensor(given if isinstance(given, (torch.Tensor, Sequence)) else list(given))
+        is_whole = isinstance(given, (torch.Tensor, Sequence)) or hasattr(given, "__array__")
+        ids = torch.as_tensor(given if is_whole else list(given))
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(given, Sequence) and len({len(row) for row in given if isinstance(row, Sequence)}) > 1:
             raise ConfigError("GQAConfig.calibration has rows of several lengths. Give rows of one length.") from error

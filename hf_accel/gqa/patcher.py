@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.journal import Journal
 from hf_accel.core.model.hf_config import own_configs
@@ -32,9 +34,11 @@ class GQAPatcher(Patcher[GQAConfig], config=GQAConfig):
             return [str(error)]
         return []
 
+    @torch.inference_mode(False)
     def preview(self, setting: Setting) -> GQAPreview:
         return previewed(twin(setting.model), self.config, setting.calibration, setting.advance)
 
+    @torch.inference_mode(False)  # what is made under it cannot be fitted
     def patch(self, setting: Setting, host: Host) -> Change:
         model, before = setting.model, setting.anatomy.weight_bytes
         trial = twin(model)
