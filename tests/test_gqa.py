@@ -75,6 +75,30 @@ def test_in_place_is_what_the_new_model_computes(name: str) -> None:
     assert f"cache {2 * cache_bytes(model)} -> {cache_bytes(model)} bytes per token" in step.summary
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_modes_of_torch(mode: Any) -> None:
+    model, other = build("llama"), build("llama")  # what is loaded under inference mode cannot be trained at all
+    with mode():
+        new = hf_accel.convert_gqa(model, 1, **SETTINGS)
+        [preview] = hf_accel.plan(model, ONE).previews
+        hf_accel.optimize(other, ONE)
+    [expected] = hf_accel.plan(build("llama"), ONE).previews
+    assert preview == expected
+    for made in (new, other):
+        assert torch.equal(logits(made), logits(few("llama")))
+        made(prompt(), labels=prompt()).loss.backward()  # it may be trained
+
+
+@pytest.mark.parametrize("kind", ["tensor", "numpy", "rows", "generator"])
+def test_ways_to_give_token_ids(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    given = {"tensor": IDS, "numpy": IDS.numpy(), "rows": IDS.tolist(), "generator": (row for row in IDS.tolist())}
+    config = GQAConfig(num_kv_heads=1, calibration=given[kind], repair_steps=2)
+    assert config == ONE
+    assert hash(config) == hash(ONE)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == ONE
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("originals", ["keep", "cpu"])
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_comes_back(name: str, originals: str) -> None:
