@@ -208,7 +208,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_calls_are_those_of_the_stock_model(name: str, call: str) -> None:
     model = in_place(name, *exact(build(name), speculates=call != "scores"))
     torch.manual_seed(3)
@@ -272,7 +272,7 @@ def test_a_preview_has_every_ratio() -> None:
 
 
 @pytest.mark.parametrize("shares", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_an_ordinary_model(name: str, shares: bool, tmp_path: Path) -> None:
     model = build(name)
     before = fingerprint(model)
@@ -356,7 +356,7 @@ def library(first: int, count: int, width: int) -> torch.Tensor:
 
 def test_a_trained_model_loses_a_third_of_what_pooling_loses() -> None:
     demo = AutoModelForCausalLM.from_pretrained(demo_path(), local_files_only=True).eval()
-    fitted, rest = library(0, 40, 128), library(48, 8, 128)
+    fitted, rest = library(0, 24, 128), library(48, 8, 128)
 
     def perplexity(model: Any) -> float:
         with torch.no_grad():
@@ -364,7 +364,7 @@ def test_a_trained_model_loses_a_third_of_what_pooling_loses() -> None:
 
     before = perplexity(demo)
     lost = {
-        method: perplexity(hf_accel.convert_gqa(demo, 1, method=method, calibration=fitted, repair_steps=20)) - before
+        method: perplexity(hf_accel.convert_gqa(demo, 1, method=method, calibration=fitted, repair_steps=10)) - before
         for method in ("mean", "aligned")
     }
     assert 0 < lost["aligned"] < lost["mean"] / 3, (before, lost)
