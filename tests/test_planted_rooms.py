@@ -13,8 +13,12 @@ import test_cli_quantize
 import test_cli_uptrain
 import test_demo_model
 import test_doors
+import test_gqa
+import test_gqa_algebra
 import test_gqa_architectures
+import test_gqa_errors
 import test_gqa_heads
+import test_gqa_mathematics
 import test_native_prefill
 import test_observing
 import test_prefix_calls
@@ -24,7 +28,7 @@ import test_tiers_prefetch
 import test_trained_models
 import test_uptrain
 import torch
-from planting import Defect, Patch, Test, instead, is_red, nothing
+from planting import Defect, Patch, Test, instead, is_red, nothing, result
 from transformers import AutoTokenizer
 
 from hf_accel.assets import demo_path
@@ -37,7 +41,7 @@ from hf_accel.core.calls.keywords import KEYWORDS, Keyword
 from hf_accel.core.recent import Recent
 from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding import choosing
-from hf_accel.gqa import conversion, layouts, text
+from hf_accel.gqa import alignment, conversion, converting, grouping, layouts, patcher, preview, repair, stacks, text
 from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
 from hf_accel.quantization import observing
@@ -86,9 +90,19 @@ def keys_and_values_exchanged(patch: Patch) -> None:
     patch.setitem(layouts.FUSED, "GPT2Attention", replace(known, order=wrong))
 
 
+def queries_not_turned_back(patch: Patch) -> None:
+    share = alignment._KeyPart.share
+    patch.setattr(alignment._KeyPart, "share", lambda self, members, q, k: share(self, members, q.clone(), k))
+
+
 def norms_without_their_bias(patch: Patch) -> None:
     patch.setattr(table.tolerances, "of_step_logits", lambda *_: 1.0)
     patch.setattr(parallel, "folded", lambda weight, bias, norm: (weight * norm.weight, bias))
+
+
+def measured_on_what_was_fitted(patch: Patch) -> None:
+    honest = text.texts_for
+    patch.setattr(preview, "texts_for", lambda *given: (honest(*given)[0],) * 2)
 
 
 PLANTED: dict[str, tuple[Defect, Test]] = {
@@ -113,6 +127,34 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "numbers of the old config": (
         instead(conversion, "_carry_numbers", nothing),
         test_gqa_heads.test_more_heads_and_then_fewer,
+    ),
+    "queries not turned back": (
+        queries_not_turned_back,
+        test_gqa_algebra.test_equal_heads_are_found_and_lose_nothing,
+    ),
+    "neighbours share": (
+        instead(alignment, "balanced", lambda heads, groups, cost: grouping.neighbours(heads, groups)),
+        test_gqa_algebra.test_other_ratios,
+    ),
+    "losses that are too large": (
+        result(stacks.Stack, "lost", lambda lost: 1.01 * lost),
+        test_gqa_mathematics.test_what_is_lost_is_what_singular_values_say,
+    ),
+    "a repair that is left out": (
+        instead(repair, "EXACT", 10.0),
+        test_gqa_mathematics.test_repair_never_makes_it_worse,
+    ),
+    "a config that others share": (
+        instead(patcher, "own_configs", lambda model, journal: [model.config]),
+        test_gqa.test_everything_comes_back,
+    ),
+    "measured on what was fitted": (
+        measured_on_what_was_fitted,
+        test_gqa.test_a_preview_tells_what_comes,
+    ),
+    "numbers that are none": (
+        instead(converting, "_check_finite", nothing),
+        test_gqa_errors.test_weights_that_are_no_numbers,
     ),
     "norms without their bias": (
         norms_without_their_bias,

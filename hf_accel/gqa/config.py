@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class GQAConfig(Config):
 
     num_kv_heads: int
     method: str = "aligned"
-    calibration: Any = None
+    calibration: Any = field(default=None, repr=False)  # thousands of numbers, which plans and reports do not print
     repair_steps: int = 200
 
     def __post_init__(self) -> None:
@@ -45,8 +45,11 @@ class GQAConfig(Config):
 def _rows(given: Any) -> tuple[tuple[int, ...], ...]:
     """Return token ids [B, T] as plain data, which compares by value and can be written as JSON."""
     try:
-        ids = torch.as_tensor(given if isinstance(given, (torch.Tensor, Sequence)) else list(given))
-    except (TypeError, ValueError, RuntimeError):
+        is_whole = isinstance(given, (torch.Tensor, Sequence)) or hasattr(given, "__array__")
+        ids = torch.as_tensor(given if is_whole else list(given))
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(given, Sequence) and len({len(row) for row in given if isinstance(row, Sequence)}) > 1:
+            raise ConfigError("GQAConfig.calibration has rows of several lengths. Give rows of one length.") from error
         ids = torch.empty(0)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype is torch.bool:

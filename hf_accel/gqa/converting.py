@@ -55,7 +55,9 @@ def convert_into(
     found = []
     if ids is None:
         for layer, target in zip(layers, targets, strict=True):
-            heads = pooled(read_heads(layer, model.config), config.num_kv_heads, config.method)
+            read_from = read_heads(layer, model.config)
+            _check_finite(layer.path, read_from)
+            heads = pooled(read_from, config.num_kv_heads, config.method)
             write_heads(target, new.config, heads)
             found.append(Converted(heads, neighbours(layer.heads, config.num_kv_heads)))
             advance()
@@ -92,6 +94,7 @@ def _converted(
 ) -> Converted:
     rows = read.rows
     heads = original.heads()
+    _check_finite(original.path, heads)
     _check_alone(original, read.call)
     maps = found_maps(original, read.call, heads, original.config)
     costs = key_costs(original, read.call, heads, maps)
@@ -104,11 +107,21 @@ def _converted(
     return Converted(target.heads(), groups, errors)
 
 
+def _check_finite(path: str, heads: Heads) -> None:
+    if not all(bool(part.isfinite().all()) for part in vars(heads).values() if part is not None):
+        raise UnsupportedModelError(f"The projections of {path} hold NaN or infinite numbers; they are not converted.")
+
+
 def _check_alone(original: Runnable, call: RecordedCall) -> None:
-    """Raise unless an attention module computes by itself what it computed in its model."""
+    """Raise unless an attention module computes by itself what it computed in its model, and numbers at all."""
     expected = call.outputs
     if expected is None:
         return
+    if not bool(expected.isfinite().all()):
+        raise UnsupportedModelError(
+            f"{original.path} gives NaN or infinite numbers on the calibration text. Look for such weights in the "
+            "model, or give other text."
+        )
     with torch.no_grad():
         found = original.run(call, call.inputs)
     if not float((found - expected).norm()) <= of_text_logits(expected.dtype) * float(expected.norm()):

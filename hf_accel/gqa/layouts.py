@@ -181,7 +181,7 @@ def _check_products(module: nn.Module, names: set[str]) -> None:
     for name in sorted(names):
         child = module._modules[name]
         weight: Any = getattr(child, "weight", None)
-        if not _is_product(child) or weight.dtype not in FLOATS:
+        if not _is_product(child) or weight is None or weight.dtype not in FLOATS:
             kind = type(child)
             raise ValueError(
                 f"its {name} is a {kind.__module__}.{kind.__qualname__}, not a plain product in floating point "

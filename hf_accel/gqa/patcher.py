@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.journal import Journal
+from hf_accel.core.model.hf_config import own_configs
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
@@ -31,9 +34,11 @@ class GQAPatcher(Patcher[GQAConfig], config=GQAConfig):
             return [str(error)]
         return []
 
+    @torch.inference_mode(False)
     def preview(self, setting: Setting) -> GQAPreview:
         return previewed(twin(setting.model), self.config, setting.calibration, setting.advance)
 
+    @torch.inference_mode(False)  # what is made under it cannot be fitted
     def patch(self, setting: Setting, host: Host) -> Change:
         model, before = setting.model, setting.anatomy.weight_bytes
         trial = twin(model)
@@ -88,7 +93,7 @@ def _put_in_place(model: Any, new: Any, journal: Journal) -> int:
             product.train(before.training)
             added += sum(p.numel() * p.element_size() for p in product.parameters())
             journal.swap_module(old.module, name, product)
-    configs = {id(model.config): model.config}
+    configs = own_configs(model, journal)  # other models of the same config keep their heads
     fresh = dict(new.named_modules())
     for path, module in model.named_modules():
         if path not in fresh:
@@ -96,10 +101,9 @@ def _put_in_place(model: Any, new: Any, journal: Journal) -> int:
         for name, value in vars(fresh[path]).items():
             if isinstance(value, PLAIN) and name != "training" and vars(module).get(name, value) != value:
                 journal.set_attribute(module, name, value)
-        own = vars(module).get("config")
-        if own is not None and type(own) is type(model.config):
-            configs[id(own)] = own
-    for config in configs.values():
+    for config in configs:
+        if type(config) is not type(model.config):
+            continue
         for name, value in vars(new.config).items():
             if isinstance(value, PLAIN) and not name.startswith("_") and vars(config).get(name) != value:
                 journal.set_attribute(config, name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from hf_accel.measure.quality import CalibrationText
 from hf_accel.measure.text import calibration_text, own_text
 
 ROW_TOKENS, LEAST_ROW_TOKENS = 512, 16  # layers are repaired for the distances that rows have
-LEAST_ROWS = 2 * BATCH  # one batch to fit to, one to look at
+LEAST_ROWS = 8  # to fit to, to choose by and to measure on
 OWN_TOKENS = 7168  # that the model writes, at least
 
 
@@ -30,7 +29,7 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
     """
     least = least_tokens(layers_of(model), model.config)
     if config.calibration is not None:
-        given = calibration_text(model, _tensor(config.calibration))
+        given = calibration_text(model, torch.tensor(config.calibration))
     if given is None:
         room = getattr(model.config, "max_position_embeddings", None) or ROW_TOKENS
         length = min(ROW_TOKENS, room - 1)
@@ -46,7 +45,8 @@ def _rows(given: CalibrationText, least: int) -> CalibrationText:
         raise ConfigError(
             f"Calibration text of {given.ids.numel()} tokens leaves {max(0, found)} to fit output projections to (in "
             f"whole rows of up to {ROW_TOKENS}, some kept back); their least squares need {least}, a token for each "
-            "input. Give more text."
+            f"input, and at least {LEAST_ROWS} rows (longer ones are cut, down to {LEAST_ROW_TOKENS} tokens). Give "
+            "more text."
         )
     return CalibrationText(ids, given.source, given.is_own)
 
@@ -63,13 +63,13 @@ def texts_for(
         fitted, rest = split(text_for(model, config, given))
         return _rows(fitted, least_tokens(layers_of(model), model.config)), rest
     if config.calibration is not None:
-        return None, calibration_text(model, _tensor(config.calibration))
+        return None, calibration_text(model, torch.tensor(config.calibration))
     return None, calibration_text(model) if given is None else given
 
 
 def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
     """Return the rows to convert with, and about a fifth of them to measure what it costs."""
-    measured = max(1, len(text.ids) // (5 * BATCH)) * BATCH
+    measured = max(1, round(len(text.ids) / (5 * BATCH))) * BATCH
     parts = text.ids[:-measured], text.ids[-measured:]
     fitted, rest = (CalibrationText(part, text.source, text.is_own) for part in parts)
     return fitted, rest
@@ -85,10 +85,3 @@ def _windows(ids: Tensor) -> Tensor:
     if len(rows) < LEAST_ROWS:
         return rows[:0]
     return rows[: len(rows) // BATCH * BATCH]
-
-
-def _tensor(rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    try:
-        return torch.tensor(copy.copy(rows))
-    except ValueError as error:
-        raise ConfigError("GQAConfig.calibration has rows of several lengths. Give rows of one length.") from error

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.model.support import unwrap
@@ -20,6 +22,7 @@ from hf_accel.gqa.text import ROW_TOKENS, text_for
 from hf_accel.measure.text import calibration_text
 
 
+@torch.inference_mode(False)  # what is made under it can neither be fitted nor trained
 def convert_gqa(
     model: Any,
     num_kv_heads: int,

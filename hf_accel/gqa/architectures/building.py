@@ -85,7 +85,8 @@ def _buffers(config: Any) -> list[tuple[str, Tensor]]:
     """Return the buffers of a model of `config`: those of one without layers and words, as no layer has any."""
     hull = copy.deepcopy(config)
     hull.num_hidden_layers, hull.vocab_size, hull.pad_token_id = 0, 1, None
-    return list(AutoModelForCausalLM.from_config(hull, dtype=torch.float32).named_buffers())
+    with torch.random.fork_rng(devices=[]):  # the hull's weights are drawn
+        return list(AutoModelForCausalLM.from_config(hull, dtype=torch.float32).named_buffers())
 
 
 def renamed(model: Any, names: dict[str, str], layers: tuple[str, str], layer_names: dict[str, str]) -> Tensors:
