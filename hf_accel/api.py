@@ -18,7 +18,7 @@ from hf_accel.core.failures import converting
 from hf_accel.core.model.support import unwrap
 from hf_accel.core.progress import shown
 from hf_accel.core.steps.applying import Patchers, apply, checked
-from hf_accel.core.steps.patcher import Fidelity
+from hf_accel.core.steps.patcher import Fidelity, Patcher
 from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError, VerificationError
@@ -27,6 +27,8 @@ from hf_accel.measure.reference import Reference
 from hf_accel.measure.text import calibration_text
 from hf_accel.ops.tolerances import of_text_logits
 from hf_accel.planner import plan_goal
+
+ROW_TOKENS = 512  # into rows of how many tokens texts are cut
 
 M = TypeVar("M")
 Goal = str | Config | Sequence[Config] | Plan
@@ -189,25 +191,32 @@ def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: 
         return _Chosen(plan_goal(setting, goal_or_configs, **options))
     if max_kl is not None:
         raise ConfigError('max_kl bounds the goals "fast" and "memory"; configs are applied as they are given.')
-    quality = None
-    if calibration is not None:
-        with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
-            setting.calibration = calibration_text(setting.model, calibration, tokenizer, row_tokens=512)
-            quality = QualityReference(setting.model, setting.calibration)
     if isinstance(goal_or_configs, Plan):
         chosen = goal_or_configs
         if setting.draft_model is not None:
             chosen = replace(chosen, draft_model=setting.draft_model)
         setting.draft_model = chosen.draft_model
-        return _Chosen(chosen, quality=quality)
+        return _Chosen(chosen, quality=_quality(setting, chosen, calibration, tokenizer))
     configs = [goal_or_configs] if isinstance(goal_or_configs, Config) else goal_or_configs
     if not isinstance(configs, Sequence):
         raise ConfigError(f"optimize takes a goal, configs or a plan; {goal_or_configs!r} was given.")
     chosen = Plan.of(list(configs), setting.draft_model)
+    quality = _quality(setting, chosen, calibration, tokenizer)
     patchers = checked(chosen, setting)
     for patcher in patchers:
         chosen.weight_bytes = patcher.weight_bytes(setting) or chosen.weight_bytes
     return _Chosen(chosen, patchers, quality)
+
+
+def _quality(setting: Setting, plan: Plan, calibration: Any, tokenizer: Any) -> QualityReference | None:
+    """Return what a plan is measured by, where text is given, apart from what steps of it are fitted to."""
+    if calibration is None:
+        return None
+    with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
+        text = calibration_text(setting.model, calibration, tokenizer, row_tokens=ROW_TOKENS)
+        is_fitted = any(Patcher.for_config(step.config).is_fitted_to_text for step in plan.steps)
+        setting.calibration, measured = text.split() if is_fitted else (text, text)
+        return QualityReference(setting.model, measured)
 
 
 def _verify(reference: Reference, host: Host) -> None:

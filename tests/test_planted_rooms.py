@@ -44,6 +44,7 @@ from hf_accel.decoding import choosing
 from hf_accel.gqa import alignment, conversion, converting, grouping, layouts, patcher, preview, repair, stacks, text
 from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
+from hf_accel.measure.quality import CalibrationText
 from hf_accel.quantization import observing
 from hf_accel.quantization.rounding import METHODS
 from hf_accel.recipes import trainer
@@ -187,7 +188,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_cli_uptrain.test_a_run_is_interrupted_taken_up_and_written,
     ),
     "measured on what was fitted to": (
-        instead(text, "split", lambda text: (text, text)),
+        instead(CalibrationText, "split", lambda text, batch=1: (text, text)),
         test_cli_convert_gqa.test_a_checkpoint_that_transformers_loads_and_what_it_cost,
     ),
     "the worst token": (the_least_likely_token, test_trained_models.test_same_text_in_single_precision),

@@ -19,6 +19,7 @@ from hf_accel.gqa.alignment import Seen, aligned, pooled
 from hf_accel.gqa.config import GQAConfig
 from hf_accel.gqa.grouping import Groups, neighbours
 from hf_accel.gqa.heads import AttentionLayer, Heads, layers_of, read_heads, write_heads
+from hf_accel.gqa.layouts import layout_of, out_in
 from hf_accel.gqa.maps import found_maps
 from hf_accel.gqa.repair import Errors, Task, repair
 from hf_accel.gqa.running import Read, RecordedCall, Runnable, recorded
@@ -76,7 +77,8 @@ def convert_into(
 
 def least_tokens(layers: Sequence[AttentionLayer], config: Any) -> int:
     """Return how many tokens the least squares of the layers' output projections need: one for each of its inputs."""
-    return max(read_heads(layer, config).o[0].numel() for layer in layers)
+    outputs = [layer.module.get_submodule(layout_of(layer.module, config).o) for layer in layers]
+    return max(out_in(output).shape[1] for output in outputs)
 
 
 def kept_back(rows: int) -> int:

@@ -26,6 +26,7 @@ class GQAPatcher(Patcher[GQAConfig], config=GQAConfig):
     fidelity = Fidelity.LOSSY
     occupies = "key and value heads"
     saves_memory = True
+    is_fitted_to_text = True
 
     def obstacles(self, setting: Setting) -> list[str]:
         try:

@@ -60,19 +60,11 @@ def texts_for(
         ConfigError: as `text_for`, where a method needs text.
     """
     if config.method == "aligned":
-        fitted, rest = split(text_for(model, config, given))
+        fitted, rest = text_for(model, config, given).split(BATCH)
         return _rows(fitted, least_tokens(layers_of(model), model.config)), rest
     if config.calibration is not None:
         return None, calibration_text(model, torch.tensor(config.calibration))
     return None, calibration_text(model) if given is None else given
-
-
-def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
-    """Return the rows to convert with, and about a fifth of them to measure what it costs."""
-    measured = max(1, round(len(text.ids) / (5 * BATCH))) * BATCH
-    parts = text.ids[:-measured], text.ids[-measured:]
-    fitted, rest = (CalibrationText(part, text.source, text.is_own) for part in parts)
-    return fitted, rest
 
 
 def _windows(ids: Tensor) -> Tensor:

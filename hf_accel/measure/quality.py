@@ -47,6 +47,17 @@ class CalibrationText:
     source: str
     is_own: bool
 
+    def split(self, batch: int = 1) -> tuple[CalibrationText, CalibrationText]:
+        """Return the text to fit to, and about a fifth to measure on: whole batches of rows, or the ends of few."""
+        rows, tokens = self.ids.shape
+        measured = max(1, round(rows / (5 * batch))) * batch
+        if measured < rows:
+            parts = self.ids[:-measured], self.ids[-measured:]
+        else:
+            parts = self.ids[:, : -max(2, tokens // 5)], self.ids[:, -max(2, tokens // 5) :]
+        fitted, rest = (CalibrationText(part, self.source, self.is_own) for part in parts)
+        return fitted, rest
+
 
 class QualityReference:
     """The distributions of a model on a text, before it is changed."""

@@ -50,7 +50,7 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None, *, ro
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
     ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or ids.shape[1] < 2 or ids.shape[0] < 1 or ids.is_floating_point():
+    if ids.dim() != 2 or ids.shape[1] < 2 or ids.shape[0] < 1 or ids.is_floating_point() or ids.dtype is torch.bool:
         raise ConfigError(
             "Calibration is token ids [B, T] with T >= 2, a tokenizer's output, or texts with a tokenizer; "
             f"{type(given).__name__} of shape {tuple(ids.shape)} was given."

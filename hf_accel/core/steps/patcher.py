@@ -64,6 +64,7 @@ class Patcher(ABC, Generic[C]):
     needs: tuple[str, ...] = ()  # names of configs that are applied, too, where the plan does not have them
     gain: ClassVar[Gain] = Gain.TOKENS
     saves_memory: ClassVar[bool] = False  # goals that save memory keep it whatever it does to time
+    is_fitted_to_text: ClassVar[bool] = False  # what it costs is measured on text that is kept back from it
     is_preferred: ClassVar[bool] = False  # offered before the others of its stage
     config_class: ClassVar[type[Config]]
     registry: ClassVar[dict[type[Config], type[Patcher[Any]]]] = {}
