@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from models import prompt
 from transformers import PreTrainedModel
 
 import hf_accel
@@ -21,7 +20,7 @@ CATALOGUE: list[Config] = [
     hf_accel.DecodingConfig(),
     # drafts always, so that every call of every test is verified step by step
     hf_accel.SpeculativeConfig(drafter="lookup", max_draft_tokens=4, adaptive=False),
-    hf_accel.GQAConfig(num_kv_heads=1, calibration=prompt(16, 32), repair_steps=2),
+    hf_accel.GQAConfig(num_kv_heads=1, method="mean"),
 ]
 # the others change the weights, and with them the text, copies and what is saved
 LOSSLESS = [config for config in CATALOGUE if Patcher.for_config(config).fidelity is not Fidelity.LOSSY]

@@ -19,6 +19,7 @@ import test_gqa_architectures
 import test_gqa_errors
 import test_gqa_heads
 import test_gqa_mathematics
+import test_gqa_texts
 import test_native_prefill
 import test_observing
 import test_prefix_calls
@@ -190,6 +191,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "measured on what was fitted to": (
         instead(CalibrationText, "split", lambda text, batch=1: (text, text)),
         test_cli_convert_gqa.test_a_checkpoint_that_transformers_loads_and_what_it_cost,
+    ),
+    "one text in two parts": (
+        instead(CalibrationText, "split", lambda text, batch=1: (text, text)),
+        test_gqa_texts.test_some_is_fitted_to_and_the_rest_is_other_text,
     ),
     "the worst token": (the_least_likely_token, test_trained_models.test_same_text_in_single_precision),
 }

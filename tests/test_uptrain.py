@@ -153,7 +153,8 @@ def test_a_few_steps_heal_the_demo_model(tmp_path: Path) -> None:
     assert "KL to the teacher" in str(result)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2"])  # tied weights; dropout, which draws random numbers
+# tied weights; dropout, which draws random numbers
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     options = SHORT | {"steps": 9, "checkpoint_minutes": 0, "seed": 3}  # 29 windows: the second pass begins on the way
     whole = changed(name)
@@ -284,6 +285,7 @@ def test_the_pace_moves_the_end_to_where_the_time_is_up() -> None:
     assert Schedule.of(10, "linear")(9) == pytest.approx(0.05 / 0.97)
 
 
+@pytest.mark.slow
 def test_texts_of_all_kinds_are_the_same_text() -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_path())
     teacher = AutoModelForCausalLM.from_pretrained(demo_path(), dtype=torch.float32)
@@ -301,6 +303,7 @@ def test_texts_of_all_kinds_are_the_same_text() -> None:
     assert all(quality == found[0] for quality in found)
 
 
+@pytest.mark.slow
 def test_arguments_of_the_trainer_count() -> None:
     arguments = TrainingArguments(
         output_dir="never-made", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, seed=9,
@@ -314,6 +317,7 @@ def test_arguments_of_the_trainer_count() -> None:
     assert not Path("never-made").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     uptrain(changed("llama"), build("llama"), IDS, steps=2, out=tmp_path, **{**SHORT, "picture": True})
