@@ -153,8 +153,7 @@ def test_a_few_steps_heal_the_demo_model(tmp_path: Path) -> None:
     assert "KL to the teacher" in str(result)
 
 
-# tied weights; dropout, which draws random numbers
-@pytest.mark.parametrize("name", ["qwen2", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("gpt2", marks=pytest.mark.slow)])  # tied; dropout
 def test_an_interrupted_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     options = SHORT | {"steps": 9, "checkpoint_minutes": 0, "seed": 3}  # 29 windows: the second pass begins on the way
     whole = changed(name)
