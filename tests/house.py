@@ -6,6 +6,7 @@ Sources are {path below the package, with slashes: text}. Each rule returns sent
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import statistics
 from collections.abc import Iterator
@@ -51,8 +52,13 @@ def module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def imports_of(text: str) -> Iterator[str]:
-    """Yield what a file imports of the package, as dotted names without it; imports for type checkers count, too."""
+@functools.cache
+def imports_of(text: str) -> tuple[str, ...]:
+    """Return what a file imports of the package, as dotted names without it; imports for type checkers count, too."""
+    return tuple(_imports_of(text))
+
+
+def _imports_of(text: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -63,6 +69,7 @@ def imports_of(text: str) -> Iterator[str]:
         yield from (name.removeprefix("hf_accel.") for name in names if name.startswith("hf_accel."))
 
 
+@functools.cache
 def has_relative_imports(text: str) -> bool:
     return any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(text)))
 
