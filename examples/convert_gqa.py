@@ -13,9 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_accel
 from hf_accel.assets import demo_path
 
-name = (
-    demo_path()
-)  # any folder or hub id of a causal language model; this one has 6 query heads and 2 for keys and values
+name = demo_path()  # any folder or hub id; this model has 6 query heads and 2 for keys and values
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 inputs = tokenizer("def area(width, height):", return_tensors="pt", return_token_type_ids=False)

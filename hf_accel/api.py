@@ -18,17 +18,15 @@ from hf_accel.core.failures import converting
 from hf_accel.core.model.support import unwrap
 from hf_accel.core.progress import shown
 from hf_accel.core.steps.applying import Patchers, apply, checked
-from hf_accel.core.steps.patcher import Fidelity, Patcher
+from hf_accel.core.steps.patcher import Fidelity, Patcher, Stage
 from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError, VerificationError
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.reference import Reference
-from hf_accel.measure.text import calibration_text
+from hf_accel.measure.text import FITTED_ROW_TOKENS, ROW_TOKENS, calibration_text
 from hf_accel.ops.tolerances import of_text_logits
 from hf_accel.planner import plan_goal
-
-ROW_TOKENS = 512  # into rows of how many tokens texts are cut
 
 M = TypeVar("M")
 Goal = str | Config | Sequence[Config] | Plan
@@ -64,8 +62,9 @@ def plan(
     setting = _setting(model, draft_model)
     with shown(f"planning for {type(setting.model).__name__}") as setting.progress:
         chosen = _plan(setting, goal_or_configs, calibration, tokenizer, max_kl)
-        found = [patcher.preview(setting) for patcher in chosen.patchers or []]
-        chosen.plan.previews = [preview for preview in found if preview is not None]
+        if chosen.patchers is not None:
+            found = [patcher.preview(setting) for patcher in chosen.patchers]
+            chosen.plan.previews = [preview for preview in found if preview is not None]
         return chosen.plan
 
 
@@ -203,8 +202,9 @@ def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: 
     chosen = Plan.of(list(configs), setting.draft_model)
     quality = _quality(setting, chosen, calibration, tokenizer)
     patchers = checked(chosen, setting)
-    for patcher in patchers:
-        chosen.weight_bytes = patcher.weight_bytes(setting) or chosen.weight_bytes
+    if all(patcher.stage is not Stage.ARCHITECTURE for patcher in patchers):  # the others see another model then
+        for patcher in patchers:
+            chosen.weight_bytes = patcher.weight_bytes(setting) or chosen.weight_bytes
     return _Chosen(chosen, patchers, quality)
 
 
@@ -213,8 +213,9 @@ def _quality(setting: Setting, plan: Plan, calibration: Any, tokenizer: Any) -> 
     if calibration is None:
         return None
     with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
-        text = calibration_text(setting.model, calibration, tokenizer, row_tokens=ROW_TOKENS)
         is_fitted = any(Patcher.for_config(step.config).is_fitted_to_text for step in plan.steps)
+        row_tokens = FITTED_ROW_TOKENS if is_fitted else ROW_TOKENS
+        text = calibration_text(setting.model, calibration, tokenizer, row_tokens=row_tokens)
         setting.calibration, measured = text.split() if is_fitted else (text, text)
         return QualityReference(setting.model, measured)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_accel.gqa.architectures import in_architecture
-from hf_accel.gqa.conversion import converted_model
 from hf_accel.gqa.heads import Heads, attention_layers, read_heads, write_heads
 
 
@@ -159,7 +158,7 @@ def twin(model: PreTrainedModel, case: Case, kv_heads: int, *, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     made = [read_heads(layer, model.config) for layer in attention_layers(model)]
     wide = [expanded(heads, kv_heads) for heads in made]
-    found = converted_model(model, kv_heads, wide, shares=False)
+    found = tiny.with_heads(model, kv_heads, wide, shares=False)
     shuffled = [disguised(h, case, generator, shuffles=not layer.fixed)
                 for h, layer in zip(wide, attention_layers(model), strict=True)]  # fmt: skip
     for layer, (heads, _) in zip(attention_layers(found), shuffled, strict=True):

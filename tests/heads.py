@@ -11,8 +11,8 @@ from models import COMMON, PAD, SMALL, Tiny, build, randomize
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_accel.gqa.conversion import converted_model
-from hf_accel.gqa.heads import Heads, attention_layers, read_heads
+from hf_accel.gqa.conversion import reshaped_model, share_equal
+from hf_accel.gqa.heads import Heads, attention_layers, layers_of, read_heads, write_heads
 
 _FALCON = COMMON | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 72}
 _FALCON |= {"bias": True, "tie_word_embeddings": True}
@@ -91,9 +91,19 @@ def picked(model: PreTrainedModel, kv_heads: int) -> list[Heads]:
     return [Heads(h.q, pick(h.k), pick(h.v), h.o, h.q_bias, pick(h.k_bias), pick(h.v_bias), h.o_bias) for h in found]
 
 
+def with_heads(model: PreTrainedModel, kv_heads: int, heads: list[Heads], shares: bool = True) -> PreTrainedModel:
+    """Return a new model like `model` with these heads, layer by layer."""
+    new: PreTrainedModel = reshaped_model(model, kv_heads, shares=shares)
+    for layer, own in zip(layers_of(new), heads, strict=True):
+        write_heads(layer, new.config, own)
+    if shares:
+        share_equal(new, model)
+    return new
+
+
 def converted(model: PreTrainedModel, kv_heads: int, shares: bool = True) -> PreTrainedModel:
     """Return a model with the heads that `picked` returns."""
-    return converted_model(model, kv_heads, picked(model, kv_heads), shares=shares)
+    return with_heads(model, kv_heads, picked(model, kv_heads), shares)
 
 
 def storages(model: PreTrainedModel) -> set[int]:

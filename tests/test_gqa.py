@@ -259,6 +259,7 @@ def test_a_preview_tells_what_comes(name: str, method: str) -> None:
     data = json.loads(plan.to_json())
     assert data["previews"] == json.loads(json.dumps([preview.to_dict()]))
     assert Plan.from_json(plan.to_json()).steps == plan.steps
+    assert hf_accel.plan(build(name), plan).previews == [preview], "a plan that is given keeps what it tells"
 
 
 def test_a_preview_has_every_ratio() -> None:

@@ -13,7 +13,7 @@ from heads import made, model_of
 from models import SMALL, Tiny, build, padded, prompt
 from quantized_files import saved
 from test_quantized_peft import with_adapter
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import hf_accel
 from hf_accel import ConfigError, ConflictError, DecodingConfig, GQAConfig, UnsupportedModelError, WeightOnlyConfig
@@ -210,6 +210,27 @@ def test_attention_that_is_called_twice() -> None:
     model.model.layers[1].self_attn = model.model.layers[0].self_attn
     with pytest.raises(UnsupportedModelError, match="is called 16 times in 8 forward passes"):
         hf_accel.convert_gqa(model, 1, calibration=IDS)
+
+
+def test_values_that_are_changed_on_their_way() -> None:
+    """Gemma 4 norms its values, without a weight that would show it."""
+
+    def normed(module: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+        value = value / value.norm(dim=-1, keepdim=True)
+        return AttentionInterface._global_mapping["sdpa"](module, query, key, value, *rest, **options)
+
+    AttentionInterface.register("normed_values", normed)
+    try:
+        model = build("llama")
+        model.config._attn_implementation = "normed_values"
+        check_refused(model, UnsupportedModelError, r"between the values of model\.layers\.0\.self_attn and its output")
+    finally:
+        del AttentionInterface._global_mapping["normed_values"]
+
+
+def test_a_config_without_heads() -> None:
+    model = model_of(Tiny("rwkv", {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}))
+    check_refused(model, UnsupportedModelError, "num_attention_heads=None")
 
 
 @pytest.mark.parametrize("at", [0, 1])

@@ -50,19 +50,19 @@ def test_what_is_lost_is_what_singular_values_say(group: tuple[int, ...], kind: 
     parts, heads, size, width = 3, 5, 2, 11
     own, metric = normal(parts, heads, size, width, kind=kind), positive(parts, heads, size=size, seed=1, kind=kind)
     moment = positive(size=width, seed=2)
-    stack = Stack(own, metric, moment, unit=0.5)
+    stack = Stack(own, metric, moment)
     left = torch.linalg.cholesky(moment).to(kind)
     expected, shared = 0.0, stack.shared(group)
     for part in range(parts):
         tall = torch.cat([root_of(metric[part, h]) @ own[part, h] @ left for h in group])
-        expected += float(torch.linalg.svdvals(tall)[size:].square().sum()) / 2
+        expected += float(torch.linalg.svdvals(tall)[size:].square().sum())
         made = [shared.factors[part, n] @ shared.rows[part] for n in range(len(group))]
         off = [made[n] - own[part, h] for n, h in enumerate(group)]
         found = sum(
-            torch.einsum("ax,ab,by,xy->", e.conj(), metric[part, h], e, moment.to(kind)).real / 2
+            torch.einsum("ax,ab,by,xy->", e.conj(), metric[part, h], e, moment.to(kind)).real
             for e, h in zip(off, group, strict=True)
         )
-        best = float(torch.linalg.svdvals(tall)[size:].square().sum()) / 2
+        best = float(torch.linalg.svdvals(tall)[size:].square().sum())
         assert float(found) == pytest.approx(best, rel=1e-8)
     assert stack.lost(group) == pytest.approx(expected, rel=1e-8)
 

@@ -42,7 +42,19 @@ from hf_accel.core.calls.keywords import KEYWORDS, Keyword
 from hf_accel.core.recent import Recent
 from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding import choosing
-from hf_accel.gqa import alignment, conversion, converting, grouping, layouts, patcher, preview, repair, stacks, text
+from hf_accel.gqa import (
+    alignment,
+    conversion,
+    converting,
+    grouping,
+    layouts,
+    maps,
+    patcher,
+    preview,
+    repair,
+    stacks,
+    text,
+)
 from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
 from hf_accel.measure.quality import CalibrationText
@@ -191,6 +203,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "measured on what was fitted to": (
         instead(CalibrationText, "split", lambda text, batch=1: (text, text)),
         test_cli_convert_gqa.test_a_checkpoint_that_transformers_loads_and_what_it_cost,
+    ),
+    "values that nobody tries": (
+        instead(maps, "_with_other_values", lambda heads: heads),
+        test_gqa_errors.test_values_that_are_changed_on_their_way,
     ),
     "one text in two parts": (
         instead(CalibrationText, "split", lambda text, batch=1: (text, text)),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 import hf_accel
 from hf_accel import WeightOnlyConfig
 from hf_accel.assets import demo_path
-from hf_accel.errors import CheckpointError, ConfigError, MissingDependencyError, UnsupportedModelError
+from hf_accel.errors import CheckpointError, ConfigError, ConflictError, MissingDependencyError, UnsupportedModelError
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.text import calibration_text
 from hf_accel.recipes import uptrain
@@ -377,7 +377,7 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
     for student, kind, words in (
         (teacher, ConfigError, "the same object"),
         (small, ConfigError, "vocabulary"),
-        (packed, UnsupportedModelError, "hf_accel.restore"),
+        (packed, ConflictError, "hf_accel.restore"),
         (frozen, UnsupportedModelError, "requires_grad"),
         (nn.Linear(2, 2), UnsupportedModelError, "transformers model"),
     ):

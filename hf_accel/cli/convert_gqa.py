@@ -33,10 +33,10 @@ from hf_accel.gqa.config import METHODS
 from hf_accel.gqa.heads import attention_layers
 from hf_accel.gqa.patcher import check_heads
 from hf_accel.gqa.preview import cache_bytes
-from hf_accel.gqa.text import ROW_TOKENS, texts_for
+from hf_accel.gqa.text import texts_for
 from hf_accel.measure import SHAPES
 from hf_accel.measure.quality import Quality, QualityReference
-from hf_accel.measure.text import calibration_text
+from hf_accel.measure.text import FITTED_ROW_TOKENS, calibration_text
 
 _Out = Annotated[
     Path | None,
@@ -88,7 +88,7 @@ def convert_gqa(
         _show_preview(original, config, given, tokenizer, as_json)
         return
     with progress("writing text to measure on" if given is None else "reading the text"):
-        text = None if given is None else calibration_text(original, given, tokenizer, row_tokens=ROW_TOKENS)
+        text = None if given is None else calibration_text(original, given, tokenizer, row_tokens=FITTED_ROW_TOKENS)
         fitted, measured = texts_for(original, config, text)
     with progress("measuring the original"), _measuring(model):
         reference = QualityReference(original, measured)

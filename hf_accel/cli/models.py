@@ -45,7 +45,7 @@ GoalName = Annotated[str, typer.Option("--goal", help=f"What to aim at: {', '.jo
 DtypeName = Annotated[Dtype, typer.Option("--dtype", help="Data type to load or build the weights in.")]
 Device = Annotated[str, typer.Option("--device", help="Where to put the model, for example cpu or cuda.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads torch computes with.  [default: torch's own choice]")
+    int | None, typer.Option("--threads", min=1, help="Threads torch computes with.", show_default="torch's own choice")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to standard output.")]
 

@@ -20,7 +20,8 @@ _Texts = Annotated[
     list[Path] | None,
     typer.Option(
         exists=True,
-        help="A text file, or a folder whose UTF-8 files are read. May be repeated.  [default: the teacher writes it]",
+        help="A text file, or a folder whose UTF-8 files are read. May be repeated.",
+        show_default="the teacher writes it",
     ),
 ]
 
@@ -32,19 +33,21 @@ def uptrain(
     text: _Texts = None,
     held_out: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, help="Files or folders to measure on.  [default: every fiftieth window of the text]"),
+        typer.Option(
+            exists=True, help="Files or folders to measure on.", show_default="every fiftieth window of the text"
+        ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help=f"Wall time of the training with all measurements.  [default: {MINUTES:g}]")
+        float | None, typer.Option(help="Wall time of the training with all measurements.", show_default=f"{MINUTES:g}")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Train on this many tokens instead of for a time.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train this many steps instead of for a time.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train LoRA of this rank, merged at the end.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.  [default: by the model's size]")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window of text.  [default: 512]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.  [default: 1024 tokens in all]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="by the model's size")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window of text.", show_default="512")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.", show_default="1024 tokens in all")] = None,
     hidden_weight: Annotated[
-        float | None, typer.Option(help="Weight of the hidden-state loss.  [default: 4 where it can be computed]")
+        float | None, typer.Option(help="Weight of the hidden-state loss.", show_default="4 where it can be computed")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of windows, dropout, LoRA and written text.")] = 0,
     dtype: Annotated[

@@ -24,8 +24,10 @@ class GQAConfig(Config):
         2023, arXiv:2305.13245, section 2.1); "first" keeps the first of neighbours. The last two are baselines, whose
         models have to be trained on.
     calibration: token ids [B, T] of the text to align and repair on. None: the text given to `optimize` or `plan`, or
-        some that the model writes itself. Text of the kind that the model will write is best.
-    repair_steps: gradient steps of the repair of each layer; 0 leaves the closed forms alone. Time grows with them.
+        some that the model writes itself. Text of the kind that the model will write is best. The other methods read
+        none; a preview of them is measured on it.
+    repair_steps: gradient steps of the repair of each layer, a part of "aligned"; 0 leaves the closed forms alone. Time
+        grows with them.
     """
 
     num_kv_heads: int

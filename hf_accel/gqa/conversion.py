@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_accel.errors import ConfigError, UnsupportedModelError
+from hf_accel.errors import UnsupportedModelError
 from hf_accel.gqa.configs import advice, stated
-from hf_accel.gqa.heads import Heads, attention_layers, layers_of, write_heads
+from hf_accel.gqa.heads import attention_layers, layers_of
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -67,30 +67,14 @@ def reshaped_model(model: Any, kv_heads: int, *, shares: bool) -> Any:
     return new
 
 
-def converted_model(model: Any, kv_heads: int, heads_by_layer: Iterable[Heads], *, shares: bool) -> Any:
-    """Return a new model of the class of `model` that has `kv_heads` and the projections given, first layer to last.
-
-    `heads_by_layer` is read layer by layer. As `reshaped_model`; with `shares`, a projection that is equal to the
-    model's is the model's, too.
-
-    Raises:
-        ConfigError: `kv_heads` do not divide the query heads, or shapes or the number of layers are not the model's.
-        UnsupportedModelError: as attention_layers and with_kv_heads.
-    """
-    new = reshaped_model(model, kv_heads, shares=shares)
-    layers = attention_layers(model)
-    given = iter(heads_by_layer)
-    for old, layer in zip(layers, layers_of(new), strict=True):
-        heads = next(given, None)
-        if heads is None:
-            raise ConfigError(f"The model has {len(layers)} layers with attention; heads were given for {old.index}.")
-        write_heads(layer, new.config, heads)
-        if shares:
-            for name in layer.products:
-                _share_equal(_product(layer.module, name), _product(old.module, name))
-    if next(given, None) is not None:
-        raise ConfigError(f"The model has {len(layers)} layers with attention; heads were given for more.")
-    return new
+def share_equal(new: Any, model: Any) -> None:
+    """Make projections of `new` that are equal to those of `model` the same tensors."""
+    for made, old in zip(layers_of(new), layers_of(model), strict=True):
+        for name in made.products:
+            own, theirs = _product(made.module, name)._parameters, _product(old.module, name)._parameters
+            for part, parameter in theirs.items():
+                if parameter is not None and own[part] is not None and torch.equal(own[part], parameter):  # type: ignore[arg-type]
+                    own[part] = parameter
 
 
 def _product(module: nn.Module, name: str) -> nn.Module:
@@ -103,13 +87,6 @@ def _empty(product: nn.Module, shaped: nn.Module) -> None:
         if old is not None:
             fresh = torch.empty(shaped.get_parameter(name).shape, dtype=old.dtype, device=old.device)
             product._parameters[name] = nn.Parameter(fresh, requires_grad=old.requires_grad)
-
-
-def _share_equal(new: nn.Module, old: nn.Module) -> None:
-    for name, parameter in old._parameters.items():
-        own = new._parameters[name]
-        if own is not None and parameter is not None and torch.equal(own, parameter):
-            new._parameters[name] = parameter
 
 
 def _carry_numbers(new: Any, before: Any, after: Any, config: Any) -> None:

@@ -119,7 +119,9 @@ def layout_of(module: nn.Module, config: Any) -> Layout:
     Raises:
         ValueError: it is not built as anything that is known here; the sentence says what it has.
     """
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise ValueError(f"its config says num_attention_heads={heads!r}, not one number of heads for all layers")
     kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models.")]
     fused = next((FUSED[kind] for kind in kinds if kind in FUSED), None)
     layout = _separate(module, config, heads) if fused is None else _fused(module, fused, config, heads)

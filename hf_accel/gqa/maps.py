@@ -44,27 +44,48 @@ class KeyMaps:
     free: Tensor
     freedom: Freedom
 
-    def __str__(self) -> str:
-        return f"{len(self.pairs)} rotary pairs and {len(self.free)} other numbers, free up to {self.freedom.value}"
-
 
 def found_maps(runnable: Runnable, call: RecordedCall, heads: Heads, config: Any) -> KeyMaps:
     """Return the freest maps of keys that leave the outputs of an attention module alone.
 
     Raises:
-        UnsupportedModelError: not even the same projections written back give the same outputs.
+        UnsupportedModelError: not even the same projections written back give the same outputs, or something stands
+            between values and the output projection.
     """
     expected = runnable.outputs(call, heads)
+
+    def leaves_alone(mapped: Heads) -> bool:
+        return float((runnable.outputs(call, mapped) - expected).norm()) <= TOLERANCE * float(expected.norm())
+
+    if not leaves_alone(_with_other_values(heads)):
+        raise UnsupportedModelError(
+            f"Something stands between the values of {runnable.path} and its output projection, a norm perhaps, so "
+            "that heads cannot share values; they are not converted."
+        )
     size = heads.k.shape[1]
     for freedom in Freedom:
         for pairs, free in _candidates(size, call, config):
             maps = KeyMaps(pairs, free, freedom)
-            found = runnable.outputs(call, _mapped(heads, maps))
-            if float((found - expected).norm()) <= TOLERANCE * float(expected.norm()):
+            if leaves_alone(_mapped(heads, maps)):
                 return maps
     raise UnsupportedModelError(
         f"{runnable.path} computes something else when its own projections are written back to it; it attends in a "
         "way that is not known here, and its heads are not converted."
+    )
+
+
+def _with_other_values(heads: Heads) -> Heads:
+    """Return heads whose values are mapped at random, each group its own way, and mapped back on the way out."""
+    generator = torch.Generator().manual_seed(1)
+    groups, size, _ = heads.v.shape
+    maps = torch.eye(size) + 0.3 * torch.randn(groups, size, size, generator=generator) / size**0.5
+    maps = maps.double().to(heads.v.device)
+    back = maps.inverse().repeat_interleave(len(heads.q) // groups, 0)  # [H, Dv, Dv]
+    return replace(
+        heads,
+        v=(maps @ heads.v.double()).to(heads.v),
+        v_bias=None if heads.v_bias is None else (maps @ heads.v_bias.double()[..., None])[..., 0].to(heads.v_bias),
+        o=torch.einsum("ehd,hdf->ehf", heads.o.double(), back).to(heads.o),
     )
 
 

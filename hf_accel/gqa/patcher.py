@@ -14,7 +14,7 @@ from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.gqa.config import GQAConfig
-from hf_accel.gqa.conversion import PLAIN, reshaped_model, with_kv_heads
+from hf_accel.gqa.conversion import PLAIN, reshaped_model, share_equal, with_kv_heads
 from hf_accel.gqa.converting import Converted, convert_into
 from hf_accel.gqa.heads import attention_layers, layers_of
 from hf_accel.gqa.preview import GQAPreview, cache_bytes, previewed
@@ -25,7 +25,6 @@ class GQAPatcher(Patcher[GQAConfig], config=GQAConfig):
     stage = Stage.ARCHITECTURE
     fidelity = Fidelity.LOSSY
     occupies = "key and value heads"
-    saves_memory = True
     is_fitted_to_text = True
 
     def obstacles(self, setting: Setting) -> list[str]:
@@ -50,6 +49,7 @@ class GQAPatcher(Patcher[GQAConfig], config=GQAConfig):
         old_cache = cache_bytes(trial)
         new = reshaped_model(trial, self.config.num_kv_heads, shares=True)
         made = convert_into(new, trial, self.config, ids, setting.advance)
+        share_equal(new, trial)
         new_cache = cache_bytes(new)
         added = _put_in_place(model, new, host.journal)
         return Change(
@@ -91,6 +91,8 @@ def _put_in_place(model: Any, new: Any, journal: Journal) -> int:
     for old, made in zip(attention_layers(model), layers_of(new), strict=True):
         for name in sorted(old.products):
             before, product = old.module.get_submodule(name), made.module.get_submodule(name)
+            if all(parameter is own for parameter, own in zip(product.parameters(), before.parameters(), strict=True)):
+                continue  # it is as it was
             product.train(before.training)
             added += sum(p.numel() * p.element_size() for p in product.parameters())
             journal.swap_module(old.module, name, product)

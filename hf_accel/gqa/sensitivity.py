@@ -2,7 +2,7 @@
 
 Each pair of numbers of every head is turned off its place in both directions of its plane by a small share of itself,
 and the layer is run again. That sees the softmax, caps, norms and windows as they are, and weighs keys against values
-in one unit, the square of the output. Cost: 2 D / 2 + 2 runs of one batch, for heads of D numbers.
+in one unit, the square of the output. Cost: some D runs of one batch, for heads of D numbers.
 """
 
 from __future__ import annotations

@@ -31,14 +31,12 @@ class Stack:
     """P parts of H heads, each of r rows over X inputs, real or complex: the heads of a group come to share r rows.
 
     rows [P, H, r, X]; metric [P, H, r, r]: what an error in the rows of a head costs, a positive semidefinite form.
-    moment [X, X]: the second moment of the inputs. unit: multiplies what is lost. freedom: what stands between the rows
-    of a head and those shared; with less than any map r is 1, and metrics are the same for all heads.
+    moment [X, X]: the second moment of the inputs. freedom: what stands between the rows of a head and those shared;
+    with less than any map r is 1, and metrics are the same for all heads.
     """
 
-    def __init__(
-        self, rows: Tensor, metric: Tensor, moment: Tensor, *, unit: float = 1.0, freedom: Freedom = Freedom.ANY
-    ) -> None:
-        self.rows, self.unit, self.freedom = rows, unit, freedom
+    def __init__(self, rows: Tensor, metric: Tensor, moment: Tensor, *, freedom: Freedom = Freedom.ANY) -> None:
+        self.rows, self.freedom = rows, freedom
         values, vectors = torch.linalg.eigh(metric)
         kept = values > RANK_TOLERANCE * values.amax(-1, keepdim=True).clamp_min(1e-300)
         roots = torch.where(kept, values, 0).sqrt()
@@ -65,7 +63,7 @@ class Stack:
             factors = self._rigid_factors(gram)[..., None]
             kept = (factors.mH @ gram @ factors)[..., 0, 0].real / len(group)
             lost = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) - kept
-        return self.unit * float(lost.clamp_min(0).sum())
+        return float(lost.clamp_min(0).sum())
 
     def shared(self, group: Sequence[int]) -> Shared:
         """Return the rows that a group shares, as large as the rows of its heads are on the mean, and their factors."""

@@ -12,9 +12,9 @@ from hf_accel.gqa.config import GQAConfig
 from hf_accel.gqa.converting import BATCH, kept_back, least_tokens
 from hf_accel.gqa.heads import layers_of
 from hf_accel.measure.quality import CalibrationText
-from hf_accel.measure.text import calibration_text, own_text
+from hf_accel.measure.text import FITTED_ROW_TOKENS, calibration_text, context_tokens, own_text
 
-ROW_TOKENS, LEAST_ROW_TOKENS = 512, 16  # layers are repaired for the distances that rows have
+LEAST_ROW_TOKENS = 16
 LEAST_ROWS = 8  # to fit to, to choose by and to measure on
 OWN_TOKENS = 7168  # that the model writes, at least
 
@@ -31,8 +31,7 @@ def text_for(model: Any, config: GQAConfig, given: CalibrationText | None) -> Ca
     if config.calibration is not None:
         given = calibration_text(model, torch.tensor(config.calibration))
     if given is None:
-        room = getattr(model.config, "max_position_embeddings", None) or ROW_TOKENS
-        length = min(ROW_TOKENS, room - 1)
+        length = min(FITTED_ROW_TOKENS, context_tokens(model) - 1)
         rows = -(-max(OWN_TOKENS, least * 3 // 2) // length)
         given = own_text(model, -(-rows // BATCH) * BATCH, length)
     return _rows(given, least)
@@ -44,9 +43,9 @@ def _rows(given: CalibrationText, least: int) -> CalibrationText:
     if found < least:
         raise ConfigError(
             f"Calibration text of {given.ids.numel()} tokens leaves {max(0, found)} to fit output projections to (in "
-            f"whole rows of up to {ROW_TOKENS}, some kept back); their least squares need {least}, a token for each "
-            f"input, and at least {LEAST_ROWS} rows (longer ones are cut, down to {LEAST_ROW_TOKENS} tokens). Give "
-            "more text."
+            f"whole rows of up to {FITTED_ROW_TOKENS}, some kept back); their least squares need {least}, a token for "
+            f"each input, and at least {LEAST_ROWS} rows (longer ones are cut, down to {LEAST_ROW_TOKENS} tokens). "
+            "Give more text."
         )
     return CalibrationText(ids, given.source, given.is_own)
 
@@ -68,8 +67,8 @@ def texts_for(
 
 
 def _windows(ids: Tensor) -> Tensor:
-    """Return rows of up to ROW_TOKENS, shorter where there are few, as many as make whole batches."""
-    length = min(ROW_TOKENS, ids.shape[1])
+    """Return rows of up to FITTED_ROW_TOKENS, shorter where there are few, as many as make whole batches."""
+    length = min(FITTED_ROW_TOKENS, ids.shape[1])
     while length >= 2 * LEAST_ROW_TOKENS and len(ids) * (ids.shape[1] // length) < LEAST_ROWS:
         length //= 2
     count = ids.shape[1] // length

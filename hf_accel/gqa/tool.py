@@ -15,11 +15,11 @@ from hf_accel.core.progress import shown
 from hf_accel.errors import ConflictError
 from hf_accel.gqa.architectures import in_architecture
 from hf_accel.gqa.config import GQAConfig
-from hf_accel.gqa.conversion import reshaped_model
+from hf_accel.gqa.conversion import reshaped_model, share_equal
 from hf_accel.gqa.converting import convert_into
 from hf_accel.gqa.patcher import check_heads
-from hf_accel.gqa.text import ROW_TOKENS, text_for
-from hf_accel.measure.text import calibration_text
+from hf_accel.gqa.text import text_for
+from hf_accel.measure.text import FITTED_ROW_TOKENS, calibration_text
 
 
 @torch.inference_mode(False)  # what is made under it can neither be fitted nor trained
@@ -43,8 +43,10 @@ def convert_gqa(
     Args:
         model: a causal language model of transformers with its original weights, neither optimised nor quantized and
             without adapters.
-        num_kv_heads, method, repair_steps: see `GQAConfig`.
+        num_kv_heads, method: see `GQAConfig`.
         calibration: token ids [B, T], a tokenizer's output, or texts with `tokenizer`. None: the model writes some.
+            "aligned" reads it; the other methods need none.
+        repair_steps: gradient steps of the repair of each layer, which is a part of "aligned".
         architecture: the architecture to express the model in, where its own cannot have fewer heads, as "phi" for a
             gpt_neox model.
         shares: tensors that are equal in both models are the same ones, so that the new model takes the memory of its
@@ -67,9 +69,13 @@ def convert_gqa(
         original = twin(model) if architecture is None else in_architecture(model, architecture)
         check_heads(original, num_kv_heads)
         text = (
-            None if calibration is None else calibration_text(original, calibration, tokenizer, row_tokens=ROW_TOKENS)
+            None
+            if calibration is None
+            else calibration_text(original, calibration, tokenizer, row_tokens=FITTED_ROW_TOKENS)
         )
         new = reshaped_model(original, num_kv_heads, shares=shares)
         ids = text_for(original, config, text).ids if method == "aligned" else None
         convert_into(new, original, config, ids, step)
+        if shares:
+            share_equal(new, original)
     return new

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _KEPT_BYTES = 512 << 20  # of kept distributions; longer text is cut
+_MOST_NATS = 700.0  # a loss whose perplexity is still a number
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,35 @@ class CalibrationText:
         return fitted, rest
 
 
+class Comparison:
+    """Sums over positions, from which the means of a `Quality` are made."""
+
+    def __init__(self) -> None:
+        self.kl = self.agreement = self.before = self.after = 0.0
+        self.count = 0
+
+    def add(self, old: Tensor, new: Tensor, targets: Tensor) -> None:
+        """Add positions: log-probabilities of both models [N, V], and the tokens that came [N]."""
+        terms = torch.where(old == -math.inf, torch.zeros_like(old), old.exp() * (old - new))
+        self.kl += float(terms.sum(dim=-1).double().sum())
+        self.agreement += float((old.argmax(dim=-1) == new.argmax(dim=-1)).sum())
+        self.before -= float(old.gather(1, targets[:, None]).double().sum())
+        self.after -= float(new.gather(1, targets[:, None]).double().sum())
+        self.count += len(targets)
+
+    def quality(self, source: str, is_own: bool) -> Quality:
+        """Return the means over what was added, of text from `source`; `is_own`: the model wrote it itself."""
+        before, after = (math.exp(min(loss / self.count, _MOST_NATS)) for loss in (self.before, self.after))
+        return Quality(
+            kl=self.kl / self.count,
+            top1_agreement=self.agreement / self.count,
+            perplexity_before=None if is_own else before,
+            perplexity_after=None if is_own else after,
+            tokens=self.count,
+            source=source,
+        )
+
+
 class QualityReference:
     """The distributions of a model on a text, before it is changed."""
 
@@ -83,22 +113,7 @@ class QualityReference:
 
     def of(self, model: Any) -> Quality:
         """Return what the distributions of another model with the same vocabulary cost against those kept."""
-        kl = agreement = before = after = 0.0
-        count = 0
+        total = Comparison()
         for row, old, new in zip(self.ids, self.kept, self._distributions(model), strict=True):
-            terms = torch.where(old == -math.inf, torch.zeros_like(old), old.exp() * (old - new))
-            kl += float(terms.sum(dim=-1).double().sum())
-            agreement += float((old.argmax(dim=-1) == new.argmax(dim=-1)).sum())
-            target = row[1:, None]
-            before -= float(old.gather(1, target).double().sum())
-            after -= float(new.gather(1, target).double().sum())
-            count += old.shape[0]
-        is_text = not self.text.is_own
-        return Quality(
-            kl=kl / count,
-            top1_agreement=agreement / count,
-            perplexity_before=math.exp(before / count) if is_text else None,
-            perplexity_after=math.exp(after / count) if is_text else None,
-            tokens=count,
-            source=self.text.source,
-        )
+            total.add(old, new, row[1:])
+        return total.quality(self.text.source, self.text.is_own)

@@ -15,10 +15,13 @@ from hf_accel.core.journal import Journal
 from hf_accel.errors import ConfigError
 from hf_accel.measure.quality import CalibrationText
 
+ROW_TOKENS, FITTED_ROW_TOKENS = 256, 512  # of rows of texts to measure on, and of those that something is fitted to
 ROWS, TOKENS = 4, 64  # of own text: 252 predictions put the error of a mean KL at some percent of it
 
 
-def calibration_text(model: Any, given: Any = None, tokenizer: Any = None, *, row_tokens: int = 256) -> CalibrationText:
+def calibration_text(
+    model: Any, given: Any = None, tokenizer: Any = None, *, row_tokens: int = ROW_TOKENS
+) -> CalibrationText:
     """Return calibration text for `model`.
 
     Args:
@@ -30,8 +33,8 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None, *, ro
         ConfigError: `given` is something else, or has fewer than two tokens in a row.
     """
     if given is None:
-        return own_text(model, ROWS, min(TOKENS, _context(model) - 1))
-    room = _context(model)
+        return own_text(model, ROWS, min(TOKENS, context_tokens(model) - 1))
+    room = context_tokens(model)
     if isinstance(given, str):
         given = [given]
     if isinstance(given, Mapping):
@@ -61,27 +64,28 @@ def calibration_text(model: Any, given: Any = None, tokenizer: Any = None, *, ro
     return CalibrationText(ids[:, :room], "the text given", False)
 
 
-def _context(model: Any) -> int:
+def context_tokens(model: Any) -> int:
+    """Return how many tokens a model can read at most."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096
 
 
-def own_text(model: Any, rows: int, tokens: int) -> CalibrationText:
-    """Sample rows of `tokens` new tokens from the model, the same ones every time."""
+def own_text(model: Any, rows: int, tokens: int, seed: int = 0) -> CalibrationText:
+    """Sample rows of `tokens` new tokens from the model, the same ones every time for the same seed."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     start = model.generation_config.bos_token_id
     start = start[0] if isinstance(start, list) else start
     journal = Journal()
     journal.set_attribute(model, "generation_config", GenerationConfig())  # the model's own may ask for other text
     try:
-        ids = _sampled(model, start, vocabulary, rows, tokens)
+        ids = _sampled(model, start, vocabulary, rows, tokens, seed)
     finally:
         journal.undo()
     return CalibrationText(ids, "the model's own samples", True)
 
 
-def _sampled(model: Any, start: int | None, vocabulary: int, rows: int, tokens: int) -> torch.Tensor:
+def _sampled(model: Any, start: int | None, vocabulary: int, rows: int, tokens: int, seed: int) -> torch.Tensor:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         first = torch.randint(vocabulary, (rows, 1)) if start is None else torch.full((rows, 1), start)
         first = first.to(model.device)
         return model.generate(

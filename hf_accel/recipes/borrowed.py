@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.core.calls.hosting import host_of
-from hf_accel.errors import ConfigError, UnsupportedModelError
+from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
 from hf_accel.kernels.weights import PackedProduct
 
 
@@ -18,6 +18,7 @@ def check_models(student: Any, teacher: Any) -> None:
     Raises:
         UnsupportedModelError: the student's weights cannot be trained.
         ConfigError: the two do not fit together.
+        ConflictError: the student is optimised.
     """
     if student is teacher:
         raise ConfigError("Student and teacher are the same object. Give the original model as the teacher.")
@@ -25,7 +26,7 @@ def check_models(student: Any, teacher: Any) -> None:
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise UnsupportedModelError(f"The {name} is a transformers model; {type(model).__name__} was given.")
     if host_of(student) is not None:
-        raise UnsupportedModelError("The student is optimised by hf_accel. Call hf_accel.restore(student) before.")
+        raise ConflictError("The student is optimised by hf_accel. Call hf_accel.restore(student) before.")
     packed = any(isinstance(module, PackedProduct) for module in student.modules())
     integers = any(not parameter.is_floating_point() for parameter in student.parameters())
     if packed or integers or getattr(student, "is_quantized", False):

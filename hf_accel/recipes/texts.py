@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import GenerationConfig
 
-from hf_accel.core.journal import Journal
 from hf_accel.errors import CheckpointError, ConfigError
+from hf_accel.measure.text import own_text
 
 MOST_TOKENS = 1 << 25  # read of one text: 134 MB
 HELD_OUT_TOKENS, HELD_OUT_EVERY = 16384, 50  # where the user holds nothing out: every fiftieth window of the text
@@ -29,11 +28,6 @@ class Text:
     held_out: Tensor
     source: str
     is_own: bool = False
-
-
-def context(model: Any) -> int:
-    """Return how many tokens a model can read at most."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096
 
 
 def _documents(given: Any, tokenizer: Any, name: str) -> Iterator[Tensor]:
@@ -130,40 +124,15 @@ def written_text(teacher: Any, window: int, most: int, seed: int, until: float, 
         except Exception as error:
             raise CheckpointError(f"{kept} is damaged; delete it, and the run's checkpoints with it.") from error
     parts: list[Tensor] = []
-    journal = Journal()
-    journal.set_attribute(teacher, "generation_config", GenerationConfig())  # its own may ask for other text
-    try:
-        start = _first_token(teacher)
-        while not parts or (sum(map(torch.numel, parts)) < most and time.monotonic() < until):
-            rows = max(2, min(WRITTEN_ROWS, -(-most // window)))
-            parts.append(_sampled(teacher, start, rows, window, seed + len(parts)))
-    finally:
-        journal.undo()
+    rows = max(2, min(WRITTEN_ROWS, -(-most // window)))
+    while not parts or (sum(map(torch.numel, parts)) < most and time.monotonic() < until):
+        parts.append(own_text(teacher, rows, window - 1, seed + len(parts)).ids.to("cpu", torch.int32))
     rows_of_text = torch.cat(parts)
     if kept is not None:
         part = kept.with_suffix(".part")
         torch.save(rows_of_text, part)
         part.replace(kept)
     return _split(rows_of_text, window, "the teacher's own text", True)
-
-
-def _first_token(teacher: Any) -> int | None:
-    """Return the id that a text of this model begins with, None where it has none."""
-    start = teacher.config.get_text_config(decoder=True).bos_token_id
-    return start[0] if isinstance(start, list) else start
-
-
-def _sampled(teacher: Any, start: int | None, rows: int, window: int, seed: int) -> Tensor:
-    vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
-    with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        first = torch.randint(vocabulary, (rows, 1)) if start is None else torch.full((rows, 1), start)
-        first = first.to(teacher.device)
-        ids = teacher.generate(
-            first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=window - 1, pad_token_id=0,
-        )  # fmt: skip
-    return ids.to("cpu", torch.int32)
 
 
 class Windows(Dataset):

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_accel.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from hf_accel.measure.text import context_tokens
 from hf_accel.recipes.borrowed import Borrowed, check_hidden_states, check_models, own_tensors
 from hf_accel.recipes.curve import check_picture
 from hf_accel.recipes.folder import RunFolder, fingerprint
 from hf_accel.recipes.pacing import Clock
 from hf_accel.recipes.result import Uptrained
-from hf_accel.recipes.texts import Text, context, given_text, written_text
+from hf_accel.recipes.texts import Text, given_text, written_text
 
 WINDOW_TOKENS, BATCH_TOKENS = 512, 1024  # positions that no window has are not healed
 RATE, RATE_PARAMETERS, LORA_FACTOR = 2e-4, 1e7, 3.0
@@ -117,7 +118,8 @@ def uptrain(
 
     Raises:
         ConfigError: a value or text does not fit, the vocabularies differ, or `out` belongs to another run.
-        UnsupportedModelError: the student's weights cannot be trained: optimised, quantized, frozen, on no device.
+        UnsupportedModelError: the student's weights cannot be trained: quantized, frozen, on no device.
+        ConflictError: the student is optimised.
         MissingDependencyError: peft or matplotlib is missing; found out before anything is done.
         CheckpointError: a checkpoint in `out` is damaged.
 
@@ -149,7 +151,7 @@ def uptrain(
     folder = RunFolder(None if out is None else Path(out))
     picture = _picture(picture, folder.path)
 
-    longest = min(context(student), context(teacher))
+    longest = min(context_tokens(student), context_tokens(teacher))
     window = min(window or WINDOW_TOKENS, longest)
     if window < 2:
         raise ConfigError(f"window is 2 tokens or more; {window} was given.")

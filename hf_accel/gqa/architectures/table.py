@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.support import check_supported
 from hf_accel.errors import UnsupportedModelError, VerificationError
 from hf_accel.gqa.architectures import bigcode, parallel, sequential
@@ -74,14 +75,9 @@ def _difference(model: Any, new: Any) -> float:
     mask = torch.ones_like(ids)
     mask[1, : length // 3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    was_training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            a, b = (
-                each(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
-                for each in (model, new)
-            )
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        a, b = (
+            each(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
+            for each in (model, new)
+        )
     return float((a.double() - b.double()).norm() / a.double().norm())
