@@ -47,9 +47,11 @@ def plan(
         model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
         goal_or_configs: a goal ("exact": the same mathematics up to rounding; "fast": weights in few bits, too, within
             `max_kl`; "memory": the fewest bytes within `max_kl`), or one or several configs.
-        calibration: the text on which lossy steps are measured: token ids [B, T], a tokenizer's output, or texts with
-            `tokenizer`. None: a goal lets the model write some itself; configs are not measured.
-        tokenizer: for calibration given as texts.
+        calibration: the text on which lossy steps are measured, and which some are fitted to: token ids [B, T], rows
+            of token ids, a tokenizer's output, texts or conversations with `tokenizer`, a data set, or a generator of
+            these; padding that a mask shows is taken out. None: a goal lets the model write some itself; configs are
+            not measured.
+        tokenizer: for calibration given as texts or conversations.
         max_kl: what a lossy goal may cost, in nats per token of the original's text; None: 0.05 for "fast", 0.2 for
             "memory".
         draft_model: see `optimize`; the plan keeps it.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fingerprint import changes, fingerprint
-from models import FEW, NAMES, VOCABULARY, build, padded, prompt
+from models import FEW, NAMES, VOCABULARY, build, prompt
 from texts import tokenizer
 
 import hf_accel
@@ -43,19 +43,31 @@ def test_given_strings_are_joined_and_cut_into_rows() -> None:
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({**padded([4, 9])}, "padding"),
         ("some text", "give the tokenizer"),
         (["some", "text"], "give the tokenizer"),
-        ([], "token ids"),
-        (torch.zeros(0, 8, dtype=torch.long), "token ids"),
-        (torch.zeros(2, 1, dtype=torch.long), "token ids"),
-        (torch.zeros(1, 2, 3, dtype=torch.long), "token ids"),
+        ([], "has 0 tokens in 0 texts"),
+        ([[]], "has 0 tokens in 1 texts"),
+        (iter(()), "has 0 tokens"),
+        (torch.zeros(0, 8, dtype=torch.long), "has 0 tokens"),
+        (torch.zeros(2, 1, dtype=torch.long), "a row has two or more"),
+        ([[4], []], "has 1 tokens in 2"),
+        ({"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4)}, "has 0 tokens"),
+        ({"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 3)}, "another shape"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"token ids \[B, T\].*shape \(1, 2, 3\)"),
         (torch.full((2, 8), 0.5), "token ids"),
-        ([[1, 2, 3], [4]], "token ids"),
-        pytest.param(object(), "token ids", id="object"),
-        ({"attention_mask": torch.ones(1, 4)}, "token ids"),
-        (torch.full((1, 4), VOCABULARY), "vocabulary"),
-        (torch.full((1, 4), -1), "vocabulary"),
+        ([[1, 2, 3], ["b"]], "token ids"),
+        ([[1, 2], None], "token ids"),
+        ([True, False], "token ids"),
+        pytest.param(object(), "a data set, or an iterable of them; object", id="object"),
+        (7, "a data set, or an iterable of them; int"),
+        ({"attention_mask": torch.ones(1, 4)}, "the columns attention_mask; one of input_ids, text, messages"),
+        ({"train": [], "test": []}, "the columns train, test.*several splits give one"),
+        ([{"text": 3}], "a int in its column 'text'"),
+        ({"text": [3, "a"]}, "a int in its column 'text'"),
+        ({"messages": ["a"]}, "a str in its column 'messages'"),
+        ([{"role": "user", "content": "abac"}], "as messages; give the tokenizer"),
+        (torch.full((1, 4), VOCABULARY), "vocabulary of 128: 128"),
+        (torch.full((1, 4), -1), "vocabulary of 128: -1"),
     ],
     ids=str,
 )
@@ -65,8 +77,8 @@ def test_what_is_no_text_is_refused(given: Any, words: str) -> None:
 
 
 def test_text_without_a_token_is_refused() -> None:
-    for given in ("", ["", ""]):
-        with pytest.raises(ConfigError, match="token ids"):
+    for given in ("", ["", ""], "ab"):
+        with pytest.raises(ConfigError, match="a row has two or more"):
             calibration_text(build("llama"), given, tokenizer())
 
 

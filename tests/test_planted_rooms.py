@@ -12,6 +12,7 @@ import test_cli_convert_gqa
 import test_cli_quantize
 import test_cli_uptrain
 import test_demo_model
+import test_documents
 import test_doors
 import test_gqa
 import test_gqa_algebra
@@ -57,6 +58,7 @@ from hf_accel.gqa import (
 )
 from hf_accel.gqa.architectures import parallel, table
 from hf_accel.kernels import native
+from hf_accel.measure.documents import Reader
 from hf_accel.measure.quality import CalibrationText
 from hf_accel.quantization import observing
 from hf_accel.quantization.rounding import METHODS
@@ -119,6 +121,11 @@ def measured_on_what_was_fitted(patch: Patch) -> None:
     patch.setattr(preview, "texts_for", lambda *given: (honest(*given)[0],) * 2)
 
 
+def padding_is_read(patch: Patch) -> None:
+    ids = Reader._ids
+    patch.setattr(Reader, "_ids", lambda self, value, mask=None: ids(self, value))
+
+
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "weights read again and again": (
         instead(Setting, "prepared_for", lambda self, module: {}),
@@ -178,6 +185,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         instead(quantize, "read_calibration", lambda path: "a text of some length " * 50),
         test_cli_quantize.test_a_calibration_file_without_text,
     ),
+    "padding that is read": (padding_is_read, test_documents.test_padding_is_in_no_moment),
     "a model without its card": (
         instead(test_demo_model, "FOLDER", test_demo_model.FOLDER.parent),
         test_demo_model.test_the_folder_fits_in_four_million_bytes_and_has_its_card,

@@ -343,7 +343,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "strings": ({"text": "some text"}, "give the tokenizer"),
     "a number": ({"text": 3.0}, "token ids"),
     "floats": ({"text": torch.rand(3, 40)}, "neither a text nor token ids"),
-    "other words": ({"text": IDS + 500}, "outside the models' vocabulary"),
+    "other words": ({"text": IDS + 500}, "outside the model's vocabulary"),
     "little text": ({"text": IDS[:1]}, "two windows of 16"),
     "little held out": ({"held_out": IDS[0, :4]}, "held_out has less than one window"),
     "held out of nothing": ({"text": None, "held_out": IDS}, "held_out belongs to a text"),

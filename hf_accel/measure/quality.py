@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ _MOST_NATS = 700.0  # a loss whose perplexity is still a number
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over `tokens` predicted tokens of `source`; perplexities only where the text is not the model's own."""
+    """Means over `tokens` predicted tokens of `source`; perplexities only where the text is not the model's own.
+
+    note: a sentence on the text, where it does not seem to be the model's, or "".
+    """
 
     kl: float
     top1_agreement: float
@@ -29,6 +32,7 @@ class Quality:
     perplexity_after: float | None
     tokens: int
     source: str
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,7 +41,7 @@ class Quality:
         text = f"KL {self.kl:.2g} nats per token, likeliest token equal at {100 * self.top1_agreement:.1f} %"
         if self.perplexity_before is not None and self.perplexity_after is not None:
             text += f", perplexity {self.perplexity_before:.3f} -> {self.perplexity_after:.3f}"
-        return f"{text}; {self.tokens} tokens of {self.source}"
+        return f"{text}; {self.tokens} tokens of {self.source}" + (f"; {self.note}" if self.note else "")
 
 
 @dataclass(frozen=True)
@@ -116,4 +120,12 @@ class QualityReference:
         total = Comparison()
         for row, old, new in zip(self.ids, self.kept, self._distributions(model), strict=True):
             total.add(old, new, row[1:])
-        return total.quality(self.text.source, self.text.is_own)
+        found = total.quality(self.text.source, self.text.is_own)
+        vocabulary = self.kept[0].shape[-1]
+        if found.perplexity_before is None or found.perplexity_before <= vocabulary:
+            return found
+        return replace(
+            found,
+            note=f"the original predicts this text worse than chance (perplexity {found.perplexity_before:.0f} of "
+            f"{vocabulary} tokens): its tokens may be another tokenizer's",
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_accel.errors import CheckpointError, ConfigError
-from hf_accel.measure.text import own_text
+from hf_accel.measure.documents import Reader
+from hf_accel.measure.text import check_ids, own_text
 
 MOST_TOKENS = 1 << 25  # read of one text: 134 MB
 HELD_OUT_TOKENS, HELD_OUT_EVERY = 16384, 50  # where the user holds nothing out: every fiftieth window of the text
@@ -30,35 +30,6 @@ class Text:
     is_own: bool = False
 
 
-def _documents(given: Any, tokenizer: Any, name: str) -> Iterator[Tensor]:
-    """Yield the ids [T] of one document after the other; texts are ended by the tokenizer's end of text."""
-    if isinstance(given, (str, Mapping)) or (isinstance(given, Tensor) and given.dim() < 2):
-        given = [given]
-    if not isinstance(given, Iterable):
-        raise ConfigError(
-            f"{name} is texts, token ids [B, T], or an iterable of them; {type(given).__name__} was given."
-        )
-    for item in given:
-        if isinstance(item, Mapping):
-            item = item.get("input_ids", item.get("text"))
-        if isinstance(item, str):
-            if tokenizer is None:
-                raise ConfigError(f"{name} was given as strings; give the tokenizer, too (tokenizer=...).")
-            ids = list(tokenizer(item, verbose=False)["input_ids"])
-            end = getattr(tokenizer, "eos_token_id", None)
-            if end is not None and ids[-1:] != [end]:
-                ids.append(end)
-            yield torch.tensor(ids, dtype=torch.int32)
-            continue
-        try:
-            found = torch.as_tensor(item)
-        except (TypeError, ValueError, RuntimeError):
-            found = torch.empty(0)
-        if found.is_floating_point() or found.dtype is torch.bool or not found.dim():
-            raise ConfigError(f"{name} has an item that is neither a text nor token ids: {type(item).__name__}.")
-        yield found.flatten().to(torch.int32)
-
-
 def token_ids(given: Any, tokenizer: Any, vocabulary: int, most: int, name: str = "text") -> Tensor:
     """Return the documents of `given` one behind the other, int32 [tokens]; not more than `most` tokens are read.
 
@@ -66,11 +37,10 @@ def token_ids(given: Any, tokenizer: Any, vocabulary: int, most: int, name: str 
         ConfigError: it is neither texts nor token ids, or ids are outside the vocabulary.
     """
     parts, count = [], 0
-    for ids in _documents(given, tokenizer, name):
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ConfigError(f"{name} has token ids outside the models' vocabulary of {vocabulary}.")
-        parts.append(ids)
-        count += len(ids)
+    for document in Reader(tokenizer, name, ends=True).documents(given):
+        check_ids(document.ids, vocabulary, name)
+        parts.append(document.ids.to(torch.int32))
+        count += len(document.ids)
         if count >= most:
             break
     return torch.cat(parts)[:most] if parts else torch.empty(0, dtype=torch.int32)
