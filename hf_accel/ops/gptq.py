@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_accel.ops.affine import Affine, Scheme, quantize_groups
+from hf_accel.ops.affine import Affine, Scheme, quantize, quantize_groups
 
 _BLOCK = 64  # columns whose errors go to the columns behind them at once
 _ROWS_BYTES = 64 << 20  # of the systems of equations that are solved together
@@ -38,6 +38,15 @@ class Factor:
     is_ordered: bool
     is_dead: Tensor
     damping: float
+
+    @staticmethod
+    def to_measure(moment: Tensor, damping: float) -> Factor:
+        """Return what losses are measured by, without the factor that solving needs."""
+        hessian = moment.double()
+        is_dead = hessian.diagonal() <= 0
+        hessian = hessian + torch.diag(damping * hessian.diagonal().mean() + is_dead.double())
+        order = torch.arange(len(hessian), device=hessian.device)
+        return Factor(hessian, torch.empty(0), order, False, is_dead, damping)
 
     @staticmethod
     def of(moment: Tensor, damping: float, is_ordered: bool) -> Factor:
@@ -114,10 +123,23 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dty
     return best
 
 
+def rounded(weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> Solved:
+    """Return weight [N, K] rounded to nearest, as `solve` returns what it solves."""
+    original = weight.detach().masked_fill(factor.is_dead, 0.0)
+    affine = quantize(original, scheme, scale_dtype)
+    scales, zeros = _by_column(affine)
+    values = (original.double() / scales + zeros).float()
+    return Solved(affine, values, loss(original, affine, factor))
+
+
 def loss(weight: Tensor, affine: Affine, factor: Factor) -> float:
     """Return tr(E H E^T) for the error E of a quantized weight [N, K] against `weight`."""
     scales, zeros = _by_column(affine)
-    found = (affine.codes.double() - zeros) * scales
+    return loss_of(weight, (affine.codes.double() - zeros) * scales, factor)
+
+
+def loss_of(weight: Tensor, found: Tensor, factor: Factor) -> float:
+    """Return tr(E H E^T) for the error E of `found` [N, K] against `weight`."""
     error = (weight.double() - found).masked_fill(factor.is_dead, 0.0)[:, factor.order]
     return float(torch.einsum("nk,nk->", error @ factor.hessian, error))
 

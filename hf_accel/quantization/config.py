@@ -112,6 +112,9 @@ class GPTQConfig(WeightOnlyConfig):
     writes some. Products of decoder layers are solved; the head and what else there is are rounded to nearest.
 
     bits, group_size, symmetric, layers, head, embeddings: as of WeightOnlyConfig.
+    scaling: "awq" divides what products read strongly in the norm or product before them, and multiplies their columns,
+        so that these are rounded less (activation-aware scaling, arXiv:2306.00978); None: nothing is scaled.
+    solver: "gptq", or "nearest", which rounds to nearest what was scaled or is to be refined.
     order: "static" solves inputs with large values first, by scales that are fixed before; None: in their order. What
         is stored is the same.
     damping: what is added to the diagonal of each Hessian, as a share of its mean.
@@ -121,6 +124,8 @@ class GPTQConfig(WeightOnlyConfig):
     folder: where finished layers are kept, so that a run that is interrupted goes on there; None: nowhere.
     """
 
+    scaling: str | None = None
+    solver: str = "gptq"
     order: str | None = "static"
     damping: float = 0.01
     refine_steps: int = 0
@@ -129,11 +134,20 @@ class GPTQConfig(WeightOnlyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scaling not in ("awq", None):
+            raise ConfigError(f'GPTQConfig.scaling is "awq" or None; {self.scaling!r} was given.')
+        if self.solver not in ("gptq", "nearest"):
+            raise ConfigError(f'GPTQConfig.solver is "gptq" or "nearest"; {self.solver!r} was given.')
         if self.order not in ("static", None):
             raise ConfigError(f'GPTQConfig.order is "static" or None; {self.order!r} was given.')
         if type(self.damping) not in (int, float) or not 0 < self.damping <= 1:
             raise ConfigError(f"GPTQConfig.damping is a number in (0, 1]; {self.damping!r} was given.")
         self.check_integer("refine_steps", 0)
         self.check_integer("max_activation_bytes", 0)
+        if self.solver == "nearest" and self.scaling is None and not self.refine_steps:
+            raise ConfigError(
+                'GPTQConfig(solver="nearest") needs scaling="awq" or refine_steps; without them it rounds plainly, as '
+                "WeightOnlyConfig does without any text."
+            )
         if self.folder is not None and not isinstance(self.folder, str):
             raise ConfigError(f"GPTQConfig.folder is the name of a folder or None; {self.folder!r} was given.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
+from hf_accel.core.journal import Journal
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change
@@ -44,6 +46,9 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
     def replacements(self, chosen: list[Target], setting: Setting, host: Host) -> Iterator[tuple[Target, nn.Module]]:
         kept = [setting.prepared_for(target.module).get(self.config) for target in chosen]
         if all(module is not None for module in kept) and kept:
+            for norm in self._norms(setting):
+                if (scaled := setting.prepared_for(norm).get(self.config)) is not None:
+                    _swap(setting.model, norm, scaled, host.journal)
             yield from zip(chosen, kept, strict=True)
             return
         trial = twin(setting.model)
@@ -53,6 +58,7 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         left = {target.path: target for target in chosen}
         for part in run.run():
             findings += part.findings
+            self._put_norms(part, setting, host)
             for target in part.targets:
                 del left[target.path]
                 replacement = self._packed(target, part, setting)
@@ -66,17 +72,50 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             yield target, replacement
         host.report.sections[SECTION] = Calibration(findings, notes_on(text, run.widest) + run.notes)
 
+    def obstacles(self, setting: Setting) -> list[str]:
+        found = super().obstacles(setting)
+        anatomy = setting.anatomy
+        if self.config.solver == "nearest" and not self.config.refine_steps and not anatomy.blocks:
+            found.append(f"there is nothing to scale: {anatomy.blocks_missing}. Leave scaling and solver out.")
+        return found
+
+    @staticmethod
+    def _norms(setting: Setting) -> list[nn.Module]:
+        return [norm for block in setting.anatomy.blocks for norm in (block.input_norm, block.mlp_norm)]
+
+    def _put_norms(self, part: Calibrated, setting: Setting, host: Host) -> None:
+        """Put copies of norms with their scaled weights in place; the norms that the user's model has stay as they are."""
+        norms = {id(norm) for norm in self._norms(setting)}
+        for name, value in part.values.items():
+            norm = setting.model.get_submodule(name.rpartition(".")[0])
+            if id(norm) not in norms:
+                continue  # the bias of a product, which its replacement has
+            scaled = copy.copy(norm)  # hooks and all, but for its weight
+            before = norm._parameters["weight"]
+            needs_gradient = before is not None and before.requires_grad
+            scaled._parameters = {**norm._parameters, "weight": nn.Parameter(value, requires_grad=needs_gradient)}
+            setting.prepared_for(norm)[self.config] = scaled
+            _swap(setting.model, norm, scaled, host.journal)
+
     def _packed(self, target: Target, part: Calibrated, setting: Setting) -> nn.Module:
         """Return the module that stands in for a target, with the codes that were found."""
         dtype = setting.anatomy.dtype
         if target.scheme is not None:
-            return _linear(part.affines[target.path], getattr(target.module, "bias", None), dtype)
+            bias = part.values.get(f"{target.path}.bias", getattr(target.module, "bias", None))
+            return _linear(part.affines[target.path], bias, dtype)
 
         def packed(name: str, count: int) -> list[QuantizedLinear]:
             return [_linear(part.affines[f"{target.path}.{name}.{index}"], None, dtype) for index in range(count)]
 
         count = len(target.module.gate_up_proj)
         return QuantizedExperts(packed("gate_up_proj", count), packed("down_proj", count), target.module)
+
+
+def _swap(model: nn.Module, module: nn.Module, other: nn.Module, journal: Journal) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is module:
+                journal.swap_module(parent, name, other)
 
 
 def _linear(affine: Affine, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:

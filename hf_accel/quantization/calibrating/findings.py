@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_accel.errors import UnsupportedModelError
-from hf_accel.ops.affine import Affine, quantize
-from hf_accel.ops.gptq import Factor, Solved, energy, loss
+from hf_accel.ops.affine import Affine, dequantize, quantize
+from hf_accel.ops.gptq import Factor, Solved, energy, loss, loss_of
 from hf_accel.quantization.observing import Moment
 
 MOST_FALLBACKS = 0.25
@@ -47,12 +47,19 @@ class Finding:
         return asdict(self)
 
 
-def found(path: str, weight: Tensor, solved: Solved, factor: Factor, moment: Moment) -> Finding:
-    """Return what solving did to a weight [N, K]."""
+def found(
+    path: str, weight: Tensor, solved: Solved, factor: Factor, moment: Moment, scales: tuple[Tensor, Tensor] | None = None
+) -> Finding:
+    """Return what solving did to a weight [N, K].
+
+    scales: by what its columns [K] were multiplied and its rows [N] divided before; rounding to nearest, with which it
+    is compared, is that of the weight as it was.
+    """
     affine = solved.affine
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight)), device=weight.device).round().long()
     some = weight.detach()[rows].double()
-    plain = quantize(some.float(), affine.scheme, affine.scales.dtype)
+    by = 1.0 if scales is None else scales[0].double() / scales[1].double()[rows, None]
+    plain = quantize((some / by).float(), affine.scheme, affine.scales.dtype)
     part = Affine(
         affine.codes[rows], affine.scales[rows], None if affine.zeros is None else affine.zeros[rows], affine.scheme
     )
@@ -65,7 +72,7 @@ def found(path: str, weight: Tensor, solved: Solved, factor: Factor, moment: Mom
         weight.numel(),
         moment.count,
         loss(some, part, factor) / total,
-        loss(some, plain, factor) / total,
+        loss_of(some, dequantize(plain).double() * by, factor) / total,
         float(((solved.values < low) | (solved.values > high)).float().mean()),
         float((part.codes != plain.codes).float().mean()),
         int((power > _OUTLIER * power.median()).sum()),

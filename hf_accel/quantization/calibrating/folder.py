@@ -22,6 +22,7 @@ from hf_accel.ops.affine import Affine, Scheme
 from hf_accel.quantization.calibrating.findings import Finding
 
 _RECORD = "calibration.json"
+_VALUE = "value of "
 
 
 def fingerprint(model: nn.Module, ids: Tensor, settings: dict[str, Any]) -> str:
@@ -71,9 +72,11 @@ class LayerFolder:
             count -= 1
         return count
 
-    def save(self, index: int, affines: dict[str, Affine], findings: Sequence[Finding]) -> None:
-        """Keep what was made of a layer."""
-        tensors: dict[str, Tensor] = {}
+    def save(
+        self, index: int, affines: dict[str, Affine], findings: Sequence[Finding], values: dict[str, Tensor]
+    ) -> None:
+        """Keep what was made of a layer: codes by path, what was found, and values by path of parameters."""
+        tensors = {f"{_VALUE}{path}": value for path, value in values.items()}
         schemes = {}
         for path, affine in affines.items():
             tensors |= {f"{path}.codes": affine.codes.contiguous(), f"{path}.scales": affine.scales.contiguous()}
@@ -82,10 +85,12 @@ class LayerFolder:
             schemes[path] = [affine.scheme.bits, affine.scheme.group_size, affine.scheme.symmetric]
         about = {"schemes": schemes, "findings": [finding.to_dict() for finding in findings]}
         part = self._file(index).with_suffix(".part")
-        save_file({name: t.cpu() for name, t in tensors.items()}, part, metadata={"layer": json.dumps(about)})
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, metadata={"layer": json.dumps(about)})
         part.replace(self._file(index))
 
-    def load(self, index: int, device: torch.device) -> tuple[dict[str, Affine], list[Finding]]:
+    def load(
+        self, index: int, device: torch.device
+    ) -> tuple[dict[str, Affine], list[Finding], dict[str, Tensor]]:
         """Return what `save` kept.
 
         Raises:
@@ -100,7 +105,9 @@ class LayerFolder:
                     codes, scales = (opened.get_tensor(f"{path}.{name}").to(device) for name in ("codes", "scales"))
                     zeros = None if symmetric else opened.get_tensor(f"{path}.zeros").to(device)
                     affines[path] = Affine(codes, scales, zeros, Scheme(bits, group, symmetric))
-                return affines, [Finding(**finding) for finding in about["findings"]]
+                kept = [name for name in opened.keys() if name.startswith(_VALUE)]  # noqa: SIM118: not a mapping
+                values = {name.removeprefix(_VALUE): opened.get_tensor(name).to(device) for name in kept}
+                return affines, [Finding(**finding) for finding in about["findings"]], values
         except Exception as error:  # safetensors' own errors, too
             raise CheckpointError(
                 f"{file} is damaged ({described(error)}); delete it, and the layers after it, to make it anew."

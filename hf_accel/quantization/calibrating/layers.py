@@ -35,7 +35,7 @@ class Layer:
         """Return what the layer gives [1, T, E] for inputs [1, T, E]."""
         args = tuple(inputs if value is _HERE else value for value in self.args)
         kwargs = {name: inputs if value is _HERE else value for name, value in self.kwargs.items()}
-        return _first(self.module(*args, **kwargs))
+        return first_of(self.module(*args, **kwargs))
 
 
 @dataclass
@@ -116,8 +116,8 @@ def _recorded(model: Any, modules: dict[str, nn.Module], row: Tensor) -> dict[st
         found.setdefault(name, []).append(_Call(args, kwargs, inputs.detach().clone()))
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        if name in found and isinstance(_first(outputs), Tensor):
-            found[name][-1].outputs = _first(outputs).detach().clone()
+        if name in found and isinstance(first_of(outputs), Tensor):
+            found[name][-1].outputs = first_of(outputs).detach().clone()
 
     hooks: list[Any] = []
     try:
@@ -161,6 +161,6 @@ def _is_equal(one: Any, two: Any) -> bool:
     return one is two or (isinstance(one, _PLAIN) and type(one) is type(two) and one == two)
 
 
-def _first(outputs: Any) -> Any:
-    """Return what a layer gives to the next; other things may come beside it."""
+def first_of(outputs: Any) -> Any:
+    """Return what a module gives to the next; other things may come beside it."""
     return outputs[0] if isinstance(outputs, tuple) else outputs

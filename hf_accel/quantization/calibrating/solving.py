@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_accel.core.model.blocks import DecoderBlock, described_blocks
 from hf_accel.core.model.modes import evaluating
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.ops.affine import Affine, dequantize
-from hf_accel.ops.gptq import Factor, Solved, solve
+from hf_accel.ops.gptq import Factor, Solved, rounded, solve
 from hf_accel.quantization.calibrating.activations import Activations, Room, Stream
 from hf_accel.quantization.calibrating.findings import Finding, found
 from hf_accel.quantization.calibrating.folder import LayerFolder, fingerprint
 from hf_accel.quantization.calibrating.layers import Layer, first_inputs, layers_of
 from hf_accel.quantization.calibrating.products import Product, products_of, within
 from hf_accel.quantization.calibrating.refining import put_weights, refined
+from hf_accel.quantization.calibrating.scaling import Scaled, notes_on_scaling, scale
 from hf_accel.quantization.config import GPTQConfig
 from hf_accel.quantization.observing import Moment, Observer
 from hf_accel.quantization.patcher import scale_dtype
@@ -40,11 +42,12 @@ _ORIGINAL, _ROUNDED = "original-{}.bin", "rounded-{}.bin"  # what layer {} reads
 
 @dataclass
 class Calibrated:
-    """What was made of some targets: path of a product -> its codes."""
+    """What was made of some targets: path of a product -> its codes; path of another parameter -> its new value."""
 
     targets: list[Target]
     affines: dict[str, Affine]
     findings: list[Finding]
+    values: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -53,6 +56,7 @@ class _Layer:
 
     affines: dict[str, Affine]
     findings: list[Finding]
+    values: dict[str, Tensor]
     given: list[Activations]
 
 
@@ -71,6 +75,7 @@ class Calibrator:
     advance: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
     widest: int = 0  # inputs of the widest product
+    _scaled: list[Scaled] = field(default_factory=list)
 
     # as decorators they do not hold while the caller has what was yielded; leaving inference mode brings gradients back
     @torch.inference_mode(False)
@@ -89,8 +94,8 @@ class Calibrator:
                 yield from self._by_layers(layers)
             else:
                 self.notes.append(f"the model was read as a whole: {reason}")
-                if self.config.refine_steps:
-                    self.notes.append("nothing was refined, since layers cannot be run by themselves")
+                if self.config.refine_steps or self.config.scaling:
+                    self.notes.append("nothing was scaled or refined, since layers cannot be run by themselves")
                 yield from self._as_a_whole()
 
     @property
@@ -113,28 +118,44 @@ class Calibrator:
         def first(row: int) -> Tensor:
             return first_inputs(self.model, layers, self.ids[row : row + 1].to(self._device))
 
+        blocks = self._blocks()
         with Room(self.config.max_activation_bytes, None if folder is None else folder.path) as room:
             streams = [Stream(room, name, done, len(self.ids), first) for name in names]
             for index in range(done, len(layers)):
                 products = [p for target in chosen[index] for p in products_of(self.model, target, self.config)]
-                made = self._layer(layers[index], products, streams)
+                made = self._layer(layers[index], blocks.get(id(layers[index].module)), products, streams)
                 if folder is not None:
-                    folder.save(index, made.affines, made.findings)
+                    folder.save(index, made.affines, made.findings, made.values)
                 for stream, read in zip(streams, made.given, strict=True):
                     stream.go_on(read)
                 self._forget(chosen[index])
-                yield Calibrated(chosen[index], made.affines, made.findings)
+                yield Calibrated(chosen[index], made.affines, made.findings, made.values)
             for stream in streams:
                 stream.read.delete()
+        self.notes += notes_on_scaling(self._scaled)
 
-    def _layer(self, layer: Layer, products: list[Product], streams: list[Stream]) -> _Layer:
+    def _blocks(self) -> dict[int, DecoderBlock]:
+        """Return the layers that can be scaled, by identity."""
+        if self.config.scaling is None:
+            return {}
+        blocks, odd, missing = described_blocks(self.model)
+        self.notes += [f"not scaled: {reason}" for reason in (*odd, missing) if reason]
+        return {id(block.layer): block for block in blocks}
+
+    def _layer(
+        self, layer: Layer, block: DecoderBlock | None, products: list[Product], streams: list[Stream]
+    ) -> _Layer:
         """Solve the products of a layer, and refine them where there is a second stream."""
         original = streams[0].room_for_next()
         with Observer({product.path: product.module for product in products}) as observer:
             for row in range(len(original)):
                 original.write(row, layer.run(streams[0].read.row(row)))
                 observer.end_row()
-        solved, findings = self._solve_all(products, observer.moments)
+        scaled = Scaled()
+        if block is not None:
+            scaled = scale(layer, block, products, streams[0].read, self.model, self.dtype)
+            self._scaled.append(scaled)
+        solved, findings = self._solve_all(products, scaled.moments(observer.moments), scaled)
         affines = {product.path: one.affine for product, one in solved}
         given = [original]
         if len(streams) > 1:
@@ -147,7 +168,7 @@ class Calibrator:
             for row in range(len(rounded)):
                 rounded.write(row, layer.run(streams[1].read.row(row)))
             given.append(rounded)
-        return _Layer(affines | self._fallen(products, affines), findings, given)
+        return _Layer(affines | self._fallen(products, affines), findings, scaled.values, given)
 
     def _folder(self) -> LayerFolder | None:
         if self.config.folder is None:
@@ -157,7 +178,7 @@ class Calibrator:
         return LayerFolder(Path(self.config.folder), run)
 
     def _solve_all(
-        self, products: list[Product], moments: dict[str, Moment]
+        self, products: list[Product], moments: dict[str, Moment], scaled: Scaled
     ) -> tuple[list[tuple[Product, Solved]], list[Finding]]:
         solved: list[tuple[Product, Solved]] = []
         findings = []
@@ -175,9 +196,14 @@ class Calibrator:
             else:
                 self.widest = max(self.widest, product.weight.shape[1])
                 dtype, refits = scale_dtype(product.scheme, self.dtype), 2 if product.scheme.bits == 2 else 1
-                one = solve(product.weight, factor, product.scheme, dtype, refits)
+                if self.config.solver == "gptq":
+                    one = solve(product.weight, factor, product.scheme, dtype, refits)
+                else:
+                    one = rounded(product.weight, factor, product.scheme, dtype)
                 solved.append((product, one))
-                findings.append(found(product.path, product.weight, one, factor, moment))
+                findings.append(
+                    found(product.path, product.weight, one, factor, moment, scaled.of(product.path, product.weight))
+                )
             self.advance()
         return solved, findings
 
@@ -192,6 +218,8 @@ class Calibrator:
             )
         if moment.count < LEAST_TOKENS:
             return f"which read fewer than {LEAST_TOKENS} tokens"
+        if self.config.solver == "nearest":
+            return Factor.to_measure(moment.total, self.config.damping)
         try:
             return Factor.of(moment.total, self.config.damping, self.config.order is not None)
         except ValueError as error:
@@ -218,7 +246,7 @@ class Calibrator:
                 for row in range(len(self.ids)):
                     self.model(self.ids[row : row + 1].to(self._device), use_cache=False)
                     observer.end_row()
-            solved, findings = self._solve_all(products, observer.moments)
+            solved, findings = self._solve_all(products, observer.moments, Scaled())
             affines = {product.path: one.affine for product, one in solved}
             yield Calibrated(portion, affines | self._fallen(products, affines), findings)
 
