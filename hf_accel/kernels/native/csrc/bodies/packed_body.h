@@ -1,11 +1,11 @@
-/* Products with packed weights of 8 and 4 bits; included once per instruction set by isa_body.h.
+/* Products with packed weights of 8 to 2 bits; included once per instruction set by isa_body.h.
  *
  * A lane is a row of W, so sums need no reduction over lanes and scales load as vectors. Per block of 32 columns the
  * products are summed exactly in integers, then scaled and added in fp32; a row's result is therefore the same to the
  * last bit however many rows of x there are. Rounded rows of x come in groups of g <= 4:
- *   int4: int8  [Kp / 8][g][8], int8: int16 [Kp / 2][g][2];   then, Kp / 32 times g each:
- *   int32 start (two int16: -8 times the sums of columns 0, 1 and 2, 3 of every four; undoes the 8 added to int4 codes),
- *   fp32 scale, fp32 sum of x (for weights with offsets). */
+ *   int8: int16 [Kp / 2][g][2], fewer bits: int8 [Kp / 8][g][8];   then, Kp / 32 times g each:
+ *   int32 start (two int16: the sums of columns 0, 1 and 2, 3 of every four, times what undoes the 2, 4 or 8 added to
+ *   codes), fp32 scale, fp32 sum of x (for weights with offsets). */
 
 #define VECTORS (HFA_LANES / VW)
 enum { PER_BLOCK = HFA_QUANTUM / 8 };
@@ -46,7 +46,8 @@ HFA_INLINE void load_block(const float *x, int64_t k, int64_t i, float *block) {
     for (; n < HFA_QUANTUM; n++) block[n] = 0.0f;
 }
 
-static void pack_int4(const float *x, int64_t stride, int m, int64_t k, void *packed) {
+/* `half`: what is added to the codes that these rows meet */
+static void round_to_8(int half, const float *x, int64_t stride, int m, int64_t k, void *packed) {
     char *at = packed;
     int64_t padded = hfa_padded(k);
     for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
@@ -66,7 +67,7 @@ static void pack_int4(const float *x, int64_t stride, int m, int64_t k, void *pa
                 }
                 char *to = r.codes + b * HFA_QUANTUM * g + i * 8;
                 for (int j = 0; j < PER_BLOCK; j++) memcpy(to + j * 8 * g, bytes + j * 8, 8);
-                r.start[b * g + i] = (int32_t)((uint32_t)(uint16_t)(-8 * first) | (uint32_t)(-8 * second) << 16);
+                r.start[b * g + i] = (int32_t)((uint32_t)(uint16_t)(-half * first) | (uint32_t)(-half * second) << 16);
                 r.scale[b * g + i] = scale;
                 r.sum[b * g + i] = scale * (float)(first + second);
             }
@@ -74,7 +75,7 @@ static void pack_int4(const float *x, int64_t stride, int m, int64_t k, void *pa
     }
 }
 
-static void pack_int8(const float *x, int64_t stride, int m, int64_t k, void *packed) {
+static void round_to_16(const float *x, int64_t stride, int m, int64_t k, void *packed) {
     char *at = packed;
     int64_t padded = hfa_padded(k);
     for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
@@ -100,6 +101,11 @@ static void pack_int8(const float *x, int64_t stride, int m, int64_t k, void *pa
     }
 }
 
+static void round_for(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *packed) {
+    if (format == HFA_INT8) round_to_16(x, stride, m, k, packed);
+    else round_to_8(1 << (hfa_code_bits(format) - 1), x, stride, m, k, packed);
+}
+
 /* totals += sums * scale of W * scale of x, and + offset * sum of x */
 #define ADD_BLOCK(VALUE)                                                                                              \
     UNROLL(4)                                                                                                         \
@@ -112,9 +118,9 @@ static void pack_int8(const float *x, int64_t stride, int m, int64_t k, void *pa
                 total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(x.sum[b * M + m]), total[m][v]);              \
     }
 
-#define BEGIN_TILE(BYTES, ROW_BYTES)                                                                                  \
+#define BEGIN_TILE(BITS, BYTES)                                                                                       \
     int64_t padded = hfa_padded(w->inner), part = row / HFA_LANES, groups = (padded + w->group - 1) / w->group;       \
-    const char *codes = (const char *)w->weight + row * padded * (ROW_BYTES) / 2;                                     \
+    const char *codes = (const char *)w->weight + row * padded * (BITS) / 8;                                          \
     const char *scales = (const char *)w->scales + part * groups * HFA_LANES * (w->stride ? 4 : 2);                   \
     const float *offsets = w->offsets ? w->offsets + part * groups * HFA_LANES : NULL;                                \
     rounded x = rounded_parts(packed, M, w->inner, BYTES);                                                            \
@@ -145,8 +151,32 @@ HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int
     }
 }
 
-HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
-    BEGIN_TILE(1, 1)
+/* Codes plus half their range of columns 8 i to 8 i + 7 of the block at `codes`, four columns in a register. */
+HFA_INLINE void load_codes(const int BITS, const int i, const char *codes, vi *low, vi *high) {
+    if (BITS == 4) {
+        vi both = vi_load(codes + i * 4 * HFA_LANES);
+        *low = vi_mask(both, 15);
+        *high = vi_mask(vi_right(both, 4), 15);
+        return;
+    }
+    vi slab = vi_load(codes + i / 2 * 4 * HFA_LANES);
+    vi first = i % 2 ? vi_right(slab, 4) : slab, second = vi_right(slab, i % 2 ? 6 : 2);
+    if (BITS == 2) {
+        *low = vi_mask(first, 3);
+        *high = vi_mask(second, 3);
+        return;
+    }
+    vi top = vi_load(codes + 2 * 4 * HFA_LANES); /* bit 2 i is that of the first four columns */
+    vi high_first = i == 0 ? vi_left(top, 2) : i == 1 ? top : vi_right(top, 2 * i - 2);
+    vi high_second = i == 0 ? vi_left(top, 1) : vi_right(top, 2 * i - 1);
+    *low = vi_mask_or(first, 3, vi_mask(high_first, 4));
+    *high = vi_mask_or(second, 3, vi_mask(high_second, 4));
+}
+
+/* Weights of fewer than 8 bits. */
+HFA_INLINE void tile_few(const int BITS, const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out,
+                         int64_t ldo) {
+    BEGIN_TILE(BITS, 1)
     FOR_BLOCKS {
         v4 sum[HFA_ROUNDED_ROWS][VECTORS];
         UNROLL(4)
@@ -154,15 +184,11 @@ HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t
             UNROLL(4)
             for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_begin(vi_repeat(x.start + b * M + m));
         UNROLL(4)
-        for (int i = 0; i < PER_BLOCK; i++, codes += 4 * HFA_LANES, xc += 8 * M) {
+        for (int i = 0; i < PER_BLOCK; i++, xc += 8 * M) {
             vi low[VECTORS], high[VECTORS];
-            __builtin_prefetch(codes + HFA_PREFETCH_BYTES / 4, 0, HFA_PREFETCH_LEVEL);
+            if (i < BITS) __builtin_prefetch(codes + i * 4 * HFA_LANES + HFA_PREFETCH_BYTES / 4, 0, HFA_PREFETCH_LEVEL);
             UNROLL(4)
-            for (int v = 0; v < VECTORS; v++) {
-                vi both = vi_load(codes + v * 4 * VW);
-                low[v] = vi_low4(both);
-                high[v] = vi_high4(both);
-            }
+            for (int v = 0; v < VECTORS; v++) load_codes(BITS, i, codes + v * 4 * VW, &low[v], &high[v]);
             UNROLL(4)
             for (int m = 0; m < M; m++) {
                 vi xl = vi_repeat(xc + 8 * m), xh = vi_repeat(xc + 8 * m + 4);
@@ -170,6 +196,7 @@ HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t
                 for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_dot(v4_dot(sum[m][v], low[v], xl), high[v], xh);
             }
         }
+        codes += BITS * HFA_QUANTUM * HFA_LANES / 8;
         ADD_BLOCK(v4_end(sum[m][v]))
     }
     } /* of the group */
@@ -177,7 +204,7 @@ HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t
 }
 
 HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
-    BEGIN_TILE(2, 2)
+    BEGIN_TILE(8, 2)
     FOR_BLOCKS {
         vi sum[HFA_ROUNDED_ROWS][VECTORS];
         UNROLL(4)
@@ -221,8 +248,16 @@ HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t
                 }                                                                                                     \
         }                                                                                                             \
     }
-PACKED_DOT(dot_int4, tile_int4, 1)
+#define TILE_INT4(...) tile_few(4, __VA_ARGS__)
+#define TILE_INT3(...) tile_few(3, __VA_ARGS__)
+#define TILE_INT2(...) tile_few(2, __VA_ARGS__)
 PACKED_DOT(dot_int8, tile_int8, 2)
+PACKED_DOT(dot_int4, TILE_INT4, 1)
+PACKED_DOT(dot_int3, TILE_INT3, 1)
+PACKED_DOT(dot_int2, TILE_INT2, 1)
+#undef TILE_INT4
+#undef TILE_INT3
+#undef TILE_INT2
 #undef PACKED_DOT
 #undef BEGIN_TILE
 #undef FOR_BLOCKS

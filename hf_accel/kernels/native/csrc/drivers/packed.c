@@ -1,4 +1,4 @@
-/* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For weights of 8 or 4 bits, and dense ones.
+/* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For weights of 8 to 2 bits, and dense ones.
  *
  * Few rows are rounded (for dense weights: packed) by the calling thread; of many, every thread takes its share first.
  * Then each chunk of W, 16 packed rows of it at a time, meets all rows of x while it is in the cache. */
@@ -27,8 +27,7 @@ static void round_group(const packed_call *call, int64_t group, float *loaded) {
         return;
     }
     call->kernels->load(call->x + first * w->inner * call->kernels->element, loaded, count * w->inner);
-    if (w->format == HFA_INT4) call->kernels->pack_int4(loaded, w->inner, (int)count, w->inner, to);
-    else call->kernels->pack_int8(loaded, w->inner, (int)count, w->inner, to);
+    call->kernels->round_for(w->format, loaded, w->inner, (int)count, w->inner, to);
 }
 
 static void packed_task(void *arg, int thread, int team) {

@@ -4,8 +4,13 @@ typedef vi v4; /* sums of int4 products: int32 per lane */
 HFA_INLINE vi vi_load(const void *p) { vi v; memcpy(&v, p, 16); return v; }
 HFA_INLINE vi vi_zero(void) { vi v; memset(&v, 0, sizeof v); return v; }
 HFA_INLINE vi vi_repeat(const void *p) { vi v; for (int i = 0; i < 4; i++) memcpy(v.u.b + 4 * i, p, 4); return v; }
-HFA_INLINE vi vi_low4(vi a) { for (int i = 0; i < 16; i++) a.u.b[i] &= 15; return a; }
-HFA_INLINE vi vi_high4(vi a) { for (int i = 0; i < 16; i++) a.u.b[i] = (int8_t)((uint8_t)a.u.b[i] >> 4); return a; }
+HFA_INLINE vi vi_right(vi a, const int n) { for (int i = 0; i < 16; i++) a.u.b[i] = (int8_t)((uint8_t)a.u.b[i] >> n); return a; }
+HFA_INLINE vi vi_left(vi a, const int n) { for (int i = 0; i < 16; i++) a.u.b[i] = (int8_t)((uint8_t)a.u.b[i] << n); return a; }
+HFA_INLINE vi vi_mask(vi a, const int bits) { for (int i = 0; i < 16; i++) a.u.b[i] = (int8_t)(a.u.b[i] & bits); return a; }
+HFA_INLINE vi vi_mask_or(vi a, const int bits, vi b) { /* (a & bits) | b */
+    for (int i = 0; i < 16; i++) a.u.b[i] = (int8_t)((a.u.b[i] & bits) | b.u.b[i]);
+    return a;
+}
 HFA_INLINE v4 v4_begin(vi pairs) { v4 v; for (int i = 0; i < 4; i++) v.u.w[i] = pairs.u.h[2 * i] + pairs.u.h[2 * i + 1]; return v; }
 HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) {
     for (int i = 0; i < 4; i++)

@@ -54,8 +54,11 @@ typedef __m512i v4; /* sums of int4 products: int32 per lane with VNNI, int16 pa
 HFA_INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 HFA_INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 HFA_INLINE vi vi_repeat(const void *p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
-HFA_INLINE vi vi_low4(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-HFA_INLINE vi vi_high4(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+/* shifts of pairs of bytes: what comes over from the neighbour is masked away */
+HFA_INLINE vi vi_right(vi a, const int n) { return _mm512_srli_epi16(a, n); }
+HFA_INLINE vi vi_left(vi a, const int n) { return _mm512_slli_epi16(a, n); }
+HFA_INLINE vi vi_mask(vi a, const int bits) { return _mm512_and_si512(a, _mm512_set1_epi8((char)bits)); }
+HFA_INLINE vi vi_mask_or(vi a, const int bits, vi b) { return _mm512_ternarylogic_epi32(a, _mm512_set1_epi8((char)bits), b, 0xea); }
 HFA_INLINE vi vi_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 HFA_INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
 #ifdef HFA_DOT_VNNI
