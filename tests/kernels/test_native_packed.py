@@ -300,6 +300,17 @@ MIXTURES: dict[str, dict[str, Scheme | None]] = {
     "8 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), EIGHT),
     "4 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), FOUR),
     "mixed": {"q": FOUR, "k": None, "v": EIGHT, "o": Scheme(4, 64), "gate": EIGHT, "up": FOUR, "down": None},
+    "3 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Scheme(3, 32)),
+    "2 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Scheme(2, 32)),
+    "each product its own": {
+        "q": Scheme(3, 32),
+        "k": Scheme(2, 32, False),
+        "v": FOUR,
+        "o": Scheme(2, 64),
+        "gate": Scheme(2, 32),
+        "up": Scheme(3, 32, False),
+        "down": Scheme(3, 32),
+    },
     "asymmetric": {"q": None, "k": Scheme(4, 32, False), "v": FOUR, "down": Scheme(4, 32, False)},
 }
 

@@ -45,8 +45,8 @@ enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
  *   HFA_INT8  int8  [R, Kp / 2, 16, 2]: pairs of columns of 16 rows
  *   HFA_INT4  uint8 [R, Kp / 8, 16, 4]: byte j of a row holds column j in its low and column 4 + j in its high half, plus 8
  *   HFA_INT2  uint8 [R, Kp / 16, 16, 4]: byte j of a row holds columns j, 4 + j, 8 + j, 12 + j from its lowest bits on, plus 2
- *   HFA_INT3  uint8 [R, Kp / 32, 3, 16, 4]: of codes plus 4 the low two bits of columns 0 to 15 and 16 to 31, as above; then
- *             the high ones: bit i of byte j is that of column 4 i + j
+ *   HFA_INT3  uint8 [R, Kp / 32, 3, 16, 4]: byte j of part p holds columns 8 p + j and 8 p + 4 + j in its lowest six bits, plus
+ *             4; the two bits above are the higher ones of column 24 + j (part 0) and 28 + j (1), and their lowest (2)
  *   scales [R, groups, 16], bf16 (stride 0) or fp32 (stride 1); offsets fp32 of the same shape, or NULL; `group` columns
  *   share a scale: W = code * scale + offset. */
 typedef struct {

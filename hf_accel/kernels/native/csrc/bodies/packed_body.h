@@ -1,11 +1,11 @@
-/* Products with packed weights of 8 to 2 bits; included once per instruction set by isa_body.h.
+/* Products with packed weights of 8 to 2 bits; included once per instruction set.
  *
  * A lane is a row of W, so sums need no reduction over lanes and scales load as vectors. Per block of 32 columns the
  * products are summed exactly in integers, then scaled and added in fp32; a row's result is therefore the same to the
  * last bit however many rows of x there are. Rounded rows of x come in groups of g <= 4:
  *   int8: int16 [Kp / 2][g][2], fewer bits: int8 [Kp / 8][g][8];   then, Kp / 32 times g each:
- *   int32 start (two int16: the sums of columns 0, 1 and 2, 3 of every four, times what undoes the 2, 4 or 8 added to
- *   codes), fp32 scale, fp32 sum of x (for weights with offsets). */
+ *   int32 start (what sums of products begin at: it undoes the 2, 4 or 8 added to codes; int16 for columns 0, 1 and 2, 3 of
+ *   every four where such pairs are summed apart), fp32 scale, fp32 sum of x (for weights with offsets). */
 
 #define VECTORS (HFA_LANES / VW)
 enum { PER_BLOCK = HFA_QUANTUM / 8 };
@@ -56,18 +56,17 @@ static void round_to_8(int half, const float *x, int64_t stride, int m, int64_t 
         for (int i = 0; i < g; i++)
             for (int64_t b = 0; b < padded / HFA_QUANTUM; b++) {
                 float block[HFA_QUANTUM];
-                int32_t codes[HFA_QUANTUM], first = 0, second = 0;
+                int32_t codes[HFA_QUANTUM], sums[4] = {0};
                 int8_t bytes[HFA_QUANTUM];
                 load_block(x + (m0 + i) * stride, k, b * HFA_QUANTUM, block);
                 float scale = round_block(block, 127.0f, codes);
                 for (int j = 0; j < HFA_QUANTUM; j++) bytes[j] = (int8_t)codes[j];
-                for (int j = 0; j < HFA_QUANTUM; j += 4) {
-                    first += bytes[j] + bytes[j + 1];
-                    second += bytes[j + 2] + bytes[j + 3];
-                }
+                for (int j = 0; j < HFA_QUANTUM; j += 4)
+                    for (int c = 0; c < 4; c++) sums[c] += codes[j + c];
+                int first = sums[0] + sums[1], second = sums[2] + sums[3];
                 char *to = r.codes + b * HFA_QUANTUM * g + i * 8;
                 for (int j = 0; j < PER_BLOCK; j++) memcpy(to + j * 8 * g, bytes + j * 8, 8);
-                r.start[b * g + i] = (int32_t)((uint32_t)(uint16_t)(-half * first) | (uint32_t)(-half * second) << 16);
+                r.start[b * g + i] = v4_start(-half * first, -half * second);
                 r.scale[b * g + i] = scale;
                 r.sum[b * g + i] = scale * (float)(first + second);
             }
@@ -106,17 +105,30 @@ static void round_for(int64_t format, const float *x, int64_t stride, int m, int
     else round_to_8(1 << (hfa_code_bits(format) - 1), x, stride, m, k, packed);
 }
 
-/* totals += sums * scale of W * scale of x, and + offset * sum of x */
+/* of the group: += sums * scale of x, and the sums of x */
 #define ADD_BLOCK(VALUE)                                                                                              \
     UNROLL(4)                                                                                                         \
     for (int v = 0; v < VECTORS; v++) {                                                                               \
         UNROLL(4)                                                                                                     \
-        for (int m = 0; m < M; m++)                                                                                   \
-            total[m][v] = vf_fma(VALUE, vf_mul(scale[v], vf_set1(x.scale[b * M + m])), total[m][v]);                  \
+        for (int m = 0; m < M; m++) part[m][v] = vf_fma(VALUE, vf_set1(x.scale[b * M + m]), part[m][v]);              \
+    }                                                                                                                 \
+    if (offsets)                                                                                                      \
+        for (int m = 0; m < M; m++) below[m] += x.sum[b * M + m];
+
+/* totals += those of the group * its scale, and + its offset * sums of x */
+#define ADD_GROUP                                                                                                     \
+    UNROLL(4)                                                                                                         \
+    for (int v = 0; v < VECTORS; v++) {                                                                               \
+        vf scale = w->stride ? vf_load((const float *)scales + v * VW) : vf_load_bf16((const uint16_t *)scales + v * VW); \
+        UNROLL(4)                                                                                                     \
+        for (int m = 0; m < M; m++) total[m][v] = vf_fma(part[m][v], scale, total[m][v]);                             \
         if (offsets)                                                                                                  \
             for (int m = 0; m < M; m++)                                                                               \
-                total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(x.sum[b * M + m]), total[m][v]);              \
-    }
+                total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(below[m]), total[m][v]);                      \
+    }                                                                                                                 \
+    __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                      \
+    scales += HFA_LANES * (w->stride ? 4 : 2);                                                                        \
+    offsets += offsets ? HFA_LANES : 0;
 
 #define BEGIN_TILE(BITS, BYTES)                                                                                       \
     int64_t padded = hfa_padded(w->inner), part = row / HFA_LANES, groups = (padded + w->group - 1) / w->group;       \
@@ -131,15 +143,15 @@ static void round_for(int64_t format, const float *x, int64_t stride, int m, int
         UNROLL(4)                                                                                                     \
         for (int v = 0; v < VECTORS; v++) total[m][v] = vf_set1(0.0f);
 
-/* blocks b of every group, the group's scales at hand */
+/* blocks b of every group */
 #define FOR_BLOCKS                                                                                                    \
-    for (int64_t b = 0, end = 0; b < padded / HFA_QUANTUM; scales += HFA_LANES * (w->stride ? 4 : 2),                 \
-                 offsets += offsets ? HFA_LANES : 0) {                                                                \
-        vf scale[VECTORS];                                                                                            \
+    for (int64_t b = 0, end = 0; b < padded / HFA_QUANTUM;) {                                                         \
+        vf part[HFA_ROUNDED_ROWS][VECTORS];                                                                           \
+        float below[HFA_ROUNDED_ROWS] = {0};                                                                          \
         UNROLL(4)                                                                                                     \
-        for (int v = 0; v < VECTORS; v++)                                                                             \
-            scale[v] = w->stride ? vf_load((const float *)scales + v * VW) : vf_load_bf16((const uint16_t *)scales + v * VW); \
-        __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                  \
+        for (int m = 0; m < M; m++)                                                                                   \
+            UNROLL(4)                                                                                                 \
+            for (int v = 0; v < VECTORS; v++) part[m][v] = vf_set1(0.0f);                                             \
         for (end += w->group / HFA_QUANTUM; b < end; b++)
 
 HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int64_t rows, float *out, int64_t ldo) {
@@ -153,24 +165,16 @@ HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int
 
 /* Codes plus half their range of columns 8 i to 8 i + 7 of the block at `codes`, four columns in a register. */
 HFA_INLINE void load_codes(const int BITS, const int i, const char *codes, vi *low, vi *high) {
-    if (BITS == 4) {
-        vi both = vi_load(codes + i * 4 * HFA_LANES);
-        *low = vi_mask(both, 15);
-        *high = vi_mask(vi_right(both, 4), 15);
+    if (BITS == 3 && i == 3) { /* two bits lie in the first and second part, the lowest one in the third */
+        vi ones = vi_load(codes + 8 * HFA_LANES);
+        *low = vi_or(vi_field(vi_load(codes), 6, 2, 1), vi_field(ones, 6, 1, 0));
+        *high = vi_or(vi_field(vi_load(codes + 4 * HFA_LANES), 6, 2, 1), vi_field(ones, 7, 1, 0));
         return;
     }
-    vi slab = vi_load(codes + i / 2 * 4 * HFA_LANES);
-    vi first = i % 2 ? vi_right(slab, 4) : slab, second = vi_right(slab, i % 2 ? 6 : 2);
-    if (BITS == 2) {
-        *low = vi_mask(first, 3);
-        *high = vi_mask(second, 3);
-        return;
-    }
-    vi top = vi_load(codes + 2 * 4 * HFA_LANES); /* bit 2 i is that of the first four columns */
-    vi high_first = i == 0 ? vi_left(top, 2) : i == 1 ? top : vi_right(top, 2 * i - 2);
-    vi high_second = i == 0 ? vi_left(top, 1) : vi_right(top, 2 * i - 1);
-    *low = vi_mask_or(first, 3, vi_mask(high_first, 4));
-    *high = vi_mask_or(second, 3, vi_mask(high_second, 4));
+    vi part = vi_load(codes + (BITS == 2 ? i / 2 : i) * 4 * HFA_LANES);
+    int from = BITS == 2 ? i % 2 * 4 : 0;
+    *low = vi_field(part, from, BITS, 0);
+    *high = vi_field(part, from + BITS, BITS, 0);
 }
 
 /* Weights of fewer than 8 bits. */
@@ -186,7 +190,7 @@ HFA_INLINE void tile_few(const int BITS, const int M, const hfa_matrix *w, int64
         UNROLL(4)
         for (int i = 0; i < PER_BLOCK; i++, xc += 8 * M) {
             vi low[VECTORS], high[VECTORS];
-            if (i < BITS) __builtin_prefetch(codes + i * 4 * HFA_LANES + HFA_PREFETCH_BYTES / 4, 0, HFA_PREFETCH_LEVEL);
+            if (i < BITS) __builtin_prefetch(codes + i * 4 * HFA_LANES + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
             UNROLL(4)
             for (int v = 0; v < VECTORS; v++) load_codes(BITS, i, codes + v * 4 * VW, &low[v], &high[v]);
             UNROLL(4)
@@ -199,6 +203,7 @@ HFA_INLINE void tile_few(const int BITS, const int M, const hfa_matrix *w, int64
         codes += BITS * HFA_QUANTUM * HFA_LANES / 8;
         ADD_BLOCK(v4_end(sum[m][v]))
     }
+    ADD_GROUP
     } /* of the group */
     store_tile(M, total, rows, out, ldo);
 }
@@ -226,6 +231,7 @@ HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t
         }
         ADD_BLOCK(vi_float(sum[m][v]))
     }
+    ADD_GROUP
     } /* of the group */
     store_tile(M, total, rows, out, ldo);
 }
@@ -262,3 +268,4 @@ PACKED_DOT(dot_int2, TILE_INT2, 1)
 #undef BEGIN_TILE
 #undef FOR_BLOCKS
 #undef ADD_BLOCK
+#undef ADD_GROUP
