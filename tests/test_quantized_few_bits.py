@@ -1,4 +1,4 @@
-"""Models in 3 and 2 bits: against stock models with the dequantized weights, in native layers, in batches, and undone."""
+"""Models in 3 and 2 bits: against stock models with dequantized weights, in native layers, in batches, and undone."""
 
 from __future__ import annotations
 
