@@ -187,9 +187,7 @@ def test_optimised_models_compute_with_the_codes(name: str, originals: str) -> N
         assert torch.equal(model(ids).logits, reference(ids).logits)
 
 
-def test_text_is_needed_in_no_form_and_few_of_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_accel.quantization.calibrating.text.OWN_TOKENS", 256)
-    monkeypatch.setattr("hf_accel.quantization.calibrating.text.FITTED_ROW_TOKENS", 32)
+def test_no_text_is_needed_and_little_text_is_told() -> None:
     model = build("llama")
     hf_accel.optimize(model, BITS_3)
     notes = hf_accel.report(model).calibration.notes

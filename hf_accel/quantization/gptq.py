@@ -20,7 +20,7 @@ from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig
 from hf_accel.quantization.modules.experts import QuantizedExperts
-from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import Target
 
@@ -47,7 +47,8 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             yield from zip(chosen, kept, strict=True)
             return
         trial = twin(setting.model)
-        text = text_for(trial, setting.calibration)
+        widest = max((_widest(target) for target in chosen), default=0)
+        text = text_for(trial, setting.calibration, widest)
         run = Calibrator(trial, text.ids, chosen, self.config, setting.anatomy.dtype, setting.advance)
         findings = []
         left = {target.path: target for target in chosen}
@@ -64,7 +65,7 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             replacement = self.prepared(target, target.module, setting)
             setting.prepared_for(target.module)[self.config] = replacement
             yield target, replacement
-        host.report.sections[SECTION] = Calibration(findings, notes_on(text, run.widest) + run.notes)
+        host.report.sections[SECTION] = Calibration(findings, notes_on(text, widest) + run.notes)
 
     def _packed(self, target: Target, part: Calibrated, setting: Setting) -> nn.Module:
         """Return the module that stands in for a target, with the codes that were found."""
@@ -77,6 +78,13 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
 
         count = len(target.module.gate_up_proj)
         return QuantizedExperts(packed("gate_up_proj", count), packed("down_proj", count), target.module)
+
+
+def _widest(target: Target) -> int:
+    """Return the inputs of the widest product of a target."""
+    if target.scheme is not None:
+        return linear_weight(target.module).shape[1]
+    return max(weight.shape[-1] for weight in target.module.parameters() if weight.dim() == 3)
 
 
 def _linear(affine: Affine, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:

@@ -70,7 +70,6 @@ class Calibrator:
     dtype: torch.dtype
     advance: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
-    widest: int = 0  # inputs of the widest product
 
     # as decorators they do not hold while the caller has what was yielded; leaving inference mode brings gradients back
     @torch.inference_mode(False)
@@ -173,7 +172,6 @@ class Calibrator:
                 bits, count = product.scheme.bits, moment.count if moment else 0
                 findings.append(Finding(product.path, bits, product.weight.numel(), count, reason=str(factor)))
             else:
-                self.widest = max(self.widest, product.weight.shape[1])
                 dtype, refits = scale_dtype(product.scheme, self.dtype), 2 if product.scheme.bits == 2 else 1
                 one = solve(product.weight, factor, product.scheme, dtype, refits)
                 solved.append((product, one))
