@@ -8,6 +8,7 @@ inputs, N K^2 for a weight [N, K]; memory: two Hessians and two copies of the we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,15 +39,6 @@ class Factor:
     is_ordered: bool
     is_dead: Tensor
     damping: float
-
-    @staticmethod
-    def to_measure(moment: Tensor, damping: float) -> Factor:
-        """Return what losses are measured by, without the factor that solving needs."""
-        hessian = moment.double()
-        is_dead = hessian.diagonal() <= 0
-        hessian = hessian + torch.diag(damping * hessian.diagonal().mean() + is_dead.double())
-        order = torch.arange(len(hessian), device=hessian.device)
-        return Factor(hessian, torch.empty(0), order, False, is_dead, damping)
 
     @staticmethod
     def of(moment: Tensor, damping: float, is_ordered: bool) -> Factor:
@@ -123,31 +115,23 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dty
     return best
 
 
-def rounded(weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> Solved:
-    """Return weight [N, K] rounded to nearest, as `solve` returns what it solves."""
-    original = weight.detach().masked_fill(factor.is_dead, 0.0)
-    affine = quantize(original, scheme, scale_dtype)
+def rounded(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Solved:
+    """Return weight [N, K] rounded to nearest, as `solve` returns what it solves; the loss is not known."""
+    affine = quantize(weight, scheme, scale_dtype)
     scales, zeros = _by_column(affine)
-    values = (original.double() / scales + zeros).float()
-    return Solved(affine, values, loss(original, affine, factor))
+    return Solved(affine, (weight.double() / scales + zeros).float(), math.nan)
 
 
-def loss(weight: Tensor, affine: Affine, factor: Factor) -> float:
-    """Return tr(E H E^T) for the error E of a quantized weight [N, K] against `weight`."""
+def loss(weight: Tensor, affine: Affine, hessian: Tensor) -> float:
+    """Return tr(E H E^T) for the error E of a quantized weight [N, K] against `weight`, with H [K, K]."""
     scales, zeros = _by_column(affine)
-    return loss_of(weight, (affine.codes.double() - zeros) * scales, factor)
+    return energy(weight.double() - (affine.codes.double() - zeros) * scales, hessian)
 
 
-def loss_of(weight: Tensor, found: Tensor, factor: Factor) -> float:
-    """Return tr(E H E^T) for the error E of `found` [N, K] against `weight`."""
-    error = (weight.double() - found).masked_fill(factor.is_dead, 0.0)[:, factor.order]
-    return float(torch.einsum("nk,nk->", error @ factor.hessian, error))
-
-
-def energy(weight: Tensor, factor: Factor) -> float:
+def energy(weight: Tensor, hessian: Tensor) -> float:
     """Return tr(W H W^T): the squared outputs that a loss is a part of."""
-    ordered = weight.double().masked_fill(factor.is_dead, 0.0)[:, factor.order]
-    return float(torch.einsum("nk,nk->", ordered @ factor.hessian, ordered))
+    weight = weight.double()
+    return float(torch.einsum("nk,nk->", weight @ hessian, weight))
 
 
 def _grid(grouped: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

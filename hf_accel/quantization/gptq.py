@@ -22,7 +22,7 @@ from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig
 from hf_accel.quantization.modules.experts import QuantizedExperts
-from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import Target
 
@@ -52,7 +52,8 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             yield from zip(chosen, kept, strict=True)
             return
         trial = twin(setting.model)
-        text = text_for(trial, setting.calibration)
+        widest = max((_widest(target) for target in chosen), default=0)
+        text = text_for(trial, setting.calibration, widest)
         run = Calibrator(trial, text.ids, chosen, self.config, setting.anatomy.dtype, setting.advance)
         findings = []
         left = {target.path: target for target in chosen}
@@ -65,12 +66,12 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
                 setting.prepared_for(target.module)[self.config] = replacement
                 yield target, replacement
         del trial, run.model
-        check(findings)
+        check(findings, is_solved=self.config.solver == "gptq")
         for target in left.values():
             replacement = self.prepared(target, target.module, setting)
             setting.prepared_for(target.module)[self.config] = replacement
             yield target, replacement
-        host.report.sections[SECTION] = Calibration(findings, notes_on(text, run.widest) + run.notes)
+        host.report.sections[SECTION] = Calibration(findings, notes_on(text, widest) + run.notes)
 
     def obstacles(self, setting: Setting) -> list[str]:
         found = super().obstacles(setting)
@@ -84,7 +85,7 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         return [norm for block in setting.anatomy.blocks for norm in (block.input_norm, block.mlp_norm)]
 
     def _put_norms(self, part: Calibrated, setting: Setting, host: Host) -> None:
-        """Put copies of norms with their scaled weights in place; the norms that the user's model has stay as they are."""
+        """Put copies of norms with their scaled weights in place; the user's own are not written to."""
         norms = {id(norm) for norm in self._norms(setting)}
         for name, value in part.values.items():
             norm = setting.model.get_submodule(name.rpartition(".")[0])
@@ -116,6 +117,13 @@ def _swap(model: nn.Module, module: nn.Module, other: nn.Module, journal: Journa
         for name, child in list(parent._modules.items()):
             if child is module:
                 journal.swap_module(parent, name, other)
+
+
+def _widest(target: Target) -> int:
+    """Return the inputs of the widest product of a target."""
+    if target.scheme is not None:
+        return linear_weight(target.module).shape[1]
+    return max(weight.shape[-1] for weight in target.module.parameters() if weight.dim() == 3)
 
 
 def _linear(affine: Affine, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:

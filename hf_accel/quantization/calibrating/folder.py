@@ -47,14 +47,16 @@ class LayerFolder:
         record = path / _RECORD
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not record.exists():
-                if any(path.iterdir()):
-                    raise ConfigError(f"{path} holds other files. Name an empty folder, or one of a run to go on with.")
-                _write_text(record, json.dumps({"run": run}))
-                return
-            found = json.loads(record.read_text(encoding="utf-8"))["run"]
+            is_new, is_empty = not record.exists(), not any(path.iterdir())
+            text = json.dumps({"run": run}) if is_new else record.read_text(encoding="utf-8")
+            if is_new and is_empty:
+                _write_text(record, text)
         except OSError as error:
             raise ConfigError(f"{path} cannot be a folder for finished layers ({error.strerror}).") from error
+        if is_new and not is_empty:
+            raise ConfigError(f"{path} holds other files. Name an empty folder, or one of a run to go on with.")
+        try:
+            found = json.loads(text)["run"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{record} is damaged; delete {path} to begin anew.") from error
         if found != run:
@@ -83,14 +85,18 @@ class LayerFolder:
             if affine.zeros is not None:
                 tensors[f"{path}.zeros"] = affine.zeros.contiguous()
             schemes[path] = [affine.scheme.bits, affine.scheme.group_size, affine.scheme.symmetric]
-        about = {"schemes": schemes, "findings": [finding.to_dict() for finding in findings]}
+        about = {
+            "schemes": schemes,
+            "findings": [finding.to_dict() for finding in findings],
+            "values": list(values),
+        }
         part = self._file(index).with_suffix(".part")
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part, metadata={"layer": json.dumps(about)})
+        save_file(
+            {name: t.cpu().contiguous() for name, t in tensors.items()}, part, metadata={"layer": json.dumps(about)}
+        )
         part.replace(self._file(index))
 
-    def load(
-        self, index: int, device: torch.device
-    ) -> tuple[dict[str, Affine], list[Finding], dict[str, Tensor]]:
+    def load(self, index: int, device: torch.device) -> tuple[dict[str, Affine], list[Finding], dict[str, Tensor]]:
         """Return what `save` kept.
 
         Raises:
@@ -105,8 +111,7 @@ class LayerFolder:
                     codes, scales = (opened.get_tensor(f"{path}.{name}").to(device) for name in ("codes", "scales"))
                     zeros = None if symmetric else opened.get_tensor(f"{path}.zeros").to(device)
                     affines[path] = Affine(codes, scales, zeros, Scheme(bits, group, symmetric))
-                kept = [name for name in opened.keys() if name.startswith(_VALUE)]  # noqa: SIM118: not a mapping
-                values = {name.removeprefix(_VALUE): opened.get_tensor(name).to(device) for name in kept}
+                values = {path: opened.get_tensor(f"{_VALUE}{path}").to(device) for path in about["values"]}
                 return affines, [Finding(**finding) for finding in about["findings"]], values
         except Exception as error:  # safetensors' own errors, too
             raise CheckpointError(

@@ -9,6 +9,7 @@ layers' own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,9 +82,8 @@ def first_inputs(model: Any, layers: Sequence[Layer], row: Tensor) -> Tensor:
 
     hook = layers[0].module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(row, use_cache=False)
-    except _Stop:
-        pass
+        with suppress(_Stop):
+            model(row, use_cache=False)
     finally:
         hook.remove()
     return found[0]

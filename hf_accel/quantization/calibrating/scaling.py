@@ -82,7 +82,6 @@ class Scaled:
                 found[path] = made[key]
         return found
 
-
     def of(self, path: str, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return by what columns and rows of a product with this weight [N, K] were scaled, None if by nothing."""
         columns, rows = self.columns.get(path), self.rows.get(path)
@@ -193,14 +192,13 @@ def candidates(inputs: Tensor, weights: Sequence[tuple[Tensor, int]]) -> Iterato
 
 def _best(place: Place, calls: list[_Call], dtype: torch.dtype) -> tuple[float | None, Tensor | None]:
     """Return the exponent and the scales [K] of least error; None, None where no scales help."""
-    total = sum(call.inputs.float().abs().flatten(0, -2).sum(dim=0) for call in calls)
-    count = sum(call.inputs[..., 0].numel() for call in calls)
+    magnitudes = torch.cat([call.inputs.flatten(0, -2) for call in calls]).float().abs().mean(dim=0)
     weights = [(product.weight, product.scheme.columns_per_scale(product.weight.shape[1])) for product in place.readers]
     originals = [product.module._parameters["weight"] for product in place.readers]
     best: tuple[float | None, Tensor | None] = None, None
     try:
         least = _error(place, weights, None, calls, dtype)
-        for alpha, scales in candidates(total / count, weights):
+        for alpha, scales in candidates(magnitudes, weights):
             if place.rows is None:
                 _, scales = place.divided(scales)
             error = _error(place, weights, scales, calls, dtype)

@@ -74,7 +74,6 @@ class Calibrator:
     dtype: torch.dtype
     advance: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
-    widest: int = 0  # inputs of the widest product
     _scaled: list[Scaled] = field(default_factory=list)
 
     # as decorators they do not hold while the caller has what was yielded; leaving inference mode brings gradients back
@@ -183,7 +182,7 @@ class Calibrator:
         solved: list[tuple[Product, Solved]] = []
         findings = []
         moment: Moment | None = None
-        factor: Factor | str = ""
+        factor: Factor | str | None = ""
         for product in products:
             if product.path not in moments or moments[product.path] is not moment:
                 moment = moments.pop(product.path, None)
@@ -194,21 +193,20 @@ class Calibrator:
                 bits, count = product.scheme.bits, moment.count if moment else 0
                 findings.append(Finding(product.path, bits, product.weight.numel(), count, reason=str(factor)))
             else:
-                self.widest = max(self.widest, product.weight.shape[1])
                 dtype, refits = scale_dtype(product.scheme, self.dtype), 2 if product.scheme.bits == 2 else 1
-                if self.config.solver == "gptq":
-                    one = solve(product.weight, factor, product.scheme, dtype, refits)
+                weight, damping = product.weight, None
+                if factor is None:
+                    one = rounded(weight, product.scheme, dtype)
                 else:
-                    one = rounded(product.weight, factor, product.scheme, dtype)
+                    one, damping = solve(weight, factor, product.scheme, dtype, refits), factor.damping
                 solved.append((product, one))
-                findings.append(
-                    found(product.path, product.weight, one, factor, moment, scaled.of(product.path, product.weight))
-                )
+                scales = scaled.of(product.path, weight)
+                findings.append(found(product.path, weight, one, moment, damping, scales))
             self.advance()
         return solved, findings
 
-    def _factor(self, product: Product, moment: Moment | None) -> Factor | str:
-        """Return the factored Hessian of a product, or why there is none."""
+    def _factor(self, product: Product, moment: Moment | None) -> Factor | str | None:
+        """Return the factored Hessian of a product, or why there is none; None where none is asked for."""
         if moment is None:
             return "which read none of the text"
         if not bool(moment.total.isfinite().all()):
@@ -219,7 +217,7 @@ class Calibrator:
         if moment.count < LEAST_TOKENS:
             return f"which read fewer than {LEAST_TOKENS} tokens"
         if self.config.solver == "nearest":
-            return Factor.to_measure(moment.total, self.config.damping)
+            return None
         try:
             return Factor.of(moment.total, self.config.damping, self.config.order is not None)
         except ValueError as error:

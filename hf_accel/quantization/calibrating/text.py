@@ -11,18 +11,21 @@ from hf_accel.measure.quality import CalibrationText
 from hf_accel.measure.text import FITTED_ROW_TOKENS, context_tokens, own_text
 
 LEAST_TEXT_TOKENS = 64
-OWN_TOKENS = 8192  # that the model writes where there is no text
+# that the model writes where there is no text: so many for each input of the widest product, within bounds
+OWN_TOKENS_PER_INPUT, FEWEST_OWN_TOKENS, MOST_OWN_TOKENS = 8, 512, 8192
+_OWN_ROWS = 8  # at least: rows are written together
 
 
-def text_for(model: Any, given: CalibrationText | None) -> CalibrationText:
-    """Return the text: `given`, in rows of up to 512 tokens, or what the model writes.
+def text_for(model: Any, given: CalibrationText | None, widest: int) -> CalibrationText:
+    """Return the text: `given`, in rows of up to 512 tokens, or what the model writes; `widest`: inputs of a product.
 
     Raises:
         ConfigError: there is too little of it to calibrate on.
     """
     if given is None:
-        length = min(FITTED_ROW_TOKENS, context_tokens(model) - 1)
-        return own_text(model, -(-OWN_TOKENS // length), length)
+        wanted = max(FEWEST_OWN_TOKENS, min(MOST_OWN_TOKENS, OWN_TOKENS_PER_INPUT * widest))
+        length = min(FITTED_ROW_TOKENS, context_tokens(model) - 1, wanted // _OWN_ROWS)
+        return own_text(model, -(-wanted // length), length)
     if given.ids.numel() < LEAST_TEXT_TOKENS:
         raise ConfigError(
             f"Calibration text of {given.ids.numel()} tokens (about a fifth may be kept back to measure on) tells too "
@@ -38,13 +41,13 @@ def _rows(ids: Tensor) -> Tensor:
     return ids[:, : count * length].reshape(-1, length)
 
 
-def notes_on(text: CalibrationText, most_inputs: int) -> list[str]:
+def notes_on(text: CalibrationText, widest: int) -> list[str]:
     """Return sentences on what the text is, and whether it is little for products of up to so many inputs."""
     count = text.ids.numel()
     found = [f"calibrated on {count:,} tokens of {text.source}, {len(text.ids)} rows of {text.ids.shape[1]}"]
-    if count < most_inputs:
+    if count < widest:
         found.append(
-            f"that is fewer tokens than the {most_inputs:,} inputs of the widest product: their Hessians are known in "
+            f"that is fewer tokens than the {widest:,} inputs of the widest product: their Hessians are known in "
             "part only; more text gives better codes"
         )
     return found
