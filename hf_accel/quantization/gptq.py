@@ -18,13 +18,14 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine
 from hf_accel.quantization.calibrating.findings import Calibration, check
+from hf_accel.quantization.calibrating.scaling import most_places
 from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig
 from hf_accel.quantization.modules.experts import QuantizedExperts
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.patcher import WeightOnlyPatcher
-from hf_accel.quantization.targets import Target
+from hf_accel.quantization.targets import Target, targets
 
 SECTION = "calibration"
 SECTIONS[SECTION] = "calibration"
@@ -79,6 +80,15 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         if self.config.solver == "nearest" and not self.config.refine_steps and not anatomy.blocks:
             found.append(f"there is nothing to scale: {anatomy.blocks_missing}. Leave scaling and solver out.")
         return found
+
+    def parts(self, setting: Setting) -> int | None:
+        """Every product is solved and put in place, every place scaled, and every layer refined in steps."""
+        chosen, _ = targets(setting.anatomy, self.config)
+        inner = [target for target in chosen if target.module is not setting.model.get_output_embeddings()]
+        solved = sum(1 if target.scheme is not None else 2 * len(target.module.gate_up_proj) for target in inner)
+        layers = int(setting.model.config.get_text_config(decoder=True).num_hidden_layers)
+        scaled = 0 if self.config.scaling is None else most_places(setting.anatomy.blocks)
+        return len(chosen) + solved + scaled + self.config.refine_steps * layers
 
     @staticmethod
     def _norms(setting: Setting) -> list[nn.Module]:

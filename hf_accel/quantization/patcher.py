@@ -91,6 +91,9 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
                 total += packed_bytes(Scheme(8), table.num_embeddings, table.embedding_dim, anatomy.dtype)
         return total
 
+    def parts(self, setting: Setting) -> int | None:
+        return len(targets(setting.anatomy, self.config)[0])
+
     def patch(self, setting: Setting, host: Host) -> Change:
         anatomy, journal = setting.anatomy, host.journal
         model = anatomy.model

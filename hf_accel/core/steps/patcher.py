@@ -115,6 +115,10 @@ class Patcher(ABC, Generic[C]):
         """Return the bytes of all weights once the step is applied and originals are given up; None: as before."""
         return None
 
+    def parts(self, setting: Setting) -> int | None:
+        """Return how often the step calls `setting.advance` when it is applied; None: that is not known before."""
+        return None
+
     def preview(self, setting: Setting) -> Any:
         """Return what the step is expected to cost, tried without changing anything; None: nothing worth telling.
 

@@ -10,7 +10,7 @@ its last product over `ROWS` rows; memory: what these read for those rows, and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,11 @@ def notes_on_scaling(layers: Sequence[Scaled]) -> list[str]:
     return found
 
 
+def most_places(blocks: Sequence[DecoderBlock]) -> int:
+    """Return in how many places some layers can be scaled, if all of their products are rounded."""
+    return sum(4 if block.heads == block.kv_heads else 3 for block in blocks)
+
+
 def places_of(block: DecoderBlock, products: Sequence[Product], model: nn.Module) -> tuple[list[Place], list[str]]:
     """Return where a decoder layer can be scaled, and why elsewhere not."""
     by_module = {id(product.module): product for product in products}
@@ -137,7 +142,13 @@ def places_of(block: DecoderBlock, products: Sequence[Product], model: nn.Module
 
 
 def scale(
-    layer: Layer, block: DecoderBlock, products: Sequence[Product], read: Activations, model: Any, dtype: torch.dtype
+    layer: Layer,
+    block: DecoderBlock,
+    products: Sequence[Product],
+    read: Activations,
+    model: Any,
+    dtype: torch.dtype,
+    advance: Callable[[], None] = lambda: None,
 ) -> Scaled:
     """Scale a layer of the copied model, whose tensors are replaced and not written to, and return how.
 
@@ -154,6 +165,7 @@ def scale(
     for place in places:
         alpha, scales = _best(place, calls[id(place.parent)], dtype)
         found.alphas.append(alpha)
+        advance()
         if scales is not None:
             chosen.append((place, scales))
     before = layer.run(read.row(rows[0]))

@@ -152,7 +152,7 @@ class Calibrator:
                 observer.end_row()
         scaled = Scaled()
         if block is not None:
-            scaled = scale(layer, block, products, streams[0].read, self.model, self.dtype)
+            scaled = scale(layer, block, products, streams[0].read, self.model, self.dtype, self.advance)
             self._scaled.append(scaled)
         solved, findings = self._solve_all(products, scaled.moments(observer.moments), scaled)
         affines = {product.path: one.affine for product, one in solved}

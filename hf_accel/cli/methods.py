@@ -1,0 +1,77 @@
+"""What `hf-accel quantize --method` offers: a line for each, from what was asked to the config that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_accel.core.config import Config
+from hf_accel.errors import ConfigError
+from hf_accel.quantization import GPTQConfig, WeightOnlyConfig
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for on the command line: the bits, the options of every method, and those of some.
+
+    shared: fields that all configs of weights in few bits have. folder: where finished layers are kept, if anywhere.
+    """
+
+    bits: float
+    shared: dict[str, Any]
+    refine_steps: int = 0
+    folder: Path | None = None
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """The fields of configs with one number of bits."""
+        return {"bits": int(self.bits) if self.bits == int(self.bits) else self.bits} | self.shared
+
+    @property
+    def calibrated(self) -> dict[str, Any]:
+        """The fields of configs that choose codes on text."""
+        folder = None if self.folder is None else str(self.folder)
+        return self.products | {"refine_steps": self.refine_steps, "folder": folder}
+
+
+@dataclass(frozen=True)
+class Method:
+    """config: makes the config; help: what it does, in a few words; resumes, refines: whether it has these options."""
+
+    config: Callable[[Asked], Config]
+    help: str
+    resumes: bool = False
+    refines: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "nearest": Method(lambda asked: WeightOnlyConfig(**asked.products), "rounds; needs no text"),
+    "gptq": Method(lambda asked: GPTQConfig(**asked.calibrated), "chooses codes on text", resumes=True, refines=True),
+    "awq": Method(
+        lambda asked: GPTQConfig(scaling="awq", solver="nearest", **asked.calibrated),
+        "scales by what is read, and rounds",
+        resumes=True,
+        refines=True,
+    ),
+}
+
+
+def chosen_config(name: str, asked: Asked) -> Config:
+    """Return the config of the method called `name`.
+
+    Raises:
+        ConfigError: there is no such method, it has not the options that were given, or a value does not fit.
+    """
+    method = METHODS.get(name)
+    if method is None:
+        raise ConfigError(f"--method is one of {', '.join(METHODS)}; {name!r} was given.")
+    for is_given, has_it, option in (
+        (asked.folder is not None, method.resumes, "--resume"),
+        (bool(asked.refine_steps), method.refines, "--refine-steps"),
+    ):
+        if is_given and not has_it:
+            those = [other for other, found in METHODS.items() if (found.resumes if "res" in option else found.refines)]
+            raise ConfigError(f"{option} belongs to --method {', '.join(those)}; the method is {name!r}.")
+    return method.config(asked)
