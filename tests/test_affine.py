@@ -25,11 +25,11 @@ def as_dtype(value: float, dtype: torch.dtype) -> float:
 
 def twin_group(values: list[float], scheme: Scheme, dtype: torch.dtype) -> tuple[list[int], float, int, float]:
     """Return codes, scale, zero and squared error of the best candidate, by the definition."""
-    low, high = (-8, 7) if scheme.bits == 4 else (-128, 127)
+    low, high = {2: (-2, 1), 3: (-4, 3), 4: (-8, 7), 8: (-128, 127)}[scheme.bits]
     smallest, largest = min(values), max(values)
     if scheme.symmetric:
         extreme = largest if largest >= -smallest else smallest
-        factors = affine._SYMMETRIC_4 if scheme.bits == 4 else (127.0,)
+        factors = {2: (-2.0,), 3: (-4.0,), 4: affine._SYMMETRIC_4, 8: (127.0,)}[scheme.bits]
         scales = [extreme / f if f < 0 else abs(extreme) / f for f in factors]
     else:
         smallest, largest = min(smallest, 0.0), max(largest, 0.0)
@@ -62,6 +62,7 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 SCHEMES = [Scheme(8), Scheme(8, 32), Scheme(4, 32), Scheme(4, 64, False), Scheme(4, 32, False), Scheme(8, 64, False)]
+SCHEMES += [Scheme(3, 32), Scheme(3, 64, False), Scheme(2, 64), Scheme(2, 32, False)]
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -119,6 +120,8 @@ def test_no_group_is_worse_than_the_usual_roundings(group: int) -> None:
         (Scheme(4, 32), (20.5, 24.0)),
         (Scheme(4, 64), (19.5, 22.5)),
         (Scheme(4, 128), (18.5, 21.5)),
+        (Scheme(3, 64), (11.5, 15.0)),
+        (Scheme(2, 64), (6.0, 9.0)),
     ],
     ids=str,
 )
@@ -230,10 +233,13 @@ def test_large_finite_values_are_taken(scheme: Scheme) -> None:
     weight[:, ::3] = -1e30 if scheme.symmetric else 0.0
     values = dequantize(quantize(weight, scheme))
     assert bool(values.isfinite().all())
-    assert bool(((values - weight).abs() <= 0.126 * 1e30).all())
+    step = 1 / 2 ** (scheme.bits - 1) if scheme.symmetric else 0.0
+    assert bool(((values - weight).abs() <= (step + 1e-6) * 1e30).all())
 
 
 def test_bits_per_weight() -> None:
     assert Scheme(8).bits_per_weight(1024) == 8 + 16 / 1024
     assert Scheme(4, 64).bits_per_weight(1024) == 4.25
     assert Scheme(4, 32, False).bits_per_weight(1024) == 4 + 48 / 32
+    assert Scheme(3, 64).bits_per_weight(1024) == 3.25
+    assert Scheme(2, 64, False).bits_per_weight(1024) == 2 + 48 / 64

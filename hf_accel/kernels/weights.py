@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits in the layout of the native kernels, and how weights are described to C.
+"""Weights of 8, 4, 3 and 2 bits in the layout of the native kernels, and how weights are described to C.
 
 Sixteen rows lie interleaved, so that a vector register holds one value of each: see `hfa_matrix` in csrc/native.h. The
 layout is the same for all instruction sets. `packed` multiplies with such weights.
@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_accel.kernels import vendor
+from hf_accel.kernels.layout import LANES, QUANTUM, codes_shape, interleaved, row_by_row
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 
-LANES = 16
-QUANTUM = 32
-FORMATS = {None: 0, 8: 1, 4: 2}
+FORMATS = {None: 0, 8: 1, 4: 2, 2: 3, 3: 4}
 """The bits of a weight, or of keys and values -> `enum hfa_format`; None: values of the dtype."""
 MATRIX = struct.Struct("=QQqqqQQqq")
 """`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
@@ -29,9 +28,9 @@ MATRIX = struct.Struct("=QQqqqQQqq")
 class PackedWeight:
     """A quantized weight [rows, columns].
 
-    codes: 8 bits int8 [R, Kp/2, 16, 2], 4 bits uint8 [R, Kp/8, 16, 4]; scales [R, groups, 16] as the bits of bf16
-    (int16) or fp32 (int32) values, so that casting a model leaves them alone; offsets int32 (fp32 bits) or None.
-    R = ceil(rows / 16), Kp = columns rounded up to 32.
+    codes: 8 bits int8 [R, Kp/2, 16, 2], 4 bits uint8 [R, Kp/8, 16, 4], 3 bits uint8 [R, Kp/32, 3, 16, 4], 2 bits uint8
+    [R, Kp/16, 16, 4]; scales [R, groups, 16] as the bits of bf16 (int16) or fp32 (int32) values, so that casting a
+    model leaves them alone; offsets int32 (fp32 bits) or None. R = ceil(rows / 16), Kp = columns rounded up to 32.
     """
 
     scheme: Scheme
@@ -62,11 +61,7 @@ class PackedWeight:
         codes = quantized.codes
         if (rows, padded) != (n, k):
             codes = functional.pad(codes, (0, padded - k, 0, rows - n))
-        if quantized.scheme.bits == 8:
-            codes = codes.view(rows // LANES, LANES, padded // 2, 2).transpose(1, 2).contiguous()
-        else:
-            halves = (codes + 8).view(torch.uint8).view(rows // LANES, LANES, padded // 8, 2, 4)
-            codes = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).transpose(1, 2).contiguous()
+        codes = interleaved(codes, quantized.scheme.bits)
         scales = quantized.scales.float()
         offsets = None if quantized.zeros is None else -scales * quantized.zeros.float()
 
@@ -86,12 +81,7 @@ class PackedWeight:
         stop = self.rows if stop is None else min(stop, self.rows)
         part = slice(start // LANES, -(-stop // LANES))
         count, k = stop - start, self.columns
-        codes = self.codes[part]
-        if self.scheme.bits == 8:
-            codes = codes.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)
-        else:
-            halves = torch.stack((codes & 15, codes >> 4), dim=-2).view(torch.int8) - 8  # [R, Kp/8, 16, 2, 4]
-            codes = halves.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)
+        codes = row_by_row(self.codes[part], self.scheme.bits)
 
         def rowwise(bits: Tensor) -> Tensor:
             values = bits[part].view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32)
@@ -133,11 +123,10 @@ class PackedWeight:
     def check(self) -> None:
         """Raise ValueError unless the tensors lie in memory as the kernels take them; they may have been changed."""
         groups = 1 if self.scheme.group_size is None else -(-self.columns // self.scheme.group_size)
-        parts, padded = -(-self.rows // LANES), -(-self.columns // QUANTUM) * QUANTUM
-        is_8 = self.scheme.bits == 8
-        shape = (parts, padded // 2, LANES, 2) if is_8 else (parts, padded // 8, LANES, 4)
-        rowwise = (parts, groups, LANES)
-        fits = self.codes.dtype is (torch.int8 if is_8 else torch.uint8) and self.codes.shape == shape
+        shape = codes_shape(self.rows, self.columns, self.scheme.bits)
+        rowwise = (shape[0], groups, LANES)
+        kind = torch.int8 if self.scheme.bits == 8 else torch.uint8
+        fits = self.codes.dtype is kind and self.codes.shape == shape
         fits = fits and self.scales.dtype in (torch.int16, torch.int32) and self.scales.shape == rowwise
         kept = [self.codes, self.scales]
         if self.offsets is not None:
@@ -164,6 +153,8 @@ class PackedWeight:
         found = self._fields.get(key)
         if found is None:
             self.check()
+            if self.scheme.bits not in (4, 8):
+                raise ValueError(f"{self.scheme.bits} bits have no native products yet")
             if bias is not None and (bias.shape != (self.rows,) or bias.stride() != (1,) or not pointers[3]):
                 raise ValueError(f"bias {tuple(bias.shape)} with strides {bias.stride()} is not one row of {self.rows}")
             self._fields.clear()

@@ -1,8 +1,10 @@
 """Affine quantization of weights, W = (code - zero) * scale, per output channel or per group of columns.
 
-Scales are chosen by squared error among a few candidates instead of from the largest value alone (as in llama.cpp's
-quantize_row_q4_0, whose choice is one of them); cost: one pass over the weight per candidate, one block of rows at a
-time, so that a few megabytes are all the memory it takes.
+At 4 bits scales are chosen by squared error among a few candidates instead of from the largest value alone (as in
+llama.cpp's quantize_row_q4_0, whose choice is one of them); cost: one pass over the weight per candidate, one block of
+rows at a time, so that a few megabytes are all the memory it takes. At 2 and 3 bits the value of largest magnitude is
+the lowest code and nothing is searched: scales of least squared error clip, which shrinks every weight of a group the
+same way, and raised the KL divergence of a trained model at 2 bits.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ _ASYMMETRIC_4 = (1.0, 0.95, 0.9, 0.85)  # of the range from smallest to largest 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits per weight (8 or 4), columns that share a scale (None: the whole row), and whether zero is the code 0."""
+    """Bits per weight (2, 3, 4 or 8), columns that share a scale (None: the whole row), and whether zero is the code 0.
+
+    Codes are whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1. Scales may be negative.
+    """
 
     bits: int
     group_size: int | None = None
@@ -123,12 +128,13 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Ten
 def _scale_candidates(smallest: Tensor, largest: Tensor, scheme: Scheme) -> list[Tensor]:
     """Return the scales to try for groups with these extreme values."""
     if not scheme.symmetric:
-        factors = _ASYMMETRIC_4 if scheme.bits == 4 else (1.0,)
+        factors: tuple[float, ...] = _ASYMMETRIC_4 if scheme.bits == 4 else (1.0,)
         return [(largest - smallest) * (factor / (scheme.highest - scheme.lowest)) for factor in factors]
     extreme = torch.where(largest >= -smallest, largest, smallest)
-    if scheme.bits == 4:
-        return [extreme / factor if factor < 0 else extreme.abs() / factor for factor in _SYMMETRIC_4]
-    return [extreme.abs() / scheme.highest]
+    if scheme.bits == 8:
+        return [extreme.abs() / scheme.highest]
+    factors = _SYMMETRIC_4 if scheme.bits == 4 else (scheme.lowest,)
+    return [extreme / factor if factor < 0 else extreme.abs() / factor for factor in factors]
 
 
 def dequantize(quantized: Affine, dtype: torch.dtype = torch.float32) -> Tensor:

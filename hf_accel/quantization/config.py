@@ -10,17 +10,22 @@ from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
 from hf_accel.ops.affine import GROUP_SIZES, Scheme
 
+BITS = (2, 3, 4, 8)
+HEAD_BITS = (4, 8)  # every token's logits pass through the head: fewer are not offered
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOnlyConfig(Config):
-    """Weights of the linear products in 8 or 4 bits.
+    """Weights of the linear products in 8, 4, 3 or 2 bits.
 
-    bits: 8 (one scale per output channel) or 4 (one scale per group of columns).
+    bits: 8 (one scale per output channel) or 4, 3 or 2 (one scale per group of columns).
     group_size: columns that share a scale, 32, 64 or 128; fewer are more exact and cost 16 bits per group. None: the
-        whole row at 8 bits, 64 at 4 bits (32 where 64 does not divide the row).
-    symmetric: zero is the code 0; False gives each group a zero of its own (4 bits only: 8 bits gain nothing from it).
-    layers: name pattern -> bits for the products it matches (4, 8, or None: left as they are); the first match counts.
-    head: bits of the output head, 8 by default because every token's logits pass through it; None leaves it alone.
+        whole row at 8 bits, 64 below (32 where 64 does not divide the row).
+    symmetric: zero is the code 0; False gives each group a zero of its own (not at 8 bits, which gain nothing from it).
+    layers: name pattern -> bits for the products it matches (2, 3, 4, 8, or None: left as they are); the first match
+        counts.
+    head: bits of the output head (8 or 4), 8 by default because every token's logits pass through it; None leaves it
+        alone.
     embeddings: 8 stores the table of input embeddings in 8 bits too, sharing the codes of a tied head: less memory,
         not more speed.
     """
@@ -43,10 +48,11 @@ class WeightOnlyConfig(Config):
         if strange := [pattern for pattern, _ in self.pairs if not isinstance(pattern, str)]:
             raise ConfigError(f"WeightOnlyConfig.layers maps name patterns, which are texts; {strange[0]!r} was given.")
         given = {"bits": self.bits} | {f"layers[{pattern!r}]": bits for pattern, bits in self.pairs if bits is not None}
-        given |= {"head": self.head} if self.head is not None else {}
         for name, bits in given.items():
-            if type(bits) is not int or bits not in (4, 8):
-                raise ConfigError(f"WeightOnlyConfig.{name} is 4 or 8; {bits!r} was given.")
+            if type(bits) is not int or bits not in BITS:
+                raise ConfigError(f"WeightOnlyConfig.{name} is 2, 3, 4 or 8; {bits!r} was given.")
+        if self.head is not None and (type(self.head) is not int or self.head not in HEAD_BITS):
+            raise ConfigError(f"WeightOnlyConfig.head is 4, 8 or None; {self.head!r} was given.")
         if self.embeddings not in (None, 8):
             raise ConfigError(f"WeightOnlyConfig.embeddings is 8 or None; {self.embeddings!r} was given.")
         if self.embeddings is not None and self.head == 4:
@@ -56,7 +62,7 @@ class WeightOnlyConfig(Config):
                 f"WeightOnlyConfig.group_size is one of {GROUP_SIZES} or None; {self.group_size!r} was given."
             )
         if type(self.symmetric) is not bool or (not self.symmetric and self.bits == 8):
-            raise ConfigError("WeightOnlyConfig.symmetric is True or False, and False only with bits=4.")
+            raise ConfigError("WeightOnlyConfig.symmetric is True or False, and False only with bits below 8.")
 
     @property
     def pairs(self) -> tuple[tuple[str, int | None], ...]:
@@ -77,5 +83,5 @@ class WeightOnlyConfig(Config):
         wanted = (64, 32) if self.group_size is None else (self.group_size,)
         for group in wanted:
             if columns % group == 0:
-                return Scheme(4, group, self.symmetric), ""
+                return Scheme(bits, group, self.symmetric), ""
         return Scheme(8), f"groups of {wanted[-1]} do not divide {columns} columns; kept at 8 bits per channel"

@@ -1,4 +1,4 @@
-"""Puts weights in 8 and 4 bits in place: decoding is reading weights, so fewer bytes take proportionally less time.
+"""Puts weights in 8 bits or fewer in place: decoding is reading weights, so fewer bytes take proportionally less time.
 
 One product is quantized at a time: beside the model only the packed copy of the product at hand exists, and with
 originals="drop" the original goes before the next one is made.

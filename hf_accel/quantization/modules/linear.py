@@ -1,4 +1,4 @@
-"""A linear product whose weight is stored in 8 or 4 bits, in the place of an `nn.Linear` or GPT-2's `Conv1D`.
+"""A linear product whose weight is stored in 8 bits or fewer, in the place of an `nn.Linear` or GPT-2's `Conv1D`.
 
 It is a module like any other: it moves, copies, pickles and lists its state. It has no floating-point weight, and who
 asks for `.weight` gets its shape, dtype and device, but no values to change.
@@ -112,7 +112,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """y = x W^T + bias for x [..., K], with W [N, K] packed in 8 or 4 bits (see kernels/weights.py).
+    """y = x W^T + bias for x [..., K], with W [N, K] packed in 8, 4, 3 or 2 bits (see kernels/weights.py).
 
     A subclass of `nn.Linear` so that adapters find it; `nn.Linear.__init__` is not run, as there is no weight.
     integer_rows: products of more rows than this are computed on dequantized blocks of the weight instead of on the
