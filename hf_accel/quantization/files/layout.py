@@ -57,6 +57,10 @@ class Source:
             raise self.damaged(suffix, "it holds NaN or infinity")
         return found
 
+    def is_ours(self, suffix: str) -> bool:
+        """Return whether the file of a tensor carries our stamp, so that it was written by us."""
+        return self.checkpoint.is_stamped(f"{self.name}.{suffix}")
+
     def damaged(self, suffix: str, fault: str) -> CheckpointError:
         """Return the error that says what is wrong with a tensor."""
         return self.checkpoint.damaged(f"{self.name}.{suffix}", fault)
