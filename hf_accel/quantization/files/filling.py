@@ -126,10 +126,9 @@ class Filler:
         packed = {
             f"{name}.{tensor}"
             for name, module in self.model.named_modules()
-            if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+            if isinstance(module, (QuantizedLinear, QuantizedEmbedding, PermutedLinear))
             for tensor in OWN_TENSORS
         }
-        packed |= {f"{name}.order" for name, module in self.model.named_modules() if isinstance(module, PermutedLinear)}
         return [name for name in self.model.state_dict() if name not in packed]
 
     def _packed(self, name: str, rows: int, columns: int, layout: Layout) -> tuple[PackedWeight, Tensor | None]:

@@ -49,11 +49,11 @@ class PackQuantized:
                 f"it says {tensors['weight_shape'].tolist()}; the model's config asks for {[rows, columns]}",
             )
         weight = _from_sparse(tensors, scheme, rows, columns) if is_sparse else from_tensors(tensors, scheme, rows, columns)
-        if not self.has_order or "weight_g_idx" not in source:
+        if not self.has_order or scheme.group_size is None:
             return Stored(weight, None)
         index = source.tensor("weight_g_idx", (columns,), INDICES).long()
         if bool((index == -1).all()):  # what the package leaves where it did not order
-            return Stored(weight, None)
+            index = torch.arange(columns) // scheme.group_size
         check_index(source, "weight_g_idx", index, weight.scales.shape[1], scheme.columns_per_scale(columns))
         try:
             return Stored(*grouped(weight.codes, weight.scales, weight.zeros, scheme.bits, index))
