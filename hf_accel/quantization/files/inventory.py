@@ -119,8 +119,8 @@ def take_inventory(model: Any) -> Inventory:
         if module is head:
             found.head = name
         if isinstance(module, PermutedLinear):
-            found.packed[name], found.orders[name] = module.product.packed, module.order
-            inner.add(f"{name}.product")
+            found.packed[name], found.orders[name] = module.inner.packed, module.order
+            inner.add(f"{name}.inner")
         elif isinstance(module, QuantizedLinear):
             if name in inner:
                 continue

@@ -34,17 +34,17 @@ class PermutedLinear(nn.Linear):
     def __init__(self, product: QuantizedLinear, order: Tensor, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = product.in_features, product.out_features
-        self.product = product
+        self.inner = product
         self.register_buffer("order", order)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @property
     def weight(self) -> PermutedWeight:  # type: ignore[override]
-        return PermutedWeight(self.product, self.order)
+        return PermutedWeight(self.inner, self.order)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:
             raise ValueError(f"this product takes {self.in_features} columns, the input has {input.shape[-1]}")
-        product: Tensor = self.product(input.index_select(-1, self.order))
+        product: Tensor = self.inner(input.index_select(-1, self.order))
         bias: Any = self.bias
         return product if bias is None else product + bias.to(product.dtype)
