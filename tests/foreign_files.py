@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ: output column of each nibble
-UP = "model.layers.1.mlp.up_proj"
+UP = "model.layers.0.mlp.up_proj"
 
 
 def stream(values: list[int], bits: int) -> list[int]:
@@ -91,7 +91,7 @@ class Written:
         symmetric: bool = True, index: Any = None, bits_of: Any = None, scale_dtype: torch.dtype = torch.float16,
         model: Any = None, file: str = "model.safetensors", beside: str = "", has_index: bool = True,
     ) -> None:  # fmt: skip
-        self.folder, self.model = folder, wide(num_hidden_layers=2) if model is None else model
+        self.folder, self.model = folder, wide(num_hidden_layers=1) if model is None else model
         self.layout, self.symmetric, self.scale_dtype, self.has_index = layout, symmetric, scale_dtype, has_index
         self.draw, self.weights = random.Random(5), {}
         self.tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}

@@ -57,8 +57,8 @@ class Zeros:
             if _is_destroyed(fields, bits):
                 raise source.damaged(
                     "qzeros",
-                    "above every zero of 0 its words hold nothing but zeros of 0: the packer joined negative numbers, "
-                    "which destroyed what was there. It cannot be mended; quantize the model anew, into 'gptq_v2'",
+                    "above every zero of 0 its words have all their bits set: the packer joined negative numbers, which "
+                    "destroyed what was there. It cannot be mended; quantize the model anew, into 'gptq_v2'",
                 )
         return (fields.to(torch.int16) - half).to(torch.int8).T.contiguous()
 
@@ -98,9 +98,13 @@ def done(zeros: Tensor, bits: int) -> Tensor:
 
 
 def _is_destroyed(zeros: Tensor, bits: int) -> bool:
-    """Return whether zeros [groups, count] of version 1 look as if fields above a negative one were overwritten."""
+    """Return whether zeros [groups, count] of version 1 look as if fields above a negative one were overwritten.
+
+    A field of -1 that is joined by OR sets all bits above it, too; one more in every field then makes it 0, and those
+    above 1.
+    """
     if bits == 3:
         return False
     fields = zeros.view(len(zeros), -1, 32 // bits)
     above = (fields == 0).cumsum(-1)[..., :-1] > 0  # of fields from 1 on: whether there is a 0 below
-    return bool(above.any()) and not bool(fields[..., 1:][above].any())
+    return bool(above.any()) and bool((fields[..., 1:][above] == 1).all())
