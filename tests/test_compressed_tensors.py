@@ -28,11 +28,11 @@ SCHEMES = {
 
 @pytest.mark.compressed_tensors
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_the_package_reads_our_weights(bits: int, symmetric: bool, tmp_path: Path) -> None:
     if bits == 8 and not symmetric:
         pytest.skip("WeightOnlyConfig makes no such weights")
-    config = WeightOnlyConfig(bits=bits, group_size=32 if bits == 4 else None, symmetric=symmetric)
+    config = WeightOnlyConfig(bits=bits, group_size=32 if bits < 8 else None, symmetric=symmetric)
     expected = saved(tmp_path, wide(), config)
     ours = hf_accel.from_pretrained(tmp_path)
     theirs = expanded_by_the_package(tmp_path)
