@@ -1,4 +1,4 @@
-"""Checkpoints as GPTQ's, AutoRound's and AWQ's packers write them, restated from the formulas in loops over whole numbers.
+"""Checkpoints as packers of GPTQ, AutoRound and AWQ write them, restated from the formulas in loops over whole numbers.
 
 Nothing here is taken from the package, so that its reader is measured against something else than its writer.
 """
@@ -115,9 +115,11 @@ class Written:
         size = columns if group == -1 else group
         groups, half = -(-columns // size), 1 << bits - 1
         codes = [[self.draw.randrange(2 * half) for _ in range(columns)] for _ in range(rows)]
-        zeros = [[half if self.symmetric else self.draw.randrange(2 * half) for _ in range(rows)] for _ in range(groups)]
+        zeros = [
+            [half if self.symmetric else self.draw.randrange(2 * half) for _ in range(rows)] for _ in range(groups)
+        ]
         signs = torch.tensor([[self.draw.choice((-1, 1)) for _ in range(rows)] for _ in range(groups)])
-        scales = (signs * torch.rand(groups, rows, generator=torch.Generator().manual_seed(rows)) / half / 4 + 1e-3)
+        scales = signs * torch.rand(groups, rows, generator=torch.Generator().manual_seed(rows)) / half / 4 + 1e-3
         scales = scales.to(self.scale_dtype)
         group_of = [column // size for column in range(columns)] if index is None else index(columns)
         weight = torch.empty(rows, columns)

@@ -168,7 +168,9 @@ def test_symmetric_by_its_label_and_not_by_its_zeros(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label, version", [("gptq", 2), ("gptq_v2", 1)])
-def test_not_symmetric_by_its_label_and_symmetric_by_the_other_version(label: str, version: int, tmp_path: Path) -> None:
+def test_not_symmetric_by_its_label_and_symmetric_by_the_other_version(
+    label: str, version: int, tmp_path: Path
+) -> None:
     Written(tmp_path, f"v{version}", described(sym=False, checkpoint_format=label))
     refused(tmp_path, f"{Q}.qzeros", "cannot be decided")
 

@@ -1,4 +1,4 @@
-"""What is written as GPTQ and AutoRound write it: the twin's tensors, their labels, and the same bits when read again."""
+"""What is written as GPTQ and AutoRound write it: the twin's tensors, their labels, the same bits when read again."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def test_files_are_those_of_the_twin_and_come_back(
         for suffix, tensor in by_the_twin(weight, stored[f"{name}.scales"].dtype, VERSIONS[format]).items():
             assert stored[f"{name}.{suffix}"].dtype is tensor.dtype
             assert torch.equal(stored[f"{name}.{suffix}"], tensor), (name, suffix)
-        groups = torch.arange(weight.codes.shape[1], dtype=torch.int32) // weight.scheme.columns_per_scale(module.in_features)
+        groups = torch.arange(weight.codes.shape[1], dtype=torch.int32) // weight.scheme.columns_per_scale(
+            module.in_features
+        )
         assert format == "auto-round" or torch.equal(stored[f"{name}.g_idx"], groups)
         assert torch.equal(stored[f"{name}.scales"].T.float(), weight.scales)
     assert bool(negative) == (config.symmetric and config.bits < 8)

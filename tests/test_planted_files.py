@@ -1,7 +1,7 @@
 """Mistakes in reading and writing the files of other programs: the third table, see `test_planted.py`.
 
-Most of them are made alike in reading and writing, so that what we wrote comes back and only the twins of the packers see
-them.
+Most of them are made alike in reading and writing, so that what we wrote comes back and only the twins of the packers
+see them.
 """
 
 from __future__ import annotations

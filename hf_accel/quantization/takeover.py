@@ -106,7 +106,9 @@ def _weight(path: str, module: Any) -> Affine:
     rows, columns = module.out_features, module.in_features
     scheme = None if layout is None else layout.scheme
     if layout is not None and layout.has_order and isinstance(getattr(module, "weight_g_idx", None), torch.Tensor):
-        raise CheckpointError(f"{path} has groups of columns in an order of its own; load it by hf_accel.from_pretrained.")
+        raise CheckpointError(
+            f"{path} has groups of columns in an order of its own; load it by hf_accel.from_pretrained."
+        )
     if scheme is None or columns % scheme.columns_per_scale(columns):
         raise CheckpointError(f"{path} has {columns} columns, which its groups do not divide.")
     tensors: dict[str, Any] = {name: getattr(module, name, None) for name in stored_names(scheme)}

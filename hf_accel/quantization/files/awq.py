@@ -1,8 +1,9 @@
 """The tensors of AWQ (AutoAWQ's GEMM and GEMV), read into packed weights: 4 bits, zeros as they are.
 
 GEMM holds a weight [N, K] with G groups as `qweight` int32 [K, N / 8], `qzeros` int32 [G, N / 8] and `scales` [G, N];
-the nibbles of a word are output columns in an order of its own. GEMV holds `qweight` int32 [N, K / 8], the dense stream,
-and `qzeros` and `scales` by rows, padded to whole words. (Lin et al. 2023.) Scaling is folded into weights and norms.
+the nibbles of a word are output columns in an order of its own. GEMV holds `qweight` int32 [N, K / 8], the dense
+stream, and `qzeros` and `scales` by rows, padded to whole words. (Lin et al. 2023.) Scaling is folded into weights and
+norms.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hf_accel.quantization.files.rules import Rules
 CONFIG, GPTQ_FILE = "config.json", "quantize_config.json"
 BESIDE = {GPTQ_FILE: GPTQ, "quant_config.json": AWQ}  # file of a method -> the method, unless the file names it
 _DECISIVE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
-_OPENERS = {
+_OPENERS: dict[str, Callable[[Mapping[str, Any], str], Description]] = {
     METHOD: Rules, PRIVATE_METHOD: Rules, GPTQ: GptqDescription, AWQ: AwqDescription,
     AUTOROUND: AutoRoundDescription, "intel/auto-round": AutoRoundDescription,
 }  # fmt: skip
@@ -59,8 +59,8 @@ def _joined(inner: dict[str, Any], beside: dict[str, Any], folder: Path) -> dict
         one, two = inner.get(name), beside.get(name)
         if one is not None and two is not None and one != two:
             raise CheckpointError(
-                f"{folder / CONFIG} says {name}={one!r} and {folder / GPTQ_FILE} says {name}={two!r}. Delete or correct "
-                "the one that is wrong."
+                f"{folder / CONFIG} says {name}={one!r} and {folder / GPTQ_FILE} says {name}={two!r}. Delete or "
+                "correct the one that is wrong."
             )
     return beside | {name: value for name, value in inner.items() if value is not None}
 

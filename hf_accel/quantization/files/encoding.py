@@ -40,7 +40,8 @@ class GptqEncoding:
             if reason := self._misfit(name, weight):
                 way = "head=None" if name == found.head else f"layers={{{name!r}: None}}"
                 raise UnsupportedModelError(
-                    f"This {kind} cannot be saved in the format {format!r}: {name} has {reason}, or quantize with {way}."
+                    f"This {kind} cannot be saved in the format {format!r}: {name} has {reason}, or quantize with "
+                    f"{way}."
                 )
         self.scale_dtypes = _scale_dtypes(found)
         self.base = Counter(weight.scheme for weight in found.packed.values()).most_common(1)[0][0]
@@ -109,8 +110,8 @@ class GptqEncoding:
         scheme = weight.scheme
         if weight.rows % gptq.MULTIPLE or weight.columns % gptq.MULTIPLE:
             return (
-                f"{weight.rows} rows and {weight.columns} columns, and its words hold multiples of {gptq.MULTIPLE} of both. "
-                "Save with format=None"
+                f"{weight.rows} rows and {weight.columns} columns, and its words hold multiples of {gptq.MULTIPLE} of "
+                "both. Save with format=None"
             )
         if self.version == V1 and not (scheme.symmetric and scheme.bits in (4, 8)):
             kind = f"{scheme.bits} bits" + ("" if scheme.symmetric else " and zeros of its own")

@@ -1,7 +1,7 @@
 """What GPTQ, AutoRound and AWQ say of a checkpoint in its `quantization_config` or beside it, in new names and old.
 
-Which products are packed is seen from the tensors; the description says in how many bits and groups. Labels that are not
-known are refused by name: layouts of other kernels have the same shapes and would be read as noise.
+Which products are packed is seen from the tensors; the description says in how many bits and groups. Labels that are
+not known are refused by name: layouts of other kernels have the same shapes and would be read as noise.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Foreign:
         """
         if not any(f"{name}.{suffix}" in checkpoint for suffix in self.names):
             return None
-        overrides = self._overrides(name)
+        overrides = self._overrides(name, checkpoint)
         if overrides is None:
             raise checkpoint.damaged(f"{name}.qweight", f"{self.where} says that it is not quantized")
         return self._layout(overrides)
@@ -73,7 +73,7 @@ class Foreign:
     def _check(self, values: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
-    def _overrides(self, name: str) -> Mapping[str, Any] | None:
+    def _overrides(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         """Return what is said of one product alone; None: that it stays as it is."""
         return {}
 
@@ -97,8 +97,8 @@ class Foreign:
 
     def _error(self, found: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.where} describes {found}. Of GPTQ's layouts hf_accel reads 'gptq' and 'gptq_v2' in 2, 3, 4 and 8 bits, "
-            "of AWQ's 'gemm' and 'gemv', of AutoRound's those two; load the folder with the package that wrote it."
+            f"{self.where} describes {found}. Of GPTQ's layouts hf_accel reads 'gptq' and 'gptq_v2' in 2, 3, 4 and 8 "
+            "bits, of AWQ's 'gemm' and 'gemv', of AutoRound's these; load the folder with the package that wrote it."
         )
 
 
@@ -116,7 +116,9 @@ class GptqDescription(Foreign):
         if values.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
             raise self._error(f"codes in words of {values['pack_dtype']!r}")
         meta = values.get("meta")
-        self.is_static = values.get("static_groups") is True or (isinstance(meta, dict) and meta.get("static_groups") is True)
+        self.is_static = values.get("static_groups") is True or (
+            isinstance(meta, dict) and meta.get("static_groups") is True
+        )
         self.zeros = Zeros(GPTQ_LABELS[label])
         dynamic = values.get("dynamic") or {}
         if not isinstance(dynamic, dict) or not all(isinstance(value, dict) for value in dynamic.values()):
@@ -132,7 +134,7 @@ class GptqDescription(Foreign):
         except re.error as error:
             raise self._error(f"modules by {pattern!r}, which is not a valid regular expression ({error})") from error
 
-    def _overrides(self, name: str) -> Mapping[str, Any] | None:
+    def _overrides(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         for kind, pattern, values in self.rules:
             if pattern.match(name):
                 return None if kind == "-:" else values
@@ -169,17 +171,21 @@ class AutoRoundDescription(Foreign):
         extra = values.get("extra_config") or {}
         if not isinstance(extra, dict) or not all(isinstance(value, dict) for value in extra.values()):
             raise self._error("rules (`extra_config`) that are no JSON objects")
-        self.rules = extra
+        self.rules: dict[str, Any] = extra
         self._layout({})
         self.patterns = [(pattern, value) for name, value in extra.items() if (pattern := _compiled(name)) is not None]
         for value in self.rules.values():
             if value.get("bits") != _SKIPPED_BITS:
                 self._layout(value)
 
-    def _overrides(self, name: str) -> Mapping[str, Any] | None:
-        found = self.rules.get(name)
+    def _overrides(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+        found: Mapping[str, Any] | None = self.rules.get(name)
         if found is None:
-            found = next((value for pattern, value in self.patterns if pattern.search(name)), {})
+            # full names are patterns, too, but of no other module: `mlp.gate` is not meant to match `mlp.gate_proj`
+            others = (
+                (pattern, value) for pattern, value in self.patterns if not _is_module(pattern.pattern, checkpoint)
+            )
+            found = next((value for pattern, value in others if pattern.search(name)), {})
         return None if found.get("bits") == _SKIPPED_BITS else found
 
     def _layout(self, overrides: Mapping[str, Any]) -> Layout:
@@ -210,6 +216,10 @@ class AwqDescription(Foreign):
 
     def _layout(self, overrides: Mapping[str, Any]) -> Layout:
         return Awq(self.group_size, self.is_gemv)
+
+
+def _is_module(name: str, checkpoint: Checkpoint) -> bool:
+    return any(f"{name}.{suffix}" in checkpoint for suffix in ("weight", "qweight"))
 
 
 def _compiled(name: str) -> re.Pattern[str] | None:

@@ -52,7 +52,8 @@ class Gptq:
         bits = self.bits
         if rows % MULTIPLE or columns % MULTIPLE:
             raise source.damaged(
-                "qweight", f"it stands for {rows} rows and {columns} columns; the layout has multiples of {MULTIPLE} only"
+                "qweight",
+                f"it stands for {rows} rows and {columns} columns; the layout has multiples of {MULTIPLE} only",
             )
         group = min(self.group_size or columns, columns)
         groups = -(-columns // group)
@@ -83,7 +84,7 @@ def to_tensors(weight: Affine, order: Tensor | None, scale_dtype: torch.dtype, v
 
     order: the column of the model that each column of the weight reads, where they differ.
     """
-    rows, columns = weight.codes.shape
+    columns = weight.codes.shape[1]
     bits, half = weight.scheme.bits, 1 << weight.scheme.bits - 1
     group = weight.scheme.columns_per_scale(columns)
     scales = weight.scales.T.to(scale_dtype).contiguous()

@@ -17,7 +17,10 @@ INDICES = (torch.int32, torch.int64)
 
 
 class Stored(NamedTuple):
-    """A weight as a file holds it. order: the input column that each of its columns reads, int64 [K]; None: the same."""
+    """A weight as a file holds it.
+
+    order: the input column that each of its columns reads, int64 [K]; None: the same.
+    """
 
     weight: Affine
     order: Tensor | None
@@ -89,7 +92,7 @@ class Description(Protocol):
 
     is_public: bool
 
-    def layout(self, name: str, module: Any, checkpoint: Checkpoint) -> Layout | None:
+    def layout(self, name: str, module: Any, checkpoint: Checkpoint, /) -> Layout | None:
         """Return how the module called `name` is stored, None for one that is not packed.
 
         Raises:

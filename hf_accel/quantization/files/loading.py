@@ -101,9 +101,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _load(
-    folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], dtype: torch.dtype | None
-) -> Any:
+def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     rules = opened(description, str(folder / CONFIG))
     checkpoint = Checkpoint(folder, _stem(folder) if rules.is_public else PRIVATE_STEM)
     checkpoint.check_config(config, without="quantization_config")
@@ -159,7 +157,9 @@ def _stem(folder: Path) -> str:
 def _experts(rules: Description) -> dict[str, dict[tuple[str, int], Layout]]:
     """Return module of experts -> (product, expert) -> layout, where the description names experts one by one."""
     found: dict[str, dict[tuple[str, int], Layout]] = {}
-    for target in rules.targets if isinstance(rules, Rules) and not rules.is_public else ():
+    if not isinstance(rules, Rules) or rules.is_public:
+        return found
+    for target in rules.targets:
         if match := EXPERT.fullmatch(target):
             layout = rules.layout(target, None)
             if layout is not None:

@@ -48,7 +48,8 @@ class PackQuantized:
                 "weight_shape",
                 f"it says {tensors['weight_shape'].tolist()}; the model's config asks for {[rows, columns]}",
             )
-        weight = _from_sparse(tensors, scheme, rows, columns) if is_sparse else from_tensors(tensors, scheme, rows, columns)
+        decoded = _from_sparse if is_sparse else from_tensors
+        weight = decoded(tensors, scheme, rows, columns)
         if not self.has_order or scheme.group_size is None:
             return Stored(weight, None)
         index = source.tensor("weight_g_idx", (columns,), INDICES).long()
@@ -94,8 +95,8 @@ def _is_sparse(source: Source, scheme: Scheme, rows: int, columns: int) -> bool:
     if is_dense and is_sparse and not source.is_ours("weight_packed"):
         raise source.damaged(
             "weight_packed",
-            f"{columns} columns of 3 bits take as many words in the dense layout as in that of before June 2026, ten codes "
-            "per word, and nothing says which it is; have the tool that wrote it write another width",
+            f"{columns} columns of 3 bits take as many words in the dense layout as in that of before June 2026, ten "
+            "codes per word, and nothing says which it is; have the tool that wrote it write another width",
         )
     return is_sparse and not is_dense
 

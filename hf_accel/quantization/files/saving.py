@@ -35,7 +35,8 @@ _BESIDE = ".hf_accel.part"  # where a save is written before it is complete
 # weights that stock code would load in place of ours, were they left in the folder of a private layout
 _FOREIGN = re.compile(r"(pytorch_model.*\.bin(\.index\.json)?|tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf)")
 _OWN = re.compile(
-    rf"({PUBLIC_STEM}|{PRIVATE_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|{'|'.join(map(re.escape, BESIDE))}"
+    rf"({PUBLIC_STEM}|{PRIVATE_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|"
+    + "|".join(map(re.escape, BESIDE))
 )
 FORMATS = (None, METHOD, *ENCODINGS)
 

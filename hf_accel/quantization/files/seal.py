@@ -29,9 +29,7 @@ from hf_accel.quantization.modules.permuted import PermutedLinear
 _WITHOUT_EFFECT = {"save_peft_format", "save_original_format", "safe_serialization", "token"}
 
 
-def save_pretrained(
-    model: Any, folder: str | os.PathLike[str], *, format: str | None = None, **options: Any
-) -> None:
+def save_pretrained(model: Any, folder: str | os.PathLike[str], *, format: str | None = None, **options: Any) -> None:
     """Save a model so that `hf_accel.from_pretrained(folder)` computes the same bits.
 
     With packed weights the folder is a compressed-tensors checkpoint (`pack-quantized`) where that format can hold the

@@ -1,9 +1,9 @@
 """The zeros of GPTQ files, whose label says how they are stored, and often lies.
 
 A file of version 2 stores a zero z from 0 to 2^bits - 1 as it is, one of version 1 stores z - 1. Packers of version 1
-subtract one constant from every 32-bit word, so that z = 0 borrows from its neighbours; at 3 bits, where fields straddle
-words, they subtract field by field. It is undone in the same way. Symmetric files have the zero 2^(bits - 1) everywhere,
-which tells the version whatever the label says.
+subtract one constant from every 32-bit word, so that z = 0 borrows from its neighbours; at 3 bits, where fields
+straddle words, they subtract field by field. It is undone in the same way. Symmetric files have the zero 2^(bits - 1)
+everywhere, which tells the version whatever the label says.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Zeros:
         if symmetric:
             raise source.damaged(
                 "qzeros",
-                f"the checkpoint's label says that it is symmetric, but it holds zeros from {lowest} to {highest} instead "
-                f"of {half - 1} (version 1) or {half} (version 2) throughout",
+                f"the checkpoint's label says that it is symmetric, but it holds zeros from {lowest} to {highest} "
+                f"instead of {half - 1} (version 1) or {half} (version 2) throughout",
             )
         self._trusting = self._trusting or source.name
         self._check_trust(source)
@@ -57,8 +57,8 @@ class Zeros:
             if _is_destroyed(fields, bits):
                 raise source.damaged(
                     "qzeros",
-                    "above every zero of 0 its words have all their bits set: the packer joined negative numbers, which "
-                    "destroyed what was there. It cannot be mended; quantize the model anew, into 'gptq_v2'",
+                    "above every zero of 0 its words have all their bits set: the packer joined negative numbers, "
+                    "which destroyed what was there. It cannot be mended; quantize the model anew, into 'gptq_v2'",
                 )
         return (fields.to(torch.int16) - half).to(torch.int8).T.contiguous()
 
@@ -79,7 +79,8 @@ class Zeros:
             raise source.damaged(
                 "qzeros",
                 f"the label says that zeros are stored as in version {self.version}, the symmetric {self._liar} shows "
-                f"that they are not, and nothing but the label says how those of {self._trusting} are. Correct the label",
+                f"that they are not, and nothing but the label says how those of {self._trusting} are. Correct the "
+                "label",
             )
 
 

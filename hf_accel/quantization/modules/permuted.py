@@ -25,8 +25,8 @@ class PermutedWeight(SealedWeight):
 class PermutedLinear(nn.Linear):
     """y = x[..., order] V^T + bias for x [..., K], with V [N, K] packed: column i of V is column order[i] of W.
 
-    It holds no packed weight itself and is not of the exact class `nn.Linear`, so whole-layer kernels leave its layer to
-    the model's own modules. Cost beyond the product: one gather of the input.
+    It holds no packed weight itself and is not of the exact class `nn.Linear`, so whole-layer kernels leave its layer
+    to the model's own modules. Cost beyond the product: one gather of the input.
     """
 
     order: Tensor
