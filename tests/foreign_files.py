@@ -114,18 +114,20 @@ class Written:
         rows, columns = module.weight.shape
         size = columns if group == -1 else group
         groups, half = -(-columns // size), 1 << bits - 1
-        codes = [[self.draw.randrange(2 * half) for _ in range(columns)] for _ in range(rows)]
-        zeros = [
-            [half if self.symmetric else self.draw.randrange(2 * half) for _ in range(rows)] for _ in range(groups)
-        ]
-        signs = torch.tensor([[self.draw.choice((-1, 1)) for _ in range(rows)] for _ in range(groups)])
+        codes = [self.draw.choices(range(2 * half), k=columns) for _ in range(rows)]
+        middle = [half] if self.symmetric else range(2 * half)
+        zeros = [self.draw.choices(middle, k=rows) for _ in range(groups)]
+        signs = torch.tensor([self.draw.choices((-1, 1), k=rows) for _ in range(groups)])
         scales = signs * torch.rand(groups, rows, generator=torch.Generator().manual_seed(rows)) / half / 4 + 1e-3
         scales = scales.to(self.scale_dtype)
         group_of = [column // size for column in range(columns)] if index is None else index(columns)
-        weight = torch.empty(rows, columns)
-        for n in range(rows):
-            for k in range(columns):
-                weight[n, k] = float(scales[group_of[k], n]) * (codes[n][k] - zeros[group_of[k]][n])
+        values = scales.tolist()
+        weight = torch.tensor(
+            [
+                [values[group_of[k]][n] * (codes[n][k] - zeros[group_of[k]][n]) for k in range(columns)]
+                for n in range(rows)
+            ]
+        )
         self.weights[name] = weight
         if self.layout == "awq":
             made = awq(codes, zeros, scales)

@@ -12,6 +12,7 @@ from foreign_files import UP, Written, described, shuffled
 from quantized_files import difference, logits, wide
 
 import hf_accel
+from hf_accel.quantization.files.foreign import AutoRoundDescription
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
@@ -214,7 +215,6 @@ def test_mixed_bits_of_autoround(tmp_path: Path) -> None:
         "model.layers.0.self_attn.q_proj": {"bits": 8},
         r".*\.down_proj": {"bits": 3},
         "model.layers.0.mlp.gate_proj": {"bits": 16, "data_type": "fp"},
-        "model.layers.0.mlp.gate": {"bits": 2},  # a module by its full name, which is no pattern for others
     }
 
     def bits_of(name: str) -> int | None:
@@ -224,6 +224,13 @@ def test_mixed_bits_of_autoround(tmp_path: Path) -> None:
 
     description = AUTOROUND | {"packing_format": "auto_round", "extra_config": extra}
     check(Written(tmp_path, "v2", description, bits_of=bits_of, has_index=False), packed=6)
+
+
+def test_a_full_name_of_autoround_is_no_pattern_for_other_modules() -> None:
+    description = AUTOROUND | {"packing_format": "auto_round", "extra_config": {"a.gate": {"bits": 2}}}
+    rules: Any = AutoRoundDescription(description, "config.json")
+    assert rules.layout("a.gate_proj", None, {"a.gate.weight", "a.gate_proj.qweight"}).bits == 4
+    assert rules.layout("a.gate_proj", None, {"a.gate_proj.qweight"}).bits == 2  # then it is one
 
 
 @pytest.mark.parametrize("layout", ["awq", "gemv"])
