@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from foreign_files import UP, Written, described, shuffled
-from quantized_files import wide
+from quantized_files import logits, wide
 from safetensors.torch import load_file, save_file
 from test_gptq_files import AUTOROUND, AWQ
+from test_quantized_fuzz import VALUES, changed, outcome, paths
 
 import hf_accel
 from hf_accel.ops.affine import Affine, Scheme
@@ -116,6 +118,7 @@ UNKNOWN: list[tuple[str, dict[str, Any]]] = [
     ("'marlin'", described(checkpoint_format="marlin")),
     ("'bitblas'", described(checkpoint_format="bitblas")),
     ("7", described(checkpoint_format=7)),
+    ("both the GPTQ layout 'gptq' and 'gptq_v2'", described(checkpoint_format="gptq", format="gptq_v2")),
     ("5 bits", described(5)),
     ("'4' bits", described("4")),  # type: ignore[arg-type]
     ("None bits", {"quant_method": "gptq"}),
@@ -146,6 +149,27 @@ def test_unknown_labels_are_refused_by_name(named: str, description: dict[str, A
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"quantization_config": description}))
     assert "config.json describes" in refused(tmp_path, named)
+
+
+DESCRIPTIONS = {
+    "v1": described(dynamic={".*down_proj": {"bits": 4}}, checkpoint_format="gptq", lm_head=False),
+    "v2": AUTOROUND | {"packing_format": "auto_round", "extra_config": {".*down_proj": {"bits": 4}}},
+    "awq": AWQ,
+}
+
+
+@pytest.mark.parametrize("layout", DESCRIPTIONS)
+def test_descriptions_with_values_of_wrong_types(layout: str, tmp_path: Path) -> None:
+    """An error of ours, or the same logits; never another error, and never other logits."""
+    written = Written(tmp_path, layout, DESCRIPTIONS[layout])
+    expected = logits(hf_accel.from_pretrained(tmp_path))
+    assert len(written.weights) == 7
+    content = json.loads((tmp_path / "config.json").read_text())
+    places = list(paths(content["quantization_config"], ("quantization_config",)))
+    cases = [(place, value) for place in places for value in VALUES]
+    for place, value in random.Random(3).sample(cases, 40):
+        (tmp_path / "config.json").write_text(json.dumps(changed(content, place, value)))
+        assert outcome(tmp_path, expected) == "", (place, value)
 
 
 def test_groups_that_kernels_do_not_have(tmp_path: Path) -> None:

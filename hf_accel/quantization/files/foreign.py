@@ -27,12 +27,12 @@ _V2_PACKINGS = ("auto_round", "auto_round:gptqmodel")
 _AWQ_PACKINGS = ("auto_round:auto_awq", "auto_round:awq")
 _INTEGERS = (None, "int", "int_sym", "int_asym")
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size", "format": "checkpoint_format"}
-_SKIPPED_BITS = 16  # of AutoRound's products that stay as they are
+_MOST_BITS = 8  # AutoRound says of products that stay as they are that they have more
 
 
 def normalised(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description under the names of today."""
-    found = {name: value for name, value in description.items() if name not in _OLD_NAMES}
+    """Return a description with the names of today beside those it has."""
+    found = dict(description)
     for old, name in _OLD_NAMES.items():
         if found.get(name) is None and description.get(old) is not None:
             found[name] = description[old]
@@ -109,10 +109,11 @@ class GptqDescription(Foreign):
 
     def _check(self, values: Mapping[str, Any]) -> None:
         label = values.get("checkpoint_format") or "gptq"
-        if values.get("is_marlin_format"):
-            label = "marlin"
-        if label not in GPTQ_LABELS:
-            raise self._error(f"the GPTQ layout {label!r}")
+        for found in ("marlin" if values.get("is_marlin_format") else label, values.get("format") or label):
+            if not isinstance(found, str) or found not in GPTQ_LABELS:
+                raise self._error(f"the GPTQ layout {found!r}")
+            if found != label:
+                raise self._error(f"both the GPTQ layout {label!r} and {found!r}")
         if values.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
             raise self._error(f"codes in words of {values['pack_dtype']!r}")
         meta = values.get("meta")
@@ -175,7 +176,7 @@ class AutoRoundDescription(Foreign):
         self._layout({})
         self.patterns = [(pattern, value) for name, value in extra.items() if (pattern := _compiled(name)) is not None]
         for value in self.rules.values():
-            if value.get("bits") != _SKIPPED_BITS:
+            if not _is_skipped(value):
                 self._layout(value)
 
     def _overrides(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
@@ -186,13 +187,13 @@ class AutoRoundDescription(Foreign):
                 (pattern, value) for pattern, value in self.patterns if not _is_module(pattern.pattern, checkpoint)
             )
             found = next((value for pattern, value in others if pattern.search(name)), {})
-        return None if found.get("bits") == _SKIPPED_BITS else found
+        return None if _is_skipped(found) else found
 
     def _layout(self, overrides: Mapping[str, Any]) -> Layout:
         values = self.values | dict(overrides)
         if values.get("data_type") not in _INTEGERS:
             raise self._error(f"weights of the type {values['data_type']!r}")
-        if values.get("act_bits") not in (None, _SKIPPED_BITS, 32):
+        if values.get("act_bits") not in (None, 16, 32):
             raise self._error(f"activations of {values['act_bits']!r} bits")
         bits, group = self._bits(values.get("bits")), self._group(values.get("group_size", -1))
         if self.is_awq:
@@ -216,6 +217,11 @@ class AwqDescription(Foreign):
 
     def _layout(self, overrides: Mapping[str, Any]) -> Layout:
         return Awq(self.group_size, self.is_gemv)
+
+
+def _is_skipped(overrides: Mapping[str, Any]) -> bool:
+    bits = overrides.get("bits")
+    return type(bits) is int and bits > _MOST_BITS
 
 
 def _is_module(name: str, checkpoint: Checkpoint) -> bool:

@@ -77,7 +77,8 @@ def _opened(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
 
 def _is_beside(name: str | os.PathLike[str]) -> bool:
     """Return whether a model on the hub has a description of packed weights that is not in its config."""
-    return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in BESIDE)
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors", "gated_repo")}
+    return any(cached_file(name, file, **quiet) for file in BESIDE)  # type: ignore[arg-type]
 
 
 def _by_stock(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
