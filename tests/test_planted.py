@@ -48,6 +48,7 @@ import test_progress
 import test_quantization
 import test_quantization_refusals
 import test_quantized_damage
+import test_quantized_few_bits
 import test_quantized_peft
 import test_quantized_persistence
 import test_retrieval
@@ -86,7 +87,9 @@ from hf_accel.measure import difference
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.subjects import retrieval, widen
 from hf_accel.ops import affine, cached
+from hf_accel.quantization import patcher
 from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.patcher import packed_bytes
 from hf_accel.speculative.acceptance import Acceptance
 from hf_accel.speculative.drafters.suffixes import SuffixIndex
 
@@ -275,6 +278,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "products a little too large": (
         result(QuantizedLinear, "product", lambda y: y * 1.05),
         test_quantization.test_logits_are_those_of_the_dequantized_weights,
+    ),
+    "a plan that takes 3 bits for 2": (
+        instead(patcher, "packed_bytes", lambda scheme, *of: packed_bytes(replace(scheme, bits=scheme.bits & ~1), *of)),
+        test_quantized_few_bits.test_the_plan_promises_the_bytes_that_come,
     ),
     "half of the divergence": (
         result(QualityReference, "compare", lambda quality: replace(quality, kl=quality.kl / 2)),
