@@ -90,6 +90,7 @@ class Written:
         self, folder: Path, layout: str, description: dict[str, Any], *, bits: int = 4, group: int = 32,
         symmetric: bool = True, index: Any = None, bits_of: Any = None, scale_dtype: torch.dtype = torch.float16,
         model: Any = None, file: str = "model.safetensors", beside: str = "", has_index: bool = True,
+        experts: Any = (), architecture: str = "LlamaForCausalLM",
     ) -> None:  # fmt: skip
         self.folder, self.model = folder, wide(num_hidden_layers=1) if model is None else model
         self.layout, self.symmetric, self.scale_dtype, self.has_index = layout, symmetric, scale_dtype, has_index
@@ -99,19 +100,30 @@ class Written:
             if type(module) is torch.nn.Linear and name != "lm_head":
                 own = bits if bits_of is None else bits_of(name)
                 if own is not None:
-                    self._quantize(name, module, own, group, index)
+                    self._quantize(name, module.weight.shape, own, group, index)
+                    del self.tensors[f"{name}.weight"]
+            elif hasattr(module, "gate_up_proj"):  # experts: files have each of their products by itself
+                self._quantize_experts(name, module, bits, group, experts)
         folder.mkdir(exist_ok=True)
         save_file(self.tensors, folder / file, metadata={"format": "pt"})
         self.model.config.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+        config = json.loads((folder / "config.json").read_text()) | {"architectures": [architecture]}
         if beside:
             (folder / beside).write_text(json.dumps(description))
         else:
             config["quantization_config"] = description
         (folder / "config.json").write_text(json.dumps(config))
 
-    def _quantize(self, name: str, module: Any, bits: int, group: int, index: Any) -> None:
-        rows, columns = module.weight.shape
+    def _quantize_experts(self, name: str, module: Any, bits: int, group: int, names: Any) -> None:
+        count, hidden, inner = module.down_proj.shape
+        for expert in range(count):
+            for part, shape in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
+                self._quantize(f"{name}.{expert}.{part}", shape, bits, group, None)
+        for part in ("gate_up_proj", "down_proj"):
+            del self.tensors[f"{name}.{part}"]
+
+    def _quantize(self, name: str, shape: Any, bits: int, group: int, index: Any) -> None:
+        rows, columns = shape
         size = columns if group == -1 else group
         groups, half = -(-columns // size), 1 << bits - 1
         codes = [self.draw.choices(range(2 * half), k=columns) for _ in range(rows)]
@@ -137,7 +149,6 @@ class Written:
             made = gptq(codes, zeros, scales, bits, int(self.layout[1]))
             if self.has_index:
                 made["g_idx"] = torch.tensor(group_of, dtype=torch.int32)
-        del self.tensors[f"{name}.weight"]
         self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}
 
     def edit(self, change: Any) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from foreign_files import UP, Written, described, shuffled
-from quantized_files import difference, logits, wide
+from models import TINY, randomize
+from quantized_files import WIDE, difference, logits, wide
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_accel
 from hf_accel.quantization.files.foreign import AutoRoundDescription
+from hf_accel.quantization.modules.experts import QuantizedExperts
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
@@ -198,6 +201,38 @@ def test_groups_by_activation_of_compressed_tensors(tmp_path: Path) -> None:
     check(written)
     written.edit(lambda tensors: tensors.pop(f"{UP}.weight_g_idx"))
     with pytest.raises(hf_accel.CheckpointError, match=rf"lacks the tensor {UP}\.weight_g_idx"):
+        hf_accel.from_pretrained(tmp_path)
+
+
+EXPERTS = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("MixtralForCausalLM", ("w1", "w3", "w2")),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("layout", ["v1", "v2", "awq"])
+def test_experts_one_by_one(layout: str, name: str, tmp_path: Path) -> None:
+    tiny, (architecture, parts) = TINY[name], EXPERTS[name]
+    sizes = WIDE | {"moe_intermediate_size": 32, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(tiny.model_type, **tiny.config | sizes)).eval()
+    randomize(model, tiny)
+    label = {"v1": "gptq", "v2": "gptq_v2"}.get(layout)
+    description = AWQ if label is None else described(sym=layout == "v1", checkpoint_format=label)
+    written = Written(
+        tmp_path, layout, description, symmetric=layout == "v1", model=model, experts=parts, architecture=architecture
+    )
+    stored = ".block_sparse_moe." if name == "mixtral" else ".mlp."  # the names of Mixtral's files are older
+    written.edit(lambda tensors: [tensors.update({k.replace(".mlp.", stored): tensors.pop(k)}) for k in list(tensors)])
+    found = hf_accel.from_pretrained(tmp_path)
+    [(path, experts)] = [(path, m) for path, m in found.named_modules() if isinstance(m, QuantizedExperts)]
+    gate, up, down = ([written.weights[f"{path}.{i}.{part}"] for i in range(experts.num_experts)] for part in parts)
+    for index in range(experts.num_experts):
+        assert torch.equal(experts.gate_up_proj[index].weight.dequantize(), torch.cat((gate[index], up[index])))
+        assert torch.equal(experts.down_proj[index].weight.dequantize(), down[index])
+    assert logits(found).isfinite().all()
+    written.edit(lambda tensors: tensors.pop(f"{path}.1.{parts[2]}.qweight".replace(".mlp.", stored)))
+    with pytest.raises(hf_accel.CheckpointError, match=rf"experts\.1\.{parts[2]}\.qweight"):
         hf_accel.from_pretrained(tmp_path)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ from transformers import PreTrainedModel
 
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
-from hf_accel.ops.affine import Scheme
+from hf_accel.ops.affine import Affine, Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.inventory import OWN_TENSORS
-from hf_accel.quantization.files.layout import Layout, Source
+from hf_accel.quantization.files.layout import Description, Layout, Source
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
 from hf_accel.quantization.modules.experts import QuantizedExperts, has_known_layout
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
+_SPLIT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # products of an expert, as files name them
 _OUTDATED = (r"rotary_emb\.inv_freq$",)  # computed from the config since transformers 4.32
 
 
@@ -83,6 +85,40 @@ class Filler:
         gate_up, down = lists
         self._set(name, QuantizedExperts(gate_up, down, module))
 
+    def replace_split_experts(self, name: str, module: Any, description: Description) -> bool:
+        """Put packed experts in the place of stacked ones, from files that hold each expert's products by themselves.
+
+        Returns whether the files hold any.
+        """
+        checkpoint = self.checkpoint
+        for gate, up, down in _SPLIT:
+            if description.layout(f"{name}.0.{gate}", None, checkpoint) is None:
+                continue
+            inner, hidden = module.down_proj.shape[2], module.down_proj.shape[1]
+            lists: tuple[list[QuantizedLinear], list[QuantizedLinear]] = ([], [])
+            for index in range(len(module.down_proj)):
+                halves = [self._expert(f"{name}.{index}.{part}", inner, hidden, description) for part in (gate, up)]
+                weights = (
+                    _joined(halves, checkpoint, f"{name}.{index}.{up}"),
+                    self._expert(f"{name}.{index}.{down}", hidden, inner, description),
+                )
+                for products, weight in zip(lists, weights, strict=True):
+                    products.append(QuantizedLinear(PackedWeight.pack(weight), None, self.model.dtype))
+            self._set(name, QuantizedExperts(*lists, module))
+            return True
+        return False
+
+    def _expert(self, name: str, rows: int, columns: int, description: Description) -> Affine:
+        layout = description.layout(name, None, self.checkpoint)
+        if layout is None:
+            raise self.checkpoint.damaged(f"{name}.qweight", "it is missing, though others of its layer are there")
+        source = Source(self.checkpoint, name)
+        weight, order = layout.read(source, rows, columns)
+        if order is not None:
+            raise source.damaged("g_idx", "experts with columns in the order of activations are not served")
+        self.used |= source.used
+        return weight
+
     def share(self, name: str, source: str) -> None:
         """Put a table of embeddings that has the codes of the product `source` in the place of `name`."""
         modules = dict(self.model.named_modules())
@@ -140,6 +176,24 @@ class Filler:
     def _set(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
         self.model.get_submodule(parent)._modules[leaf] = module
+
+
+def _joined(parts: list[Affine], checkpoint: Checkpoint, name: str) -> Affine:
+    """Return the weight with the rows of all parts one after the other."""
+    schemes = {(part.scheme.bits, part.scheme.group_size) for part in parts}
+    if len(schemes) > 1:
+        raise checkpoint.damaged(f"{name}.qweight", "it has other bits or groups than the product it runs with")
+    zeros = None
+    if any(part.zeros is not None for part in parts):
+        zeros = torch.cat(
+            [torch.zeros_like(part.scales, dtype=torch.int8) if part.zeros is None else part.zeros for part in parts]
+        )
+    return Affine(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        zeros,
+        replace(parts[0].scheme, symmetric=zeros is None),
+    )
 
 
 def _compute_buffers(model: Any) -> None:
