@@ -95,6 +95,18 @@ def test_the_description_of_gptq(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_siblings_with_one_rule_have_it_under_their_joint_name(tmp_path: Path) -> None:
+    layers: dict[str, int | None] = {"*.q_proj": None, "*.k_proj": None, "*.v_proj": None, "*.gate_proj": 8}
+    for joint in (False, True):
+        config = WeightOnlyConfig(group_size=32, layers=layers, head=None)
+        hf_accel.save_pretrained(quantized(one(), config), tmp_path, format="gptq")
+        rules = read(tmp_path)["dynamic"]
+        assert rules[r"-:^model\.layers\.0\.self_attn\.qkv_proj$"] == {}
+        assert (r"+:^model\.layers\.0\.mlp\.gate_up_proj$" in rules) == joint
+        layers["*.up_proj"] = 8
+    assert rules[r"+:^model\.layers\.0\.mlp\.gate_up_proj$"] == {"bits": 8, "group_size": -1, "sym": True}
+
+
 def test_the_description_of_autoround(tmp_path: Path) -> None:
     config = WeightOnlyConfig(bits=2, group_size=32, layers={"*.down_proj": 3, "*.k_proj": None})
     hf_accel.save_pretrained(quantized(one(), config), tmp_path, format="auto-round")

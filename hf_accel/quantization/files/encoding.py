@@ -23,6 +23,7 @@ from hf_accel.quantization.files.inventory import Inventory
 from hf_accel.quantization.files.zeros import V1, V2
 
 ENCODINGS = (*GPTQ_LABELS, AUTOROUND)
+_JOINT = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 _NUMBERED = re.compile(r"\.\d+\.")
 
 
@@ -81,12 +82,12 @@ class GptqEncoding:
             "pack_dtype": "int32",
             "true_sequential": False,
         }
-        rules: dict[str, dict[str, Any]] = {
-            f"+:^{re.escape(name)}$": _described(weight.scheme)
-            for name, weight in found.packed.items()
-            if weight.scheme != self.base
+        own: dict[str, dict[str, Any]] = {
+            name: _described(weight.scheme) for name, weight in found.packed.items() if weight.scheme != self.base
         }
-        rules |= {f"-:^{re.escape(name)}$": {} for name in found.ignore if name != found.head}
+        own |= {name: {} for name in found.ignore if name != found.head}
+        own |= _fused(own)
+        rules = {f"{'+' if values else '-'}:^{re.escape(name)}$": values for name, values in own.items()}
         return config | {"dynamic": rules} if rules else config
 
     def _autoround_config(self) -> dict[str, Any]:
@@ -123,6 +124,17 @@ class GptqEncoding:
 
 def _described(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": scheme.group_size or -1, "sym": scheme.symmetric}
+
+
+def _fused(rules: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the rules of siblings that share one under the name of their joint product, by which vLLM asks for it."""
+    found = {}
+    for name, values in rules.items():
+        parent, _, leaf = name.rpartition(".")
+        for leaves, joint in _JOINT.items():
+            if leaf == leaves[0] and all(rules.get(f"{parent}.{other}") == values for other in leaves):
+                found[f"{parent}.{joint}"] = values
+    return found
 
 
 def _scale_dtypes(found: Inventory) -> dict[str, torch.dtype]:
