@@ -1,6 +1,7 @@
 """Weights in few bits: products, experts and embeddings that store them, and the step that puts them in place."""
 
-from hf_accel.quantization.config import WeightOnlyConfig
+from hf_accel.quantization.config import GPTQConfig, WeightOnlyConfig
+from hf_accel.quantization.gptq import GPTQPatcher
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.takeover import CompressedTensorsConfig, CompressedTensorsPatcher
@@ -8,6 +9,8 @@ from hf_accel.quantization.takeover import CompressedTensorsConfig, CompressedTe
 __all__ = [
     "CompressedTensorsConfig",
     "CompressedTensorsPatcher",
+    "GPTQConfig",
+    "GPTQPatcher",
     "QuantizedLinear",
     "WeightOnlyConfig",
     "WeightOnlyPatcher",
