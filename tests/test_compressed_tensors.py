@@ -28,11 +28,11 @@ SCHEMES = {
 
 @pytest.mark.compressed_tensors
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_the_package_reads_our_weights(bits: int, symmetric: bool, tmp_path: Path) -> None:
     if bits == 8 and not symmetric:
         pytest.skip("WeightOnlyConfig makes no such weights")
-    config = WeightOnlyConfig(bits=bits, group_size=32 if bits == 4 else None, symmetric=symmetric)
+    config = WeightOnlyConfig(bits=bits, group_size=32 if bits < 8 else None, symmetric=symmetric)
     expected = saved(tmp_path, wide(), config)
     ours = hf_accel.from_pretrained(tmp_path)
     theirs = expanded_by_the_package(tmp_path)
@@ -145,8 +145,15 @@ def test_stock_modules_are_taken_over(kind: str, expanded: bool, tmp_path: Path)
 def test_what_is_not_the_packages_or_was_changed_is_not_taken_over(tmp_path: Path) -> None:
     with pytest.raises(hf_accel.UnsupportedModelError, match="not loaded from a compressed-tensors checkpoint"):
         hf_accel.optimize(wide(), CompressedTensorsConfig())
-    written_by_the_package(tmp_path, "int8", torch.float32)
+    written_by_the_package(tmp_path, "int4", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    module = model.model.layers[0].mlp.up_proj
+    scheme, module.quantization_scheme = module.quantization_scheme, module.quantization_scheme.model_copy(deep=True)
+    module.quantization_scheme.weights.__dict__["actorder"] = "group"  # as releases before 0.19 loaded it
+    module.weight_g_idx = torch.zeros(64, dtype=torch.int32)
+    with pytest.raises(hf_accel.UnsupportedModelError, match=r"mlp\.up_proj has groups .* in an order of its own"):
+        hf_accel.optimize(model, CompressedTensorsConfig())
+    module.quantization_scheme = scheme
     logits(model)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.add_(0.01)

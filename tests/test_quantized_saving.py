@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
-from hf_accel.quantization.files import filling, saving
+from hf_accel.quantization.files import saving
+from hf_accel.quantization.files.pack_quantized import PackQuantized
 
 EIGHT = WeightOnlyConfig(bits=8)
 
@@ -97,7 +98,7 @@ def test_memory_that_is_short_while_loading(error: Exception, tmp_path: Path, mo
     def fails(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(filling, "from_tensors", fails)
+    monkeypatch.setattr(PackQuantized, "read", fails)
     with pytest.raises(hf_accel.CheckpointError) as found:
         hf_accel.from_pretrained(tmp_path)
     assert found.value.__cause__ is error

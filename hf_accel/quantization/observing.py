@@ -24,6 +24,7 @@ from hf_accel.quantization.modules.linear import linear_weight
 from hf_accel.quantization.targets import Target
 
 _POSITIONS = 512  # that are added up in fp32
+_COLUMNS = 1024  # of a block: a wide moment takes little more than half of the products
 
 
 @dataclass(eq=False)
@@ -42,7 +43,11 @@ class Moment:
         """Add all positions of inputs [..., K] of any floating dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         for part in rows.split(_POSITIONS):
-            self.total += part.T @ part
+            for first in range(0, part.shape[1], _COLUMNS):  # what is right of the diagonal is what is below it
+                own = slice(first, first + _COLUMNS)
+                block = part[:, own].T @ part[:, first:]
+                self.total[own, first:] += block
+                self.total[first + _COLUMNS :, own] += block[:, _COLUMNS:].T
         self.count += len(rows)
 
 

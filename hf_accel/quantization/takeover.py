@@ -94,7 +94,7 @@ def _weight(path: str, module: Any) -> Affine:
     """Return codes, scales and zeros of a module, packed or expanded by the package.
 
     Raises:
-        CheckpointError: it is no linear product with weights of 4 or 8 bits, or its weight was changed since.
+        CheckpointError: it is no linear product with packed weights, or its weight was changed since.
     """
     linear: Any = module
     if not isinstance(module, nn.Linear):
@@ -102,8 +102,13 @@ def _weight(path: str, module: Any) -> Affine:
     description = linear.quantization_scheme.model_dump(mode="json")
     group = description | {"targets": [path], "format": description.get("format") or FORMAT}
     rules = Rules({"quant_method": METHOD, "config_groups": {"group": group}}, path)
-    scheme = rules.scheme(path, module)
+    layout = rules.layout(path, module)
     rows, columns = module.out_features, module.in_features
+    scheme = None if layout is None else layout.scheme
+    if layout is not None and layout.has_order and isinstance(getattr(module, "weight_g_idx", None), torch.Tensor):
+        raise CheckpointError(
+            f"{path} has groups of columns in an order of its own; load it by hf_accel.from_pretrained."
+        )
     if scheme is None or columns % scheme.columns_per_scale(columns):
         raise CheckpointError(f"{path} has {columns} columns, which its groups do not divide.")
     tensors: dict[str, Any] = {name: getattr(module, name, None) for name in stored_names(scheme)}

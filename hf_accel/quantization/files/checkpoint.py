@@ -83,6 +83,10 @@ class Checkpoint:
         """Return the shape of a tensor without reading it."""
         return tuple(self._file(self.files[name])[0].get_slice(self._stored.get(name, name)).get_shape())
 
+    def is_stamped(self, name: str) -> bool:
+        """Return whether the file of a tensor was written by us."""
+        return name in self.files and self._file(self.files[name])[1] is not None
+
     def tensor(self, name: str, shape: Iterable[int], dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
         """Return the tensor called `name`, which has the shape and one of the dtypes. It may lie in the mapped file.
 

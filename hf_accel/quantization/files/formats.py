@@ -2,12 +2,12 @@
 
 A weight [N, K] is stored as `weight_packed` int32 [N, ceil(K bits / 32)] (codes plus half their range, the first in
 the lowest bits), `weight_scale` [N, groups], `weight_shape` int64 [2] and, if zero has a code of its own,
-`weight_zero_point` int32 [ceil(N bits / 32), groups], packed down the rows. Cost: a copy of one weight at a time.
+`weight_zero_point` int32 [ceil(N bits / 32), groups], packed down the rows; `weight_g_idx` int32 [K] where groups are
+not of adjacent columns. Cost: a copy of one weight at a time.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,45 +15,38 @@ import torch
 from torch import Tensor
 
 from hf_accel.ops.affine import Affine, Scheme
+from hf_accel.quantization.files import bitstream
+from hf_accel.quantization.files.grouping import group_index
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 PRIVATE_METHOD = "hf_accel"
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, int]:
     """Return the shape of int32 words that hold codes [rows, columns]."""
-    return rows, -(-columns * bits // 32)
+    return rows, bitstream.word_count(columns, bits)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Return int8 codes [rows, columns] of 4 or 8 bits as int32 [rows, words]."""
-    rows, columns = codes.shape
-    words = packed_shape(rows, columns, bits)[1]
-    padded = torch.zeros(rows, words * 32 // bits, dtype=torch.uint8, device=codes.device)
-    padded[:, :columns] = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
-    if bits == 4:
-        padded = padded[:, ::2] | padded[:, 1::2] << 4
-    return _little(padded.contiguous()).view(torch.int32)
+    """Return signed int8 codes [rows, columns] as int32 [rows, words]."""
+    return bitstream.pack((codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8), bits)
 
 
 def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Return the int8 codes [rows, columns] of int32 words [rows, words]."""
-    values = _little(words.contiguous().view(torch.uint8))
-    if bits == 4:
-        values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
-    return (values[:, :columns].to(torch.int16) - (1 << bits - 1)).to(torch.int8)
+    """Return the signed int8 codes [rows, columns] of int32 words [rows, words]."""
+    return signed(bitstream.unpack(words, bits, columns), bits)
 
 
-def _little(values: Tensor) -> Tensor:
-    """Return the bytes of 32-bit words with the lowest first, whatever the order of bytes on this machine."""
-    return values if sys.byteorder == "little" else values.view(len(values), -1, 4).flip(-1).reshape(len(values), -1)
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """Return codes from 0 to 2^bits - 1 as int8 from -2^(bits - 1) on."""
+    return (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
 
 
 def stored_names(scheme: Scheme) -> tuple[str, ...]:
     """Return the names of the tensors that a weight in `scheme` is stored as."""
-    return SUFFIXES[:3] if scheme.symmetric else SUFFIXES
+    return SUFFIXES[:3] if scheme.symmetric else SUFFIXES[:4]
 
 
 def stored_shapes(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -68,19 +61,24 @@ def stored_shapes(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[in
     return dict(zip(stored_names(scheme), shapes, strict=False))
 
 
-def to_tensors(weight: Affine, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of a quantized weight; scales as `scale_dtype` where it holds them exactly, else fp32."""
+def to_tensors(weight: Affine, scale_dtype: torch.dtype, order: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a quantized weight; scales as `scale_dtype` where it holds them exactly, else fp32.
+
+    order: the column of the model that each column of the weight reads, where they differ; then there is a `g_idx`.
+    """
     scales = weight.scales.to(scale_dtype)
     if not torch.equal(scales.float(), weight.scales.float()):
         scales = weight.scales.float()
-    bits = weight.scheme.bits
+    bits, codes = weight.scheme.bits, weight.codes
     tensors = {
-        "weight_packed": pack_codes(weight.codes, bits),
+        "weight_packed": pack_codes(codes if order is None else codes[:, torch.argsort(order)], bits),
         "weight_scale": scales.contiguous(),
         "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if weight.zeros is not None:
         tensors["weight_zero_point"] = pack_codes(weight.zeros.T, bits).T.contiguous()
+    if order is not None:
+        tensors["weight_g_idx"] = group_index(order, weight.scheme.columns_per_scale(len(order)))
     return tensors
 
 
@@ -93,14 +91,19 @@ def from_tensors(tensors: Mapping[str, Tensor], scheme: Scheme, rows: int, colum
     return Affine(codes, tensors["weight_scale"].clone(), zeros, scheme)
 
 
-def to_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], is_public: bool) -> dict[str, Any]:
-    """Return the `quantization_config` of products with these schemes; every product is named in full."""
-    names: dict[Scheme, list[str]] = {}
+def to_config(
+    schemes: Mapping[str, Scheme], ignore: Iterable[str], is_public: bool, ordered: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the `quantization_config` of products with these schemes; every product is named in full.
+
+    ordered: names of products whose groups are not of adjacent columns.
+    """
+    names: dict[tuple[Scheme, bool], list[str]] = {}
     for name, scheme in schemes.items():
-        names.setdefault(scheme, []).append(name)
+        names.setdefault((scheme, name in ordered), []).append(name)
     groups = {}
-    for index, (scheme, targets) in enumerate(names.items()):
-        weights = {
+    for index, ((scheme, has_order), targets) in enumerate(names.items()):
+        weights: dict[str, Any] = {
             "num_bits": scheme.bits,
             "type": "int",
             "symmetric": scheme.symmetric,
@@ -108,6 +111,8 @@ def to_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], is_public: b
             "group_size": scheme.group_size,
             "dynamic": False,
         }
+        if has_order:
+            weights["actorder"] = "group"
         groups[f"group_{index}"] = {
             "targets": targets, "weights": weights,
             "input_activations": None, "output_activations": None, "format": FORMAT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +30,9 @@ from hf_accel.quantization.files.rebuilding import (
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
 from hf_accel.quantization.modules.experts import QuantizedExperts
 from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.modules.permuted import PermutedLinear
 
-OWN_TENSORS = ("codes", "scales", "offsets", "like")  # of packed modules, in the model's state
+OWN_TENSORS = ("codes", "scales", "offsets", "like", "order")  # of packed modules, in the model's state
 _WAY_OUT = "Make the config say what the model is, or hf_accel.restore(model) and save that."
 
 
@@ -38,25 +40,41 @@ _WAY_OUT = "Make the config say what the model is, or hf_accel.restore(model) an
 class Inventory:
     """The parts of a model to store.
 
-    packed: name -> weight, in the model's order; shared: name of a table of embeddings -> name of the product with the
-    same codes; plain: name -> tensor stored as it is; private_reason: why the published layout cannot hold it, or "";
-    saved_config: the transformers config to write, of the layout chosen.
+    packed: name -> weight, in the model's order; orders: name -> the column of the model that each column of the weight
+    reads, where they differ; shared: name of a table of embeddings -> name of the product with the same codes; plain:
+    name -> tensor stored as it is; ignore: names of products that are not packed; head: name of the output head;
+    misfit: why no published layout can hold it, or ""; saved_config: the transformers config to write, of the layout
+    chosen.
     """
 
     packed: dict[str, PackedWeight] = field(default_factory=dict)
+    orders: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
     ignore: list[str] = field(default_factory=list)
-    private_reason: str = ""
+    head: str = ""
+    misfit: str = ""
     dtype: torch.dtype = torch.float32
     saved_config: Any = None
+
+    @property
+    def private_reason(self) -> str:
+        """Return why compressed-tensors cannot hold the model, or ""."""
+        if self.misfit or not self.orders:
+            return self.misfit
+        return f"{min(self.orders)} has groups of columns in an order that its package no longer reads"
 
     @property
     def is_public(self) -> bool:
         return not self.private_reason
 
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Return name -> content of files to write beside the config."""
+        return {}
+
     def shapes(self) -> Shapes:
-        """Return name -> shape of every tensor to store."""
+        """Return name -> shape of every tensor to store, but for orders of columns."""
         shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.plain.items()}
         for name, weight in self.packed.items():
             stored = stored_shapes(weight.scheme, weight.rows, weight.columns)
@@ -65,13 +83,23 @@ class Inventory:
 
     def config(self) -> dict[str, Any]:
         """Return the `quantization_config` that describes the stored model."""
-        config = to_config({name: weight.scheme for name, weight in self.packed.items()}, self.ignore, self.is_public)
+        schemes = {name: weight.scheme for name, weight in self.packed.items()}
+        config = to_config(schemes, self.ignore, self.is_public, self.orders)
         return config if self.is_public else config | {"shared": self.shared}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return full name -> tensor of the packed weight called `name`, made on the spot."""
-        weight = self.packed[name].unpack()
-        return {f"{name}.{suffix}": tensor for suffix, tensor in to_tensors(weight, self.dtype).items()}
+        tensors = to_tensors(self.packed[name].unpack(), self.dtype, self.orders.get(name))
+        return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Return suffix -> bytes of the tensors of the packed weight called `name`."""
+        weight = self.packed[name]
+        width = {"weight_scale": self.dtype.itemsize, "weight_shape": 8}
+        shapes = stored_shapes(weight.scheme, weight.rows, weight.columns)
+        if name in self.orders:
+            shapes["weight_g_idx"] = (weight.columns,)
+        return {suffix: math.prod(shape) * width.get(suffix, 4) for suffix, shape in shapes.items()}
 
 
 def take_inventory(model: Any) -> Inventory:
@@ -85,15 +113,24 @@ def take_inventory(model: Any) -> Inventory:
     places: dict[int, str] = {}
     tables: dict[str, QuantizedEmbedding] = {}
     module: Any
+    head = model.get_output_embeddings()
+    inner: set[str] = set()  # products that are part of a permuted one
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if module is head:
+            found.head = name
+        if isinstance(module, PermutedLinear):
+            found.packed[name], found.orders[name] = module.inner.packed, module.order
+            inner.add(f"{name}.inner")
+        elif isinstance(module, QuantizedLinear):
+            if name in inner:
+                continue
             found.packed[name] = module.packed
             places[module.packed.codes.data_ptr()] = name
         elif isinstance(module, QuantizedEmbedding):
             tables[name] = module
-            found.private_reason = f"{name} is a packed table of embeddings"
+            found.misfit = f"{name} is a packed table of embeddings"
         elif isinstance(module, QuantizedExperts):
-            found.private_reason = f"{name} holds packed experts"
+            found.misfit = f"{name} holds packed experts"
         elif isinstance(module, nn.Linear):
             found.ignore.append(name)
     if not found.packed and not tables:
@@ -103,10 +140,10 @@ def take_inventory(model: Any) -> Inventory:
             found.shared[name] = product
         else:
             found.packed[name] = table.packed
-    found.plain = _plain(model, {*found.packed, *tables})
+    found.plain = _plain(model, {*found.packed, *tables}, inner)
     empty = _rebuilt(model, found, tables)
-    if found.is_public:
-        found.private_reason = obstacle_to_stock(empty, found.packed, found.shapes())
+    if not found.misfit:
+        found.misfit = obstacle_to_stock(empty, found.packed, found.shapes())
     found.saved_config = saved_config(model, found)
     return found
 
@@ -130,9 +167,9 @@ def written(config: Any) -> dict[str, Any]:
     return json.loads(config.to_json_string())  # type: ignore[no-any-return]
 
 
-def _plain(model: Any, packed: set[str]) -> dict[str, Tensor]:
+def _plain(model: Any, packed: set[str], inner: set[str]) -> dict[str, Tensor]:
     """Return the tensors of the state that are not part of a packed weight; of tied ones, only the source."""
-    own = {f"{name}.{tensor}" for name in packed for tensor in OWN_TENSORS}
+    own = {f"{name}.{tensor}" for name in packed | inner for tensor in OWN_TENSORS}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
     tied = {
         name

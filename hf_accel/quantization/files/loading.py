@@ -17,20 +17,21 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.initialization import no_init_weights
+from transformers.utils.hub import cached_file
 
 from hf_accel.core.failures import converting
 from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.errors import CheckpointError, ConfigError, MissingDependencyError, described
-from hf_accel.ops.affine import Scheme
+from hf_accel.errors import CheckpointError, ConfigError, MissingDependencyError
 from hf_accel.quantization.files.checkpoint import Checkpoint, read_json
+from hf_accel.quantization.files.description import BESIDE, CONFIG, find_description, opened
 from hf_accel.quantization.files.filling import Filler
-from hf_accel.quantization.files.formats import PRIVATE_METHOD
+from hf_accel.quantization.files.foreign import Foreign
+from hf_accel.quantization.files.layout import Description, Layout
 from hf_accel.quantization.files.rebuilding import EXPERT, loaded_names, model_class
 from hf_accel.quantization.files.rules import Rules
 from hf_accel.quantization.files.saving import PRIVATE_STEM, PUBLIC_STEM
 from hf_accel.quantization.files.seal import Seal
-
-_CONFIG = "config.json"
+from hf_accel.quantization.modules.experts import has_known_layout
 
 
 def from_pretrained(
@@ -38,8 +39,9 @@ def from_pretrained(
 ) -> Any:
     """Load a model that `save_pretrained` wrote, with packed weights or without, in evaluation mode.
 
-    Reads compressed-tensors checkpoints (`pack-quantized`, weights of 4 or 8 bits) of any origin, without that package.
-    The model is of the class that was saved. A folder without packed weights is loaded by transformers.
+    Reads weights of 2, 3, 4 and 8 bits that other programs wrote, without their packages: compressed-tensors
+    (`pack-quantized`), GPTQ of both versions, AutoRound and AWQ. The model is of the class that was saved. A folder
+    without packed weights is loaded by transformers.
 
     Args:
         folder: a local folder, or the name of a model on the hub.
@@ -66,18 +68,19 @@ def from_pretrained(
 
 def _opened(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
     path = Path(folder)
-    if path.is_dir():
-        is_packed = read_json(path / _CONFIG).get("quantization_config") is not None
-    else:
-        is_packed = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None
-    if not is_packed:
-        return _by_stock(folder, dtype)
     if not path.is_dir():
+        if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is None and not _is_beside(folder):
+            return _by_stock(folder, dtype)
         path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
-    config = read_json(path / _CONFIG)
-    if not isinstance(config.get("quantization_config"), dict):
-        raise CheckpointError(f"{path / _CONFIG} is damaged: its quantization_config is not a JSON object.")
-    return _load(path, config, dtype)
+    config = read_json(path / CONFIG)
+    description = find_description(path, config)
+    return _by_stock(folder, dtype) if description is None else _load(path, config, description, dtype)
+
+
+def _is_beside(name: str | os.PathLike[str]) -> bool:
+    """Return whether a model on the hub has a description of packed weights that is not in its config."""
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors", "gated_repo")}
+    return any(cached_file(name, file, **quiet) for file in BESIDE)  # type: ignore[arg-type]
 
 
 def _by_stock(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
@@ -101,27 +104,25 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _load(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
-    description = config["quantization_config"]
-    try:
-        rules = Rules(description, str(folder / _CONFIG))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / _CONFIG} is damaged: its quantization_config holds values of a wrong kind ({described(error)})."
-        ) from error
-    checkpoint = Checkpoint(folder, PUBLIC_STEM if rules.is_public else PRIVATE_STEM)
+def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+    rules = opened(description, str(folder / CONFIG))
+    checkpoint = Checkpoint(folder, _stem(folder) if rules.is_public else PRIVATE_STEM)
     checkpoint.check_config(config, without="quantization_config")
     model = _empty_model(folder, dtype)
     if rules.is_public:
         checkpoint.rename(loaded_names(model, checkpoint.files))
     filler = Filler(model, checkpoint, dtype)
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)) and (scheme := rules.scheme(name, module)) is not None:
-            filler.replace(name, module, scheme)
-    for name, schemes in _experts(rules).items():
-        filler.replace_experts(name, schemes)
+        if isinstance(rules, Foreign) and has_known_layout(module):
+            filler.replace_split_experts(name, module, rules)
+        if not isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)):
+            continue
+        if (layout := rules.layout(name, module, checkpoint)) is not None:
+            filler.replace(name, module, layout)
+    for name, layouts in _experts(rules).items():
+        filler.replace_experts(name, layouts)
     shared = description.get("shared")
-    if description["quant_method"] == PRIVATE_METHOD and isinstance(shared, dict):
+    if not rules.is_public and isinstance(shared, dict):
         for name, source in shared.items():
             filler.share(name, source)
     filler.fill()
@@ -141,21 +142,31 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 def _empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
     # weights that are not initialised take no memory: the system gives pages to what is written
-    with converting(CheckpointError, f"{folder / _CONFIG} does not describe a model"), no_init_weights():
+    with converting(CheckpointError, f"{folder / CONFIG} does not describe a model"), no_init_weights():
         config = AutoConfig.from_pretrained(folder)
-        del config.quantization_config
+        vars(config).pop("quantization_config", None)
         config.name_or_path = str(folder)
         cls: Any = model_class(config)
         stored = getattr(config, "dtype", None) or torch.float32
         return cls._from_config(copy.deepcopy(config), dtype=dtype or stored)
 
 
-def _experts(rules: Rules) -> dict[str, dict[tuple[str, int], Scheme]]:
-    """Return module of experts -> (product, expert) -> scheme, from the layout that names experts one by one."""
-    found: dict[str, dict[tuple[str, int], Scheme]] = {}
-    for target in () if rules.is_public else rules.targets:
+def _stem(folder: Path) -> str:
+    """Return what the names of the files with weights start with: AutoGPTQ once named them after bits and groups."""
+    if any((folder / f"{PUBLIC_STEM}.safetensors{end}").exists() for end in ("", ".index.json")):
+        return PUBLIC_STEM
+    single = list(folder.glob("*.safetensors"))
+    return single[0].stem if len(single) == 1 else PUBLIC_STEM
+
+
+def _experts(rules: Description) -> dict[str, dict[tuple[str, int], Layout]]:
+    """Return module of experts -> (product, expert) -> layout, where the description names experts one by one."""
+    found: dict[str, dict[tuple[str, int], Layout]] = {}
+    if not isinstance(rules, Rules) or rules.is_public:
+        return found
+    for target in rules.targets:
         if match := EXPERT.fullmatch(target):
-            scheme = rules.scheme(target, None)
-            if scheme is not None:
-                found.setdefault(match[1], {})[match[2], int(match[3])] = scheme
+            layout = rules.layout(target, None)
+            if layout is not None:
+                found.setdefault(match[1], {})[match[2], int(match[3])] = layout
     return found

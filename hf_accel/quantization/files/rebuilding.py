@@ -23,6 +23,7 @@ from transformers.quantizers import base as quantizers
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.errors import described
 from hf_accel.ops.affine import Scheme
+from hf_accel.quantization.files import gptq
 from hf_accel.quantization.files.formats import METHOD, SUFFIXES, stored_shapes
 from hf_accel.quantization.modules.linear import linear_weight
 
@@ -141,7 +142,8 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     names = dict.fromkeys(stored, True)
     # transformers asks the model's state for names with and without the prefix; that of packed weights is on files only
     state = dict.fromkeys(model.state_dict(), True)
-    state |= {f"{name.rpartition('.')[0]}.{suffix}": True for name in state for suffix in SUFFIXES}
+    modules = [name.rpartition(".")[0] for name in state]
+    state |= {f"{name}.{suffix}": True for name in modules for suffix in (*SUFFIXES, *gptq.SUFFIXES, "bias")}
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state)[0] for name in names}
 
 

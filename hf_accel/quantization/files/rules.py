@@ -1,4 +1,4 @@
-"""Which module of a checkpoint is stored in which scheme, read from its `quantization_config`."""
+"""Which module of a compressed-tensors checkpoint is stored in which scheme, read from its `quantization_config`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 
 from hf_accel.errors import CheckpointError
 from hf_accel.ops.affine import Scheme
+from hf_accel.quantization.files.bitstream import WIDTHS
+from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.formats import FORMAT, METHOD, PRIVATE_METHOD
+from hf_accel.quantization.files.pack_quantized import PackQuantized
 
 GROUP_MULTIPLE = 32  # groups the kernels can serve
 
 
 class Rules:
-    """The rules of a `quantization_config`: by them `scheme` says how a module is stored.
+    """The rules of a `quantization_config`: by them `layout` says how a module is stored.
 
     Raises:
-        CheckpointError: it describes something else than weights of 4 or 8 bits in this layout.
+        CheckpointError: it describes something else than weights of 2, 3, 4 or 8 bits in this layout.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
@@ -36,7 +39,7 @@ class Rules:
             raise self._error("no config_groups that say how weights are stored")
         self.is_public = method == METHOD
         self.ignore = [str(name) for name in config.get("ignore") or ()]
-        self._schemes: dict[str, Scheme] = {}
+        self._schemes: dict[str, PackQuantized] = {}
         for group in groups.values():
             layout = group.get("format") or config.get("format")
             if layout != FORMAT:
@@ -55,8 +58,8 @@ class Rules:
     def targets(self) -> Iterable[str]:
         return self._schemes
 
-    def scheme(self, name: str, module: Any) -> Scheme | None:
-        """Return the scheme of the module called `name`: by its exact name, a pattern, or the name of its class."""
+    def layout(self, name: str, module: Any, checkpoint: Checkpoint | None = None) -> PackQuantized | None:
+        """Return the layout of the module called `name`: by its exact name, a pattern, or the name of its class."""
         if any(_names(target, name) or _is_class(target, module) for target in self.ignore):
             return None
         exact = self._schemes.get(name)
@@ -70,7 +73,7 @@ class Rules:
                 return self._schemes[target]
         return None
 
-    def _scheme(self, group: Mapping[str, Any]) -> Scheme:
+    def _scheme(self, group: Mapping[str, Any]) -> PackQuantized:
         for part in ("input_activations", "output_activations"):
             if group.get(part):
                 raise self._error(f"quantized activations ({part})")
@@ -79,21 +82,20 @@ class Rules:
             raise self._error("a group without a description of its weights")
         bits, kind, group_size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
         strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(group_size, "group")
-        if kind != "int" or bits not in (4, 8):
+        if kind != "int" or bits not in WIDTHS:
             raise self._error(f"weights of the type {kind!r} with {bits!r} bits")
         if weights.get("dynamic") or strategy not in ("channel", "group"):
             raise self._error(f"scales by the strategy {strategy!r}")
-        if weights.get("actorder") in ("group", "dynamic", True):
-            raise self._error("columns in the order of activations (actorder 'group')")
+        has_order = weights.get("actorder") in ("group", "dynamic", True)
         if strategy == "channel":
-            return Scheme(bits, None, weights.get("symmetric", True))
+            return PackQuantized(Scheme(bits, None, weights.get("symmetric", True)), has_order)
         if type(group_size) is not int or group_size <= 0 or group_size % GROUP_MULTIPLE:
             raise self._error(f"groups of {group_size!r} columns (multiples of {GROUP_MULTIPLE} are served)")
-        return Scheme(bits, group_size, weights.get("symmetric", True))
+        return PackQuantized(Scheme(bits, group_size, weights.get("symmetric", True)), has_order)
 
     def _error(self, found: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.where} describes {found}. hf_accel reads weights of 4 or 8 bits in the {FORMAT!r} format of "
+            f"{self.where} describes {found}. hf_accel reads weights of 2, 3, 4 or 8 bits in the {FORMAT!r} format of "
             f"{METHOD}; load the folder with AutoModelForCausalLM and the package of its own format."
         )
 

@@ -11,20 +11,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_accel.core.failures import converting
-from hf_accel.errors import CheckpointError, ConfigError
-from hf_accel.kernels.weights import PackedWeight
+from hf_accel.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_accel.quantization.files.checkpoint import read_json
-from hf_accel.quantization.files.formats import stored_shapes
+from hf_accel.quantization.files.description import BESIDE
+from hf_accel.quantization.files.encoding import ENCODINGS, GptqEncoding
+from hf_accel.quantization.files.formats import METHOD
 from hf_accel.quantization.files.integrity import KEY, digest, order_metadata, stamp
 from hf_accel.quantization.files.inventory import Inventory, take_inventory
 
@@ -33,7 +34,11 @@ _CONFIG = "config.json"
 _BESIDE = ".hf_accel.part"  # where a save is written before it is complete
 # weights that stock code would load in place of ours, were they left in the folder of a private layout
 _FOREIGN = re.compile(r"(pytorch_model.*\.bin(\.index\.json)?|tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf)")
-_OWN = re.compile(rf"({PUBLIC_STEM}|{PRIVATE_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+_OWN = re.compile(
+    rf"({PUBLIC_STEM}|{PRIVATE_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|"
+    + "|".join(map(re.escape, BESIDE))
+)
+FORMATS = (None, METHOD, *ENCODINGS)
 
 
 class _Entry(NamedTuple):
@@ -41,27 +46,53 @@ class _Entry(NamedTuple):
     make: Callable[[], Tensor]
 
 
-def write(model: Any, folder: Path, max_shard_size: int | str) -> None:
+class Encoding(Protocol):
+    """How the packed weights of an inventory are written."""
+
+    @property
+    def files(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    def tensors(self, name: str) -> dict[str, Tensor]: ...
+
+    def sizes(self, name: str) -> dict[str, int]: ...
+
+
+def write(model: Any, folder: Path, max_shard_size: int | str, format: str | None = None) -> None:
     """Save a model with packed weights into `folder`; weights of an earlier save are replaced.
+
+    format: one of `FORMATS`; None: compressed-tensors where that can hold the model, else a layout of our own.
 
     Raises:
         UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights.
         CheckpointError: the folder holds weights that stock code would take for those of this model, or is a file, or
             cannot be written.
-        ConfigError: `max_shard_size` is not a size.
+        ConfigError: `max_shard_size` is not a size, or `format` is none.
     """
+    if format not in FORMATS:
+        known = ", ".join(repr(name) for name in FORMATS if name)
+        raise ConfigError(f"A model is saved in one of the formats {known}, or None; {format!r} was given.")
     found = take_inventory(model)
+    encoding: Encoding = found
+    if format is not None:
+        if reason := found.private_reason if format == METHOD else found.misfit:
+            raise UnsupportedModelError(
+                f"The packed weights of this {type(model).__name__} do not fit the format {format!r} ({reason}). Save "
+                "with format=None, or quantize with embeddings=None and what is named left as it is."
+            )
+        if format != METHOD:
+            encoding = GptqEncoding(found, type(model).__name__, format)
+            found.saved_config.quantization_config = encoding.config()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a model is saved into a folder. Name another place.")
     beside = folder / _BESIDE
     try:
         with converting(CheckpointError, f"{folder} cannot be written", "Name another place, or free memory."):
             folder.mkdir(parents=True, exist_ok=True)
-            if not found.is_public:
+            if _stem(found, encoding) == PRIVATE_STEM:
                 _refuse_foreign(folder)
             shutil.rmtree(beside, ignore_errors=True)  # of a save that was interrupted
             beside.mkdir()
-            _write_all(model, found, beside, max_shard_size)
+            _write_all(model, found, encoding, beside, max_shard_size)
             _move_all(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -76,14 +107,20 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _write_all(model: Any, found: Inventory, folder: Path, max_shard_size: int | str) -> None:
+def _stem(found: Inventory, encoding: Encoding) -> str:
+    return PRIVATE_STEM if encoding is found and not found.is_public else PUBLIC_STEM
+
+
+def _write_all(model: Any, found: Inventory, encoding: Encoding, folder: Path, max_shard_size: int | str) -> None:
     found.saved_config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     config = read_json(folder / _CONFIG)
     digests: dict[str, str] = {}
-    stem = PUBLIC_STEM if found.is_public else PRIVATE_STEM
-    entries = _entries(found)
+    stem = _stem(found, encoding)
+    for file, content in encoding.files.items():
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    entries = _entries(found, encoding)
     try:
         split = split_state_dict_into_shards_factory(
             entries,  # type: ignore[arg-type]
@@ -135,7 +172,7 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _entries(found: Inventory) -> dict[str, _Entry]:
+def _entries(found: Inventory, encoding: Encoding) -> dict[str, _Entry]:
     """Return name -> size and maker of every tensor to write; the tensors of one packed weight follow one another."""
     entries = {name: _Entry(t.numel() * t.element_size(), partial(t.detach)) for name, t in found.plain.items()}
     latest: dict[str, dict[str, Tensor]] = {}
@@ -143,16 +180,10 @@ def _entries(found: Inventory) -> dict[str, _Entry]:
     def make(name: str, suffix: str) -> Tensor:
         if name not in latest:
             latest.clear()
-            latest[name] = found.tensors(name)
+            latest[name] = encoding.tensors(name)
         return latest[name][f"{name}.{suffix}"]
 
-    for name, weight in found.packed.items():
-        for suffix, nbytes in _sizes(weight, found).items():
+    for name in found.packed:
+        for suffix, nbytes in encoding.sizes(name).items():
             entries[f"{name}.{suffix}"] = _Entry(nbytes, partial(make, name, suffix))
     return entries
-
-
-def _sizes(weight: PackedWeight, found: Inventory) -> dict[str, int]:
-    width = {"weight_packed": 4, "weight_scale": found.dtype.itemsize, "weight_shape": 8, "weight_zero_point": 4}
-    shapes = stored_shapes(weight.scheme, weight.rows, weight.columns)
-    return {name: shape[0] * (shape[1] if len(shape) > 1 else 1) * width[name] for name, shape in shapes.items()}

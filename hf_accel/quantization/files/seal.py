@@ -23,12 +23,13 @@ from hf_accel.quantization.files.rebuilding import loaded_names
 from hf_accel.quantization.files.saving import unshared, write
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
 from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.modules.permuted import PermutedLinear
 
 # options of transformers' save_pretrained that change nothing where there is no adapter and nothing is uploaded
 _WITHOUT_EFFECT = {"save_peft_format", "save_original_format", "safe_serialization", "token"}
 
 
-def save_pretrained(model: Any, folder: str | os.PathLike[str], **options: Any) -> None:
+def save_pretrained(model: Any, folder: str | os.PathLike[str], *, format: str | None = None, **options: Any) -> None:
     """Save a model so that `hf_accel.from_pretrained(folder)` computes the same bits.
 
     With packed weights the folder is a compressed-tensors checkpoint (`pack-quantized`) where that format can hold the
@@ -38,18 +39,27 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], **options: Any) 
     Args:
         model: a transformers model, optimised or not.
         folder: created if need be; weights in it are replaced.
+        format: of packed weights. None: as above. "compressed-tensors", or else an error. "gptq": version 1, for
+            symmetric weights of 4 and 8 bits. "gptq_v2": any. "auto-round": any whose groups are of adjacent columns.
+            The last three take products of multiples of 32 rows and columns, and no packed embeddings.
         options: of transformers' `save_pretrained`; with packed weights `max_shard_size` and `is_main_process`.
 
     Raises:
-        UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights.
-        ConfigError: an option that cannot be served with packed weights.
+        UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights, or not
+            in this format.
+        ConfigError: an option that cannot be served with packed weights, or a format that does not exist.
         CheckpointError: the folder holds weights that stock code would take for those of this model, or is a file.
     """
     seal = getattr(model, "hf_quantizer", None)
     if isinstance(seal, Seal) and not getattr(model, "_hf_peft_config_loaded", False):
-        seal.save_packed(model, folder, **options)
-    else:
+        seal.save_packed(model, folder, format=format, **options)
+    elif format is None:
         model.save_pretrained(folder, **options)
+    else:
+        raise UnsupportedModelError(
+            f"The format {format!r} is one of packed weights, and this {type(model).__name__} has none to save. Leave "
+            "format out, or quantize the model first."
+        )
 
 
 class Seal(HfQuantizer):
@@ -119,9 +129,9 @@ class Seal(HfQuantizer):
             UnsupportedModelError: it is, and would get another number of rows; the model has not changed.
         """
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if not isinstance(module, (QuantizedEmbedding, QuantizedLinear)):
+            if not isinstance(module, (QuantizedEmbedding, QuantizedLinear, PermutedLinear)):
                 continue
-            here = module.packed.rows
+            here = module.weight.shape[0]
             wanted = -(-(rows or here) // (multiple or 1)) * (multiple or 1)
             if wanted != here:
                 raise UnsupportedModelError(
@@ -138,6 +148,7 @@ class Seal(HfQuantizer):
         state_dict: Any = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
+        format: str | None = None,
         **options: Any,
     ) -> None:
         """Save in the published layout or our own; takes the arguments of transformers' `save_pretrained`.
@@ -153,7 +164,7 @@ class Seal(HfQuantizer):
         if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
             raise ConfigError(f"A model is saved into a folder, named by a text or a path; {folder!r} was given.")
         if is_main_process:
-            write(model, Path(folder), max_shard_size)
+            write(model, Path(folder), max_shard_size, format)
 
 
 class _Passing:
