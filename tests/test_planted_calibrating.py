@@ -9,11 +9,13 @@ import pytest
 import test_awq
 import test_calibrating
 import test_calibrating_resume
+import test_cli_methods
 import test_gptq
 import torch
 from planting import Defect, Patch, Test, instead, is_red
 
 from hf_accel.ops import gptq
+from hf_accel.quantization import gptq as patching
 from hf_accel.quantization.calibrating import refining, scaling, solving
 from hf_accel.quantization.calibrating.activations import Activations
 
@@ -64,6 +66,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "exponents of squares": (
         instead(scaling, "candidates", candidates_by_squares),
         test_awq.test_exponents_are_those_of_a_textbook,
+    ),
+    "places that no bar counts": (
+        instead(patching, "most_places", lambda blocks: 0),
+        test_cli_methods.test_the_bar_ends_where_it_says,
     ),
     "a folder of any run": (
         instead(solving, "fingerprint", lambda *_: "a run"),

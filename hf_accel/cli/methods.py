@@ -38,7 +38,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Method:
-    """config: makes the config; help: what it does, in a few words; resumes, refines: whether it has these options."""
+    """A way to choose weights.
+
+    config: makes the config; help: what it does, in a few words; resumes, refines: whether it takes --resume and
+    --refine-steps.
+    """
 
     config: Callable[[Asked], Config]
     help: str
@@ -67,11 +71,11 @@ def chosen_config(name: str, asked: Asked) -> Config:
     method = METHODS.get(name)
     if method is None:
         raise ConfigError(f"--method is one of {', '.join(METHODS)}; {name!r} was given.")
-    for is_given, has_it, option in (
-        (asked.folder is not None, method.resumes, "--resume"),
-        (bool(asked.refine_steps), method.refines, "--refine-steps"),
+    for is_given, trait, option in (
+        (asked.folder is not None, "resumes", "--resume"),
+        (bool(asked.refine_steps), "refines", "--refine-steps"),
     ):
-        if is_given and not has_it:
-            those = [other for other, found in METHODS.items() if (found.resumes if "res" in option else found.refines)]
+        if is_given and not getattr(method, trait):
+            those = [other for other, found in METHODS.items() if getattr(found, trait)]
             raise ConfigError(f"{option} belongs to --method {', '.join(those)}; the method is {name!r}.")
     return method.config(asked)

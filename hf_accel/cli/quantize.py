@@ -31,7 +31,10 @@ from hf_accel.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_accel.measure import SHAPES
 from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.measure.text import FITTED_ROW_TOKENS, ROW_TOKENS, calibration_text
+from hf_accel.quantization.files.saving import FORMATS
 from hf_accel.quantization.files.seal import save_pretrained
+
+_FORMATS = ", ".join(name for name in FORMATS if name)
 
 
 def quantize(
@@ -64,6 +67,10 @@ def quantize(
         bool,
         typer.Option("--resume", help="Keep finished layers in OUT.partial and go on there, if a run was interrupted."),
     ] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(help=f"Format of the files: {_FORMATS}.", show_default="compressed-tensors where it fits"),
+    ] = None,
     dtype: DtypeName = Dtype.bfloat16,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -78,6 +85,8 @@ def quantize(
     }
     partial = Path(f"{out.absolute()}.partial") if resume else None
     config = chosen_config(method, Asked(bits, shared, refine_steps, partial))
+    if format not in FORMATS:
+        raise ConfigError(f"--format is one of {_FORMATS}; {format!r} was given.")
     check_folder(out)
     given = None if calibration is None else read_calibration(calibration)
     use_threads(threads)
@@ -87,12 +96,16 @@ def quantize(
         raise ConfigError(f"--calibration needs the tokenizer of {model!r}, which was not found.")
     split = _optimized(loaded, model, config, given, tokenizer)
     with progress(f"writing {out}"):
-        save_pretrained(loaded, out)
+        refused = _save(loaded, out, format)
         if tokenizer is not None:
             with converting(CheckpointError, f"The tokenizer could not be written to {out}"):
                 tokenizer.save_pretrained(out)
     if partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
+    if refused is not None:
+        raise UnsupportedModelError(
+            f"--format {format}: {refused} Nothing is lost: {out} has the model as it is written without --format."
+        ) from refused
     if as_json:
         write_json(report(loaded).to_dict() | {"method": method, "split": split, "folder": str(out)})
         return
@@ -104,6 +117,18 @@ def quantize(
         )
     for line in [*lines, f"written to {out}; load it with hf_accel.from_pretrained"]:
         results.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _save(model: Any, out: Path, format: str | None) -> UnsupportedModelError | None:
+    """Write the model; in a format that cannot hold it, as without one, returning why."""
+    try:
+        save_pretrained(model, out, format=format)
+    except UnsupportedModelError as error:
+        if format is None:
+            raise
+        save_pretrained(model, out)
+        return error
+    return None
 
 
 def _optimized(model: Any, name: str, config: Config, given: str | None, tokenizer: Any) -> dict[str, int] | None:
