@@ -24,7 +24,7 @@ from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import Target
 
-SECTION = "calibration"
+SECTION = "gptq"
 SECTIONS[SECTION] = "calibration"
 
 
