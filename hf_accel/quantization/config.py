@@ -15,8 +15,8 @@ HEAD_BITS = (4, 8)  # every token's logits pass through the head: fewer are not 
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightOnlyConfig(Config):
-    """Weights of the linear products in 8, 4, 3 or 2 bits.
+class ProductsConfig(Config):
+    """What configs of weights in few bits have in common: bits, groups, and which products.
 
     bits: 8 (one scale per output channel) or 4, 3 or 2 (one scale per group of columns).
     group_size: columns that share a scale, 32, 64 or 128; fewer are more exact and cost 16 bits per group. None: the
@@ -24,45 +24,34 @@ class WeightOnlyConfig(Config):
     symmetric: zero is the code 0; False gives each group a zero of its own (not at 8 bits, which gain nothing from it).
     layers: name pattern -> bits for the products it matches (2, 3, 4, 8, or None: left as they are); the first match
         counts.
-    head: bits of the output head (8 or 4), 8 by default because every token's logits pass through it; None leaves it
-        alone.
-    embeddings: 8 stores the table of input embeddings in 8 bits too, sharing the codes of a tied head: less memory,
-        not more speed.
+    head: bits of the output head (8 or 4); None leaves it alone.
     """
 
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = True
     layers: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] = ()
-    head: int | None = 8
-    embeddings: int | None = None
+    head: int | None = None
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         pairs = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
         try:
             object.__setattr__(self, "layers", tuple((pattern, bits) for pattern, bits in pairs))
         except (TypeError, ValueError):
-            raise ConfigError(
-                f"WeightOnlyConfig.layers maps name patterns to bits; {self.layers!r} was given."
-            ) from None
+            raise ConfigError(f"{name}.layers maps name patterns to bits; {self.layers!r} was given.") from None
         if strange := [pattern for pattern, _ in self.pairs if not isinstance(pattern, str)]:
-            raise ConfigError(f"WeightOnlyConfig.layers maps name patterns, which are texts; {strange[0]!r} was given.")
+            raise ConfigError(f"{name}.layers maps name patterns, which are texts; {strange[0]!r} was given.")
         given = {"bits": self.bits} | {f"layers[{pattern!r}]": bits for pattern, bits in self.pairs if bits is not None}
-        for name, bits in given.items():
+        for field, bits in given.items():
             if type(bits) is not int or bits not in BITS:
-                raise ConfigError(f"WeightOnlyConfig.{name} is 2, 3, 4 or 8; {bits!r} was given.")
+                raise ConfigError(f"{name}.{field} is 2, 3, 4 or 8; {bits!r} was given.")
         if self.head is not None and (type(self.head) is not int or self.head not in HEAD_BITS):
-            raise ConfigError(f"WeightOnlyConfig.head is 4, 8 or None; {self.head!r} was given.")
-        if self.embeddings not in (None, 8):
-            raise ConfigError(f"WeightOnlyConfig.embeddings is 8 or None; {self.embeddings!r} was given.")
-        if self.embeddings is not None and self.head == 4:
-            raise ConfigError("WeightOnlyConfig.embeddings=8 shares its codes with the head; head=4 contradicts it.")
+            raise ConfigError(f"{name}.head is 4, 8 or None; {self.head!r} was given.")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise ConfigError(
-                f"WeightOnlyConfig.group_size is one of {GROUP_SIZES} or None; {self.group_size!r} was given."
-            )
+            raise ConfigError(f"{name}.group_size is one of {GROUP_SIZES} or None; {self.group_size!r} was given.")
         if type(self.symmetric) is not bool or (not self.symmetric and self.bits == 8):
-            raise ConfigError("WeightOnlyConfig.symmetric is True or False, and False only with bits below 8.")
+            raise ConfigError(f"{name}.symmetric is True or False, and False only with bits below 8.")
 
     @property
     def pairs(self) -> tuple[tuple[str, int | None], ...]:
@@ -85,3 +74,30 @@ class WeightOnlyConfig(Config):
             if columns % group == 0:
                 return Scheme(bits, group, self.symmetric), ""
         return Scheme(8), f"groups of {wanted[-1]} do not divide {columns} columns; kept at 8 bits per channel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOnlyConfig(ProductsConfig):
+    """Weights of the linear products in 8, 4, 3 or 2 bits.
+
+    bits: 8 (one scale per output channel) or 4, 3 or 2 (one scale per group of columns).
+    group_size: columns that share a scale, 32, 64 or 128; fewer are more exact and cost 16 bits per group. None: the
+        whole row at 8 bits, 64 below (32 where 64 does not divide the row).
+    symmetric: zero is the code 0; False gives each group a zero of its own (not at 8 bits, which gain nothing from it).
+    layers: name pattern -> bits for the products it matches (2, 3, 4, 8, or None: left as they are); the first match
+        counts.
+    head: bits of the output head (8 or 4), 8 by default because every token's logits pass through it; None leaves it
+        alone.
+    embeddings: 8 stores the table of input embeddings in 8 bits too, sharing the codes of a tied head: less memory,
+        not more speed.
+    """
+
+    head: int | None = 8
+    embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embeddings not in (None, 8):
+            raise ConfigError(f"WeightOnlyConfig.embeddings is 8 or None; {self.embeddings!r} was given.")
+        if self.embeddings is not None and self.head == 4:
+            raise ConfigError("WeightOnlyConfig.embeddings=8 shares its codes with the head; head=4 contradicts it.")

@@ -63,7 +63,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if not chosen:
             found.append("the model has no linear product that could be quantized.")
         for target in chosen:
-            if not _is_finite(target.module, setting):
+            if not is_finite(target.module, setting):
                 found.append(f"the weight of {target.path} holds NaN or infinity.")
         return found
 
@@ -162,7 +162,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         return []
 
 
-def _is_finite(module: Any, setting: Setting) -> bool:
+def is_finite(module: Any, setting: Setting) -> bool:
     """Return whether the weights of a product are numbers; they are read once in a session."""
     known = setting.prepared_for(module)
     if FINITE not in known:
@@ -174,12 +174,13 @@ def _is_finite(module: Any, setting: Setting) -> bool:
 def packed_bytes(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> int:
     """Return the bytes of a packed weight [rows, columns] in a model of `dtype`, scales and padding included."""
     lanes, padded = -(-rows // LANES) * LANES, -(-columns // QUANTUM) * QUANTUM
-    scale = 2 if _scale_dtype(scheme, dtype) is torch.bfloat16 else 4
+    scale = 2 if scale_dtype(scheme, dtype) is torch.bfloat16 else 4
     groups = columns // scheme.columns_per_scale(columns)
     return lanes * padded * scheme.bits // 8 + lanes * groups * (scale + (0 if scheme.symmetric else 4))
 
 
-def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+def scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    """Return whose values the scales of a weight in `scheme` are, in a model of `dtype`."""
     return dtype if scheme.group_size is None or dtype is torch.float16 else torch.bfloat16
 
 
@@ -201,7 +202,7 @@ def quantized(
         method: which of the rounding methods chooses codes and scales.
         observed: what the product reads on calibration text, for methods that ask for it.
     """
-    rounded = METHODS[method](weight, scheme, observed, _scale_dtype(scheme, dtype))
+    rounded = METHODS[method](weight, scheme, observed, scale_dtype(scheme, dtype))
     return QuantizedLinear(PackedWeight.pack(rounded), bias, dtype)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from hf_accel.core.model.anatomy import Anatomy, holds_experts
 from hf_accel.kernels.weights import LANES
 from hf_accel.ops.affine import Scheme
-from hf_accel.quantization.config import WeightOnlyConfig
+from hf_accel.quantization.config import ProductsConfig
 from hf_accel.quantization.modules.experts import has_known_layout
 from hf_accel.quantization.modules.linear import linear_weight
 
@@ -33,7 +33,7 @@ class Target:
         return self.parent._modules[self.name]
 
 
-def targets(anatomy: Anatomy, config: WeightOnlyConfig) -> tuple[list[Target], list[str]]:
+def targets(anatomy: Anatomy, config: ProductsConfig) -> tuple[list[Target], list[str]]:
     """Return what `config` quantizes in a model, and sentences on what it leaves out."""
     found: list[Target] = []
     skipped: dict[str, list[str]] = {}
