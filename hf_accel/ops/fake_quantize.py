@@ -1,13 +1,13 @@
-"""Fake quantization: a weight in floating point is rounded to its codes and back, and gradients reach it and its scales.
+"""Fake quantization: a weight in floating point is rounded to its codes and back; gradients reach it and its scales.
 
-One formula serves training, conversion and saving: `learned_scales` and `learned_affine` decide on scales and codes, and
-fake quantization is the dequantized `learned_affine`, so that what is deployed is what was trained, bit for bit.
+One formula serves training, conversion and saving: `learned_scales` and `learned_affine` decide on scales and codes,
+and fake quantization is the dequantized `learned_affine`, so that what is deployed is what was trained, bit for bit.
 
 Gradients (Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153, section 2): with v = w / s, to the
 weight they pass straight through where v is not clipped; to the scale the slope is code - v there, and the bound
 where it is clipped, times 1 / sqrt(weights of the scale · highest code). Two things differ: a value counts as clipped
 from half a step beyond the outermost code, where rounding ends, not from the code itself; and what is learned is the
-logarithm of s over its start, so that one learning rate suits scales of any size, and weight decay leads back to the start.
+logarithm of s over its start, so that one learning rate suits scales of any size, and weight decay leads back to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INSIDE = 0.45  # of a step, how far from its code a weight may lie when training
 
 
 def learned_scales(start: Tensor, log_factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the scales start · exp(log_factors) [N, groups] in fp32, rounded to values of `dtype` as they are stored."""
+    """Return the scales start · exp(log_factors) [N, groups] in fp32, rounded to values of the `dtype` of storage."""
     return (start.float() * log_factors.float().exp()).to(dtype).float()
 
 
@@ -42,7 +42,7 @@ def fake_quantized(
     scale_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the weight [N, K] in `dtype` that the codes of `weight` stand for; gradients as the head of this file says.
+    """Return the weight [N, K] in `dtype` that the codes of `weight` stand for; gradients are those described above.
 
     Args:
         weight: [N, K], any float dtype.
@@ -55,7 +55,7 @@ def fake_quantized(
 
 
 def inside(weight: Tensor, start: Affine) -> Tensor:
-    """Return the fp32 weight [N, K] next to `weight` that has the codes of `start`, `INSIDE` of a step from them at most.
+    """Return the fp32 weight [N, K] next to `weight` that is at most `INSIDE` of a step from the codes of `start`.
 
     Codes of a calibrated start are often not those next to the weight, and weights beyond the outermost codes get no
     gradient; trained from here, each weight begins with the code it was given, and none is clipped.

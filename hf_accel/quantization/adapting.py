@@ -1,8 +1,9 @@
 """LoRA under fake quantization: the adapter's addition to a weight is rounded together with it.
 
-peft adds its low-rank product beside a layer: y = x Q(W)^T + x (B A)^T. Merged, that becomes Q(W + B A), which is another
-function. Here training computes with Q(W + s B A) from the first step on, so that merging changes nothing: what is
-converted then is what was trained. (Hu et al. 2021, arXiv:2106.09685; peft's own classes hold and merge the adapters.)
+peft adds its low-rank product beside a layer: y = x Q(W)^T + x (B A)^T. Merged, that becomes Q(W + B A), which is
+another function. Here training computes with Q(W + s B A) from the first step on, so that merging changes nothing:
+what is converted then is what was trained. (Hu et al. 2021, arXiv:2106.09685; peft's own classes hold and merge the
+adapters.)
 """
 
 from __future__ import annotations
@@ -86,17 +87,18 @@ def lora_class() -> Any:
             self._check_forward_args(x, *args, **kwargs)
             if kwargs.get("adapter_names") is not None:
                 raise UnsupportedModelError("Adapters per row cannot be under fake quantization: a weight has one.")
+            base: Any = self.get_base_layer()
             if self.disable_adapters:
                 if self.merged:
                     self.unmerge()
-                return self.base_layer(x)
-            weight = self.base_layer.weight
+                return base(x)
+            weight = base.weight
             if not self.merged:
                 # as merging computes it: not in the precision of autocast
                 with torch.autocast(x.device.type, enabled=False):
                     for name in self.active_adapters:
                         if name in self.lora_A:
                             weight = weight + self.get_delta_weight(name)
-            return self.base_layer.product(x, weight)
+            return base.product(x, weight)
 
     return FakeQuantizedLora

@@ -16,7 +16,7 @@ from hf_accel.errors import UnsupportedModelError, VerificationError
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.fake_quantize import fake_quantized
 from hf_accel.quantization.files.seal import Seal
-from hf_accel.quantization.learned import LearnedCodes, trained_products
+from hf_accel.quantization.learned import LearnedCodes, check_product, trained_products
 from hf_accel.quantization.modules.fake_linear import FakeQuantizedLinear
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.qat import SECTION, QATConfig
@@ -30,10 +30,10 @@ def convert_qat(model: M) -> M:
     """Pack the products that were trained under a `QATConfig`, in place, and return the same object.
 
     Codes and scales are those that the forward pass of training computes with: each packed weight is compared with
-    it and equals it bit for bit. What differs afterwards is the arithmetic of the kernels, which round activations (to 8
-    bits in blocks of 32 columns for weights of 4 bits and fewer, to 16 bits for weights of 8).
+    it and equals it bit for bit. What differs afterwards is the arithmetic of the kernels, which round activations
+    (to 8 bits in blocks of 32 columns for weights of 4 bits and fewer, to 16 bits for weights of 8).
 
-    `hf_accel.report(model)` tells how many codes changed, `hf_accel.save_pretrained` saves the model. `hf_accel.restore`
+    `hf_accel.report(model)` tells how many codes changed, `hf_accel.save_pretrained` saves it. `hf_accel.restore`
     puts back the original weights and gives up the trained ones: save before. The trained weights in floating point
     are given up here. A copy (`copy.deepcopy`) of a model in training can be converted, too, and then is a model as
     `hf_accel.from_pretrained` returns it: it may be optimised, and has nothing to restore.
@@ -66,7 +66,9 @@ def convert_qat(model: M) -> M:
     journal.set_attribute(unwrapped, "hf_quantizer", Seal())
     if host is not None:
         report, after = host.report, Anatomy.of(unwrapped).weight_bytes
-        text = f"{len(found)} products trained and packed; weights {report.weight_bytes / 1e6:.1f} -> {after / 1e6:.1f} MB"
+        text = (
+            f"{len(found)} products trained and packed; weights {report.weight_bytes / 1e6:.1f} -> {after / 1e6:.1f} MB"
+        )
         report.patched_weight_bytes = after
         report.sections[SECTION] = learned
         extra = 0 if journal.originals == "drop" else sum(weight.nbytes for weight in packed.values())
@@ -90,16 +92,11 @@ def _check(model: Any, modules: dict[str, FakeQuantizedLinear]) -> None:
                 f"Fake quantization is off in {path}, so that its weight was trained for another computation than the "
                 "one that is deployed. Set is_on = True in all products and train on."
             )
-        scales = module.scales
-        if not bool(module.weight.isfinite().all() and scales.isfinite().all() and (scales != 0).all()):
-            raise UnsupportedModelError(
-                f"{path} holds weights that are NaN or infinite, or scales that are, or are 0: training diverged. Go "
-                "back to a checkpoint, or train anew with a lower learning rate."
-            )
+        check_product(path, module)
     if not any(bool(module.log_factors.any()) or _has_changed(module) for module in modules.values()):
         raise UnsupportedModelError(
-            f"Not one code and not one scale of {len(modules)} products differs from the start: nothing was trained. An "
-            "optimizer made before hf_accel.optimize trains weights that are no longer in the model; make it afterwards."
+            f"Not one code and not one scale of {len(modules)} products differs from the start: nothing was trained. "
+            "An optimizer made before hf_accel.optimize trains weights that are no longer in the model; make it after."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_accel.errors import UnsupportedModelError
 from hf_accel.quantization.modules.fake_linear import FakeQuantizedLinear
 
 _WORST = 3  # products that are named
@@ -96,3 +97,13 @@ def trained_products(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Fa
         for name, module in parent._modules.items():
             if isinstance(module, FakeQuantizedLinear):
                 yield (f"{parent_path}.{name}" if parent_path else name), parent, name, module
+
+
+def check_product(path: str, module: FakeQuantizedLinear) -> None:
+    """Raise UnsupportedModelError unless weights and scales of a product are numbers, and no scale is 0."""
+    scales = module.scales
+    if not bool(module.weight.isfinite().all() and scales.isfinite().all() and (scales != 0).all()):
+        raise UnsupportedModelError(
+            f"{path} holds weights that are NaN or infinite, or scales that are, or are 0: training diverged. Go back "
+            "to a checkpoint, or train anew with a lower learning rate."
+        )

@@ -1,0 +1,128 @@
+"""Quantization-aware training by distillation: the original teaches its own rounded copy, which is then deployed.
+
+Rounding to 2 or 3 bits loses what no choice of codes brings back by itself; trained for some minutes towards the
+original's distributions, weights and scales make up for most of it (Esser et al. 2020, arXiv:1902.08153; Liu et al.
+2025, arXiv:2502.02631: at 3 and 4 bits training compensates, at 2 bits it learns anew).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hf_accel.api import optimize, report, restore
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.model.shadow import twin
+from hf_accel.core.model.support import unwrap
+from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
+from hf_accel.measure.quality import Quality
+from hf_accel.quantization.deploying import convert_qat
+from hf_accel.quantization.qat import SECTION, QATConfig
+from hf_accel.recipes.result import Uptrained
+from hf_accel.recipes.uptrain import LORA_FACTOR, RATE_PARAMETERS, uptrain
+
+WINDOW_TOKENS = 256  # rounding errors depend little on the position, and attention costs less
+RATES = {2: 5e-4, 3: 3e-4, 4: 1e-4, 8: 3e-5}
+"""Bits -> learning rate of AdamW, for up to 10 M parameters; a step of the scales is smaller with more bits."""
+
+
+@dataclass(frozen=True)
+class QuantizationAware:
+    """What `qat` made of a model: `uptrained` has what was measured, `shares` of weights say what became of codes."""
+
+    model: Any
+    uptrained: Uptrained
+    shares: dict[str, float]  # "changed", "clipped", "outermost"
+
+    @property
+    def before(self) -> Quality:
+        """Return the quality at the start of training: rounded, not trained."""
+        return self.uptrained.before
+
+    @property
+    def after(self) -> Quality:
+        """Return the quality after it."""
+        return self.uptrained.after
+
+    def __str__(self) -> str:
+        closed = 1 - self.after.kl / self.before.kl if self.before.kl else 0.0
+        told = ", ".join(f"{name} {100 * share:.2f} %" for name, share in self.shares.items())
+        return f"{self.uptrained}\n  {100 * closed:.0f} % of the KL of the start closed; codes: {told}"
+
+
+def qat(
+    model: Any,
+    config: QATConfig,
+    text: Any = None,
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    converts: bool = True,
+    learning_rate: float | None = None,
+    window: int | None = None,
+    hidden_weight: float | None = 0.0,
+    **options: Any,
+) -> QuantizationAware:
+    """Train `model` in few bits towards what it was, in place, and pack the result.
+
+    The original weights stay in memory: the teacher computes with them, and `hf_accel.restore` puts them back. Beside
+    them the run takes 17 bytes per trained weight (the weight in fp32, its gradient, AdamW's two moments, the code of
+    the start), and what `uptrain` says of logits. If anything goes wrong, the model is restored.
+
+    Args:
+        model: a causal language model of transformers with its original weights, neither optimised nor quantized.
+        config: bits, groups and where to start.
+        text, tokenizer: what to train on, as in `uptrain`; None: the model writes it.
+        calibration: text for a start that is calibrated: see `hf_accel.optimize`.
+        converts: pack the trained products at the end; False leaves them in training, for more of it.
+        learning_rate: None: by bits (`RATES`), falling with the square root of the number of parameters above 10 M;
+            three times that with `lora_rank`.
+        window: tokens per window; None: 256.
+        hidden_weight: see `uptrain`; none by default.
+        options: all others of `uptrain`: minutes, tokens or steps, held_out, out, lora_rank, seed, callbacks, ....
+
+    Raises:
+        ConflictError: the model is optimised already.
+        Others: as `hf_accel.optimize`, `uptrain` and `hf_accel.convert_qat`.
+    """
+    if not isinstance(config, QATConfig):
+        raise ConfigError(f"config is a QATConfig; {type(config).__name__} was given.")
+    if refused := {"student", "teacher"} & options.keys():
+        raise ConfigError(f"{', '.join(sorted(refused))} cannot be given: the model is trained towards what it was.")
+    original = unwrap(model)
+    if host_of(original) is not None:
+        raise ConflictError("The model is optimised by hf_accel. Call hf_accel.restore(model) before.")
+    teacher = twin(original)
+    if teacher is original:
+        raise UnsupportedModelError(
+            f"This {type(original).__name__} cannot be copied without its weights, which its teacher needs. Use "
+            "hf_accel.optimize with the config, and hf_accel.recipes.uptrain with a second model as the teacher."
+        )
+    optimize(original, [config], calibration=calibration, tokenizer=tokenizer)
+    try:
+        if learning_rate is None and options.get("arguments") is None:
+            learning_rate = _rate(original, config.bits, options.get("lora_rank"))
+        from hf_accel.recipes.qat_callback import QATCallback  # with transformers.Trainer: seconds
+
+        callbacks = [QATCallback(), *options.pop("callbacks", ())]
+        result = uptrain(
+            original, teacher, text, tokenizer=tokenizer, learning_rate=learning_rate, window=window or WINDOW_TOKENS,
+            hidden_weight=hidden_weight, callbacks=callbacks, **options,
+        )  # fmt: skip
+        told = report(original)
+        section: Any = told.sections[SECTION]
+        shares = {name: section.share(name) for name in ("changed", "clipped", "outermost")}
+        if converts:
+            convert_qat(original)
+        told.quality = result.after
+    except BaseException:
+        restore(original)
+        raise
+    return QuantizationAware(model, result, shares)
+
+
+def _rate(model: Any, bits: int, lora_rank: int | None) -> float:
+    """Return the default learning rate by bits and number of parameters."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return RATES[bits] * min(1.0, math.sqrt(RATE_PARAMETERS / count)) * (1 if lora_rank is None else LORA_FACTOR)
