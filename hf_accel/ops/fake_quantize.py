@@ -20,12 +20,13 @@ from torch import Tensor
 
 from hf_accel.ops.affine import Affine, Scheme, dequantize, encode
 
-INSIDE = 0.45  # of a step, how far from its code a weight may lie when training starts
+INSIDE = 0.25  # of a step, how far from its code a weight may lie when training starts: see `inside`
+PACE = 2.0  # scales are the start's times exp(PACE · log factor): how much faster they move than weights
 
 
 def learned_scales(start: Tensor, log_factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the scales start · exp(log_factors) [N, groups] in fp32, rounded to values of the `dtype` of storage."""
-    return (start.float() * log_factors.float().exp()).to(dtype).float()
+    """Return the scales start · exp(PACE · log_factors) [N, groups] in fp32, rounded to values of `dtype`."""
+    return (start.float() * (PACE * log_factors.float()).exp()).to(dtype).float()
 
 
 def learned_affine(weight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Affine:
@@ -47,7 +48,7 @@ def fake_quantized(
     Args:
         weight: [N, K], any float dtype.
         start: the scales at the start of training [N, groups], fp32.
-        log_factors: logarithms of what they are multiplied by [N, groups].
+        log_factors: what is learned of them [N, groups]: they are multiplied by exp(PACE · log_factors).
         zeros: int8 [N, groups], None if symmetric; they are not learned.
         scale_dtype: scales are rounded to values of it.
     """
@@ -122,7 +123,7 @@ class _FakeQuantized(torch.autograd.Function):
             steps = steps if zeros is None else steps - zeros[..., None].float()
             slope = torch.where(outside, steps, steps - values)
             share = 1 / math.sqrt(values.shape[-1] * max(1, scheme.highest))
-            to_scales = ((gradient * slope).sum(-1) * scales * share).to(ctx.log_dtype)
+            to_scales = ((gradient * slope).sum(-1) * scales * (PACE * share)).to(ctx.log_dtype)
         if ctx.needs_input_grad[0]:
             to_weight = gradient.masked_fill(outside, 0).view(weight.shape).to(weight.dtype)
         return to_weight, None, to_scales, None, None, None, None

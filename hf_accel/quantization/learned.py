@@ -39,7 +39,7 @@ class Learned:
             changed=float((codes != module.start_codes).float().mean()),
             clipped=float(module.clipped().float().mean()),
             outermost=float(((codes == scheme.lowest) | (codes == scheme.highest)).float().mean()),
-            scale_factor=float(module.log_factors.detach().exp().median()),
+            scale_factor=float((module.scales / module.start_scales).median()),
         )
 
 

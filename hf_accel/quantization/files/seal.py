@@ -22,6 +22,7 @@ from hf_accel.quantization.files.inventory import Inventory, take_inventory, wri
 from hf_accel.quantization.files.rebuilding import loaded_names
 from hf_accel.quantization.files.saving import unshared, write
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
+from hf_accel.quantization.modules.fake_linear import FakeQuantizedLinear
 from hf_accel.quantization.modules.linear import QuantizedLinear
 
 # options of transformers' save_pretrained that change nothing where there is no adapter and nothing is uploaded
@@ -41,7 +42,8 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], **options: Any) 
         options: of transformers' `save_pretrained`; with packed weights `max_shard_size` and `is_main_process`.
 
     Raises:
-        UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights.
+        UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights; or its
+            products are in training under fake quantization.
         ConfigError: an option that cannot be served with packed weights.
         CheckpointError: the folder holds weights that stock code would take for those of this model, or is a file.
     """
@@ -49,6 +51,12 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], **options: Any) 
     if isinstance(seal, Seal) and not getattr(model, "_hf_peft_config_loaded", False):
         seal.save_packed(model, folder, **options)
     else:
+        if any(isinstance(module, FakeQuantizedLinear) for module in getattr(model, "modules", list)()):
+            raise UnsupportedModelError(
+                f"Products of this {type(model).__name__} are in training in few bits; stock code would load their weights "
+                "and not round them. Call hf_accel.convert_qat(model) and save then; to go on training later, keep "
+                "model.state_dict()."
+            )
         model.save_pretrained(folder, **options)
 
 

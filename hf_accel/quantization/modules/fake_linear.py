@@ -23,7 +23,7 @@ class FakeQuantizedLinear(nn.Module):
     adapters do that are added beside it. `adapted` in quantization/adapting.py adds adapters to the weight itself.
 
     weight: parameter [N, K], fp32 whatever the model's dtype, as updates are smaller than what 16 bits hold.
-    log_factors: parameter [N, groups], fp32: logarithms of the factors on the scales of the start; all 0 at first.
+    log_factors: parameter [N, groups], fp32: what is learned of the scales, see `learned_scales`; all 0 at first.
     is_on: False computes with `weight` as it is; scales then learn nothing, and conversion is refused.
     """
 
