@@ -64,4 +64,6 @@ class QATCallback(TrainerCallback):
                 "checkpoint, or train anew with a lower learning rate."
             )
         learned = LearnedCodes.of(self.modules)
-        logs |= {f"qat_{name}": learned.share(name) for name in ("changed", "clipped")}
+        shares = {f"qat_{name}": learned.share(name) for name in ("changed", "clipped")}
+        for log in (logs, *state.log_history[-1:]):  # what other callbacks are given, and what the Trainer keeps
+            log |= shares
