@@ -241,3 +241,23 @@ def test_training_can_go_on_before_it_is_deployed() -> None:
     trained(model)
     hf_accel.convert_qat(model)
     assert hf_accel.report(model).qat.share("changed") > kept
+
+
+class Stopped(TrainerCallback):
+    """Presses control C after some steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_of_the_recipe_ends_with_the_same_bits(tmp_path: Path) -> None:
+    options = SHORT | {"steps": 5, "checkpoint_minutes": 0}
+    config, text = QATConfig(bits=2, group_size=32), IDS.repeat(8, 1)
+    expected, model = original(), original()
+    qat(expected, config, text, **options)
+    with pytest.raises(KeyboardInterrupt):
+        qat(model, config, text, out=tmp_path, callbacks=[Stopped()], **options)
+    assert torch.equal(logits(model), logits(original()))
+    assert qat(model, config, text, out=tmp_path, **options).uptrained.resumed_at == 2
+    assert_same_bits(bits(model), bits(expected))

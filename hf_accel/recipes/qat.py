@@ -11,12 +11,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hf_accel.api import optimize, report, restore
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.model.support import unwrap
+from hf_accel.core.progress import shown
+from hf_accel.core.steps.applying import apply
+from hf_accel.core.steps.plan import Plan
+from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
 from hf_accel.measure.quality import Quality
+from hf_accel.measure.text import FITTED_ROW_TOKENS, calibration_text
 from hf_accel.quantization.deploying import convert_qat
 from hf_accel.quantization.qat import SECTION, QATConfig
 from hf_accel.recipes.result import Uptrained
@@ -99,7 +103,11 @@ def qat(
             f"This {type(original).__name__} cannot be copied without its weights, which its teacher needs. Use "
             "hf_accel.optimize with the config, and hf_accel.recipes.uptrain with a second model as the teacher."
         )
-    optimize(original, [config], calibration=calibration, tokenizer=tokenizer)
+    setting = Setting.of(original)
+    if calibration is not None:
+        setting.calibration = calibration_text(original, calibration, tokenizer, row_tokens=FITTED_ROW_TOKENS)
+    with shown(f"preparing {type(original).__name__}") as setting.progress:
+        host = apply(Plan.of([config]), setting)
     try:
         if learning_rate is None and options.get("arguments") is None:
             learning_rate = _rate(original, config.bits, options.get("lora_rank"))
@@ -110,14 +118,13 @@ def qat(
             original, teacher, text, tokenizer=tokenizer, learning_rate=learning_rate, window=window or WINDOW_TOKENS,
             hidden_weight=hidden_weight, callbacks=callbacks, **options,
         )  # fmt: skip
-        told = report(original)
-        section: Any = told.sections[SECTION]
+        section: Any = host.report.sections[SECTION]
         shares = {name: section.share(name) for name in ("changed", "clipped", "outermost")}
         if converts:
             convert_qat(original)
-        told.quality = result.after
+        host.report.quality = result.after
     except BaseException:
-        restore(original)
+        host.journal.undo()
         raise
     return QuantizationAware(model, result, shares)
 
