@@ -76,6 +76,7 @@ def test_pages_have_blocks_to_run() -> None:
         "reference.md",
         "troubleshooting.md",
         "uptraining.md",
+        "qat.md",
         "gqa.md",
     }
 

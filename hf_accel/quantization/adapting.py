@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -62,10 +63,12 @@ def get_qat_peft_model(model: Any, config: Any, **options: Any) -> Any:
         config.target_modules = sorted(paths)
     config._register_custom_module({FakeQuantizedLinear: lora_class()})
     scales = {name: p for name, p in model.named_parameters() if name.endswith("log_factors") and p.requires_grad}
-    try:
-        adapted = get_peft_model(model, config, **options)
-    except ValueError as error:
-        raise ConfigError(f"peft refuses the adapters: {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that are going to be renamed
+        try:
+            adapted = get_peft_model(model, config, **options)
+        except ValueError as error:
+            raise ConfigError(f"peft refuses the adapters: {error}") from error
     for parameter in scales.values():  # peft freezes whatever is no adapter
         parameter.requires_grad_(True)
     return adapted

@@ -8,8 +8,11 @@ original's distributions, weights and scales make up for most of it (Esser et al
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.model.shadow import twin
@@ -22,13 +25,16 @@ from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
 from hf_accel.measure.quality import Quality
 from hf_accel.measure.text import FITTED_ROW_TOKENS, calibration_text
 from hf_accel.quantization.deploying import convert_qat
+from hf_accel.quantization.learned import trained_products
+from hf_accel.quantization.modules.fake_linear import FakeQuantizedLinear
 from hf_accel.quantization.qat import SECTION, QATConfig
 from hf_accel.recipes.result import Uptrained
-from hf_accel.recipes.uptrain import LORA_FACTOR, RATE_PARAMETERS, uptrain
+from hf_accel.recipes.uptrain import BATCH_TOKENS, uptrain
 
 WINDOW_TOKENS = 256  # rounding errors depend little on the position, and attention costs less
-RATES = {2: 5e-4, 3: 3e-4, 4: 1e-4, 8: 3e-5}
-"""Bits -> learning rate of AdamW, for up to 10 M parameters; a step of the scales is smaller with more bits."""
+NOISE = 0.26  # of the width of a code: how far noise may move a weight in a run
+FEWEST_STEPS = 100  # in fewer, steps of AdamW add up: their directions depend on one another
+USUAL_STEPS = 1000  # where the number of steps is not known at the beginning
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,7 @@ def qat(
         text, tokenizer: what to train on, as in `uptrain`; None: the model writes it.
         calibration: text for a start that is calibrated: see `hf_accel.optimize`.
         converts: pack the trained products at the end; False leaves them in training, for more of it.
-        learning_rate: None: by bits (`RATES`), falling with the square root of the number of parameters above 10 M;
-            three times that with `lora_rank`.
+        learning_rate: None: from the width of codes and the number of steps, see `NOISE`; with `lora_rank` as in `uptrain`.
         window: tokens per window; None: 256.
         hidden_weight: see `uptrain`; none by default.
         options: all others of `uptrain`: minutes, tokens or steps, held_out, out, lora_rank, seed, callbacks, ....
@@ -109,13 +114,16 @@ def qat(
     with shown(f"preparing {type(original).__name__}") as setting.progress:
         host = apply(Plan.of([config]), setting)
     try:
-        if learning_rate is None and options.get("arguments") is None:
-            learning_rate = _rate(original, config.bits, options.get("lora_rank"))
+        chosen_window = window or WINDOW_TOKENS
+        if learning_rate is None and options.get("arguments") is None and options.get("lora_rank") is None:
+            learning_rate = _rate(
+                (module for _, _, _, module in trained_products(original)), _steps(options, chosen_window)
+            )
         from hf_accel.recipes.qat_callback import QATCallback  # with transformers.Trainer: seconds
 
         callbacks = [QATCallback(), *options.pop("callbacks", ())]
         result = uptrain(
-            original, teacher, text, tokenizer=tokenizer, learning_rate=learning_rate, window=window or WINDOW_TOKENS,
+            original, teacher, text, tokenizer=tokenizer, learning_rate=learning_rate, window=chosen_window,
             hidden_weight=hidden_weight, callbacks=callbacks, **options,
         )  # fmt: skip
         section: Any = host.report.sections[SECTION]
@@ -129,7 +137,18 @@ def qat(
     return QuantizationAware(model, result, shares)
 
 
-def _rate(model: Any, bits: int, lora_rank: int | None) -> float:
-    """Return the default learning rate by bits and number of parameters."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return RATES[bits] * min(1.0, math.sqrt(RATE_PARAMETERS / count)) * (1 if lora_rank is None else LORA_FACTOR)
+def _steps(options: Mapping[str, Any], window: int) -> int:
+    """Return how many steps `uptrain` will make with these options, or how many are usual."""
+    if options.get("tokens") is not None:
+        return int(options["tokens"]) // ((options.get("batch_size") or max(1, BATCH_TOKENS // window)) * window)
+    return int(options.get("steps") or USUAL_STEPS)
+
+
+def _rate(products: Iterable[FakeQuantizedLinear], steps: int) -> float:
+    """Return the learning rate with which noise moves weights by `NOISE` of the width of their codes.
+
+    AdamW moves a weight whose gradient is noise by about rate · sqrt(steps). Where that is more than the distance that
+    codes are kept from their borders, they flip at random, and the model gets worse before it gets better.
+    """
+    widths = torch.cat([product.start_scales.abs().flatten() for product in products])
+    return NOISE * float(widths.median()) / math.sqrt(max(FEWEST_STEPS, steps))
