@@ -56,8 +56,13 @@ def trained(model: Any, steps: int = 4, rate: float = 3e-3) -> Any:
     return model.eval()
 
 
+def few(bits: int = 2, **options: Any) -> QATConfig:
+    """Return a config that starts without text."""
+    return QATConfig(**({"bits": bits, "group_size": 32, "start": "nearest"} | options))
+
+
 def in_training(bits: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return hf_accel.optimize(original(dtype), [QATConfig(bits=bits, group_size=32, **options)])
+    return hf_accel.optimize(original(dtype), [few(bits, **options)])
 
 
 @torch.no_grad()
@@ -141,7 +146,7 @@ def test_training_begins_with_the_codes_of_the_start(scheme: Scheme) -> None:
 def test_a_life_from_start_to_restore(bits: int, dtype: torch.dtype) -> None:
     model, before = original(dtype), logits(original(dtype))
     print_of = fingerprint(model)
-    config = QATConfig(bits=bits, group_size=32)
+    config = few(bits)
     assert hf_accel.optimize(model, [config]) is model
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(learning) == 28
@@ -199,7 +204,7 @@ def test_a_start_of_another_method_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     """A start says codes and scales by path; they are what the model computes with before the first step."""
     given: dict[str, Affine] = {}
 
-    def coarse(setting: Any, chosen: Any) -> dict[str, Affine]:
+    def coarse(setting: Any, chosen: Any, config: Any) -> dict[str, Affine]:
         for target in chosen:
             found = quantize(target.module.weight.detach(), target.scheme, torch.bfloat16)
             given[target.path] = Affine((found.codes // 2).to(torch.int8), found.scales, None, found.scheme)
@@ -210,11 +215,29 @@ def test_a_start_of_another_method_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     for path, _, _, module in trained_products(model):
         assert torch.equal(module.affine().codes, given[path].codes)
         assert torch.equal(module.affine().scales, given[path].scales.float())
-    monkeypatch.setitem(starting.STARTS, "coarse", lambda setting, chosen: {})
+    monkeypatch.setitem(starting.STARTS, "coarse", lambda setting, chosen, config: {})
     other = original()
     with pytest.raises(UnsupportedModelError, match=r"says nothing of model\.layers\.0"):
-        hf_accel.optimize(other, [QATConfig(bits=3, start="coarse")])
+        hf_accel.optimize(other, [few(3, start="coarse")])
     assert torch.equal(logits(other), logits(original()))
+
+
+def test_training_starts_from_what_gptq_chooses() -> None:
+    text = prompt(64, 40)
+    model = hf_accel.optimize(original(), [QATConfig(bits=3, group_size=32, layers={"*.q_proj": 4})], calibration=text)
+    packed = hf_accel.optimize(
+        original(), [hf_accel.GPTQConfig(bits=3, group_size=32, layers={"*.q_proj": 4}, head=None)], calibration=text
+    )
+    expected = {path: product.packed.unpack() for path, product in products(packed).items()}
+    found = {path: module.affine() for path, _, _, module in trained_products(model)}
+    assert found.keys() == expected.keys()
+    for path, affine in found.items():
+        assert torch.equal(affine.codes, expected[path].codes), path
+        assert torch.equal(affine.scales, expected[path].scales), path
+    rounded = in_training(3, layers={"*.q_proj": 4})
+    assert any(not torch.equal(module.start_codes, found[path].codes) for path, _, _, module in trained_products(rounded))
+    head = hf_accel.optimize(original(), [QATConfig(bits=3, group_size=32, head=8)], calibration=text)
+    assert head.lm_head.scheme.bits == 8
 
 
 def test_weights_stay_in_single_precision_when_the_model_is_cast() -> None:
@@ -241,7 +264,7 @@ def test_learned_scales_can_be_left_alone_and_layers_left_out() -> None:
 def test_a_product_with_a_bias_and_gpt2s_layout() -> None:
     model = build("gpt2")
     before = fingerprint(model)
-    hf_accel.optimize(model, [QATConfig(bits=4)])
+    hf_accel.optimize(model, [few(4, group_size=None)])
     trained(model)
     expected = logits(model)
     hf_accel.convert_qat(model)
@@ -268,16 +291,16 @@ def test_values_that_do_not_fit_are_refused(values: dict[str, Any], message: str
 def test_what_cannot_be_trained_is_refused() -> None:
     quantized = hf_accel.optimize(original(), [hf_accel.WeightOnlyConfig(bits=4)])
     with pytest.raises(UnsupportedModelError, match="quantized already"):
-        hf_accel.optimize(copy.deepcopy(quantized), [QATConfig(bits=2)])
+        hf_accel.optimize(copy.deepcopy(quantized), [few()])
     tied = build("qwen2")
     with pytest.raises(UnsupportedModelError, match="tied to the embeddings"):
-        hf_accel.optimize(tied, [QATConfig(bits=2, head=8)])
+        hf_accel.optimize(tied, [few(head=8)])
     broken = original()
     broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.up_proj holds NaN"):
-        hf_accel.optimize(broken, [QATConfig(bits=2)])
+        hf_accel.optimize(broken, [few()])
     with pytest.raises(UnsupportedModelError, match="matches no module"):
-        hf_accel.optimize(original(), [QATConfig(bits=2, layers={"*.qkv": 4})])
+        hf_accel.optimize(original(), [few(layers={"*.qkv": 4})])
 
 
 def test_what_cannot_be_deployed_is_refused_and_left_as_it_is() -> None:

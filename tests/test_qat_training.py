@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from fingerprint import changes, fingerprint
-from test_qat import IDS, in_training, logits, original, products, trained
+from test_qat import IDS, few, in_training, logits, original, products, trained
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import hf_accel
-from hf_accel import QATConfig
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
 from hf_accel.quantization import adapting
 from hf_accel.quantization.learned import trained_products
@@ -116,7 +115,7 @@ def test_the_callback_wants_products_in_training_and_in_the_optimizer(tmp_path: 
         trainer(model, tmp_path, 1, QATCallback()).train()
     made = trainer(model, tmp_path, 1, QATCallback())
     made.optimizer = torch.optim.AdamW(model.parameters())
-    hf_accel.optimize(model, [QATConfig(bits=2, group_size=32)])
+    hf_accel.optimize(model, [few()])
     with pytest.raises(UnsupportedModelError, match=r"optimizer does not have the weight of model\.layers\.0"):
         made.train()
     with pytest.raises(UnsupportedModelError, match="The loss is nan at step 3"):
@@ -138,7 +137,7 @@ def adapted(model: Any, **options: Any) -> Any:
 def test_lora_under_fake_quantization_is_deployed_as_it_was_trained(autocasts: bool) -> None:
     model = original()
     before = fingerprint(model)
-    hf_accel.optimize(model, [QATConfig(bits=2, group_size=32)])
+    hf_accel.optimize(model, [few()])
     start = bits(model)
     peft_model = adapted(model)
     learning = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
@@ -199,7 +198,7 @@ def test_an_adapter_can_be_switched_off() -> None:
 def test_the_recipe_trains_towards_the_original(dtype: torch.dtype, lora_rank: int | None) -> None:
     model = original(dtype)
     before, expected = fingerprint(model), logits(model)
-    config = QATConfig(bits=3, group_size=32)
+    config = few(3)
     rate = 3e-3 if lora_rank is None else 3e-2
     result = qat(model, config, IDS.repeat(8, 1), steps=12, learning_rate=rate, lora_rank=lora_rank, **SHORT)
     assert result.model is model
@@ -217,7 +216,7 @@ def test_the_recipe_trains_towards_the_original(dtype: torch.dtype, lora_rank: i
 def test_the_recipe_puts_the_model_back_after_an_error() -> None:
     model = original()
     before = fingerprint(model)
-    config = QATConfig(bits=2, group_size=32)
+    config = few()
     with pytest.raises(UnsupportedModelError, match="holds weights .* diverged"):
         qat(model, config, IDS.repeat(8, 1), steps=3, callbacks=[Broken(BREAKAGES["weights"][0])], **SHORT)
     assert not changes(before, fingerprint(model))
@@ -232,7 +231,7 @@ def test_the_recipe_puts_the_model_back_after_an_error() -> None:
 
 def test_training_can_go_on_before_it_is_deployed() -> None:
     model = original()
-    config = QATConfig(bits=3, group_size=32)
+    config = few(3)
     result = qat(model, config, IDS.repeat(8, 1), steps=2, converts=False, **SHORT)
     assert not products(model)
     assert len(list(trained_products(model))) == 14
@@ -253,7 +252,7 @@ class Stopped(TrainerCallback):
 
 def test_an_interrupted_run_of_the_recipe_ends_with_the_same_bits(tmp_path: Path) -> None:
     options = SHORT | {"steps": 5, "checkpoint_minutes": 0}
-    config, text = QATConfig(bits=2, group_size=32), IDS.repeat(8, 1)
+    config, text = few(), IDS.repeat(8, 1)
     expected, model = original(), original()
     qat(expected, config, text, **options)
     with pytest.raises(KeyboardInterrupt):

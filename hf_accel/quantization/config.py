@@ -97,7 +97,43 @@ class WeightOnlyConfig(ProductsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self).__name__
         if self.embeddings not in (None, 8):
-            raise ConfigError(f"WeightOnlyConfig.embeddings is 8 or None; {self.embeddings!r} was given.")
+            raise ConfigError(f"{name}.embeddings is 8 or None; {self.embeddings!r} was given.")
         if self.embeddings is not None and self.head == 4:
-            raise ConfigError("WeightOnlyConfig.embeddings=8 shares its codes with the head; head=4 contradicts it.")
+            raise ConfigError(f"{name}.embeddings=8 shares its codes with the head; head=4 contradicts it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQConfig(WeightOnlyConfig):
+    """Weights of the linear products in 8, 4, 3 or 2 bits, chosen by what the products read on calibration text.
+
+    Frantar et al. 2023 (arXiv:2210.17323). The text is that of `optimize(calibration=...)`; without one the model
+    writes some. Products of decoder layers are solved; the head and what else there is are rounded to nearest.
+
+    bits, group_size, symmetric, layers, head, embeddings: as of WeightOnlyConfig.
+    order: "static" solves inputs with large values first, by scales that are fixed before; None: in their order. What
+        is stored is the same.
+    damping: what is added to the diagonal of each Hessian, as a share of its mean.
+    refine_steps: steps of gradient descent on codes and scales of each layer, behind solving; 40 are a good number.
+        They take longer than solving.
+    max_activation_bytes: what a layer reads, for the whole text, lies in memory up to this, beyond it in a file.
+    folder: where finished layers are kept, so that a run that is interrupted goes on there; None: nowhere.
+    """
+
+    order: str | None = "static"
+    damping: float = 0.01
+    refine_steps: int = 0
+    max_activation_bytes: int = 1 << 30
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ("static", None):
+            raise ConfigError(f'GPTQConfig.order is "static" or None; {self.order!r} was given.')
+        if type(self.damping) not in (int, float) or not 0 < self.damping <= 1:
+            raise ConfigError(f"GPTQConfig.damping is a number in (0, 1]; {self.damping!r} was given.")
+        self.check_integer("refine_steps", 0)
+        self.check_integer("max_activation_bytes", 0)
+        if self.folder is not None and not isinstance(self.folder, str):
+            raise ConfigError(f"GPTQConfig.folder is the name of a folder or None; {self.folder!r} was given.")

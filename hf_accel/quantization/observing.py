@@ -1,14 +1,15 @@
 """What products read on calibration text: the second moments of their inputs, which calibrated rounding weighs by.
 
-The model reads the text row by row, and hooks add up x x^T over all positions in fp32. Products that read one tensor,
-one after the other, as q, k and v do, share one moment. Memory: 4 K^2 bytes for every input of K columns that is
-observed at a time, and the input of one row in fp32. Large models are observed in portions; each costs a forward pass
-over the text.
+The text is read row by row, and hooks add up x x^T over all positions: in fp32 over some hundred of them, in fp64 over
+all, in an order that does not vary. Products that read one tensor, one after the other, as q, k and v do, share one
+moment. Memory: 8 K^2 bytes for every input of K columns that is observed at a time, and half as much for a product.
+A model is observed as a whole, in portions that cost a forward pass over the text each, or layer by layer (see
+`calibrating`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,18 +23,26 @@ from hf_accel.measure.quality import CalibrationText
 from hf_accel.quantization.modules.linear import linear_weight
 from hf_accel.quantization.targets import Target
 
+_POSITIONS = 512  # that are added up in fp32
+
 
 @dataclass(eq=False)
 class Moment:
-    """The second moment of an input: `total` [K, K] is the fp32 sum of x x^T over `count` positions."""
+    """The second moment of an input: `total` [K, K] is the fp64 sum of x x^T over `count` positions."""
 
     total: Tensor
     count: int = 0
 
+    @staticmethod
+    def of(columns: int, device: torch.device | None = None) -> Moment:
+        """Return the moment of an input of so many columns that nothing was read of yet."""
+        return Moment(torch.zeros(columns, columns, dtype=torch.float64, device=device))
+
     def add(self, inputs: Tensor) -> None:
         """Add all positions of inputs [..., K] of any floating dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self.total.addmm_(rows.T, rows)
+        for part in rows.split(_POSITIONS):
+            self.total += part.T @ part
         self.count += len(rows)
 
 
@@ -53,7 +62,7 @@ def portions(targets: Sequence[Target], max_bytes: int) -> Iterator[list[Target]
     portion: list[Target] = []
     total = 0
     for target in targets:
-        needed = 0 if target.scheme is None else 4 * linear_weight(target.module).shape[1] ** 2
+        needed = 0 if target.scheme is None else 8 * linear_weight(target.module).shape[1] ** 2
         if portion and total + needed > max_bytes:
             yield portion
             portion, total = [], 0
@@ -73,20 +82,12 @@ def observe(model: Any, text: CalibrationText, targets: Sequence[Target]) -> Obs
         UnsupportedModelError: two products read one tensor for some rows of the text and not for others.
     """
     products = {target.path: target.module for target in targets if target.scheme is not None}
-    adder = _Adder()
-    hooks = []
-    try:
-        for path, module in products.items():
-            hooks.append(module.register_forward_pre_hook(partial(adder.add, path), with_kwargs=True))
-        # tensors of inference mode have no versions, by which it is seen whether they change between two products
-        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-            for row in text.ids.to(model.device):
-                model(row[None], use_cache=False)
-                adder.latest = None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {path: adder.moments[path] for path in products if path in adder.moments and adder.moments[path].count}
+    # tensors of inference mode have no versions, by which it is seen whether they change between two products
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model), Observer(products) as observer:
+        for row in text.ids.to(model.device):
+            model(row[None], use_cache=False)
+            observer.end_row()
+    found = {path: observer.moments[path] for path in products if path in observer.moments}
     finite = {path: moment for path, moment in found.items() if bool(moment.total.isfinite().all())}
     reasons = {
         "experts in 3-D parameters cannot be observed": [t.path for t in targets if t.scheme is None],
@@ -105,21 +106,38 @@ class _Read:
     reader: str
 
 
-class _Adder:
-    """Adds up what products read; `latest` holds on to one tensor of the forward pass in progress."""
+class Observer:
+    """Adds up what products, by path, read within the block; `moments` has those that read anything."""
 
-    def __init__(self) -> None:
+    def __init__(self, products: Mapping[str, nn.Module]) -> None:
         self.moments: dict[str, Moment] = {}
-        self.latest: _Read | None = None
+        self._products = products
+        self._hooks: list[Any] = []
+        self._latest: _Read | None = None  # holds on to one tensor of the forward pass in progress
         self._owners: dict[str, str] = {}  # product -> the one whose moment it shares, mostly itself
 
-    def add(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __enter__(self) -> Observer:
+        for path, module in self._products.items():
+            self._hooks.append(module.register_forward_pre_hook(partial(self._add, path), with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def end_row(self) -> None:
+        """Say that the next input belongs to another row."""
+        self._latest = None
+
+    def _add(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the input of a call of the product called `path`, unless that was added for the product before it."""
         tensor = args[0] if args else next(iter(kwargs.values()))
-        latest = self.latest
+        if not tensor.numel():
+            return
+        latest = self._latest
         is_new = latest is None or latest.tensor is not tensor or latest.version != tensor._version
         if latest is None or is_new:
-            latest = self.latest = _Read(tensor, tensor._version, path)
+            latest = self._latest = _Read(tensor, tensor._version, path)
         owner = self._owners.setdefault(path, latest.reader)
         if owner != latest.reader:
             other = owner if owner != path else latest.reader
@@ -131,5 +149,5 @@ class _Adder:
             self.moments[path] = self.moments[owner]
             return
         if path not in self.moments:
-            self.moments[path] = Moment(torch.zeros(tensor.shape[-1], tensor.shape[-1], device=tensor.device))
+            self.moments[path] = Moment.of(tensor.shape[-1], tensor.device)
         self.moments[path].add(tensor)

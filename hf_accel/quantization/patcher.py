@@ -100,9 +100,8 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         is_tied = head is not None and getattr(head, "weight", None) is table.weight
         counts: dict[str, int] = {}
         added = 0
-        for target in chosen:
+        for target, replacement in self.replacements(chosen, setting, host):
             original = target.module
-            replacement = self._prepared(target, original, setting)
             replacement.train(original.training)
             if original is head and is_tied:
                 _untie(model, journal)
@@ -126,8 +125,13 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
             weight_bytes=after,
         )
 
-    def _prepared(self, target: Target, original: Any, setting: Setting) -> nn.Module:
-        """Return the replacement of a product; while steps are timed, the one made before."""
+    def replacements(self, chosen: list[Target], setting: Setting, host: Host) -> Iterator[tuple[Target, nn.Module]]:
+        """Yield every target with its replacement, one at a time, made when it is asked for."""
+        for target in chosen:
+            yield target, self.prepared(target, target.module, setting)
+
+    def prepared(self, target: Target, original: Any, setting: Setting) -> nn.Module:
+        """Return the replacement of a product, rounded to nearest; while steps are timed, the one made before."""
         dtype = setting.anatomy.dtype
         if not setting.keeps_prepared:
             return self._replacement(target, original, dtype)

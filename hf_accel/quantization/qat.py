@@ -38,11 +38,12 @@ class QATConfig(ProductsConfig):
     bits, group_size, symmetric, layers: see WeightOnlyConfig.
     head: bits of the output head (8 or 4), where it is not tied to the embeddings; None, the default, leaves it alone.
     learn_scales: scales are trained with the weights (Esser et al. 2020, LSQ); zeros never are.
-    start: where training starts from: "nearest".
+    start: where training starts from: "gptq", on the text of `optimize(calibration=...)` or some that the model writes,
+        or "nearest".
     """
 
     learn_scales: bool = True
-    start: str = "nearest"
+    start: str = "gptq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +88,7 @@ class QATPatcher(Patcher[QATConfig], config=QATConfig):
     def patch(self, setting: Setting, host: Host) -> Change:
         anatomy, journal = setting.anatomy, host.journal
         chosen, skipped = self._chosen(setting)
-        starts = STARTS[self.config.start](setting, chosen)
+        starts = STARTS[self.config.start](setting, chosen, self.config)
         if missing := [target.path for target in chosen if target.path not in starts]:
             raise UnsupportedModelError(f"The start {self.config.start!r} says nothing of {', '.join(missing[:3])}.")
         replaced: dict[str, FakeQuantizedLinear] = {}

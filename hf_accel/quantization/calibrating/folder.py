@@ -1,0 +1,116 @@
+"""Finished layers in a folder, so that a run that was interrupted goes on where it was, to the same bits.
+
+A layer is written beside its place and moved there once it is complete: what is there is whole. What the next layer
+reads lies there, too. The folder says whose run it is; another model, text or config is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_accel.errors import CheckpointError, ConfigError, described
+from hf_accel.ops.affine import Affine, Scheme
+from hf_accel.quantization.calibrating.findings import Finding
+
+_RECORD = "calibration.json"
+
+
+def fingerprint(model: nn.Module, ids: Tensor, settings: dict[str, Any]) -> str:
+    """Return a digest of weights, text and settings: what makes two runs the same run."""
+    digest = xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), ("ids", ids)]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class LayerFolder:
+    """The finished layers of one run.
+
+    Raises:
+        ConfigError: the folder is a file, cannot be made, or is of another run.
+        CheckpointError: its record is damaged.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path = path
+        record = path / _RECORD
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not record.exists():
+                if any(path.iterdir()):
+                    raise ConfigError(f"{path} holds other files. Name an empty folder, or one of a run to go on with.")
+                _write_text(record, json.dumps({"run": run}))
+                return
+            found = json.loads(record.read_text(encoding="utf-8"))["run"]
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be a folder for finished layers ({error.strerror}).") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{record} is damaged; delete {path} to begin anew.") from error
+        if found != run:
+            raise ConfigError(
+                f"{path} has finished layers of another run: of another model, text or config. Give the same to go on "
+                "with it, or name another folder."
+            )
+
+    def finished(self, names: Sequence[str]) -> int:
+        """Return how many layers are finished, the first ones; `names`: files that must be there for the next."""
+        count = 0
+        while self._file(count).exists():
+            count += 1
+        while count and not all((self.path / name.format(count)).exists() for name in names):
+            count -= 1
+        return count
+
+    def save(self, index: int, affines: dict[str, Affine], findings: Sequence[Finding]) -> None:
+        """Keep what was made of a layer."""
+        tensors: dict[str, Tensor] = {}
+        schemes = {}
+        for path, affine in affines.items():
+            tensors |= {f"{path}.codes": affine.codes.contiguous(), f"{path}.scales": affine.scales.contiguous()}
+            if affine.zeros is not None:
+                tensors[f"{path}.zeros"] = affine.zeros.contiguous()
+            schemes[path] = [affine.scheme.bits, affine.scheme.group_size, affine.scheme.symmetric]
+        about = {"schemes": schemes, "findings": [finding.to_dict() for finding in findings]}
+        part = self._file(index).with_suffix(".part")
+        save_file({name: t.cpu() for name, t in tensors.items()}, part, metadata={"layer": json.dumps(about)})
+        part.replace(self._file(index))
+
+    def load(self, index: int, device: torch.device) -> tuple[dict[str, Affine], list[Finding]]:
+        """Return what `save` kept.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        file = self._file(index)
+        try:
+            with safe_open(file, "pt") as opened:
+                about = json.loads(opened.metadata()["layer"])
+                affines = {}
+                for path, (bits, group, symmetric) in about["schemes"].items():
+                    codes, scales = (opened.get_tensor(f"{path}.{name}").to(device) for name in ("codes", "scales"))
+                    zeros = None if symmetric else opened.get_tensor(f"{path}.zeros").to(device)
+                    affines[path] = Affine(codes, scales, zeros, Scheme(bits, group, symmetric))
+                return affines, [Finding(**finding) for finding in about["findings"]]
+        except Exception as error:  # safetensors' own errors, too
+            raise CheckpointError(
+                f"{file} is damaged ({described(error)}); delete it, and the layers after it, to make it anew."
+            ) from error
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"layer-{index}.safetensors"
+
+
+def _write_text(file: Path, text: str) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
