@@ -97,7 +97,7 @@ class Broken(TrainerCallback):
 
 BREAKAGES = {
     "off": (lambda module: setattr(module, "is_on", False), r"layers\.1\.mlp\.up_proj is off at step 1"),
-    "weights": (lambda module: module.weight.data.fill_(math.inf), r"layers\.1\.mlp\.up_proj holds weights .* diverged"),
+    "weights": (lambda module: module.weight.data.fill_(math.inf), r"\.1\.mlp\.up_proj holds weights .* diverged"),
     "scales": (lambda module: module.log_factors.data.fill_(-200), r"layers\.1\.mlp\.up_proj holds .* or are 0"),
 }
 
@@ -118,9 +118,9 @@ def test_the_callback_wants_products_in_training_and_in_the_optimizer(tmp_path: 
     hf_accel.optimize(model, [few()])
     with pytest.raises(UnsupportedModelError, match=r"optimizer does not have the weight of model\.layers\.0"):
         made.train()
+    watch = QATCallback()
+    watch.modules = {path: module for path, _, _, module in trained_products(model)}
     with pytest.raises(UnsupportedModelError, match="The loss is nan at step 3"):
-        watch = QATCallback()
-        watch.modules = {path: module for path, _, _, module in trained_products(model)}
         watch.on_log(None, TrainerState(global_step=3), None, logs={"loss": math.nan})
 
 
@@ -148,7 +148,7 @@ def test_lora_under_fake_quantization_is_deployed_as_it_was_trained(autocasts: b
     module = peft_model.base_model.model.model.layers[0].mlp.up_proj
     delta = module.get_delta_weight("default")
     assert torch.equal(module.base_layer.weight, start["model.layers.0.mlp.up_proj.weight"]), "LoRA leaves the weight"
-    with pytest.raises(UnsupportedModelError, match="adapters beside them. Merge them before"):
+    with pytest.raises(UnsupportedModelError, match=r"adapters beside them\. Merge them before"):
         hf_accel.convert_qat(peft_model)
     merged = peft_model.merge_and_unload()
     assert merged is model
@@ -166,7 +166,7 @@ def test_lora_under_fake_quantization_is_deployed_as_it_was_trained(autocasts: b
 def test_adapters_that_cannot_be_merged_exactly_are_refused() -> None:
     peft = pytest.importorskip("peft")
     model = in_training(2)
-    with pytest.raises(ValueError, match="FakeQuantizedLinear.* is not supported"):  # peft's own
+    with pytest.raises(ValueError, match=r"FakeQuantizedLinear.* is not supported"):  # peft's own
         peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["up_proj"]))
     for options, message in (
         ({"lora_dropout": 0.1}, "neither dropout nor a bias"),
@@ -174,13 +174,13 @@ def test_adapters_that_cannot_be_merged_exactly_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             adapted(copy.deepcopy(model), **options)
-    with pytest.raises(ConfigError, match="a peft.LoraConfig; IA3Config was given"):
+    with pytest.raises(ConfigError, match=r"a peft\.LoraConfig; IA3Config was given"):
         hf_accel.get_qat_peft_model(model, peft.IA3Config(target_modules=["up_proj"]))
     with pytest.raises(UnsupportedModelError, match="No product of this model is in training"):
         hf_accel.get_qat_peft_model(original(), peft.LoraConfig())
+    model = adapted(model).eval()
     with pytest.raises(UnsupportedModelError, match="Adapters per row"):
-        model = adapted(model)
-        model.eval()(IDS, adapter_names=["default"] * len(IDS))
+        model(IDS, adapter_names=["default"] * len(IDS))
 
 
 def test_an_adapter_can_be_switched_off() -> None:
@@ -217,7 +217,7 @@ def test_the_recipe_puts_the_model_back_after_an_error() -> None:
     model = original()
     before = fingerprint(model)
     config = few()
-    with pytest.raises(UnsupportedModelError, match="holds weights .* diverged"):
+    with pytest.raises(UnsupportedModelError, match=r"holds weights .* diverged"):
         qat(model, config, IDS.repeat(8, 1), steps=3, callbacks=[Broken(BREAKAGES["weights"][0])], **SHORT)
     assert not changes(before, fingerprint(model))
     with pytest.raises(ConfigError, match="teacher cannot be given"):
@@ -260,3 +260,14 @@ def test_an_interrupted_run_of_the_recipe_ends_with_the_same_bits(tmp_path: Path
     assert torch.equal(logits(model), logits(original()))
     assert qat(model, config, text, out=tmp_path, **options).uptrained.resumed_at == 2
     assert_same_bits(bits(model), bits(expected))
+
+
+def test_the_recipe_calibrates_its_start_on_the_text() -> None:
+    text = IDS.repeat(8, 1)
+    results = [
+        qat(original(), few(2, start="gptq"), each, steps=2, converts=False, **SHORT | {"calibration": given})
+        for each, given in ((text, None), (text, text.flatten()[:512]), (iter(list(text)), None))
+    ]
+    starts = [next(trained_products(result.model))[3].start_codes for result in results]
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2]), "what can be read once is left for training"

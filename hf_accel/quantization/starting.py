@@ -31,9 +31,7 @@ class Start(Protocol):
     Scales are values of `scale_dtype(target.scheme, model's dtype)`.
     """
 
-    def __call__(
-        self, setting: Setting, chosen: Sequence[Target], config: ProductsConfig
-    ) -> Mapping[str, Affine]: ...
+    def __call__(self, setting: Setting, chosen: Sequence[Target], config: ProductsConfig) -> Mapping[str, Affine]: ...
 
 
 def nearest(setting: Setting, chosen: Sequence[Target], config: ProductsConfig) -> dict[str, Affine]:

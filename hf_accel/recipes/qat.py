@@ -8,11 +8,12 @@ original's distributions, weights and scales make up for most of it (Esser et al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.model.shadow import twin
@@ -23,16 +24,18 @@ from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
 from hf_accel.measure.quality import Quality
-from hf_accel.measure.text import FITTED_ROW_TOKENS, calibration_text
+from hf_accel.measure.text import FITTED_ROW_TOKENS, calibration_text, context_tokens
 from hf_accel.quantization.deploying import convert_qat
 from hf_accel.quantization.learned import trained_products
 from hf_accel.quantization.modules.fake_linear import FakeQuantizedLinear
 from hf_accel.quantization.qat import SECTION, QATConfig
 from hf_accel.recipes.result import Uptrained
+from hf_accel.recipes.texts import packed, token_ids
 from hf_accel.recipes.uptrain import BATCH_TOKENS, uptrain
 
 WINDOW_TOKENS = 256  # rounding errors depend little on the position, and attention costs less
 NOISE = 0.26  # of the width of a code: how far noise may move a weight in a run
+CALIBRATION_TOKENS = 65536
 FEWEST_STEPS = 100  # in fewer, steps of AdamW add up: their directions depend on one another
 USUAL_STEPS = 1000  # where the number of steps is not known at the beginning
 
@@ -84,9 +87,11 @@ def qat(
         model: a causal language model of transformers with its original weights, neither optimised nor quantized.
         config: bits, groups and where to start.
         text, tokenizer: what to train on, as in `uptrain`; None: the model writes it.
-        calibration: text for a start that is calibrated: see `hf_accel.optimize`.
+        calibration: text for a start that is calibrated, as for `hf_accel.optimize`; None: the first 65,536 tokens of
+            `text`, where it can be read twice.
         converts: pack the trained products at the end; False leaves them in training, for more of it.
-        learning_rate: None: from the width of codes and the number of steps, see `NOISE`; with `lora_rank` as in `uptrain`.
+        learning_rate: None: from the width of codes and the number of steps, see `NOISE`; with `lora_rank` as in
+            `uptrain`.
         window: tokens per window; None: 256.
         hidden_weight: see `uptrain`; none by default.
         options: all others of `uptrain`: minutes, tokens or steps, held_out, out, lora_rank, seed, callbacks, ....
@@ -109,6 +114,8 @@ def qat(
             "hf_accel.optimize with the config, and hf_accel.recipes.uptrain with a second model as the teacher."
         )
     setting = Setting.of(original)
+    if calibration is None:
+        calibration = _beginning(text, tokenizer, original)
     if calibration is not None:
         setting.calibration = calibration_text(original, calibration, tokenizer, row_tokens=FITTED_ROW_TOKENS)
     with shown(f"preparing {type(original).__name__}") as setting.progress:
@@ -135,6 +142,16 @@ def qat(
         host.journal.undo()
         raise
     return QuantizationAware(model, result, shares)
+
+
+def _beginning(text: Any, tokenizer: Any, model: Any) -> Tensor | None:
+    """Return rows of the first tokens of a text; None where there is none, or it can be read once only."""
+    if text is None or isinstance(text, Iterator):
+        return None
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = token_ids(text, tokenizer, vocabulary, CALIBRATION_TOKENS)
+    rows = packed(ids, max(1, min(FITTED_ROW_TOKENS, context_tokens(model), len(ids))))
+    return rows.long() if rows.numel() > 1 else None
 
 
 def _steps(options: Mapping[str, Any], window: int) -> int:
