@@ -54,8 +54,8 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], **options: Any) 
         if any(isinstance(module, FakeQuantizedLinear) for module in getattr(model, "modules", list)()):
             raise UnsupportedModelError(
                 f"Products of this {type(model).__name__} are in training in few bits; stock code would load their "
-                "weights and not round them. Call hf_accel.convert_qat(model) and save then; to go on training later, keep "
-                "model.state_dict()."
+                "weights and not round them. Call hf_accel.convert_qat(model) and save then; to go on training later, "
+                "keep model.state_dict()."
             )
         model.save_pretrained(folder, **options)
 
