@@ -54,17 +54,17 @@ def test_moments_equal_a_textbook(name: str) -> None:
         expected, count = textbook(model, text(), target.module)
         moment = observed.moments[target.path]
         assert moment.count == count == 3 * 17
-        assert moment.total.dtype == torch.float32
+        assert moment.total.dtype == torch.float64
         assert moment.total.shape == (linear_weight(target.module).shape[1],) * 2
         assert distance(moment.total, expected) < 1e-5, target.path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inputs_are_added_up_in_fp32(dtype: torch.dtype) -> None:
+def test_half_precision_inputs_are_added_up_exactly(dtype: torch.dtype) -> None:
     """Row by row and all at once the model rounds alike but for ties; a sum in half precision would be 1e-3 off."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4000, 24, generator=generator).to(dtype)
-    moment = Moment(torch.zeros(24, 24))
+    moment = Moment.of(24)
     for part in inputs.view(40, 10, 10, 24):
         moment.add(part)
     exact = inputs.double().T @ inputs.double()
@@ -75,7 +75,7 @@ def test_half_precision_inputs_are_added_up_in_fp32(dtype: torch.dtype) -> None:
     chosen = targets_of(model)
     observed = observe(model, text(1), chosen)
     for target in chosen:
-        assert observed.moments[target.path].total.dtype == torch.float32
+        assert observed.moments[target.path].total.dtype == torch.float64
         assert distance(observed.moments[target.path].total, textbook(model, text(1), target.module)[0]) < 1e-5
 
 

@@ -48,6 +48,7 @@ import test_progress
 import test_quantization
 import test_quantization_refusals
 import test_quantized_damage
+import test_quantized_few_bits
 import test_quantized_peft
 import test_quantized_persistence
 import test_retrieval
@@ -86,7 +87,9 @@ from hf_accel.measure import difference
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.subjects import retrieval, widen
 from hf_accel.ops import affine, cached
+from hf_accel.quantization import patcher
 from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.patcher import packed_bytes
 from hf_accel.speculative.acceptance import Acceptance
 from hf_accel.speculative.drafters.suffixes import SuffixIndex
 
@@ -276,6 +279,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         result(QuantizedLinear, "product", lambda y: y * 1.05),
         test_quantization.test_logits_are_those_of_the_dequantized_weights,
     ),
+    "a plan that takes 3 bits for 2": (
+        instead(patcher, "packed_bytes", lambda scheme, *of: packed_bytes(replace(scheme, bits=scheme.bits & ~1), *of)),
+        test_quantized_few_bits.test_the_plan_promises_the_bytes_that_come,
+    ),
     "half of the divergence": (
         result(QualityReference, "compare", lambda quality: replace(quality, kl=quality.kl / 2)),
         test_calibration.test_quality_is_what_the_textbook_says,
@@ -376,7 +383,9 @@ UNPROVEN = ["spill_processes"]
 
 def test_every_test_file_has_a_planted_defect_or_is_known_to_have_none() -> None:
     here = Path(__file__).parent
-    names = ("test_planted.py", "test_planted_rooms.py", "kernels/test_planted_kernels.py")
+    names = (
+        "test_planted.py", "test_planted_rooms.py", "test_planted_calibrating.py", "kernels/test_planted_kernels.py",
+    )  # fmt: skip
     tables = [here / name for name in names]
     proven = {name for table in tables for name in re.findall(r"^import test_(\w+)", table.read_text(), re.MULTILINE)}
     files = {path.stem.removeprefix("test_") for path in here.rglob("test_*.py") if path.parent.name != "walks"}

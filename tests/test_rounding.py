@@ -26,7 +26,7 @@ def weight(rows: int = 40, columns: int = 128) -> Tensor:
 
 
 def moment(columns: int = 128) -> Moment:
-    found = Moment(torch.zeros(columns, columns))
+    found = Moment.of(columns)
     found.add(torch.randn(4 * columns, columns, generator=torch.Generator().manual_seed(2)))
     return found
 

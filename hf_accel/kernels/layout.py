@@ -30,10 +30,12 @@ def interleaved(codes: Tensor, bits: int) -> Tensor:
         return codes.view(n // LANES, LANES, k // 2, 2).transpose(1, 2).contiguous()
     above = (codes + (1 << bits - 1)).view(torch.uint8)
     if bits == 3:
-        low = _joined((above & 3).view(n, k // QUANTUM, 2, 4, 4), 2)
-        high = _joined((above >> 2).view(n, k // QUANTUM, 1, 8, 4), 1)
-        slabs = torch.cat((low, high), dim=2)  # [N, Kp/32, 3, 4]
-        return slabs.view(n // LANES, LANES, k // QUANTUM, 3, 4).permute(0, 2, 3, 1, 4).contiguous()
+        fours = above.view(n, k // QUANTUM, 8, 4)
+        whole, split = fours[:, :, :6].unflatten(2, (3, 2)), fours[:, :, 6:]
+        parts = whole[:, :, :, 0] | whole[:, :, :, 1] << 3  # [N, Kp/32, 3, 4]
+        parts[:, :, :2] |= split >> 1 << 6
+        parts[:, :, 2] |= (split[:, :, 0] & 1) << 6 | (split[:, :, 1] & 1) << 7
+        return parts.view(n // LANES, LANES, k // QUANTUM, 3, 4).permute(0, 2, 3, 1, 4).contiguous()
     joined = _joined(above.view(n, k * bits // 32, 8 // bits, 4), bits)
     return joined.view(n // LANES, LANES, -1, 4).transpose(1, 2).contiguous()
 
@@ -44,9 +46,11 @@ def row_by_row(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.transpose(1, 2).reshape(n, -1)
     if bits == 3:
-        slabs = codes.permute(0, 3, 1, 2, 4)  # [R, 16, Kp/32, 3, 4]
-        low, high = _parted(slabs[:, :, :, :2], 2), _parted(slabs[:, :, :, 2:], 1)
-        above = low.reshape(n, -1) | high.reshape(n, -1) << 2
+        parts = codes.permute(0, 3, 1, 2, 4)  # [R, 16, Kp/32, 3, 4]
+        whole = torch.stack((parts & 7, parts >> 3 & 7), dim=4).flatten(3, 4)
+        lowest = parts[..., 2, :] >> 6
+        split = parts[..., :2, :] >> 5 & 6 | torch.stack((lowest & 1, lowest >> 1), dim=3)
+        above = torch.cat((whole, split), dim=3).reshape(n, -1)
     else:
         above = _parted(codes.transpose(1, 2), bits).reshape(n, -1)
     return above.view(torch.int8) - (1 << bits - 1)

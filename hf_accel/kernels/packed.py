@@ -1,8 +1,9 @@
 """Products with weights of 8, 4, 3 and 2 bits, wherever they lie.
 
 On the CPU with the native library the codes are multiplied as they are: activations are rounded to 16 bits for 8-bit
-weights, to 8 bits for 4-bit weights, in blocks of 32 columns with a scale each. Elsewhere torch's own kernels multiply
-where they are faster (`vendor`), or a block of rows at a time is dequantized into the dtype of the activations.
+weights, to 8 bits for weights of fewer bits, in blocks of 32 columns with a scale each. Elsewhere torch's own kernels
+multiply where they are faster (`vendor`), or a block of rows at a time is dequantized into the dtype of the
+activations.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _BLOCK_BYTES = 8 << 20  # of a dequantized block of rows
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias for x [..., K]; bias [N] in the dtype of x. No autograd."""
-    if x.is_cpu and native.is_available() and x.dtype in native.DTYPES and x.numel() and weight.scheme.bits in (4, 8):
+    if x.is_cpu and native.is_available() and x.dtype in native.DTYPES and x.numel():
         return native.packed_linear(x, weight.matrix(bias), weight.rows)
     if not x.is_cpu and 0 < x.numel() <= vendor.MOST_ROWS * weight.columns:
         product = weight.device_product(x.dtype, lambda x: dequantized_linear(x, weight))

@@ -153,8 +153,6 @@ class PackedWeight:
         found = self._fields.get(key)
         if found is None:
             self.check()
-            if self.scheme.bits not in (4, 8):
-                raise ValueError(f"{self.scheme.bits} bits have no native products yet")
             if bias is not None and (bias.shape != (self.rows,) or bias.stride() != (1,) or not pointers[3]):
                 raise ValueError(f"bias {tuple(bias.shape)} with strides {bias.stride()} is not one row of {self.rows}")
             self._fields.clear()

@@ -114,18 +114,16 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dty
     return best
 
 
-def loss(weight: Tensor, affine: Affine, factor: Factor) -> float:
-    """Return tr(E H E^T) for the error E of a quantized weight [N, K] against `weight`."""
+def loss(weight: Tensor, affine: Affine, hessian: Tensor) -> float:
+    """Return tr(E H E^T) for the error E of a quantized weight [N, K] against `weight`, with H [K, K]."""
     scales, zeros = _by_column(affine)
-    found = (affine.codes.double() - zeros) * scales
-    error = (weight.double() - found).masked_fill(factor.is_dead, 0.0)[:, factor.order]
-    return float(torch.einsum("nk,nk->", error @ factor.hessian, error))
+    return energy(weight.double() - (affine.codes.double() - zeros) * scales, hessian)
 
 
-def energy(weight: Tensor, factor: Factor) -> float:
+def energy(weight: Tensor, hessian: Tensor) -> float:
     """Return tr(W H W^T): the squared outputs that a loss is a part of."""
-    ordered = weight.double().masked_fill(factor.is_dead, 0.0)[:, factor.order]
-    return float(torch.einsum("nk,nk->", ordered @ factor.hessian, ordered))
+    weight = weight.double()
+    return float(torch.einsum("nk,nk->", weight @ hessian, weight))
 
 
 def _grid(grouped: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

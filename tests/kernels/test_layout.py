@@ -20,24 +20,27 @@ def random_codes(rows: int, columns: int, bits: int) -> Tensor:
 
 
 def stored(codes: list[int], bits: int) -> list[list[list[int]]]:
-    """Return the slabs of one row: for each place along the row the bytes that lie there."""
+    """Return the bytes of one row, for each place along it where they lie."""
     above = [code + (1 << bits - 1) for code in codes]
     if bits == 8:
         return [[[codes[i] & 255, codes[i + 1] & 255]] for i in range(0, len(codes), 2)]
     if bits == 4:
         return [[[above[i + j] | above[i + 4 + j] << 4 for j in range(4)]] for i in range(0, len(codes), 8)]
-    pairs = [value & 3 for value in above]
-    slabs = [
-        [pairs[i + j] | pairs[i + 4 + j] << 2 | pairs[i + 8 + j] << 4 | pairs[i + 12 + j] << 6 for j in range(4)]
-        for i in range(0, len(codes), 16)
-    ]
     if bits == 2:
-        return [[slab] for slab in slabs]
-    high = [
-        [sum((above[i + 4 * bit + j] >> 2) << bit for bit in range(8)) for j in range(4)]
-        for i in range(0, len(codes), 32)
-    ]
-    return [[slabs[2 * i], slabs[2 * i + 1], high[i]] for i in range(len(high))]
+        return [
+            [[above[i + j] | above[i + 4 + j] << 2 | above[i + 8 + j] << 4 | above[i + 12 + j] << 6 for j in range(4)]]
+            for i in range(0, len(codes), 16)
+        ]
+    found = []
+    for i in range(0, len(codes), 32):
+        parts = [[above[i + 8 * p + j] | above[i + 8 * p + 4 + j] << 3 for j in range(4)] for p in range(3)]
+        for j in range(4):
+            first, second = above[i + 24 + j], above[i + 28 + j]
+            parts[0][j] |= (first >> 1) << 6
+            parts[1][j] |= (second >> 1) << 6
+            parts[2][j] |= (first & 1) << 6 | (second & 1) << 7
+        found.append(parts)
+    return found
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,7 +1,7 @@
-"""Products with packed weights of 8 and 4 bits, for every instruction set this machine has.
+"""Products with packed weights of 8 to 2 bits, for every instruction set this machine has.
 
-Activations are rounded per 32 columns, to 255 codes beside 4-bit weights and to 65535 beside 8-bit weights; the
-bounds here follow from that rounding alone, and a twin in plain loops repeats it code by code.
+Activations are rounded per 32 columns, to 65535 codes beside 8-bit weights and to 255 beside weights of fewer
+bits; the bounds here follow from that rounding alone, and a twin in plain loops repeats it code by code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ __all__ = ["isa"]  # the fixture
 pytestmark = pytest.mark.native
 EIGHT, FOUR = Scheme(8), Scheme(4, 32)
 SCHEMES = [EIGHT, Scheme(8, 32), FOUR, Scheme(4, 64), Scheme(4, 32, False)]
-TOP = {8: 32767.0, 4: 127.0}
+SCHEMES += [Scheme(3, 32), Scheme(3, 64, False), Scheme(2, 64), Scheme(2, 32, False)]
+TOP = {8: 32767.0, 4: 127.0, 3: 127.0, 2: 127.0}
 
 
 def gaussian(*size: int, seed: int = 0) -> Tensor:
@@ -239,7 +240,7 @@ def test_tiny_activations_stay_finite(isa: str, scheme: Scheme) -> None:
     assert bool(((y - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_extreme_codes_do_not_overflow(isa: str, bits: int) -> None:
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     alternating = torch.tensor([1.0, -1.0]).repeat(160)
@@ -247,7 +248,7 @@ def test_extreme_codes_do_not_overflow(isa: str, bits: int) -> None:
     x = torch.stack([torch.ones(320), -torch.ones(320), alternating, -alternating, pairs])
     signs = torch.stack([torch.ones(320), -torch.ones(320), alternating, pairs]).repeat(5, 1)
     codes = torch.where(signs > 0, high, low).to(torch.int8)
-    for group in (32, 64) if bits == 4 else (None, 32):
+    for group in (None, 32) if bits == 8 else (32, 64):
         scales = torch.ones(20, 1 if group is None else 320 // group)
         weight = PackedWeight.pack(Affine(codes, scales, None, Scheme(bits, group)))
         exact = x.double() @ codes.double().T
@@ -299,6 +300,17 @@ MIXTURES: dict[str, dict[str, Scheme | None]] = {
     "8 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), EIGHT),
     "4 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), FOUR),
     "mixed": {"q": FOUR, "k": None, "v": EIGHT, "o": Scheme(4, 64), "gate": EIGHT, "up": FOUR, "down": None},
+    "3 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Scheme(3, 32)),
+    "2 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Scheme(2, 32)),
+    "each product its own": {
+        "q": Scheme(3, 32),
+        "k": Scheme(2, 32, False),
+        "v": FOUR,
+        "o": Scheme(2, 64),
+        "gate": Scheme(2, 32),
+        "up": Scheme(3, 32, False),
+        "down": Scheme(3, 32),
+    },
     "asymmetric": {"q": None, "k": Scheme(4, 32, False), "v": FOUR, "down": Scheme(4, 32, False)},
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import test_includes
+import test_layout
 import test_native_attend
 import test_native_block
 import test_native_block_cached
@@ -24,6 +25,21 @@ from hf_accel.ops.attention import AttentionState
 
 def layer(change: Callable[[Any], Any]) -> Defect:
     return result(NativeBlock, "__call__", change)
+
+
+def wrong_at(bits: int) -> Defect:
+    """Products with weights of so many bits are a little too large."""
+
+    def plant(patch: Patch) -> None:
+        right = test_native_packed.packed_linear
+
+        def wrong(x: Any, weight: Any, bias: Any = None) -> Any:
+            y = right(x, weight, bias)
+            return y * 1.01 if weight.scheme.bits == bits else y
+
+        patch.setattr(test_native_packed, "packed_linear", wrong)
+
+    return plant
 
 
 def a_circle(patch: Patch) -> None:
@@ -54,6 +70,12 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
     "packed products": (
         result(test_native_packed, "packed_linear", lambda y: y * 1.01),
         test_native_packed.test_equals_integer_sums_in_plain_loops,
+    ),
+    "packed products of 3 bits": (wrong_at(3), test_native_packed.test_equals_integer_sums_in_plain_loops),
+    "packed products of 2 bits": (wrong_at(2), test_native_packed.test_equals_integer_sums_in_plain_loops),
+    "codes of the other columns": (
+        result(test_layout, "interleaved", lambda codes: codes.flip(-1)),
+        test_layout.test_every_byte_lies_where_the_layout_says,
     ),
     "attention over codes": (
         result(AttentionState, "result", lambda y: y * 1.1),

@@ -23,7 +23,11 @@ HEIGHTS = [1, 2, 3, 5, 7, 15, 16, 17, 31, 33, 59, 60, 61, 64, 65, 121, 130]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 20, 31, 32, 33, 40, 64, 257]
 HEAD_SIZES = [2, 4, 8, 10, 16, 18, 20, 32, 34, 48, 64, 66, 80, 96, 100, 128, 192, 256]
 LENGTHS = [1, 2, 3, 5, 15, 16, 17, 100, 255, 256, 257, 300, 513]
-SCHEMES = {"packed8": Scheme(8), "packed4": Scheme(4, 32), "packed4 with zeros": Scheme(4, 32, False)}
+SCHEMES = {
+    "packed8": Scheme(8), "packed4": Scheme(4, 32), "packed4 with zeros": Scheme(4, 32, False),
+    "packed3": Scheme(3, 32), "packed3 with zeros": Scheme(3, 32, False),
+    "packed2": Scheme(2, 32), "packed2 with zeros": Scheme(2, 32, False),
+}  # fmt: skip
 
 
 @dataclass
@@ -49,7 +53,7 @@ class Cases:
         self.pages.at_front = self.random.random() < 0.3
         self.dtype = self.random.choice(native.DTYPES)
         self.gap = self.random.choice([0, 0, 1, 7])
-        title, run = getattr(self, "_" + kind.split()[0].rstrip("48"))(kind)
+        title, run = getattr(self, "_" + kind.split()[0].rstrip("2348"))(kind)
         where = "behind a guard" if self.pages.at_front else "before a guard"
         return Case(kind, self.dtype, f"{kind} {str(self.dtype)[6:]} gap {self.gap} {where}: {title}", run)
 
@@ -151,10 +155,11 @@ class Cases:
 
         def projection(n: int, k: int) -> Projection:
             if packs:
-                return Projection(self._weight(n, k, SCHEMES["packed8"]), self._bias(n))
+                return Projection(self._weight(n, k, packed_as if k % 32 == 0 else SCHEMES["packed8"]), self._bias(n))
             return Projection(put(self._random(n, k) * 0.2, self.gap), self._bias(n))
 
         packs, has_norms = self.random.random() < 0.3, self.random.random() < 0.5
+        packed_as = SCHEMES[pick(list(SCHEMES))]
         q, kv = shape.heads * d, shape.kv_heads * d
         extra = {"attention_out_norm": e, "mlp_out_norm": e, "q_norm": d, "k_norm": d} if has_norms else {}
         block = NativeBlock(shape, BlockWeights(

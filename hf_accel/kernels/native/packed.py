@@ -1,4 +1,4 @@
-"""Products with weights of 8 and 4 bits by the native library, for any number of rows; cost: one read of the codes.
+"""Products with weights of 8 to 2 bits by the native library, for any number of rows; cost: one read of the codes.
 
 Sums are exact integers per block of 32 columns, then fp32: a row's result does not depend on the rows beside it.
 """

@@ -16,6 +16,8 @@ from hf_accel.quantization.observing import Moment
 
 MOST_FALLBACKS = 0.25
 """Above this share of the weights that were rounded without calibration, calibrating has failed."""
+MOST_ERROR = 0.97
+"""A squared error of outputs of more than this share of that of rounding to nearest says that nothing was solved."""
 _ROWS = 256  # of a weight, by which rounding to nearest is compared
 _OUTLIER = 100.0  # times the median of the mean squares of the inputs
 
@@ -56,7 +58,7 @@ def found(path: str, weight: Tensor, solved: Solved, factor: Factor, moment: Mom
     part = Affine(
         affine.codes[rows], affine.scales[rows], None if affine.zeros is None else affine.zeros[rows], affine.scheme
     )
-    total = energy(some, factor) or 1.0
+    total = energy(some, moment.total) or 1.0
     low, high = affine.scheme.lowest - 0.5, affine.scheme.highest + 0.5
     power = moment.total.diagonal()
     return Finding(
@@ -64,8 +66,8 @@ def found(path: str, weight: Tensor, solved: Solved, factor: Factor, moment: Mom
         affine.scheme.bits,
         weight.numel(),
         moment.count,
-        loss(some, part, factor) / total,
-        loss(some, plain, factor) / total,
+        loss(some, part, moment.total) / total,
+        loss(some, plain, moment.total) / total,
         float(((solved.values < low) | (solved.values > high)).float().mean()),
         float((part.codes != plain.codes).float().mean()),
         int((power > _OUTLIER * power.median()).sum()),
@@ -109,7 +111,7 @@ def check(findings: Sequence[Finding]) -> None:
     """Raise unless calibration did what it says.
 
     Raises:
-        UnsupportedModelError: too many weights were rounded to nearest after all, or all codes are those of rounding.
+        UnsupportedModelError: too many weights were rounded to nearest after all, or outputs are as far off as by that.
     """
     total = sum(finding.weights for finding in findings)
     fallen = [finding for finding in findings if finding.reason]
@@ -119,9 +121,11 @@ def check(findings: Sequence[Finding]) -> None:
             f"{share:.0%} of the weights could not be calibrated ({fallen[0].path}: {fallen[0].reason}), more than "
             f"{MOST_FALLBACKS:.0%}. Give more or other text, or round them plainly with WeightOnlyConfig."
         )
-    solved = [finding for finding in findings if not finding.reason]
-    if solved and not any(finding.changed for finding in solved):
+    solved = [finding for finding in findings if finding.error is not None]
+    after, before = (sum(getattr(f, name) or 0.0 for f in solved) for name in ("error", "error_of_rounding"))
+    if before and not after < MOST_ERROR * before:
         raise UnsupportedModelError(
-            f"All codes of {len(solved)} products are those of rounding to nearest: the text told nothing of what the "
-            "products read. Give other text, or use WeightOnlyConfig."
+            f"On the calibration text the outputs of {len(solved)} products are off by {after / len(solved):.2%}, by "
+            f"{before / len(solved):.2%} where they are only rounded: calibrating gained nothing. Give other text, or "
+            "use WeightOnlyConfig."
         )

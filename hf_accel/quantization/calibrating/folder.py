@@ -46,14 +46,16 @@ class LayerFolder:
         record = path / _RECORD
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not record.exists():
-                if any(path.iterdir()):
-                    raise ConfigError(f"{path} holds other files. Name an empty folder, or one of a run to go on with.")
-                _write_text(record, json.dumps({"run": run}))
-                return
-            found = json.loads(record.read_text(encoding="utf-8"))["run"]
+            is_new, is_empty = not record.exists(), not any(path.iterdir())
+            text = json.dumps({"run": run}) if is_new else record.read_text(encoding="utf-8")
+            if is_new and is_empty:
+                _write_text(record, text)
         except OSError as error:
             raise ConfigError(f"{path} cannot be a folder for finished layers ({error.strerror}).") from error
+        if is_new and not is_empty:
+            raise ConfigError(f"{path} holds other files. Name an empty folder, or one of a run to go on with.")
+        try:
+            found = json.loads(text)["run"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{record} is damaged; delete {path} to begin anew.") from error
         if found != run:

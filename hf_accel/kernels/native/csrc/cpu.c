@@ -32,7 +32,8 @@ static int supported(int isa) {
     if (!dots || isa == HFA_AVX512_BF16) return dots;
 #if HFA_HAS_AMX
     wanted = 1u << 22 | 1u << 24; /* AMX-BF16, AMX-TILE */
-    return (d7 & wanted) == wanted && (saved_state() & 0x60000) == 0x60000 && hfa_amx_permitted();
+    int gfni = (c7 >> 8) & 1;
+    return gfni && (d7 & wanted) == wanted && (saved_state() & 0x60000) == 0x60000 && hfa_amx_permitted();
 #else
     return 0;
 #endif

@@ -44,13 +44,12 @@ typedef struct {
     /* scores -> scores * scale, soft-capped; 0, or NaN where one is not finite before it is capped */
     float (*scale_scores)(float *s, int64_t n, float scale, float softcap);
     float (*maximum)(const float *s, int64_t n);
-    /* Packed weights. Rows of x are rounded to 8 bits (for int4) or 16 bits (for int8) in blocks of HFA_QUANTUM columns
+    /* Packed weights. Rows of x are rounded to 16 bits (for int8) or 8 bits (for fewer) in blocks of HFA_QUANTUM columns
      * with a scale each, in groups of up to HFA_ROUNDED_ROWS rows: see packed_body.h. x is fp32 [m, k]. */
-    void (*pack_int4)(const float *x, int64_t stride, int m, int64_t k, void *packed);
-    void (*pack_int8)(const float *x, int64_t stride, int m, int64_t k, void *packed);
-    /* out[m * ldo + n] for rows n of W from row `row`, a multiple of HFA_LANES */
-    void (*dot_int4)(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo);
-    void (*dot_int8)(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo);
+    void (*round_for)(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *rounded);
+    /* by format: out[m * ldo + n] for rows n of W from row `row`, a multiple of HFA_LANES */
+    void (*dot_packed[HFA_FORMATS])(const hfa_matrix *w, int64_t row, int64_t rows, const void *rounded, int m, float *out,
+                                    int64_t ldo);
     /* Rows of a quantized cache, see cached.h; n <= HFA_PIECE, strides of rows in bytes. Scores of m queries:
      * out[m * ldo + n]; sums of codes: out[m * ldo + c] += sum_n coef[m * ldc + n] * code[n, c] */
     void (*dot_cached)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, const void *packed, int m, float *out,
@@ -77,6 +76,11 @@ const hfa_kernels *hfa_active_kernels(int dtype);
 #define HFA_ROUNDED_ROWS 4 /* rows of x that meet a packed weight together: what 16 vector registers hold */
 
 static inline int64_t hfa_padded(int64_t k) { return (k + HFA_QUANTUM - 1) / HFA_QUANTUM * HFA_QUANTUM; }
+
+static inline int hfa_code_bits(int64_t format) {
+    static const int bits[HFA_FORMATS] = {[HFA_INT8] = 8, [HFA_INT4] = 4, [HFA_INT2] = 2, [HFA_INT3] = 3};
+    return bits[format];
+}
 
 /* Bytes of m rows of x rounded for a packed format: codes, then per block of columns start, scale and sum. */
 static inline size_t hfa_rounded_bytes(int64_t format, int64_t m, int64_t k) {

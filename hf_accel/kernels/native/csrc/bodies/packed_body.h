@@ -1,11 +1,11 @@
-/* Products with packed weights of 8 and 4 bits; included once per instruction set by isa_body.h.
+/* Products with packed weights of 8 to 2 bits; included once per instruction set.
  *
  * A lane is a row of W, so sums need no reduction over lanes and scales load as vectors. Per block of 32 columns the
  * products are summed exactly in integers, then scaled and added in fp32; a row's result is therefore the same to the
  * last bit however many rows of x there are. Rounded rows of x come in groups of g <= 4:
- *   int4: int8  [Kp / 8][g][8], int8: int16 [Kp / 2][g][2];   then, Kp / 32 times g each:
- *   int32 start (two int16: -8 times the sums of columns 0, 1 and 2, 3 of every four; undoes the 8 added to int4 codes),
- *   fp32 scale, fp32 sum of x (for weights with offsets). */
+ *   int8: int16 [Kp / 2][g][2], fewer bits: int8 [Kp / 8][g][8];   then, Kp / 32 times g each:
+ *   int32 start (what sums of products begin at: it undoes the 2, 4 or 8 added to codes; int16 for columns 0, 1 and 2, 3 of
+ *   every four where such pairs are summed apart), fp32 scale, fp32 sum of x (for weights with offsets). */
 
 #define VECTORS (HFA_LANES / VW)
 enum { PER_BLOCK = HFA_QUANTUM / 8 };
@@ -46,7 +46,8 @@ HFA_INLINE void load_block(const float *x, int64_t k, int64_t i, float *block) {
     for (; n < HFA_QUANTUM; n++) block[n] = 0.0f;
 }
 
-static void pack_int4(const float *x, int64_t stride, int m, int64_t k, void *packed) {
+/* `half`: what is added to the codes that these rows meet */
+static void round_to_8(int half, const float *x, int64_t stride, int m, int64_t k, void *packed) {
     char *at = packed;
     int64_t padded = hfa_padded(k);
     for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
@@ -55,18 +56,17 @@ static void pack_int4(const float *x, int64_t stride, int m, int64_t k, void *pa
         for (int i = 0; i < g; i++)
             for (int64_t b = 0; b < padded / HFA_QUANTUM; b++) {
                 float block[HFA_QUANTUM];
-                int32_t codes[HFA_QUANTUM], first = 0, second = 0;
+                int32_t codes[HFA_QUANTUM], sums[4] = {0};
                 int8_t bytes[HFA_QUANTUM];
                 load_block(x + (m0 + i) * stride, k, b * HFA_QUANTUM, block);
                 float scale = round_block(block, 127.0f, codes);
                 for (int j = 0; j < HFA_QUANTUM; j++) bytes[j] = (int8_t)codes[j];
-                for (int j = 0; j < HFA_QUANTUM; j += 4) {
-                    first += bytes[j] + bytes[j + 1];
-                    second += bytes[j + 2] + bytes[j + 3];
-                }
+                for (int j = 0; j < HFA_QUANTUM; j += 4)
+                    for (int c = 0; c < 4; c++) sums[c] += codes[j + c];
+                int first = sums[0] + sums[1], second = sums[2] + sums[3];
                 char *to = r.codes + b * HFA_QUANTUM * g + i * 8;
                 for (int j = 0; j < PER_BLOCK; j++) memcpy(to + j * 8 * g, bytes + j * 8, 8);
-                r.start[b * g + i] = (int32_t)((uint32_t)(uint16_t)(-8 * first) | (uint32_t)(-8 * second) << 16);
+                r.start[b * g + i] = v4_start(-half * first, -half * second);
                 r.scale[b * g + i] = scale;
                 r.sum[b * g + i] = scale * (float)(first + second);
             }
@@ -74,7 +74,7 @@ static void pack_int4(const float *x, int64_t stride, int m, int64_t k, void *pa
     }
 }
 
-static void pack_int8(const float *x, int64_t stride, int m, int64_t k, void *packed) {
+static void round_to_16(const float *x, int64_t stride, int m, int64_t k, void *packed) {
     char *at = packed;
     int64_t padded = hfa_padded(k);
     for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
@@ -100,21 +100,39 @@ static void pack_int8(const float *x, int64_t stride, int m, int64_t k, void *pa
     }
 }
 
-/* totals += sums * scale of W * scale of x, and + offset * sum of x */
+static void round_for(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *packed) {
+    if (format == HFA_INT8) round_to_16(x, stride, m, k, packed);
+    else round_to_8(1 << (hfa_code_bits(format) - 1), x, stride, m, k, packed);
+}
+
+/* of the group: += sums * scale of x, and the sums of x */
 #define ADD_BLOCK(VALUE)                                                                                              \
     UNROLL(4)                                                                                                         \
     for (int v = 0; v < VECTORS; v++) {                                                                               \
         UNROLL(4)                                                                                                     \
-        for (int m = 0; m < M; m++)                                                                                   \
-            total[m][v] = vf_fma(VALUE, vf_mul(scale[v], vf_set1(x.scale[b * M + m])), total[m][v]);                  \
+        for (int m = 0; m < M; m++) part[m][v] = vf_fma(VALUE, vf_set1(x.scale[b * M + m]), part[m][v]);              \
+    }                                                                                                                 \
+    if (offsets)                                                                                                      \
+        for (int m = 0; m < M; m++) below[m] += x.sum[b * M + m];
+
+/* totals += those of the group * its scale, and + its offset * sums of x */
+#define ADD_GROUP                                                                                                     \
+    UNROLL(4)                                                                                                         \
+    for (int v = 0; v < VECTORS; v++) {                                                                               \
+        vf scale = w->stride ? vf_load((const float *)scales + v * VW) : vf_load_bf16((const uint16_t *)scales + v * VW); \
+        UNROLL(4)                                                                                                     \
+        for (int m = 0; m < M; m++) total[m][v] = vf_fma(part[m][v], scale, total[m][v]);                             \
         if (offsets)                                                                                                  \
             for (int m = 0; m < M; m++)                                                                               \
-                total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(x.sum[b * M + m]), total[m][v]);              \
-    }
+                total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(below[m]), total[m][v]);                      \
+    }                                                                                                                 \
+    __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                      \
+    scales += HFA_LANES * (w->stride ? 4 : 2);                                                                        \
+    offsets += offsets ? HFA_LANES : 0;
 
-#define BEGIN_TILE(BYTES, ROW_BYTES)                                                                                  \
+#define BEGIN_TILE(BITS, BYTES)                                                                                       \
     int64_t padded = hfa_padded(w->inner), part = row / HFA_LANES, groups = (padded + w->group - 1) / w->group;       \
-    const char *codes = (const char *)w->weight + row * padded * (ROW_BYTES) / 2;                                     \
+    const char *codes = (const char *)w->weight + row * padded * (BITS) / 8;                                          \
     const char *scales = (const char *)w->scales + part * groups * HFA_LANES * (w->stride ? 4 : 2);                   \
     const float *offsets = w->offsets ? w->offsets + part * groups * HFA_LANES : NULL;                                \
     rounded x = rounded_parts(packed, M, w->inner, BYTES);                                                            \
@@ -125,15 +143,15 @@ static void pack_int8(const float *x, int64_t stride, int m, int64_t k, void *pa
         UNROLL(4)                                                                                                     \
         for (int v = 0; v < VECTORS; v++) total[m][v] = vf_set1(0.0f);
 
-/* blocks b of every group, the group's scales at hand */
+/* blocks b of every group */
 #define FOR_BLOCKS                                                                                                    \
-    for (int64_t b = 0, end = 0; b < padded / HFA_QUANTUM; scales += HFA_LANES * (w->stride ? 4 : 2),                 \
-                 offsets += offsets ? HFA_LANES : 0) {                                                                \
-        vf scale[VECTORS];                                                                                            \
+    for (int64_t b = 0, end = 0; b < padded / HFA_QUANTUM;) {                                                         \
+        vf part[HFA_ROUNDED_ROWS][VECTORS];                                                                           \
+        float below[HFA_ROUNDED_ROWS] = {0};                                                                          \
         UNROLL(4)                                                                                                     \
-        for (int v = 0; v < VECTORS; v++)                                                                             \
-            scale[v] = w->stride ? vf_load((const float *)scales + v * VW) : vf_load_bf16((const uint16_t *)scales + v * VW); \
-        __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                  \
+        for (int m = 0; m < M; m++)                                                                                   \
+            UNROLL(4)                                                                                                 \
+            for (int v = 0; v < VECTORS; v++) part[m][v] = vf_set1(0.0f);                                             \
         for (end += w->group / HFA_QUANTUM; b < end; b++)
 
 HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int64_t rows, float *out, int64_t ldo) {
@@ -145,8 +163,24 @@ HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int
     }
 }
 
-HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
-    BEGIN_TILE(1, 1)
+/* Codes plus half their range of columns 8 i to 8 i + 7 of the block at `codes`, four columns in a register. */
+HFA_INLINE void load_codes(const int BITS, const int i, const char *codes, vi *low, vi *high) {
+    if (BITS == 3 && i == 3) { /* two bits lie in the first and second part, the lowest one in the third */
+        vi ones = vi_load(codes + 8 * HFA_LANES);
+        *low = vi_or(vi_field(vi_load(codes), 6, 2, 1), vi_field(ones, 6, 1, 0));
+        *high = vi_or(vi_field(vi_load(codes + 4 * HFA_LANES), 6, 2, 1), vi_field(ones, 7, 1, 0));
+        return;
+    }
+    vi part = vi_load(codes + (BITS == 2 ? i / 2 : i) * 4 * HFA_LANES);
+    int from = BITS == 2 ? i % 2 * 4 : 0;
+    *low = vi_field(part, from, BITS, 0);
+    *high = vi_field(part, from + BITS, BITS, 0);
+}
+
+/* Weights of fewer than 8 bits. */
+HFA_INLINE void tile_few(const int BITS, const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out,
+                         int64_t ldo) {
+    BEGIN_TILE(BITS, 1)
     FOR_BLOCKS {
         v4 sum[HFA_ROUNDED_ROWS][VECTORS];
         UNROLL(4)
@@ -154,15 +188,11 @@ HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t
             UNROLL(4)
             for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_begin(vi_repeat(x.start + b * M + m));
         UNROLL(4)
-        for (int i = 0; i < PER_BLOCK; i++, codes += 4 * HFA_LANES, xc += 8 * M) {
+        for (int i = 0; i < PER_BLOCK; i++, xc += 8 * M) {
             vi low[VECTORS], high[VECTORS];
-            __builtin_prefetch(codes + HFA_PREFETCH_BYTES / 4, 0, HFA_PREFETCH_LEVEL);
+            if (i < BITS) __builtin_prefetch(codes + i * 4 * HFA_LANES + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
             UNROLL(4)
-            for (int v = 0; v < VECTORS; v++) {
-                vi both = vi_load(codes + v * 4 * VW);
-                low[v] = vi_low4(both);
-                high[v] = vi_high4(both);
-            }
+            for (int v = 0; v < VECTORS; v++) load_codes(BITS, i, codes + v * 4 * VW, &low[v], &high[v]);
             UNROLL(4)
             for (int m = 0; m < M; m++) {
                 vi xl = vi_repeat(xc + 8 * m), xh = vi_repeat(xc + 8 * m + 4);
@@ -170,14 +200,16 @@ HFA_INLINE void tile_int4(const int M, const hfa_matrix *w, int64_t row, int64_t
                 for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_dot(v4_dot(sum[m][v], low[v], xl), high[v], xh);
             }
         }
+        codes += BITS * HFA_QUANTUM * HFA_LANES / 8;
         ADD_BLOCK(v4_end(sum[m][v]))
     }
+    ADD_GROUP
     } /* of the group */
     store_tile(M, total, rows, out, ldo);
 }
 
 HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
-    BEGIN_TILE(2, 2)
+    BEGIN_TILE(8, 2)
     FOR_BLOCKS {
         vi sum[HFA_ROUNDED_ROWS][VECTORS];
         UNROLL(4)
@@ -199,6 +231,7 @@ HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t
         }
         ADD_BLOCK(vi_float(sum[m][v]))
     }
+    ADD_GROUP
     } /* of the group */
     store_tile(M, total, rows, out, ldo);
 }
@@ -221,9 +254,18 @@ HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t
                 }                                                                                                     \
         }                                                                                                             \
     }
-PACKED_DOT(dot_int4, tile_int4, 1)
+#define TILE_INT4(...) tile_few(4, __VA_ARGS__)
+#define TILE_INT3(...) tile_few(3, __VA_ARGS__)
+#define TILE_INT2(...) tile_few(2, __VA_ARGS__)
 PACKED_DOT(dot_int8, tile_int8, 2)
+PACKED_DOT(dot_int4, TILE_INT4, 1)
+PACKED_DOT(dot_int3, TILE_INT3, 1)
+PACKED_DOT(dot_int2, TILE_INT2, 1)
+#undef TILE_INT4
+#undef TILE_INT3
+#undef TILE_INT2
 #undef PACKED_DOT
 #undef BEGIN_TILE
 #undef FOR_BLOCKS
 #undef ADD_BLOCK
+#undef ADD_GROUP

@@ -69,7 +69,7 @@ static void merge(const hfa_kernels *single, const hfa_attend_call *call, int64_
 
 int hfa_attend(const hfa_attend_call *call) {
     if (!call->query || !call->keys || !call->values || !call->out || !call->max || !call->sum) return -1;
-    if (call->batch < 1 || call->tokens < 1 || call->positions < 1 || (uint64_t)call->dtype >= HFA_DTYPES || (uint64_t)call->format >= HFA_FORMATS
+    if (call->batch < 1 || call->tokens < 1 || call->positions < 1 || (uint64_t)call->dtype >= HFA_DTYPES || (uint64_t)call->format >= HFA_CACHE_FORMATS
         || call->kv_heads < 1 || call->heads % call->kv_heads || call->key_dim > HFA_MAX_HEAD_DIM || call->value_dim > HFA_MAX_HEAD_DIM)
         return -1;
     run r = {.call = call};

@@ -157,7 +157,7 @@ static int is_valid(const hfa_block *block, const hfa_block_call *call) {
     return call->batch >= 1 && call->tokens >= 1 && call->batch * call->tokens <= HFA_MAX_ROWS && call->first >= 0
         && call->first <= call->past && (uint64_t)block->dtype < HFA_DTYPES && block->head_dim <= HFA_MAX_HEAD_DIM
         && call->rotary <= block->head_dim && call->rotary % 2 == 0 && block->kv_heads >= 1
-        && block->heads % block->kv_heads == 0 && (uint64_t)call->format < HFA_FORMATS;
+        && block->heads % block->kv_heads == 0 && (uint64_t)call->format < HFA_CACHE_FORMATS;
 }
 
 int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {

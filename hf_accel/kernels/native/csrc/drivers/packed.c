@@ -1,16 +1,18 @@
-/* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For weights of 8 or 4 bits, and dense ones.
+/* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For weights of 8 to 2 bits, and dense ones.
  *
  * Few rows are rounded (for dense weights: packed) by the calling thread; of many, every thread takes its share first.
  * Then each chunk of W, 16 packed rows of it at a time, meets all rows of x while it is in the cache. */
 #include "drivers/product.h"
 
 enum { PASS = 256 }; /* rows of x per read of W: their rounded copies stay small, the read costs nothing beside the products */
+enum { MANY = 4 * HFA_DOT_ROWS }; /* beside more rows of x, 3 bits are taken apart once and not for every HFA_ROUNDED_ROWS of them */
 
 typedef struct {
     const hfa_kernels *kernels;
     const hfa_matrix *weight;
     const char *x; char *y;
     char *rounded, *loaded; /* loaded: HFA_ROUNDED_ROWS rows of fp32 per thread */
+    char *widened; size_t widened_bytes; /* per thread, HFA_LANES rows of W; NULL: multiplied as they are */
     int group_rows; size_t group_bytes; /* rows of x come rounded in groups */
     hfa_range *pack_ranges, *ranges;
     hfa_barrier *barrier;
@@ -27,8 +29,27 @@ static void round_group(const packed_call *call, int64_t group, float *loaded) {
         return;
     }
     call->kernels->load(call->x + first * w->inner * call->kernels->element, loaded, count * w->inner);
-    if (w->format == HFA_INT4) call->kernels->pack_int4(loaded, w->inner, (int)count, w->inner, to);
-    else call->kernels->pack_int8(loaded, w->inner, (int)count, w->inner, to);
+    call->kernels->round_for(w->format, loaded, w->inner, (int)count, w->inner, to);
+}
+
+/* HFA_LANES rows of W of 3 bits from `row` on in the layout of 4 bits. Codes keep their 4 added: x is rounded for that. */
+static hfa_matrix widen(const hfa_matrix *w, int64_t row, uint8_t *restrict to) {
+    enum { PART = 4 * HFA_LANES };
+    int64_t padded = hfa_padded(w->inner), before = row * ((padded + w->group - 1) / w->group);
+    const uint8_t *restrict from = (const uint8_t *)w->weight + row * padded * 3 / 8;
+    hfa_matrix wide = *w;
+    wide.weight = to;
+    wide.format = HFA_INT4;
+    wide.scales = (const char *)w->scales + before * (w->stride ? 4 : 2);
+    if (w->offsets) wide.offsets = w->offsets + before;
+    for (int64_t b = 0; b < padded; b += HFA_QUANTUM, from += 3 * PART, to += 4 * PART) {
+        for (int i = 0; i < 3 * PART; i++) to[i] = (uint8_t)((from[i] & 7) | (from[i] & 0x38) << 1);
+        for (int i = 0; i < PART; i++) {
+            uint8_t first = from[i], second = from[PART + i], lowest = from[2 * PART + i];
+            to[3 * PART + i] = (uint8_t)((first >> 5 & 6) | (lowest >> 6 & 1) | (second >> 1 & 0x60) | (lowest >> 3 & 0x10));
+        }
+    }
+    return wide;
 }
 
 static void packed_task(void *arg, int thread, int team) {
@@ -46,11 +67,14 @@ static void packed_task(void *arg, int thread, int team) {
         for (; row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
+            int widens = call->widened && call->m > MANY;
+            hfa_matrix wide;
+            if (widens) wide = widen(w, row, (uint8_t *)call->widened + call->widened_bytes * (size_t)thread);
             for (int m0 = 0; m0 < call->m; m0 += HFA_DOT_ROWS) {
                 int m = call->m - m0 < HFA_DOT_ROWS ? call->m - m0 : HFA_DOT_ROWS;
                 hfa_activations x = {{NULL}};
-                x.packed[w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
-                hfa_product_tile(kernels, w, row, n, &x, m, acc);
+                x.packed[widens ? wide.format : w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
+                hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, m, acc);
                 for (int i = 0; i < m; i++)
                     kernels->finish(acc + i * HFA_TILE, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
             }
@@ -76,13 +100,15 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     size_t range_bytes = sizeof(hfa_range) * (size_t)call.threads;
     size_t loaded_bytes = ((size_t)(HFA_ROUNDED_ROWS * w->inner * 4 * call.threads) + 63) / 64 * 64;
     size_t rounded_bytes = call.group_bytes * (size_t)((most + call.group_rows - 1) / call.group_rows);
-    char *scratch = hfa_scratch(sizeof(hfa_barrier) + 2 * range_bytes + loaded_bytes + rounded_bytes);
+    if (w->format == HFA_INT3 && m > MANY) call.widened_bytes = (size_t)(HFA_LANES / 2 * hfa_padded(w->inner));
+    char *scratch = hfa_scratch(sizeof(hfa_barrier) + 2 * range_bytes + loaded_bytes + rounded_bytes + call.widened_bytes * (size_t)call.threads);
     if (!scratch) return -1;
     call.barrier = (hfa_barrier *)scratch;
     call.pack_ranges = (hfa_range *)(scratch + sizeof(hfa_barrier));
     call.ranges = (hfa_range *)(scratch + sizeof(hfa_barrier) + range_bytes);
     call.loaded = scratch + sizeof(hfa_barrier) + 2 * range_bytes;
     call.rounded = call.loaded + loaded_bytes;
+    if (call.widened_bytes) call.widened = call.rounded + rounded_bytes;
     *call.barrier = (hfa_barrier){0};
     call.chunk_rows = hfa_chunk_rows(hfa_rows_together(kernels, w), hfa_rows_wanted(kernels, w, (int)most), row_bytes, row_bytes * w->rows, call.threads);
     for (int64_t m0 = 0; m0 < m; m0 += PASS) {

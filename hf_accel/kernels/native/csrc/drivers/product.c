@@ -4,7 +4,7 @@
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
     int64_t padded = hfa_padded(w->inner), scale = w->stride ? 4 : 2;
     if (w->format == HFA_DENSE) return w->inner * kernels->element;
-    return (w->format == HFA_INT8 ? padded : padded / 2) + (padded + w->group - 1) / w->group * (scale + (w->offsets ? 4 : 0));
+    return padded * hfa_code_bits(w->format) / 8 + (padded + w->group - 1) / w->group * (scale + (w->offsets ? 4 : 0));
 }
 
 int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w) {
@@ -47,14 +47,13 @@ void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stri
     for (int m0 = 0; x->packed[HFA_DENSE] && m0 < p->m; m0 += HFA_DOT_ROWS)
         p->kernels->pack_f32(rows + m0 * stride, stride, p->m - m0 < HFA_DOT_ROWS ? p->m - m0 : HFA_DOT_ROWS, k,
                              (char *)x->packed[HFA_DENSE] + hfa_packed_bytes(p->kernels, m0, k));
-    if (x->packed[HFA_INT8]) p->kernels->pack_int8(rows, stride, p->m, k, x->packed[HFA_INT8]);
-    if (x->packed[HFA_INT4]) p->kernels->pack_int4(rows, stride, p->m, k, x->packed[HFA_INT4]);
+    for (int64_t format = HFA_DENSE + 1; format < HFA_FORMATS; format++)
+        if (x->packed[format]) p->kernels->round_for(format, rows, stride, p->m, k, x->packed[format]);
 }
 
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m, float *acc) {
     const void *packed = x->packed[w->format];
-    if (w->format == HFA_INT4) kernels->dot_int4(w, row, rows, packed, m, acc, HFA_TILE);
-    else if (w->format == HFA_INT8) kernels->dot_int8(w, row, rows, packed, m, acc, HFA_TILE);
+    if (w->format != HFA_DENSE) kernels->dot_packed[w->format](w, row, rows, packed, m, acc, HFA_TILE);
     else
         for (int m0 = 0; m0 < m; m0 += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
             kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,

@@ -2,7 +2,8 @@
  *
  * A tile of weights is 16 rows x 32 columns, loaded straight from memory with the row stride of W. The activations are
  * packed as the other operand wants them: per 32 columns of x, 16 pairs of columns, each pair for all m rows,
- * [K/32][16][m][2]. One tile product then serves all rows of x, so that 16 rows cost hardly more than one. */
+ * [K/32][16][m][2]. One tile product then serves all rows of x, so that 16 rows cost hardly more than one. Codes of packed
+ * weights are taken apart by GFNI. */
 #include "kernels.h"
 #if HFA_HAS_AMX
 #include <immintrin.h>
@@ -11,12 +12,16 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512f")
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,avx2,fma,f16c")
 #endif
 #include "arch/portable/scalar.h"
+#define HFA_DOT_VNNI
+#define HFA_BIT_MATRIX /* every CPU with AMX has GFNI */
+#include "arch/x86/vec_avx512.h"
+#include "bodies/packed_body.h"
 
 /* Short rows (heads, tiny models) do not repay the set-up of tiles, and a single row of x is faster by plain dot products
  * (29 GB/s against 27 where memory gives 31); its sums come in another order then than those of 2 to 16 rows. */
@@ -149,6 +154,13 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void fill(void) {
     memcpy(table, hfa_kernels_avx512_bf16, sizeof table);
+    for (int dtype = 0; dtype < HFA_DTYPES; dtype++) {
+        table[dtype].round_for = round_for;
+        table[dtype].dot_packed[HFA_INT8] = dot_int8;
+        table[dtype].dot_packed[HFA_INT4] = dot_int4;
+        table[dtype].dot_packed[HFA_INT3] = dot_int3;
+        table[dtype].dot_packed[HFA_INT2] = dot_int2;
+    }
     table[HFA_BF16].dot = dot;
     table[HFA_BF16].pack = pack;
     table[HFA_BF16].pack_f32 = pack_f32;

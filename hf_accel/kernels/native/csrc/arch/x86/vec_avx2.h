@@ -68,9 +68,14 @@ typedef __m256i v4; /* sums of int4 products: int16 pairs per lane */
 HFA_INLINE vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 HFA_INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
 HFA_INLINE vi vi_repeat(const void *p) { int32_t x; memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
-HFA_INLINE vi vi_low4(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
-HFA_INLINE vi vi_high4(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
-HFA_INLINE v4 v4_begin(vi pairs) { return pairs; }
+HFA_INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+/* `count` bits of every byte from bit `from` on, moved down to bit `to` on; shifts pairs of bytes: what comes over from the
+ * neighbour is masked away */
+HFA_INLINE vi vi_field(vi a, const int from, const int count, const int to) {
+    return _mm256_and_si256(_mm256_srli_epi16(a, from - to), _mm256_set1_epi8((char)(((1 << count) - 1) << to)));
+}
+HFA_INLINE int32_t v4_start(int first, int second) { return (int32_t)((uint32_t)(uint16_t)first | (uint32_t)second << 16); }
+HFA_INLINE v4 v4_begin(vi start) { return start; }
 /* gcc would regroup such sums and run out of registers: KEEP makes it add in the order written */
 #define KEEP(sum) __asm__("" : "+x"(sum))
 HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) {

@@ -54,18 +54,31 @@ typedef __m512i v4; /* sums of int4 products: int32 per lane with VNNI, int16 pa
 HFA_INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 HFA_INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 HFA_INLINE vi vi_repeat(const void *p) { int32_t x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
-HFA_INLINE vi vi_low4(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-HFA_INLINE vi vi_high4(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+HFA_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+/* `count` bits of every byte from bit `from` on, moved down to bit `to` on */
+HFA_INLINE vi vi_field(vi a, const int from, const int count, const int to) {
+#ifdef HFA_BIT_MATRIX /* one instruction instead of two: row 7 - i of the matrix says which bits of a byte make up bit i */
+    if (from != to) {
+        uint64_t matrix = 0;
+        for (int i = 0; i < count; i++) matrix |= (uint64_t)1 << (from + i) << 8 * (7 - to - i);
+        return _mm512_gf2p8affine_epi64_epi8(a, _mm512_set1_epi64((int64_t)matrix), 0);
+    }
+#endif
+    /* shifts pairs of bytes: what comes over from the neighbour is masked away */
+    return _mm512_and_si512(_mm512_srli_epi16(a, from - to), _mm512_set1_epi8((char)(((1 << count) - 1) << to)));
+}
 HFA_INLINE vi vi_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 HFA_INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
 #ifdef HFA_DOT_VNNI
-HFA_INLINE v4 v4_begin(vi pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
+HFA_INLINE int32_t v4_start(int first, int second) { return first + second; }
+HFA_INLINE v4 v4_begin(vi start) { return start; }
 HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) { return _mm512_dpbusd_epi32(sum, w, x); }
 HFA_INLINE vf v4_end(v4 sum) { return _mm512_cvtepi32_ps(sum); }
 HFA_INLINE vi vi_dot16(vi sum, vi w, vi x) { return _mm512_dpwssd_epi32(sum, w, x); }
 #else
 #define KEEP(sum) __asm__("" : "+v"(sum)) /* see vec_avx2.h */
-HFA_INLINE v4 v4_begin(vi pairs) { return pairs; }
+HFA_INLINE int32_t v4_start(int first, int second) { return (int32_t)((uint32_t)(uint16_t)first | (uint32_t)second << 16); }
+HFA_INLINE v4 v4_begin(vi start) { return start; }
 HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) {
     sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x));
     KEEP(sum);
