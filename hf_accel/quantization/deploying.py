@@ -50,12 +50,12 @@ def convert_qat(model: M) -> M:
     unwrapped: Any = unwrap(model)
     found = list(trained_products(unwrapped)) if isinstance(unwrapped, nn.Module) else []
     modules = {path: module for path, _, _, module in found}
-    _check(unwrapped, modules)
     if wrapped := [path for path, parent, _, _ in found if hasattr(parent, "base_layer")]:
         raise UnsupportedModelError(
             f"{wrapped[0]} and {len(wrapped) - 1} more products have adapters beside them. Merge them before: "
             "model = model.merge_and_unload(); hf_accel.convert_qat(model)."
         )
+    _check(unwrapped, modules)
     packed = {path: _packed(path, module) for path, module in modules.items()}
     learned = LearnedCodes.of(modules).fixed()
     host = host_of(unwrapped)
