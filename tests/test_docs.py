@@ -77,6 +77,7 @@ def test_pages_have_blocks_to_run() -> None:
         "reference.md",
         "troubleshooting.md",
         "uptraining.md",
+        "qat.md",
         "gqa.md",
         "gptq.md",
     }

@@ -16,11 +16,12 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine
 from hf_accel.quantization.calibrating.findings import Calibration, check
+from hf_accel.quantization.calibrating.products import widest_of
 from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig
 from hf_accel.quantization.modules.experts import QuantizedExperts
-from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
+from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import Target
 
@@ -47,7 +48,7 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             yield from zip(chosen, kept, strict=True)
             return
         trial = twin(setting.model)
-        widest = max((_widest(target) for target in chosen), default=0)
+        widest = widest_of(chosen)
         text = text_for(trial, setting.calibration, widest)
         run = Calibrator(trial, text.ids, chosen, self.config, setting.anatomy.dtype, setting.advance)
         findings = []
@@ -78,13 +79,6 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
 
         count = len(target.module.gate_up_proj)
         return QuantizedExperts(packed("gate_up_proj", count), packed("down_proj", count), target.module)
-
-
-def _widest(target: Target) -> int:
-    """Return the inputs of the widest product of a target."""
-    if target.scheme is not None:
-        return linear_weight(target.module).shape[1]
-    return max(weight.shape[-1] for weight in target.module.parameters() if weight.dim() == 3)
 
 
 def _linear(affine: Affine, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
