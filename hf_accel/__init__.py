@@ -18,6 +18,7 @@ from hf_accel.errors import (
 )
 from hf_accel.families import *  # noqa: F403
 from hf_accel.gqa import convert_gqa
+from hf_accel.quantization import convert_qat, get_qat_peft_model
 from hf_accel.quantization.files.loading import from_pretrained
 from hf_accel.quantization.files.seal import save_pretrained
 
@@ -37,7 +38,9 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "convert_gqa",
+    "convert_qat",
     "from_pretrained",
+    "get_qat_peft_model",
     "optimize",
     "optimized",
     "plan",

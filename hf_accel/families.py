@@ -5,7 +5,7 @@ from hf_accel.cache import KVCacheConfig
 from hf_accel.decoding import DecodingConfig
 from hf_accel.gqa import GQAConfig
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
-from hf_accel.quantization import CompressedTensorsConfig, GPTQConfig, WeightOnlyConfig
+from hf_accel.quantization import CompressedTensorsConfig, GPTQConfig, QATConfig, WeightOnlyConfig
 from hf_accel.speculative import SpeculativeConfig
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "GQAConfig",
     "KVCacheConfig",
     "NativeLinearConfig",
+    "QATConfig",
     "SharedProjectionConfig",
     "SpeculativeConfig",
     "WeightOnlyConfig",

@@ -159,7 +159,7 @@ def test_it_loses_less_and_everything_comes_back(config: GPTQConfig) -> None:
     fired: list[int] = []
     hook = norm.register_forward_hook(lambda *_: fired.append(1))
     hf_accel.optimize(model, GPTQConfig(bits=3, group_size=32, head=None), calibration=TEXT)
-    without, unscaled = distance(logits(model), stock), hf_accel.report(model).calibration.findings
+    without, unscaled = distance(logits(model), stock), hf_accel.report(model).gptq.findings
     if config is AWQ:
         hf_accel.restore(model)
         hf_accel.optimize(model, hf_accel.WeightOnlyConfig(bits=3, group_size=32, head=None), calibration=TEXT)
@@ -168,13 +168,13 @@ def test_it_loses_less_and_everything_comes_back(config: GPTQConfig) -> None:
     hf_accel.optimize(model, config, calibration=TEXT)
     assert distance(logits(model), stock) < (0.9 if config is AWQ else 1.1) * without
     assert model.model.layers[0].input_layernorm is not norm
-    for one, two in zip(hf_accel.report(model).calibration.findings, unscaled, strict=True):
+    for one, two in zip(hf_accel.report(model).gptq.findings, unscaled, strict=True):
         if "up_proj" not in one.path:  # its outputs are scaled, too
             assert one.error_of_rounding == pytest.approx(two.error_of_rounding, rel=1e-4), "of what was, in either way"
     fired.clear()
     logits(model)
     assert fired, "a hook of the user's stays at its norm"
-    assert "scaled by what is read: " in str(hf_accel.report(model).calibration)
+    assert "scaled by what is read: " in str(hf_accel.report(model).gptq)
     hf_accel.restore(model)
     assert model.model.layers[0].input_layernorm is norm
     hook.remove()

@@ -168,7 +168,7 @@ def test_optimised_models_compute_with_the_codes(name: str, originals: str) -> N
     parts, _ = calibrated(reference, ids=TEXT)
     hf_accel.optimize(model, BITS_3, calibration=torch.cat([TEXT, prompt(2, 48, seed=9)]), originals=originals)
     report = hf_accel.report(model)
-    assert report.calibration.notes[0] == "calibrated on 480 tokens of the text given, 10 rows of 48"
+    assert report.gptq.notes[0] == "calibrated on 480 tokens of the text given, 10 rows of 48"
     modules = dict(model.named_modules())
     for part in parts:
         for path, affine in part.affines.items():
@@ -178,7 +178,7 @@ def test_optimised_models_compute_with_the_codes(name: str, originals: str) -> N
     text = str(report)
     assert "calibration: " in text
     assert "of codes differ" in text
-    products = report.to_dict()["calibration"]["products"]
+    products = report.to_dict()["gptq"]["products"]
     assert [product["path"] for product in products] == [path for part in parts for path in part.affines]
     assert all(p["error"] <= p["error_of_rounding"] for p in products if p["tokens"] >= 300)
     assert model.generate(ids, max_new_tokens=8, do_sample=False).shape == (3, 48)
@@ -190,11 +190,11 @@ def test_optimised_models_compute_with_the_codes(name: str, originals: str) -> N
 def test_no_text_is_needed_and_little_text_is_told() -> None:
     model = build("llama")
     hf_accel.optimize(model, BITS_3)
-    notes = hf_accel.report(model).calibration.notes
+    notes = hf_accel.report(model).gptq.notes
     assert "of the model's own samples" in notes[0]
     hf_accel.restore(model)
     hf_accel.optimize(model, BITS_3, calibration=prompt(2, 64))
-    assert "fewer tokens than the" in hf_accel.report(model).calibration.notes[1]
+    assert "fewer tokens than the" in hf_accel.report(model).gptq.notes[1]
 
 
 def test_bad_text_and_bad_numbers() -> None:

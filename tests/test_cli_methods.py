@@ -68,7 +68,7 @@ def test_what_is_written_is_what_the_library_computes(
     assert data["method"] == options[1]
     [change] = [change for change in data["changes"] if change["config"]["type"] == "GPTQConfig"]
     assert change["config"]["bits"] == config.bits
-    assert data["calibration"]["products"][0]["tokens"] == data["split"]["fitted"]
+    assert data["gptq"]["products"][0]["tokens"] == data["split"]["fitted"]
     assert 0 < data["split"]["measured"] < data["split"]["fitted"]
     assert data["quality"]["tokens"] < data["split"]["measured"], "of the first token of a row nothing is predicted"
     assert not (tmp_path / "out.partial").exists()

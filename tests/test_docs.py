@@ -16,6 +16,7 @@ import torch
 import hf_accel
 from hf_accel.cli.doctor import EXTRAS
 from hf_accel.core.model.architectures import STYLES
+from hf_accel.core.steps.patcher import Patcher
 from hf_accel.kernels.native import ISAS
 from hf_accel.measure import SHAPES
 
@@ -76,7 +77,9 @@ def test_pages_have_blocks_to_run() -> None:
         "reference.md",
         "troubleshooting.md",
         "uptraining.md",
+        "qat.md",
         "gqa.md",
+        "gptq.md",
     }
 
 
@@ -133,7 +136,7 @@ def test_reference_has_no_names_that_do_not_exist() -> None:
     assert documented == set(hf_accel.__all__)
 
 
-@pytest.mark.parametrize("config", [c for c in hf_accel.Config.types.values() if c.__module__.startswith("hf_accel")])
+@pytest.mark.parametrize("config", [c for c in Patcher.registry if c.__module__.startswith("hf_accel")])
 def test_config_has_one_row(config: type) -> None:
     page = (ROOT / "docs" / "configs.md").read_text()
     first_table = page.partition("## Fields")[0]

@@ -92,6 +92,19 @@ class Journal:
 
         self.did(undo)
 
+    def replace_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Put `module` in the place of one that an earlier `swap_module` of this journal put there, which is given up.
+
+        Undoing that swap puts back what was there before it.
+        """
+        parent._modules[name] = module
+
+    def freeze(self, parameter: nn.Parameter) -> None:
+        """Take `requires_grad` away from a parameter."""
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            self.did(lambda: setattr(parameter, "requires_grad", True))
+
     @staticmethod
     def _move_to_cpu(module: nn.Module) -> dict[nn.Parameter, torch.device]:
         homes = {p: p.device for p in module.parameters() if p.device.type != "cpu"}

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_accel.core.calls.call import request_in_progress
 from hf_accel.core.model.back_ends import BACK_ENDS
@@ -44,6 +45,8 @@ class BlockStep:
             bias = None if module.bias is None else module.bias.detach()[part.start : part.stop]
             if isinstance(module, PackedProduct):
                 return native.Projection(module.packed.slice(part.start, part.stop), bias)
+            if not isinstance(module, nn.Linear):
+                raise ValueError(f"a {type(module).__name__} is no product that runs natively")
             return native.Projection(module.weight.detach()[part.start : part.stop], bias)
 
         def norm(module: Any) -> torch.Tensor | None:

@@ -18,16 +18,17 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine
 from hf_accel.quantization.calibrating.findings import Calibration, check
+from hf_accel.quantization.calibrating.products import widest_of
 from hf_accel.quantization.calibrating.scaling import most_places
 from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig
 from hf_accel.quantization.modules.experts import QuantizedExperts
-from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
+from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import Target, targets
 
-SECTION = "calibration"
+SECTION = "gptq"
 SECTIONS[SECTION] = "calibration"
 
 
@@ -53,7 +54,7 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             yield from zip(chosen, kept, strict=True)
             return
         trial = twin(setting.model)
-        widest = max((_widest(target) for target in chosen), default=0)
+        widest = widest_of(chosen)
         text = text_for(trial, setting.calibration, widest)
         run = Calibrator(trial, text.ids, chosen, self.config, setting.anatomy.dtype, setting.advance)
         findings = []
@@ -127,13 +128,6 @@ def _swap(model: nn.Module, module: nn.Module, other: nn.Module, journal: Journa
         for name, child in list(parent._modules.items()):
             if child is module:
                 journal.swap_module(parent, name, other)
-
-
-def _widest(target: Target) -> int:
-    """Return the inputs of the widest product of a target."""
-    if target.scheme is not None:
-        return linear_weight(target.module).shape[1]
-    return max(weight.shape[-1] for weight in target.module.parameters() if weight.dim() == 3)
 
 
 def _linear(affine: Affine, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.steps.patcher import Patcher
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
 from hf_accel.kernels.weights import PackedProduct
 
@@ -18,14 +19,15 @@ def check_models(student: Any, teacher: Any) -> None:
     Raises:
         UnsupportedModelError: the student's weights cannot be trained.
         ConfigError: the two do not fit together.
-        ConflictError: the student is optimised.
+        ConflictError: the student is optimised by a step under which weights are not trained.
     """
     if student is teacher:
         raise ConfigError("Student and teacher are the same object. Give the original model as the teacher.")
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise UnsupportedModelError(f"The {name} is a transformers model; {type(model).__name__} was given.")
-    if host_of(student) is not None:
+    host = host_of(student)
+    if host is not None and not all(Patcher.for_config(step.config).is_trainable for step in host.report.applied):
         raise ConflictError("The student is optimised by hf_accel. Call hf_accel.restore(student) before.")
     packed = any(isinstance(module, PackedProduct) for module in student.modules())
     integers = any(not parameter.is_floating_point() for parameter in student.parameters())
@@ -69,15 +71,17 @@ def _address(tensor: Tensor) -> tuple[str, int]:
 
 
 def own_tensors(student: nn.Module, teacher: nn.Module) -> int:
-    """Give the student copies of parameters whose memory is the teacher's; return the bytes of the copies.
+    """Give the student copies of parameters that change and whose memory is the teacher's; return the copies' bytes.
 
-    What is tied inside the student stays tied: one storage is copied once, and one Parameter replaced by one.
+    Frozen ones change where the others have to be trained in single precision, see `Borrowed`. What is
+    tied inside the student stays tied: one storage is copied once, and one Parameter replaced by one.
 
     Raises:
         UnsupportedModelError: both hold the very same module.
     """
     theirs = {_address(tensor) for tensor in [*teacher.parameters(), *teacher.buffers()] if tensor.numel()}
     objects = {id(parameter) for parameter in teacher.parameters()}
+    every = trains_in_single_precision(student)
     modules = {id(module) for module in teacher.modules()}
     copies: dict[tuple[str, int], torch.UntypedStorage] = {}
     replaced: dict[int, nn.Parameter] = {}
@@ -85,6 +89,8 @@ def own_tensors(student: nn.Module, teacher: nn.Module) -> int:
     for path, module in student.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or _address(parameter) not in theirs or id(parameter) in moved:
+                continue
+            if not (every or parameter.requires_grad):
                 continue
             if id(module) in modules:
                 raise UnsupportedModelError(
@@ -109,6 +115,11 @@ def own_tensors(student: nn.Module, teacher: nn.Module) -> int:
     return sum(storage.nbytes() for storage in copies.values())
 
 
+def trains_in_single_precision(model: nn.Module) -> bool:
+    """Return whether weights that are trained have too few bits for their updates."""
+    return any(tensor.requires_grad and tensor.dtype is not torch.float32 for tensor in model.parameters())
+
+
 class Borrowed:
     """A context in which a model's modes, flags, gradients, data types and config may change; all are put back."""
 
@@ -129,7 +140,7 @@ class Borrowed:
     def in_single_precision(self) -> int:
         """Train fp32 copies where weights have fewer bits, as updates would be lost in rounding; return extra bytes."""
         extra = 0
-        if any(tensor.requires_grad and tensor.dtype is not torch.float32 for tensor in self.model.parameters()):
+        if trains_in_single_precision(self.model):
             for tensor in self.model.parameters():
                 if tensor.dtype is not torch.float32:
                     extra += (4 - tensor.element_size()) * tensor.numel()

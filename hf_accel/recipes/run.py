@@ -20,6 +20,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from hf_accel.measure.quality import Quality
+from hf_accel.quantization.adapting import get_qat_peft_model
+from hf_accel.quantization.modules.fake_linear import FakeQuantizedLinear
 from hf_accel.recipes.borrowed import Borrowed
 from hf_accel.recipes.curve import Curve
 from hf_accel.recipes.evaluation import compare
@@ -214,10 +216,11 @@ def _adapted(student: Any, run: Run) -> Iterator[Any]:
     """Give the student low-rank additions; they are off again at the end, merged or not."""
     from peft import LoraConfig, get_peft_model
 
+    is_rounded = any(isinstance(module, FakeQuantizedLinear) for module in student.modules())
     config = LoraConfig(r=run.lora_rank or 8, lora_alpha=2 * (run.lora_rank or 8), target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that are going to be renamed
-        model: Any = get_peft_model(student, config)
+        model: Any = (get_qat_peft_model if is_rounded else get_peft_model)(student, config)
     try:
         yield model
     finally:

@@ -22,6 +22,7 @@ from hf_accel.quantization.files.inventory import Inventory, take_inventory, wri
 from hf_accel.quantization.files.rebuilding import loaded_names
 from hf_accel.quantization.files.saving import unshared, write
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
+from hf_accel.quantization.modules.fake_linear import FakeQuantizedLinear
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
@@ -46,14 +47,21 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], *, format: str |
 
     Raises:
         UnsupportedModelError: parts of the model, as those of an adapter, cannot be saved with packed weights, or not
-            in this format.
+            in this format; or its products are in training under fake quantization.
         ConfigError: an option that cannot be served with packed weights, or a format that does not exist.
         CheckpointError: the folder holds weights that stock code would take for those of this model, or is a file.
     """
     seal = getattr(model, "hf_quantizer", None)
     if isinstance(seal, Seal) and not getattr(model, "_hf_peft_config_loaded", False):
         seal.save_packed(model, folder, format=format, **options)
-    elif format is None:
+        return
+    if any(isinstance(module, FakeQuantizedLinear) for module in getattr(model, "modules", list)()):
+        raise UnsupportedModelError(
+            f"Products of this {type(model).__name__} are in training in few bits; stock code would load their "
+            "weights and not round them. Call hf_accel.convert_qat(model) and save then; to go on training later, "
+            "keep model.state_dict()."
+        )
+    if format is None:
         model.save_pretrained(folder, **options)
     else:
         raise UnsupportedModelError(
