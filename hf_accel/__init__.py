@@ -19,6 +19,7 @@ from hf_accel.errors import (
 from hf_accel.families import *  # noqa: F403
 from hf_accel.gqa import convert_gqa
 from hf_accel.quantization import convert_qat, get_qat_peft_model
+from hf_accel.quantization.drift import calibration_drift
 from hf_accel.quantization.files.loading import from_pretrained
 from hf_accel.quantization.files.seal import save_pretrained
 
@@ -37,6 +38,7 @@ __all__ = [
     "StorageError",
     "UnsupportedModelError",
     "VerificationError",
+    "calibration_drift",
     "convert_gqa",
     "convert_qat",
     "from_pretrained",

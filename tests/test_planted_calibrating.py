@@ -10,13 +10,14 @@ import test_awq
 import test_calibrating
 import test_calibrating_resume
 import test_cli_methods
+import test_drift
 import test_gptq
 import torch
 from planting import Defect, Patch, Test, instead, is_red
 
 from hf_accel.ops import gptq
 from hf_accel.quantization import gptq as patching
-from hf_accel.quantization.calibrating import refining, scaling, solving
+from hf_accel.quantization.calibrating import powers, refining, scaling, solving
 from hf_accel.quantization.calibrating.activations import Activations
 
 
@@ -35,6 +36,11 @@ def folded_without_biases(place: Any, scales: Any, found: Any, paths: Any, fold:
     fold(place, scales, found, paths)
     if bias is not None:
         place.source._parameters["bias"] = bias
+
+
+def powers_without_differences(self: Any, scales: Any) -> Any:
+    last = {path: sums[-1] for path, sums in self._sums.items()}
+    return {path: (total / count).float()[None].expand(8, -1) * 1.2 for path, (total, count) in last.items()}
 
 
 def candidates_by_squares(inputs: Any, weights: Any, candidates: Any = scaling.candidates) -> Any:
@@ -66,6 +72,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "exponents of squares": (
         instead(scaling, "candidates", candidates_by_squares),
         test_awq.test_exponents_are_those_of_a_textbook,
+    ),
+    "powers of all that was read before": (
+        instead(powers.Powers, "found", powers_without_differences),
+        test_drift.test_powers_are_what_the_parts_of_the_text_give,
     ),
     "places that no bar counts": (
         instead(patching, "most_places", lambda blocks: 0),

@@ -17,7 +17,8 @@ from hf_accel.core.steps.patcher import Change
 from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine
-from hf_accel.quantization.calibrating.findings import Calibration, check
+from hf_accel.quantization.calibrating.findings import Calibration, Finding, check
+from hf_accel.quantization.calibrating.powers import ends_of
 from hf_accel.quantization.calibrating.products import widest_of
 from hf_accel.quantization.calibrating.scaling import most_places
 from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
@@ -57,10 +58,12 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         widest = widest_of(chosen)
         text = text_for(trial, setting.calibration, widest)
         run = Calibrator(trial, text.ids, chosen, self.config, setting.anatomy.dtype, setting.advance)
-        findings = []
+        findings: list[Finding] = []
+        powers: dict[str, torch.Tensor] = {}
         left = {target.path: target for target in chosen}
         for part in run.run():
             findings += part.findings
+            powers |= part.powers
             self._put_norms(part, setting, host)
             for target in part.targets:
                 del left[target.path]
@@ -73,7 +76,10 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             replacement = self.prepared(target, target.module, setting)
             setting.prepared_for(target.module)[self.config] = replacement
             yield target, replacement
-        host.report.sections[SECTION] = Calibration(findings, notes_on(text, widest) + run.notes)
+        section = Calibration(findings, notes_on(text, widest) + run.notes)
+        section.powers, section.row_tokens = powers, text.ids.shape[1]
+        section.part_rows = next(iter(ends_of(len(text.ids))), 0)
+        host.report.sections[SECTION] = section
 
     def obstacles(self, setting: Setting) -> list[str]:
         found = super().obstacles(setting)

@@ -88,10 +88,16 @@ def found(
 
 
 class Calibration:
-    """The section of a report: what was found of every product, and notes on the text and the run."""
+    """The section of a report: what was found of every product, and notes on the text and the run.
+
+    powers: path -> mean squares [parts, K] of what a product read in parts of the text of `part_rows` rows of
+    `row_tokens` tokens; see `powers.py`.
+    """
 
     def __init__(self, findings: Sequence[Finding], notes: Iterable[str] = ()) -> None:
         self.findings, self.notes = list(findings), list(notes)
+        self.powers: dict[str, Tensor] = {}
+        self.part_rows = self.row_tokens = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""

@@ -22,7 +22,7 @@ from hf_accel.ops.affine import Affine, Scheme
 from hf_accel.quantization.calibrating.findings import Finding
 
 _RECORD = "calibration.json"
-_VALUE = "value of "
+_VALUE, _POWER = "value of ", "power of "
 
 
 def fingerprint(model: nn.Module, ids: Tensor, settings: dict[str, Any]) -> str:
@@ -75,10 +75,16 @@ class LayerFolder:
         return count
 
     def save(
-        self, index: int, affines: dict[str, Affine], findings: Sequence[Finding], values: dict[str, Tensor]
+        self,
+        index: int,
+        affines: dict[str, Affine],
+        findings: Sequence[Finding],
+        values: dict[str, Tensor],
+        powers: dict[str, Tensor],
     ) -> None:
-        """Keep what was made of a layer: codes by path, what was found, and values by path of parameters."""
+        """Keep what was made of a layer: codes by path, what was found, values of parameters, powers of inputs."""
         tensors = {f"{_VALUE}{path}": value for path, value in values.items()}
+        tensors |= {f"{_POWER}{path}": value for path, value in powers.items()}
         schemes = {}
         for path, affine in affines.items():
             tensors |= {f"{path}.codes": affine.codes.contiguous(), f"{path}.scales": affine.scales.contiguous()}
@@ -89,6 +95,7 @@ class LayerFolder:
             "schemes": schemes,
             "findings": [finding.to_dict() for finding in findings],
             "values": list(values),
+            "powers": list(powers),
         }
         part = self._file(index).with_suffix(".part")
         save_file(
@@ -96,7 +103,9 @@ class LayerFolder:
         )
         part.replace(self._file(index))
 
-    def load(self, index: int, device: torch.device) -> tuple[dict[str, Affine], list[Finding], dict[str, Tensor]]:
+    def load(
+        self, index: int, device: torch.device
+    ) -> tuple[dict[str, Affine], list[Finding], dict[str, Tensor], dict[str, Tensor]]:
         """Return what `save` kept.
 
         Raises:
@@ -111,8 +120,11 @@ class LayerFolder:
                     codes, scales = (opened.get_tensor(f"{path}.{name}").to(device) for name in ("codes", "scales"))
                     zeros = None if symmetric else opened.get_tensor(f"{path}.zeros").to(device)
                     affines[path] = Affine(codes, scales, zeros, Scheme(bits, group, symmetric))
-                values = {path: opened.get_tensor(f"{_VALUE}{path}").to(device) for path in about["values"]}
-                return affines, [Finding(**finding) for finding in about["findings"]], values
+                values, powers = (
+                    {path: opened.get_tensor(f"{kind}{path}").to(device) for path in about[name]}
+                    for kind, name in ((_VALUE, "values"), (_POWER, "powers"))
+                )
+                return affines, [Finding(**finding) for finding in about["findings"]], values, powers
         except Exception as error:  # safetensors' own errors, too
             raise CheckpointError(
                 f"{file} is damaged ({described(error)}); delete it, and the layers after it, to make it anew."

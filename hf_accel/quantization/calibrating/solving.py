@@ -26,6 +26,7 @@ from hf_accel.quantization.calibrating.activations import Activations, Room, Str
 from hf_accel.quantization.calibrating.findings import Finding, found
 from hf_accel.quantization.calibrating.folder import LayerFolder, fingerprint
 from hf_accel.quantization.calibrating.layers import Layer, first_inputs, layers_of
+from hf_accel.quantization.calibrating.powers import Powers
 from hf_accel.quantization.calibrating.products import Product, products_of, within
 from hf_accel.quantization.calibrating.refining import put_weights, refined
 from hf_accel.quantization.calibrating.scaling import Scaled, notes_on_scaling, scale
@@ -42,12 +43,16 @@ _ORIGINAL, _ROUNDED = "original-{}.bin", "rounded-{}.bin"  # what layer {} reads
 
 @dataclass
 class Calibrated:
-    """What was made of some targets: path of a product -> its codes; path of another parameter -> its new value."""
+    """What was made of some targets: path of a product -> its codes; path of another parameter -> its new value.
+
+    powers: as of `Powers.found`.
+    """
 
     targets: list[Target]
     affines: dict[str, Affine]
     findings: list[Finding]
     values: dict[str, Tensor] = field(default_factory=dict)
+    powers: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,6 +62,7 @@ class _Layer:
     affines: dict[str, Affine]
     findings: list[Finding]
     values: dict[str, Tensor]
+    powers: dict[str, Tensor]
     given: list[Activations]
 
 
@@ -124,11 +130,11 @@ class Calibrator:
                 products = [p for target in chosen[index] for p in products_of(self.model, target, self.config)]
                 made = self._layer(layers[index], blocks.get(id(layers[index].module)), products, streams)
                 if folder is not None:
-                    folder.save(index, made.affines, made.findings, made.values)
+                    folder.save(index, made.affines, made.findings, made.values, made.powers)
                 for stream, read in zip(streams, made.given, strict=True):
                     stream.go_on(read)
                 self._forget(chosen[index])
-                yield Calibrated(chosen[index], made.affines, made.findings, made.values)
+                yield Calibrated(chosen[index], made.affines, made.findings, made.values, made.powers)
             for stream in streams:
                 stream.read.delete()
         self.notes += notes_on_scaling(self._scaled)
@@ -146,10 +152,12 @@ class Calibrator:
     ) -> _Layer:
         """Solve the products of a layer, and refine them where there is a second stream."""
         original = streams[0].room_for_next()
+        powers = Powers(len(original))
         with Observer({product.path: product.module for product in products}) as observer:
             for row in range(len(original)):
                 original.write(row, layer.run(streams[0].read.row(row)))
                 observer.end_row()
+                powers.end_row(row, observer.moments)
         scaled = Scaled()
         if block is not None:
             scaled = scale(layer, block, products, streams[0].read, self.model, self.dtype, self.advance)
@@ -167,7 +175,9 @@ class Calibrator:
             for row in range(len(rounded)):
                 rounded.write(row, layer.run(streams[1].read.row(row)))
             given.append(rounded)
-        return _Layer(affines | self._fallen(products, affines), findings, scaled.values, given)
+        return _Layer(
+            affines | self._fallen(products, affines), findings, scaled.values, powers.found(scaled.columns), given
+        )
 
     def _folder(self) -> LayerFolder | None:
         if self.config.folder is None:
@@ -240,13 +250,15 @@ class Calibrator:
     def _as_a_whole(self) -> Iterator[Calibrated]:
         portions = list(_portions(self.model, self.targets, self.config))
         for portion, products in portions:
+            powers = Powers(len(self.ids))
             with Observer({product.path: product.module for product in products}) as observer:
                 for row in range(len(self.ids)):
                     self.model(self.ids[row : row + 1].to(self._device), use_cache=False)
                     observer.end_row()
+                    powers.end_row(row, observer.moments)
             solved, findings = self._solve_all(products, observer.moments, Scaled())
             affines = {product.path: one.affine for product, one in solved}
-            yield Calibrated(portion, affines | self._fallen(products, affines), findings)
+            yield Calibrated(portion, affines | self._fallen(products, affines), findings, {}, powers.found({}))
 
 
 def _portions(
