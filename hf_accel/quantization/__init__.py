@@ -1,7 +1,8 @@
 """Weights in few bits: products, experts and embeddings that store them, and the step that puts them in place."""
 
-from hf_accel.quantization.config import GPTQConfig, WeightOnlyConfig
+from hf_accel.quantization.config import GPTQConfig, MixedPrecisionConfig, WeightOnlyConfig
 from hf_accel.quantization.gptq import GPTQPatcher
+from hf_accel.quantization.mixed import MixedPrecisionPatcher
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.takeover import CompressedTensorsConfig, CompressedTensorsPatcher
@@ -11,6 +12,8 @@ __all__ = [
     "CompressedTensorsPatcher",
     "GPTQConfig",
     "GPTQPatcher",
+    "MixedPrecisionConfig",
+    "MixedPrecisionPatcher",
     "QuantizedLinear",
     "WeightOnlyConfig",
     "WeightOnlyPatcher",
