@@ -17,11 +17,12 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine
 from hf_accel.quantization.calibrating.findings import Calibration, check
+from hf_accel.quantization.calibrating.products import most_inputs
 from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig
 from hf_accel.quantization.modules.experts import QuantizedExperts
-from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
+from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import Target
 
@@ -43,13 +44,14 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         return super().patch(setting, host)
 
     def replacements(self, chosen: list[Target], setting: Setting, host: Host) -> Iterator[tuple[Target, nn.Module]]:
-        kept = [setting.prepared_for(target.module).get(self._key(target)) for target in chosen]
-        if kept and all(kept):
+        known = [setting.prepared_for(target.module).get(self._key(target)) for target in chosen]
+        kept = [made for made in known if made is not None]
+        if kept and len(kept) == len(chosen):
             yield from ((target, module) for target, (module, _) in zip(chosen, kept, strict=True))
             host.report.sections[SECTION] = Calibration([found for _, findings in kept for found in findings])
             return
         trial = twin(setting.model)
-        widest = max((_widest(target) for target in chosen), default=0)
+        widest = most_inputs(chosen)
         text = text_for(trial, setting.calibration, widest)
         run = Calibrator(trial, text.ids, chosen, self.config, setting.anatomy.dtype, setting.advance)
         findings = []
@@ -90,13 +92,6 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
 
         count = len(target.module.gate_up_proj)
         return QuantizedExperts(packed("gate_up_proj", count), packed("down_proj", count), target.module)
-
-
-def _widest(target: Target) -> int:
-    """Return the inputs of the widest product of a target."""
-    if target.scheme is not None:
-        return linear_weight(target.module).shape[1]
-    return max(weight.shape[-1] for weight in target.module.parameters() if weight.dim() == 3)
 
 
 def _linear(affine: Affine, bias: torch.Tensor | None, dtype: torch.dtype) -> QuantizedLinear:

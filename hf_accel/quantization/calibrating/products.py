@@ -50,6 +50,17 @@ def products_of(model: Any, target: Target, config: WeightOnlyConfig) -> list[Pr
     ]
 
 
+def most_inputs(targets: Sequence[Target]) -> int:
+    """Return the inputs of the widest product of the targets, 0 where there are none."""
+    found = [0]
+    for target in targets:
+        if target.scheme is not None:
+            found.append(linear_weight(target.module).shape[1])
+        else:
+            found += [weight.shape[-1] for weight in target.module.parameters() if weight.dim() == 3]
+    return max(found)
+
+
 def within(targets: Sequence[Target], path: str) -> list[Target]:
     """Return the targets in the module called `path`."""
     return [target for target in targets if target.path.startswith(f"{path}.")]
