@@ -74,6 +74,25 @@ def test_what_is_written_is_what_the_library_computes(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_bits_where_they_matter(folder: Path, tmp_path: Path) -> None:
+    options = ("--method", "mixed", "--bits", "4.6", *OPTIONS, "--calibration", folder / "text.txt", "--json")
+    data = json.loads(succeed("quantize", folder, tmp_path / "out", *options).stdout)
+    [change] = [change for change in data["changes"] if change["config"]["type"] == "MixedPrecisionConfig"]
+    assert change["config"]["average_bits"] == 4.6
+    kinds = {getattr(m, "scheme", None) for m in hf_accel.from_pretrained(tmp_path / "out").model.layers.modules()}
+    assert len({kind.bits for kind in kinds if kind is not None}) > 1
+
+
+def test_training_in_few_bits(folder: Path, tmp_path: Path) -> None:
+    options = ("--method", "qat", "--bits", "3", "--minutes", "0.05", "--resume", *OPTIONS, "--json")
+    data = json.loads(succeed("quantize", folder, tmp_path / "out", *options).stdout)
+    assert data["quality"]["kl"] > 0
+    assert data["split"] is None
+    found = hf_accel.from_pretrained(tmp_path / "out")
+    assert found.model.layers[0].mlp.up_proj.scheme.bits == 3
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_formats_and_those_that_cannot_hold_the_model(folder: Path, tmp_path: Path) -> None:
     shared = ("quantize", folder, tmp_path, "--dtype", "float32", "--threads", "1", "--head", "0")
     succeed(*shared, "--bits", "4", "--format", "gptq")
@@ -140,8 +159,12 @@ def test_a_run_that_is_interrupted_goes_on(folder: Path, tmp_path: Path, monkeyp
         (("--method", "magic"), f"--method is one of {', '.join(METHODS)}; 'magic' was given"),
         (("--method", "gptq", "--bits", "5"), "GPTQConfig.bits is 2, 3, 4 or 8; 5 was given"),
         (("--method", "gptq", "--bits", "2.5"), "GPTQConfig.bits is 2, 3, 4 or 8; 2.5 was given"),
-        (("--resume",), "--resume belongs to --method gptq, awq; the method is 'nearest'"),
-        (("--refine-steps", "3"), "--refine-steps belongs to --method gptq, awq;"),
+        (("--resume",), "--resume belongs to --method gptq, awq, qat; the method is 'nearest'"),
+        (("--refine-steps", "3"), "--refine-steps belongs to --method gptq, awq, mixed, qat;"),
+        (("--method", "mixed", "--layer", "a=4"), "--layer belongs to --method nearest, gptq, awq, qat;"),
+        (("--method", "mixed", "--asymmetric"), "--asymmetric belongs to --method nearest, gptq, awq, qat;"),
+        (("--minutes", "3"), "--minutes belongs to --method qat;"),
+        (("--method", "qat", "--embeddings"), "--embeddings are not trained in few bits"),
         (("--format", "awq"), "--format is one of compressed-tensors, gptq"),
         (("--method", "gptq", "--refine-steps", "-1"), "refine_steps"),
         (("--method", "gptq", "--calibration", "{short}"), "tells too little"),

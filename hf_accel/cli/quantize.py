@@ -34,6 +34,7 @@ from hf_accel.measure.text import FITTED_ROW_TOKENS, ROW_TOKENS, calibration_tex
 from hf_accel.quantization.files.saving import FORMATS
 from hf_accel.quantization.files.seal import save_pretrained
 
+MINUTES = 15.0  # of training
 _FORMATS = ", ".join(name for name in FORMATS if name)
 
 
@@ -71,6 +72,9 @@ def quantize(
         str | None,
         typer.Option(help=f"Format of the files: {_FORMATS}.", show_default="compressed-tensors where it fits"),
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="What training may take, writing text included.", show_default=f"{MINUTES:g}")
+    ] = None,
     dtype: DtypeName = Dtype.bfloat16,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -84,7 +88,7 @@ def quantize(
         "embeddings": 8 if embeddings else None,
     }
     partial = Path(f"{out.absolute()}.partial") if resume else None
-    config = chosen_config(method, Asked(bits, shared, refine_steps, partial))
+    config: Any = chosen_config(method, Asked(bits, shared, refine_steps, partial, minutes))
     if format not in FORMATS:
         raise ConfigError(f"--format is one of {_FORMATS}; {format!r} was given.")
     check_folder(out)
@@ -94,7 +98,13 @@ def quantize(
     tokenizer = None if model in SHAPES else load_tokenizer(model)
     if calibration is not None and tokenizer is None:
         raise ConfigError(f"--calibration needs the tokenizer of {model!r}, which was not found.")
-    split = _optimized(loaded, model, config, given, tokenizer)
+    split = None
+    if METHODS[method].trains:
+        from hf_accel.recipes import qat  # with transformers.Trainer: seconds
+
+        qat(loaded, config, given, tokenizer=tokenizer, minutes=minutes or MINUTES, out=partial)
+    else:
+        split = _optimized(loaded, model, config, given, tokenizer)
     with progress(f"writing {out}"):
         refused = _save(loaded, out, format)
         if tokenizer is not None:

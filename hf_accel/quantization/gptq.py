@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,12 +48,14 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         return super().patch(setting, host)
 
     def replacements(self, chosen: list[Target], setting: Setting, host: Host) -> Iterator[tuple[Target, nn.Module]]:
-        kept = [setting.prepared_for(target.module).get(self.config) for target in chosen]
-        if all(module is not None for module in kept) and kept:
+        known = [setting.prepared_for(target.module).get(self._key(target)) for target in chosen]
+        kept = [made for made in known if made is not None]
+        if kept and len(kept) == len(chosen):
             for norm in self._norms(setting):
                 if (scaled := setting.prepared_for(norm).get(self.config)) is not None:
                     _swap(setting.model, norm, scaled, host.journal)
-            yield from zip(chosen, kept, strict=True)
+            yield from ((target, module) for target, (module, _) in zip(chosen, kept, strict=True))
+            host.report.sections[SECTION] = Calibration([found for _, findings in kept for found in findings])
             return
         trial = twin(setting.model)
         widest = widest_of(chosen)
@@ -68,13 +71,14 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             for target in part.targets:
                 del left[target.path]
                 replacement = self._packed(target, part, setting)
-                setting.prepared_for(target.module)[self.config] = replacement
+                own = [found for found in part.findings if f"{found.path}.".startswith(f"{target.path}.")]
+                setting.prepared_for(target.module)[self._key(target)] = replacement, own
                 yield target, replacement
         del trial, run.model
         check(findings, is_solved=self.config.solver == "gptq")
         for target in left.values():
             replacement = self.prepared(target, target.module, setting)
-            setting.prepared_for(target.module)[self.config] = replacement
+            setting.prepared_for(target.module)[self._key(target)] = replacement, []
             yield target, replacement
         section = Calibration(findings, notes_on(text, widest) + run.notes)
         section.powers, section.row_tokens = powers, text.ids.shape[1]
@@ -114,6 +118,17 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             scaled._parameters = {**norm._parameters, "weight": nn.Parameter(value, requires_grad=needs_gradient)}
             setting.prepared_for(norm)[self.config] = scaled
             _swap(setting.model, norm, scaled, host.journal)
+
+    def _key(self, target: Target) -> tuple[Any, ...]:
+        """Return by what the result of a target is kept: alone where it is solved alone."""
+        config = self.config
+        if config.refine_steps or config.scaling is not None:
+            return (target.scheme, config)
+        scheme: tuple[Any, ...] = (target.scheme,)
+        if target.scheme is None:  # of experts, whose products have schemes of their own
+            bits, size = config.bits_of(target.path) or config.bits, config.group_size_of(target.path)
+            scheme = (None, bits, size or config.group_size, config.symmetric)
+        return (*scheme, GPTQConfig, config.order, config.damping)
 
     def _packed(self, target: Target, part: Calibrated, setting: Setting) -> nn.Module:
         """Return the module that stands in for a target, with the codes that were found."""
