@@ -18,7 +18,10 @@ import hf_accel
 from hf_accel import ConfigError, GPTQConfig, UnsupportedModelError
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.shadow import twin
+from hf_accel.core.steps.applying import applied
+from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
+from hf_accel.measure.quality import CalibrationText
 from hf_accel.ops.affine import dequantize, quantize
 from hf_accel.quantization.calibrating import scaling
 from hf_accel.quantization.calibrating.activations import Room, Stream
@@ -204,6 +207,29 @@ def test_a_run_that_is_interrupted_ends_with_the_same_bits(tmp_path: Path) -> No
     resumed, found = run(tmp_path)
     assert same(whole, resumed)
     assert torch.equal(found, expected), "norms are as in the whole run, too"
+
+
+def test_what_was_made_is_put_in_place_again_with_its_norms() -> None:
+    model = uneven("gemma2")
+    setting = Setting.of(model)
+    setting.calibration = CalibrationText(TEXT, "random tokens", False)
+    setting.keep_prepared()
+    found = []
+    for _ in range(2):
+        with applied(Plan.of([BOTH]), setting):
+            found.append((logits(model), model.model.layers[0].input_layernorm))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] is found[1][1] is not model.model.layers[0].input_layernorm
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+def test_half_precision(name: str) -> None:
+    """Norms are rounded to their data type, and the columns make up for that."""
+    model = uneven(name).to(torch.bfloat16)
+    trial, found = scaled_twin(model, AWQ)
+    assert any(alpha is not None for layer in found for alpha in layer.alphas)
+    exact = logits(model.float())
+    assert distance(logits(trial.float()), exact) < 0.02, "weights that are scaled are rounded to bfloat16"
 
 
 def test_a_layer_that_computes_something_else_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
