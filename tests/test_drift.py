@@ -103,7 +103,7 @@ def test_powers_are_what_the_parts_of_the_text_give(name: str, scaling: str | No
     for path, powers in section.powers.items():
         found = torch.cat(reads[path]).square().mean(dim=0)
         assert powers.shape == (8, len(found))
-        share = 0.2 if "experts" in path else 0.05  # a token may go to another expert
+        share = 0.5 if "experts" in path else 0.05  # a token may go to another expert
         assert float((powers[0] - found).norm()) < share * float(found.norm()), path
 
 
