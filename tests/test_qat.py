@@ -204,7 +204,7 @@ def test_a_start_of_another_method_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     """A start says codes and scales by path; they are what the model computes with before the first step."""
     given: dict[str, Affine] = {}
 
-    def coarse(setting: Any, chosen: Any, config: Any) -> dict[str, Affine]:
+    def coarse(setting: Any, chosen: Any, config: Any, refine_steps: int) -> dict[str, Affine]:
         for target in chosen:
             found = quantize(target.module.weight.detach(), target.scheme, torch.bfloat16)
             given[target.path] = Affine((found.codes // 2).to(torch.int8), found.scales, None, found.scheme)
@@ -215,7 +215,7 @@ def test_a_start_of_another_method_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     for path, _, _, module in trained_products(model):
         assert torch.equal(module.affine().codes, given[path].codes)
         assert torch.equal(module.affine().scales, given[path].scales.float())
-    monkeypatch.setitem(starting.STARTS, "coarse", lambda setting, chosen, config: {})
+    monkeypatch.setitem(starting.STARTS, "coarse", lambda *_: {})
     other = original()
     with pytest.raises(UnsupportedModelError, match=r"says nothing of model\.layers\.0"):
         hf_accel.optimize(other, [few(3, start="coarse")])

@@ -3,7 +3,7 @@
 Columns are rounded one after the other, and what rounding a column does to the outputs is taken out of the columns
 that follow: with H = sum x x^T of the inputs and U the upper Cholesky factor of H^-1, the error e = (w - q) / U_kk of
 column k changes the later ones by -e U_k. Everything is computed in fp64. Cost: K^3 operations for a Hessian of K
-inputs, N K^2 for a weight [N, K]; memory: two Hessians and two copies of the weight in fp64.
+inputs, N K^2 for a weight [N, K]; memory: four matrices [K, K] and two copies of the weight in fp64.
 """
 
 from __future__ import annotations
@@ -49,28 +49,35 @@ class Factor:
         Raises:
             ValueError: it is not finite, or cannot be factored with whatever damping.
         """
-        hessian = moment.double()
-        if not bool(hessian.isfinite().all()):
+        if not bool(moment.isfinite().all()):
             raise ValueError("the second moment of the inputs is not finite")
-        diagonal = hessian.diagonal()
-        is_dead = diagonal <= 0
-        order = torch.argsort(diagonal, descending=True, stable=True) if is_ordered else torch.arange(len(hessian))
-        order = order.to(hessian.device)
-        hessian = hessian[order][:, order]
+        is_dead = moment.diagonal() <= 0
+        order = torch.arange(len(moment), device=moment.device)
+        if is_ordered:
+            order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+        hessian = moment[order[:, None], order].double()
         hessian.diagonal()[is_dead[order]] = 1.0
         mean, share, added = float(hessian.diagonal().mean()), damping, 0.0
         for _ in range(_TRIES):
             hessian.diagonal().add_((share - added) * mean)
             added = share
-            lower, failed = torch.linalg.cholesky_ex(hessian)
-            if not int(failed):
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
+            if (upper := _inverse_factor(hessian)) is not None:
                 return Factor(hessian, upper, order, is_ordered, is_dead, share)
             share = max(share, 1e-4) * _MORE_DAMPING
         raise ValueError(
             f"the second moment of the inputs cannot be factored, not even with {added:g} of its mean added"
         )
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor | None:
+    """Return the upper Cholesky factor of the inverse, None where there is none; at most two matrices beside it."""
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if int(failed) else upper
 
 
 @dataclass(frozen=True)
