@@ -99,8 +99,9 @@ class Calibrator:
                 yield from self._by_layers(layers)
             else:
                 self.notes.append(f"the model was read as a whole: {reason}")
-                if self.config.refine_steps or self.config.scaling:
-                    self.notes.append("nothing was scaled or refined, since layers cannot be run by themselves")
+                for is_asked, done in ((self.config.scaling, "scaled"), (self.config.refine_steps, "refined")):
+                    if is_asked:
+                        self.notes.append(f"nothing was {done}, since layers cannot be run by themselves")
                 yield from self._as_a_whole()
 
     @property
