@@ -204,7 +204,7 @@ def test_bad_text_and_bad_numbers() -> None:
         hf_accel.optimize(model, BITS_3, calibration=prompt(2, 30))
     with pytest.raises(hf_accel.ConfigError, match="a row has two or more"):
         hf_accel.optimize(model, BITS_3, calibration=torch.zeros(1, 1, dtype=torch.long))
-    with pytest.raises(hf_accel.ConfigError, match="T >= 2"):
+    with pytest.raises(hf_accel.ConfigError, match="has 0 tokens"):
         hf_accel.optimize(model, BITS_3, calibration=torch.zeros(0, 4, dtype=torch.long))
     assert not changes(before, fingerprint(model))
     hook = model.model.layers[1].mlp.act_fn.register_forward_hook(lambda m, a, output: output * float("nan"))
