@@ -5,7 +5,13 @@ from hf_accel.cache import KVCacheConfig
 from hf_accel.decoding import DecodingConfig
 from hf_accel.gqa import GQAConfig
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
-from hf_accel.quantization import CompressedTensorsConfig, GPTQConfig, QATConfig, WeightOnlyConfig
+from hf_accel.quantization import (
+    CompressedTensorsConfig,
+    GPTQConfig,
+    MixedPrecisionConfig,
+    QATConfig,
+    WeightOnlyConfig,
+)
 from hf_accel.speculative import SpeculativeConfig
 
 __all__ = [
@@ -16,6 +22,7 @@ __all__ = [
     "GPTQConfig",
     "GQAConfig",
     "KVCacheConfig",
+    "MixedPrecisionConfig",
     "NativeLinearConfig",
     "QATConfig",
     "SharedProjectionConfig",

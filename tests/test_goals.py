@@ -28,8 +28,8 @@ from hf_accel.measure.quality import CalibrationText, Quality, QualityReference
 from hf_accel.measure.text import calibration_text
 from hf_accel.planner import GOALS
 from hf_accel.quantization import candidates
-from hf_accel.quantization import mixed as mixed_bits
-from hf_accel.quantization.mixed import choose_bits
+from hf_accel.quantization.allocating import bounded as mixed_bits
+from hf_accel.quantization.allocating.bounded import choose_bits
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.targets import targets
 from hf_accel.quantization.timing import slower_products

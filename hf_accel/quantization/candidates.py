@@ -10,7 +10,7 @@ from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
 from hf_accel.quantization.config import WeightOnlyConfig
-from hf_accel.quantization.mixed import choose_bits, measured
+from hf_accel.quantization.allocating.bounded import choose_bits, measured
 from hf_accel.quantization.timing import slower_products
 
 

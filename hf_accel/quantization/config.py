@@ -12,6 +12,9 @@ from hf_accel.ops.affine import GROUP_SIZES, Scheme
 
 BITS = (2, 3, 4, 8)
 HEAD_BITS = (4, 8)  # every token's logits pass through the head: fewer are not offered
+KEPT_BITS = 16  # among choices of bits: the product is left as it is
+
+Bits = int | tuple[int, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,27 +25,33 @@ class ProductsConfig(Config):
     group_size: columns that share a scale, 32, 64 or 128; fewer are more exact and cost 16 bits per group. None: the
         whole row at 8 bits, 64 below (32 where 64 does not divide the row).
     symmetric: zero is the code 0; False gives each group a zero of its own (not at 8 bits, which gain nothing from it).
-    layers: name pattern -> bits for the products it matches (2, 3, 4, 8, or None: left as they are); the first match
-        counts.
+    layers: name pattern -> bits for the products it matches (2, 3, 4, 8, or None: left as they are), or bits and a
+        group size of their own; the first match counts.
     head: bits of the output head (8 or 4); None leaves it alone.
     """
 
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = True
-    layers: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] = ()
+    layers: Mapping[str, Bits] | tuple[tuple[str, Bits], ...] = ()
     head: int | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         pairs = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
         try:
-            object.__setattr__(self, "layers", tuple((pattern, bits) for pattern, bits in pairs))
+            plain = tuple((pattern, tuple(bits) if isinstance(bits, list) else bits) for pattern, bits in pairs)
+            object.__setattr__(self, "layers", plain)
         except (TypeError, ValueError):
             raise ConfigError(f"{name}.layers maps name patterns to bits; {self.layers!r} was given.") from None
         if strange := [pattern for pattern, _ in self.pairs if not isinstance(pattern, str)]:
             raise ConfigError(f"{name}.layers maps name patterns, which are texts; {strange[0]!r} was given.")
-        given = {"bits": self.bits} | {f"layers[{pattern!r}]": bits for pattern, bits in self.pairs if bits is not None}
+        given: dict[str, object] = {"bits": self.bits}
+        for pattern, bits in self.pairs:
+            if isinstance(bits, tuple) and len(bits) == 2 and bits[1] not in GROUP_SIZES:
+                raise ConfigError(f"{name}.layers[{pattern!r}] has groups of {GROUP_SIZES}; {bits[1]!r} was given.")
+            if bits is not None:
+                given[f"layers[{pattern!r}]"] = bits[0] if isinstance(bits, tuple) and len(bits) == 2 else bits
         for field, bits in given.items():
             if type(bits) is not int or bits not in BITS:
                 raise ConfigError(f"{name}.{field} is 2, 3, 4 or 8; {bits!r} was given.")
@@ -54,22 +63,32 @@ class ProductsConfig(Config):
             raise ConfigError(f"{name}.symmetric is True or False, and False only with bits below 8.")
 
     @property
-    def pairs(self) -> tuple[tuple[str, int | None], ...]:
+    def pairs(self) -> tuple[tuple[str, Bits], ...]:
         return self.layers  # type: ignore[return-value]
 
     def bits_of(self, name: str) -> int | None:
         """Return the bits of the product called `name`, by the first pattern that matches it."""
-        for pattern, bits in self.pairs:
-            if fnmatchcase(name, pattern):
-                return bits
-        return self.bits
+        bits = self._match(name)
+        return bits[0] if isinstance(bits, tuple) else bits
 
-    def scheme(self, bits: int, columns: int) -> tuple[Scheme, str]:
-        """Return the scheme for rows of `columns`, and why it is not the one asked for, or ""."""
+    def group_size_of(self, name: str) -> int | None:
+        """Return the group size that the first pattern that matches `name` gives it, None where it gives none."""
+        bits = self._match(name)
+        return bits[1] if isinstance(bits, tuple) else None
+
+    def _match(self, name: str) -> Bits:
+        return next((bits for pattern, bits in self.pairs if fnmatchcase(name, pattern)), self.bits)
+
+    def scheme(self, bits: int, columns: int, group_size: int | None = None) -> tuple[Scheme, str]:
+        """Return the scheme for rows of `columns`, and why it is not the one asked for, or "".
+
+        group_size: of the product alone; None: the config's.
+        """
         if bits == 8:
-            fits = self.bits == 8 and self.group_size is not None and columns % self.group_size == 0
-            return Scheme(8, self.group_size if fits else None), ""
-        wanted = (64, 32) if self.group_size is None else (self.group_size,)
+            size = group_size or (self.group_size if self.bits == 8 else None)
+            return Scheme(8, size if size is not None and columns % size == 0 else None), ""
+        size = group_size or self.group_size
+        wanted = (64, 32) if size is None else (size,)
         for group in wanted:
             if columns % group == 0:
                 return Scheme(bits, group, self.symmetric), ""
@@ -84,8 +103,8 @@ class WeightOnlyConfig(ProductsConfig):
     group_size: columns that share a scale, 32, 64 or 128; fewer are more exact and cost 16 bits per group. None: the
         whole row at 8 bits, 64 below (32 where 64 does not divide the row).
     symmetric: zero is the code 0; False gives each group a zero of its own (not at 8 bits, which gain nothing from it).
-    layers: name pattern -> bits for the products it matches (2, 3, 4, 8, or None: left as they are); the first match
-        counts.
+    layers: name pattern -> bits for the products it matches (2, 3, 4, 8, or None: left as they are), or bits and a
+        group size of their own; the first match counts.
     head: bits of the output head (8 or 4), 8 by default because every token's logits pass through it; None leaves it
         alone.
     embeddings: 8 stores the table of input embeddings in 8 bits too, sharing the codes of a tied head: less memory,
@@ -137,3 +156,67 @@ class GPTQConfig(WeightOnlyConfig):
         self.check_integer("max_activation_bytes", 0)
         if self.folder is not None and not isinstance(self.folder, str):
             raise ConfigError(f"GPTQConfig.folder is the name of a folder or None; {self.folder!r} was given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecisionConfig(Config):
+    """Bits where they matter: few for products that cost little in few, more for others, within a budget of bytes.
+
+    The model is measured on the text of `optimize(calibration=...)`; without one it writes some. Products that run
+    together (q, k and v; gate and up; the experts of a layer) have the same bits.
+
+    average_bits: bits per weight that the products of decoder layers take, scales included: 3 bits in groups of 64
+        are 3.25. The head and the embeddings are not counted.
+    budget_bytes: of all weights of the model afterwards, in place of `average_bits`.
+    choices: bits to choose from; 16 leaves a product as it is.
+    group_size: columns that share a scale below 8 bits, 32, 64 or 128; None: all three are choices, too.
+    method: "gptq" rounds as GPTQConfig, "nearest" as WeightOnlyConfig.
+    head, embeddings: as of WeightOnlyConfig.
+    refine_steps: as of GPTQConfig, once bits are chosen.
+    """
+
+    average_bits: float | None = None
+    budget_bytes: int | None = None
+    choices: tuple[int, ...] = (2, 3, 4, 8, 16)
+    group_size: int | None = None
+    method: str = "gptq"
+    head: int | None = 8
+    embeddings: int | None = None
+    refine_steps: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if (self.average_bits is None) == (self.budget_bytes is None):
+            raise ConfigError(
+                f"{name} takes average_bits or budget_bytes, one of them; {self.average_bits!r} and "
+                f"{self.budget_bytes!r} were given."
+            )
+        average = self.average_bits
+        if average is not None and not (type(average) in (int, float) and 0 < average <= 32):
+            raise ConfigError(f"{name}.average_bits is a number in (0, 32]; {average!r} was given.")
+        if self.budget_bytes is not None:
+            self.check_integer("budget_bytes", 1)
+        known = (*BITS, KEPT_BITS)
+        given = self.choices
+        if not isinstance(given, (tuple, list)) or not all(type(bits) is int and bits in known for bits in given):
+            raise ConfigError(f"{name}.choices are some of {known}; {given!r} was given.")
+        object.__setattr__(self, "choices", tuple(sorted(set(given))))
+        if not self.choices:
+            raise ConfigError(f"{name}.choices are some of {known}; none was given.")
+        if self.method not in ("gptq", "nearest"):
+            raise ConfigError(f'{name}.method is "gptq" or "nearest"; {self.method!r} was given.')
+        self.check_integer("refine_steps", 0)
+        if self.refine_steps and self.method != "gptq":
+            raise ConfigError(f'{name}.refine_steps belong to the method "gptq"; "{self.method}" was given.')
+        self.of_products()
+
+    def of_products(self, layers: tuple[tuple[str, Bits], ...] = ()) -> WeightOnlyConfig:
+        """Return the config that rounds as this one says, with such bits for each product.
+
+        Raises:
+            ConfigError: a value that this config shares with it does not fit.
+        """
+        shared = {"group_size": self.group_size, "head": self.head, "embeddings": self.embeddings, "layers": layers}
+        if self.method == "gptq":
+            return GPTQConfig(refine_steps=self.refine_steps, **shared)  # type: ignore[arg-type]
+        return WeightOnlyConfig(**shared)  # type: ignore[arg-type]

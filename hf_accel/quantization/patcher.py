@@ -78,7 +78,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
                 if target.scheme is None:
                     bits = self.config.bits_of(target.path) or self.config.bits
                     count, rows, columns = weight.shape
-                    scheme = self.config.scheme(bits, columns)[0]
+                    scheme = self.config.scheme(bits, columns, self.config.group_size_of(target.path))[0]
                 else:
                     count, (rows, columns), scheme = 1, linear_weight(target.module).shape, target.scheme
                 total += count * packed_bytes(scheme, rows, columns, anatomy.dtype)
@@ -136,7 +136,8 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if not setting.keeps_prepared:
             return self._replacement(target, original, dtype)
         made = setting.prepared_for(original)
-        key = (target.scheme, self.config.bits_of(target.path), self.config.group_size, self.config.symmetric)
+        path, config = target.path, self.config
+        key = (target.scheme, config.bits_of(path), config.group_size_of(path), config.group_size, config.symmetric)
         if key not in made:
             made[key] = self._replacement(target, original, dtype)
         return made[key]
@@ -144,10 +145,10 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
     def _replacement(self, target: Target, original: Any, dtype: torch.dtype) -> nn.Module:
         if target.scheme is not None:
             return quantized(linear_weight(original), original.bias, target.scheme, dtype)
-        bits = self.config.bits_of(target.path) or self.config.bits
+        bits, group_size = self.config.bits_of(target.path) or self.config.bits, self.config.group_size_of(target.path)
 
         def products(weights: torch.Tensor) -> list[QuantizedLinear]:
-            scheme, _ = self.config.scheme(bits, weights.shape[-1])
+            scheme, _ = self.config.scheme(bits, weights.shape[-1], group_size)
             return [quantized(weight, None, scheme, dtype) for weight in weights]
 
         return QuantizedExperts(products(original.gate_up_proj), products(original.down_proj), original)

@@ -53,7 +53,7 @@ def targets(anatomy: Anatomy, config: ProductsConfig) -> tuple[list[Target], lis
         if rows < LANES:
             skipped.setdefault(f"products of fewer than {LANES} rows stay as they are", []).append(path)
             continue
-        scheme, reason = config.scheme(bits, columns)
+        scheme, reason = config.scheme(bits, columns, None if module is head else config.group_size_of(path))
         if reason:
             skipped.setdefault(reason, []).append(path)
         found.append(Target(path, parent, name, scheme))

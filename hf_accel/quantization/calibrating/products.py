@@ -42,9 +42,9 @@ def products_of(model: Any, target: Target, config: WeightOnlyConfig) -> list[Pr
         experts = QuantizedExperts(gate_up, down, experts).train(experts.training)
         parent, _, name = target.path.rpartition(".")
         model.get_submodule(parent)._modules[name] = experts
-    bits = config.bits_of(target.path) or config.bits
+    bits, size = config.bits_of(target.path) or config.bits, config.group_size_of(target.path)
     return [
-        Product(f"{target.path}.{name}.{index}", module, config.scheme(bits, module.in_features)[0])
+        Product(f"{target.path}.{name}.{index}", module, config.scheme(bits, module.in_features, size)[0])
         for name in ("gate_up_proj", "down_proj")
         for index, module in enumerate(getattr(experts, name))
     ]

@@ -1,0 +1,89 @@
+"""Which products share their bits, because they run together, and what each group may choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_accel.core.model.architectures import SIBLING_NAMES
+from hf_accel.ops.affine import GROUP_SIZES
+from hf_accel.quantization.allocating.allocation import Option
+from hf_accel.quantization.config import KEPT_BITS, MixedPrecisionConfig
+from hf_accel.quantization.modules.linear import linear_weight
+from hf_accel.quantization.patcher import packed_bytes
+from hf_accel.quantization.targets import Target
+
+_EXPERTS = ".experts."
+
+
+@dataclass(frozen=True)
+class Group:
+    """Products that have the same bits, as a reader finds them: `name` is a path, with siblings joined by a slash.
+
+    options: with no cost yet. A width whose groups of columns do not fit every product is none of them.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    options: tuple[Option, ...]
+
+    @property
+    def original_bytes(self) -> int:
+        return sum(weight.numel() * weight.element_size() for target in self.targets for weight in _weights(target))
+
+    @property
+    def weights(self) -> int:
+        return sum(weight.numel() for target in self.targets for weight in _weights(target))
+
+
+def groups_of(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Group]:
+    """Return the groups of products of a model of `dtype`, in the order of the model."""
+    members: dict[tuple[str, ...], list[Target]] = {}
+    for target in targets:
+        members.setdefault(_key(target.path), []).append(target)
+    found = []
+    for key, chosen in members.items():
+        parent, *_ = key
+        names = dict.fromkeys(target.path.removeprefix(f"{parent}.") for target in chosen)
+        is_whole = len(chosen) == 1 or parent.endswith(_EXPERTS.rstrip("."))
+        name = chosen[0].path if len(chosen) == 1 else parent if is_whole else f"{parent}.{'/'.join(names)}"
+        found.append(Group(name, tuple(chosen), tuple(_options(chosen, config, dtype))))
+    return found
+
+
+def _key(path: str) -> tuple[str, ...]:
+    """Return what the paths of products that run together have in common."""
+    if _EXPERTS in path:  # experts that are modules of their own
+        return (path[: path.index(_EXPERTS) + len(_EXPERTS) - 1],)
+    parent, _, name = path.rpartition(".")
+    siblings = next((names for names in SIBLING_NAMES if name in names), (name,))
+    return (parent, *siblings)
+
+
+def _options(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Option]:
+    weights = [weight for target in targets for weight in _weights(target)]
+    found = []
+    for bits in config.choices:
+        if bits == KEPT_BITS:
+            found.append(Option(bits, None, sum(w.numel() * w.element_size() for w in weights), 0.0))
+            continue
+        sizes = (None,) if bits == 8 else GROUP_SIZES if config.group_size is None else (config.group_size,)
+        for size in sizes:
+            if size is not None and any(weight.shape[-1] % size for weight in weights):
+                continue
+            scheme = config.of_products().scheme(bits, 0, size)[0]
+            nbytes = sum(
+                (weight.shape[0] if weight.dim() == 3 else 1) * packed_bytes(scheme, *weight.shape[-2:], dtype)
+                for weight in weights
+            )
+            found.append(Option(bits, size, nbytes, 0.0))
+    return found
+
+
+def _weights(target: Target) -> list[torch.Tensor]:
+    """Return the weights [N, K] of a target, or those of its experts [experts, N, K]."""
+    if target.scheme is not None:
+        return [linear_weight(target.module).detach()]
+    return [weight.detach() for weight in target.module.parameters() if weight.dim() == 3]
