@@ -27,6 +27,7 @@ from hf_accel.measure.text import calibration_text
 from hf_accel.planner.timing import keep_what_pays
 from hf_accel.planner.trying import name_of
 
+LEAST_FITTED_TOKENS = 1024  # of a text, below which all of it is measured on and nothing fitted to it
 # see docs/quantization.md for what the bounds, in nats per token, mean on trained models
 GOALS = {
     "exact": Goal("exact"),
@@ -58,7 +59,8 @@ def plan_goal(
     trial = _trial(setting)
     with evaluating(trial.model):
         if goal.is_lossy:
-            goal = replace(goal, reference=_reference(trial.model, calibration, tokenizer))
+            goal = replace(goal, reference=_reference(trial, calibration, tokenizer))
+            setting.calibration = trial.calibration
         offer(plan, trial, _candidates(plan, trial, goal))
         on_own_account = [step for step in plan.steps if Patcher.for_config(step.config).gain is Gain.OWN_ACCOUNT]
         plan.steps = plan.without(*(type(step.config) for step in on_own_account)).steps
@@ -94,14 +96,19 @@ def _goal(name: str, calibration: Any, max_kl: float | None) -> Goal:
     return replace(goal, max_kl=max_kl)
 
 
-def _reference(model: Any, calibration: Any, tokenizer: Any) -> Callable[[], QualityReference]:
+def _reference(setting: Setting, calibration: Any, tokenizer: Any) -> Callable[[], QualityReference]:
     """Return what makes the reference of lossy steps once, or raises what keeps it from being made.
+
+    Of a text that is long enough the setting keeps some four fifths, which steps are fitted to, and not measured on.
 
     Raises:
         ConfigError: the calibration text does not fit.
     """
+    model = setting.model
     try:
         text = calibration_text(model, calibration, tokenizer)
+        if calibration is not None and text.ids.numel() >= LEAST_FITTED_TOKENS:
+            setting.calibration, text = text.split()
     except ConfigError:
         raise
     except Exception as error:  # memory may be short, or the model's own code may fail

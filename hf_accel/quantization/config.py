@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
@@ -46,15 +47,13 @@ class ProductsConfig(Config):
             raise ConfigError(f"{name}.layers maps name patterns to bits; {self.layers!r} was given.") from None
         if strange := [pattern for pattern, _ in self.pairs if not isinstance(pattern, str)]:
             raise ConfigError(f"{name}.layers maps name patterns, which are texts; {strange[0]!r} was given.")
-        given: dict[str, object] = {"bits": self.bits}
-        for pattern, bits in self.pairs:
-            if isinstance(bits, tuple) and len(bits) == 2 and bits[1] not in GROUP_SIZES:
-                raise ConfigError(f"{name}.layers[{pattern!r}] has groups of {GROUP_SIZES}; {bits[1]!r} was given.")
-            if bits is not None:
-                given[f"layers[{pattern!r}]"] = bits[0] if isinstance(bits, tuple) and len(bits) == 2 else bits
-        for field, bits in given.items():
+        given: dict[str, Any] = {f"layers[{pattern!r}]": bits for pattern, bits in self.pairs if bits is not None}
+        for field, value in ({"bits": self.bits} | given).items():
+            bits, size = value if isinstance(value, tuple) and len(value) == 2 else (value, GROUP_SIZES[0])
             if type(bits) is not int or bits not in BITS:
-                raise ConfigError(f"{name}.{field} is 2, 3, 4 or 8; {bits!r} was given.")
+                raise ConfigError(f"{name}.{field} is 2, 3, 4 or 8; {value!r} was given.")
+            if type(size) is not int or size not in GROUP_SIZES:
+                raise ConfigError(f"{name}.{field} has groups of one of {GROUP_SIZES} columns; {value!r} was given.")
         if self.head is not None and (type(self.head) is not int or self.head not in HEAD_BITS):
             raise ConfigError(f"{name}.head is 4, 8 or None; {self.head!r} was given.")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:

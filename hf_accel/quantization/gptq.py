@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,9 +44,10 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         return super().patch(setting, host)
 
     def replacements(self, chosen: list[Target], setting: Setting, host: Host) -> Iterator[tuple[Target, nn.Module]]:
-        kept = [setting.prepared_for(target.module).get(self.config) for target in chosen]
-        if all(module is not None for module in kept) and kept:
-            yield from zip(chosen, kept, strict=True)
+        kept = [setting.prepared_for(target.module).get(self._key(target)) for target in chosen]
+        if kept and all(kept):
+            yield from ((target, module) for target, (module, _) in zip(chosen, kept, strict=True))
+            host.report.sections[SECTION] = Calibration([found for _, findings in kept for found in findings])
             return
         trial = twin(setting.model)
         widest = widest_of(chosen)
@@ -58,15 +60,25 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
             for target in part.targets:
                 del left[target.path]
                 replacement = self._packed(target, part, setting)
-                setting.prepared_for(target.module)[self.config] = replacement
+                own = [found for found in part.findings if f"{found.path}.".startswith(f"{target.path}.")]
+                setting.prepared_for(target.module)[self._key(target)] = replacement, own
                 yield target, replacement
         del trial, run.model
         check(findings)
         for target in left.values():
             replacement = self.prepared(target, target.module, setting)
-            setting.prepared_for(target.module)[self.config] = replacement
+            setting.prepared_for(target.module)[self._key(target)] = replacement, []
             yield target, replacement
         host.report.sections[SECTION] = Calibration(findings, notes_on(text, widest) + run.notes)
+
+    def _key(self, target: Target) -> tuple[Any, ...]:
+        """Return by what the result of a target is kept: where nothing is refined, no other product plays a part."""
+        config = self.config
+        if config.refine_steps:
+            return (target.scheme, config)
+        bits = config.bits_of(target.path) or config.bits
+        size = config.group_size_of(target.path) or config.group_size
+        return (target.scheme, GPTQConfig, bits, size, config.symmetric, config.order, config.damping)
 
     def _packed(self, target: Target, part: Calibrated, setting: Setting) -> nn.Module:
         """Return the module that stands in for a target, with the codes that were found."""

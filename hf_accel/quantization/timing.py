@@ -26,6 +26,7 @@ def slower_products(setting: Setting, config: WeightOnlyConfig, rounds: int = 5)
     for target in targets(anatomy, config)[0]:
         ready = setting.prepared_for(target.module)
         made = next((m for key, m in ready.items() if key[0] == target.scheme), None)
+        made = made[0] if isinstance(made, tuple) else made
         if target.scheme is not None and isinstance(made, QuantizedLinear):
             key = (made.in_features, made.out_features, target.scheme)
             shapes.setdefault(key, []).append((target, made))

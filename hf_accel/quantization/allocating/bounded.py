@@ -1,9 +1,9 @@
 """Bits per layer within a bound on the KL divergence, measured on the model itself.
 
-The cheapest candidate that keeps the bound wins. Where 4 bits everywhere break it, each decoder layer is measured
+The cheapest candidate that keeps the bound wins; the goal "memory" begins at 2 bits. Where 4 bits everywhere break it, each decoder layer is measured
 alone at 4 bits with all others at 8; the costs of layers add up well while they are small, so the layers that cost
 least go to 4 bits until the bound is reached, and the whole is measured once more. Cost: one forward over the text
-per candidate.
+per candidate, and where they are solved on text a solution of every product in every scheme.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.plan import Plan, Step
 from hf_accel.core.steps.setting import Setting
 from hf_accel.measure.quality import Quality, QualityReference
-from hf_accel.quantization.config import WeightOnlyConfig
+from hf_accel.quantization.config import GPTQConfig, WeightOnlyConfig
 from hf_accel.quantization.targets import targets
 
 # the last is the finest
 FOR_SPEED = (WeightOnlyConfig(bits=4, group_size=64), WeightOnlyConfig(bits=4, group_size=32))
-FOR_MEMORY = tuple(WeightOnlyConfig(bits=4, group_size=size, embeddings=8) for size in (128, 64, 32))
+FOR_MEMORY = tuple(
+    WeightOnlyConfig(bits=bits, group_size=size, embeddings=8)
+    for bits, size in ((2, 64), (3, 64), (4, 128), (4, 64), (4, 32))
+)
 _Cost = Callable[[WeightOnlyConfig], Quality]
 
 
@@ -37,10 +40,26 @@ class ChosenBits:
     quality: Quality
 
 
-def choose_bits(setting: Setting, goal: Goal, reference: QualityReference) -> ChosenBits:
-    """Return the cheapest config that keeps the goal's bound, measured; the model is left as it was."""
+def candidates_for(goal: Goal, is_calibrated: bool = False) -> tuple[WeightOnlyConfig, ...]:
+    """Return what is tried for a goal, the finest last; `is_calibrated`: solved on text, and not only rounded."""
+    plain = FOR_MEMORY if goal.saves_memory else FOR_SPEED
+    return tuple(map(_calibrated, plain)) if is_calibrated else plain
+
+
+def _calibrated(config: WeightOnlyConfig) -> WeightOnlyConfig:
+    return GPTQConfig(bits=config.bits, group_size=config.group_size, embeddings=config.embeddings)
+
+
+def choose_bits(
+    setting: Setting, goal: Goal, reference: QualityReference, is_calibrated: bool = False
+) -> ChosenBits:
+    """Return the cheapest config that keeps the goal's bound, measured; the model is left as it was.
+
+    Raises:
+        HfAccelError: weights cannot be solved on the text of the setting, where `is_calibrated` asks for that.
+    """
     max_kl = math.inf if goal.max_kl is None else goal.max_kl
-    candidates = FOR_MEMORY if goal.saves_memory else FOR_SPEED
+    candidates = candidates_for(goal, is_calibrated)
 
     def cost(config: WeightOnlyConfig) -> Quality:
         try:

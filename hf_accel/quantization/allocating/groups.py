@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hf_accel.core.model.architectures import SIBLING_NAMES
-from hf_accel.ops.affine import GROUP_SIZES
+from hf_accel.ops.affine import GROUP_SIZES, Scheme
 from hf_accel.quantization.allocating.allocation import Option
 from hf_accel.quantization.config import KEPT_BITS, MixedPrecisionConfig
 from hf_accel.quantization.modules.linear import linear_weight
@@ -69,15 +70,14 @@ def _options(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: tor
         if bits == KEPT_BITS:
             found.append(Option(bits, None, sum(w.numel() * w.element_size() for w in weights), 0.0))
             continue
-        sizes = (None,) if bits == 8 else GROUP_SIZES if config.group_size is None else (config.group_size,)
-        for size in sizes:
+        sizes: tuple[int | None, ...] = GROUP_SIZES if config.group_size is None else (config.group_size,)
+        for size in (None,) if bits == 8 else sizes:
             if size is not None and any(weight.shape[-1] % size for weight in weights):
                 continue
-            scheme = config.of_products().scheme(bits, 0, size)[0]
-            nbytes = sum(
-                (weight.shape[0] if weight.dim() == 3 else 1) * packed_bytes(scheme, *weight.shape[-2:], dtype)
-                for weight in weights
-            )
+            scheme, nbytes = Scheme(bits, size), 0
+            for weight in weights:
+                rows, columns = weight.shape[-2:]
+                nbytes += math.prod(weight.shape[:-2]) * packed_bytes(scheme, rows, columns, dtype)
             found.append(Option(bits, size, nbytes, 0.0))
     return found
 

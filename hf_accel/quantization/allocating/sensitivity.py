@@ -1,4 +1,4 @@
-"""What each group of products costs in each width: the KL divergence of the model's last distribution, that group alone.
+"""What each group of products costs in each width: the KL divergence of the final distribution, with that group alone.
 
 It is measured for one width of each group, the one closest to the budget, and follows for the others from how much
 more or less their rounding changes the outputs of the products, on the second moments of what they read. On a trained
