@@ -53,13 +53,14 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_accel.planner.timing, "NOISE", 0.9)
     monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", same_time)
     monkeypatch.setattr(candidates, "slower_products", lambda setting, config: [])
+    monkeypatch.setattr(candidates, "MOST_WRITING_S", 0.0)  # weights are rounded, which takes less time
 
 
 def chosen(plan: hf_accel.Plan) -> WeightOnlyConfig | None:
     return next((step.config for step in plan.steps if isinstance(step.config, WeightOnlyConfig)), None)
 
 
-@pytest.mark.parametrize("goal, count", [("fast", 2), ("memory", 3)])
+@pytest.mark.parametrize("goal, count", [("fast", 2), ("memory", 5)])
 def test_bits_follow_the_bound(goal: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = demo()
     setting = Setting.of(model)
@@ -72,6 +73,7 @@ def test_bits_follow_the_bound(goal: str, count: int, monkeypatch: pytest.Monkey
             return reference.compare().kl
 
     eight, *four = measured(bits=8), *(measured(group_size=size) for size in (128, 64, 32))
+    two = measured(bits=2, group_size=64)
     assert eight < 0.1 * min(four)
     calls: list[int] = []
 
@@ -83,8 +85,9 @@ def test_bits_follow_the_bound(goal: str, count: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(mixed_bits, "measured", counted)
     loose = choose_bits(setting, replace(GOALS[goal], max_kl=10.0), reference)
     # groups of 128 do not divide this model's 192 columns: most products would get 8 bits
-    assert loose.config == WeightOnlyConfig(group_size=64, embeddings=embeddings)
-    assert loose.quality.kl == pytest.approx(four[1])
+    bits = 2 if goal == "memory" else 4
+    assert loose.config == WeightOnlyConfig(bits=bits, group_size=64, embeddings=embeddings)
+    assert loose.quality.kl == pytest.approx(two if goal == "memory" else four[1])
     assert len(calls) == 1
 
     bound = (eight + min(four)) / 2

@@ -236,7 +236,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(fields: dict[str, Any], message
 
 
 def test_choices_that_fit_no_row_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="no groups of columns divide.*Put 8 or 16"):
+    with pytest.raises(UnsupportedModelError, match=r"no groups of columns divide.*Put 8 or 16"):
         hf_accel.plan(build("llama"), MixedPrecisionConfig(average_bits=4, choices=(2, 4)))
 
 

@@ -10,13 +10,17 @@ from dataclasses import replace
 from typing import Any
 
 from hf_accel.core.calls.report import Skip
+from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import HfAccelError
 from hf_accel.quantization import duration
 from hf_accel.quantization.allocating.bounded import ChosenBits, candidates_for, choose_bits, measured
+from hf_accel.quantization.calibrating.products import widest_of
+from hf_accel.quantization.calibrating.text import text_for
 from hf_accel.quantization.config import GPTQConfig, WeightOnlyConfig
+from hf_accel.quantization.targets import targets
 from hf_accel.quantization.timing import slower_products
 
 MOST_CALIBRATING_S = 120.0
@@ -59,8 +63,13 @@ def _choice(goal: Goal, setting: Setting, reference: Any) -> tuple[ChosenBits, l
         # the bound is mostly kept by the first few; mixed bits take no more solutions than 8 and 4 bits everywhere
         seconds = duration.calibrating_seconds(setting, wanted[-1], 2) if most else 1.0
         if seconds <= most:
+            if setting.calibration is None:  # written once, and not for every candidate
+                chosen, _ = targets(setting.anatomy, wanted[-1])
+                setting.calibration = text_for(twin(setting.model), None, widest_of(chosen))
             return choose_bits(setting, goal, reference, is_calibrated=True), []
-        text = "writing text and solving weights on it" if setting.calibration is None else "solving weights on the text"
+        text = (
+            "writing text and solving weights on it" if setting.calibration is None else "solving weights on the text"
+        )
         reason = f"{text} would take about {seconds:.0f} s, more than {most:.0f} s: weights are only rounded"
     except HfAccelError as error:
         reason = f"weights are only rounded: {error}"

@@ -1,7 +1,7 @@
 """How long solving weights on text will take here, from trials of milliseconds: said before it is begun.
 
-Factoring grows with the cube of the inputs, solving with rows times inputs squared, and reading with the tokens; each is
-timed on a small piece of the model and scaled. For large products that overestimates, since small ones are run less
+Factoring grows with the cube of the inputs, solving with rows times inputs squared, and reading with the tokens; each
+is timed on a small piece of the model and scaled. For large products that overestimates, since small ones are run less
 efficiently.
 """
 
@@ -16,8 +16,8 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.measure.text import context_tokens
 from hf_accel.ops.affine import Scheme
 from hf_accel.ops.gptq import Factor, solve
-from hf_accel.quantization.calibrating.products import products_of
-from hf_accel.quantization.calibrating.text import OWN_TOKENS
+from hf_accel.quantization.calibrating.products import products_of, widest_of
+from hf_accel.quantization.calibrating.text import own_tokens
 from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.targets import targets
 
@@ -30,7 +30,8 @@ _READ_TOKENS = 32
 def calibrating_seconds(setting: Setting, config: WeightOnlyConfig, count: int) -> float:
     """Return about how many seconds it takes to try `count` candidates like `config`, text to be written included."""
     model = twin(setting.model)
-    products = [p for target in targets(setting.anatomy, config)[0] for p in products_of(model, target, config)]
+    chosen, _ = targets(setting.anatomy, config)
+    products = [p for target in chosen for p in products_of(model, target, config)]
     shapes = [product.weight.shape for product in products]
     if not shapes:
         return 0.0
@@ -55,4 +56,5 @@ def calibrating_seconds(setting: Setting, config: WeightOnlyConfig, count: int) 
     start = time.perf_counter()
     model(ids[:, :1].expand(8, 1), use_cache=False)
     step_s = time.perf_counter() - start
-    return step_s * OWN_TOKENS / 8 + count * (solving + 2 * token_s * OWN_TOKENS)
+    tokens = own_tokens(widest_of(chosen))
+    return step_s * tokens / 8 + count * (solving + 2 * token_s * tokens)

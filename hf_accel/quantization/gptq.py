@@ -44,8 +44,9 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         return super().patch(setting, host)
 
     def replacements(self, chosen: list[Target], setting: Setting, host: Host) -> Iterator[tuple[Target, nn.Module]]:
-        kept = [setting.prepared_for(target.module).get(self._key(target)) for target in chosen]
-        if kept and all(kept):
+        known = [setting.prepared_for(target.module).get(self._key(target)) for target in chosen]
+        kept = [made for made in known if made is not None]
+        if kept and len(kept) == len(chosen):
             yield from ((target, module) for target, (module, _) in zip(chosen, kept, strict=True))
             host.report.sections[SECTION] = Calibration([found for _, findings in kept for found in findings])
             return

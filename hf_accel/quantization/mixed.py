@@ -15,6 +15,7 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.quantization.allocating.allocation import Option, allocate
 from hf_accel.quantization.allocating.groups import Group, groups_of
 from hf_accel.quantization.allocating.sensitivity import Sensitivity
+from hf_accel.quantization.calibrating.products import widest_of
 from hf_accel.quantization.calibrating.text import text_for
 from hf_accel.quantization.config import KEPT_BITS, Bits, MixedPrecisionConfig, WeightOnlyConfig
 from hf_accel.quantization.targets import Target, targets
@@ -130,7 +131,7 @@ class MixedPrecisionPatcher(Patcher[MixedPrecisionConfig], config=MixedPrecision
         groups = self._groups(setting)
         budget = self._budget(setting, groups)
         trial = twin(setting.model)
-        text = text_for(trial, setting.calibration)
+        text = text_for(trial, setting.calibration, widest_of([t for group in groups for t in group.targets]))
         bits = 8 * budget / sum(group.weights for group in groups)
         run = Sensitivity(trial, text, groups, self.config, bits, setting.anatomy.dtype, setting.advance)
         groups = run.measured()

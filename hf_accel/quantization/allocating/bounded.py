@@ -1,9 +1,9 @@
 """Bits per layer within a bound on the KL divergence, measured on the model itself.
 
-The cheapest candidate that keeps the bound wins; the goal "memory" begins at 2 bits. Where 4 bits everywhere break it, each decoder layer is measured
-alone at 4 bits with all others at 8; the costs of layers add up well while they are small, so the layers that cost
-least go to 4 bits until the bound is reached, and the whole is measured once more. Cost: one forward over the text
-per candidate, and where they are solved on text a solution of every product in every scheme.
+The cheapest candidate that keeps the bound wins; the goal "memory" begins at 2 bits. Where 4 bits everywhere break it,
+each decoder layer is measured alone at 4 bits with all others at 8; the costs of layers add up well while they are
+small, so the layers that cost least go to 4 bits until the bound is reached, and the whole is measured once more. Cost:
+one forward over the text per candidate, and where weights are solved on text a solution of every product in every scheme.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def _calibrated(config: WeightOnlyConfig) -> WeightOnlyConfig:
     return GPTQConfig(bits=config.bits, group_size=config.group_size, embeddings=config.embeddings)
 
 
-def choose_bits(
-    setting: Setting, goal: Goal, reference: QualityReference, is_calibrated: bool = False
-) -> ChosenBits:
+def choose_bits(setting: Setting, goal: Goal, reference: QualityReference, is_calibrated: bool = False) -> ChosenBits:
     """Return the cheapest config that keeps the goal's bound, measured; the model is left as it was.
 
     Raises:

@@ -23,7 +23,7 @@ def text_for(model: Any, given: CalibrationText | None, widest: int) -> Calibrat
         ConfigError: there is too little of it to calibrate on.
     """
     if given is None:
-        wanted = max(FEWEST_OWN_TOKENS, min(MOST_OWN_TOKENS, OWN_TOKENS_PER_INPUT * widest))
+        wanted = own_tokens(widest)
         length = min(FITTED_ROW_TOKENS, context_tokens(model) - 1, wanted // _OWN_ROWS)
         return own_text(model, -(-wanted // length), length)
     if given.ids.numel() < LEAST_TEXT_TOKENS:
@@ -32,6 +32,11 @@ def text_for(model: Any, given: CalibrationText | None, widest: int) -> Calibrat
             f"little; give {LEAST_TEXT_TOKENS} or more, and better some ten thousand."
         )
     return CalibrationText(_rows(given.ids), given.source, given.is_own)
+
+
+def own_tokens(widest: int) -> int:
+    """Return how many tokens a model writes where there is no text, for products of so many inputs."""
+    return max(FEWEST_OWN_TOKENS, min(MOST_OWN_TOKENS, OWN_TOKENS_PER_INPUT * widest))
 
 
 def _rows(ids: Tensor) -> Tensor:
