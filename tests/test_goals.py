@@ -177,7 +177,7 @@ def test_a_goal_from_plan_to_restore(goal: str) -> None:
     assert not changes(before, fingerprint(model))
     config = chosen(plan)
     assert config is not None
-    assert config.bits == 4
+    assert config.bits == (3 if goal == "memory" else 4)
     assert config.embeddings == (8 if goal == "memory" else None)
     assert plan.quality.kl <= (GOALS[goal].max_kl or 0)
     assert "quality: KL" in str(plan)

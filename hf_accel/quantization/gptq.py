@@ -77,9 +77,11 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         config = self.config
         if config.refine_steps:
             return (target.scheme, config)
-        bits = config.bits_of(target.path) or config.bits
-        size = config.group_size_of(target.path) or config.group_size
-        return (target.scheme, GPTQConfig, bits, size, config.symmetric, config.order, config.damping)
+        scheme: tuple[Any, ...] = (target.scheme,)
+        if target.scheme is None:  # of experts, whose products have schemes of their own
+            bits, size = config.bits_of(target.path) or config.bits, config.group_size_of(target.path)
+            scheme = (None, bits, size or config.group_size, config.symmetric)
+        return (*scheme, GPTQConfig, config.order, config.damping)
 
     def _packed(self, target: Target, part: Calibrated, setting: Setting) -> nn.Module:
         """Return the module that stands in for a target, with the codes that were found."""

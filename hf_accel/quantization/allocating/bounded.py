@@ -2,8 +2,9 @@
 
 The cheapest candidate that keeps the bound wins; the goal "memory" begins at 2 bits. Where 4 bits everywhere break it,
 each decoder layer is measured alone at 4 bits with all others at 8; the costs of layers add up well while they are
-small, so the layers that cost least go to 4 bits until the bound is reached, and the whole is measured once more. Cost:
-one forward over the text per candidate, and where weights are solved on text a solution of every product in every scheme.
+small, so the layers that cost least go to 4 bits until the bound is reached, and the whole is measured once more.
+Cost: one forward over the text per candidate, and where weights are solved on text a solution of every product in
+each scheme.
 """
 
 from __future__ import annotations
