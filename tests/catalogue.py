@@ -13,7 +13,7 @@ CATALOGUE: list[Config] = [
     hf_accel.WeightOnlyConfig(bits=8),
     hf_accel.GPTQConfig(bits=3, group_size=32, refine_steps=2),
     hf_accel.QATConfig(bits=3, group_size=32, start="nearest"),
-    hf_accel.MixedPrecisionConfig(average_bits=15, choices=(3, 8, 16)),
+    hf_accel.MixedPrecisionConfig(average_bits=15, choices=(8, 16), method="nearest"),
     hf_accel.CompressedTensorsConfig(),
     hf_accel.NativeLinearConfig(max_rows=16),
     hf_accel.SharedProjectionConfig(max_rows=16),

@@ -59,7 +59,7 @@ def test_weights_are_solved_on_one_part_of_a_text_and_measured_on_the_other(monk
     assert torch.equal(read[0], ids[:8])
     assert found.quality.tokens == 2 * 127
     assert found.quality.perplexity_before is not None
-    assert len(found.calibration.to_dict()["products"]) == 35
+    assert len(found.gptq.to_dict()["products"]) == 35
     hf_accel.restore(model)
     assert not changes(before, fingerprint(model))
     with hf_accel.optimized(model, WeightOnlyConfig(bits=4, group_size=64), calibration=ids[8:]):

@@ -154,7 +154,7 @@ def words(text: str) -> torch.Tensor:
 
 
 def test_a_model_gets_its_bits_and_loses_less_than_with_equal_bits() -> None:
-    ids = words(Path(__file__).read_text())[0, :3072]
+    ids = words(Path(__file__).read_text())[0, :2048]
     ids = ids[: len(ids) // 128 * 128].view(-1, 128)
     held = QualityReference(demo(), CalibrationText(ids[1::2], "code", False))
     model = demo()
