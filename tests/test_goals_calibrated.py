@@ -95,19 +95,19 @@ def test_the_estimate_grows_with_text_and_products() -> None:
 
 
 @pytest.mark.parametrize(
-    "error, reason",
+    "owner, name, error, reason",
     [
-        (UnsupportedModelError("a product reads NaN"), "weights are only rounded: a product reads NaN"),
-        (RuntimeError("odd"), "weights are only rounded, since they cannot be solved here (RuntimeError: odd)"),
+        (Calibrator, "run", UnsupportedModelError("a product reads NaN"), "only rounded: a product reads NaN"),
+        (duration, "calibrating_seconds", RuntimeError("odd"), "cannot be solved here (RuntimeError: odd)"),
     ],
 )
 def test_weights_are_rounded_where_solving_fails(
-    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+    owner: Any, name: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: Calibrator) -> Any:
+    def fails(*arguments: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(Calibrator, "run", fails)
+    monkeypatch.setattr(owner, name, fails)
     plan = hf_accel.plan(demo(), "fast", calibration=text())
     assert type(config_of(plan)) is WeightOnlyConfig
     assert reason in skips(plan)["GPTQConfig"]
