@@ -2,8 +2,8 @@
 
 They want layouts of their own, so each costs a copy of the codes on the device. None is trusted: a kernel is used for a
 weight only after it gave, on this device and this weight, what the dequantized product gives, in less time. The layouts
-are those of torch's operators of the same names. On a GPU this file has not been run yet; the tests run it on torch's
-CPU operators.
+are those of torch's operators of the same names. On an H100 the int4 one agreed and was chosen, the int8 one was slower
+than the dense product; the tests run this file on torch's CPU operators.
 """
 
 from __future__ import annotations
