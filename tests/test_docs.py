@@ -19,6 +19,7 @@ from hf_accel.core.model.architectures import STYLES
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.kernels.native import ISAS
 from hf_accel.measure import SHAPES
+from hf_accel.quantization import candidates
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,8 +46,12 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from more, and on a busy machine waiting for a second core takes far longer."""
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Goals only round weights: no text is written to solve them on.
+
+    One thread: tiny models gain nothing from more, and on a busy machine waiting for a second core takes far longer.
+    """
+    monkeypatch.setattr(candidates, "MOST_WRITING_S", 0.0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

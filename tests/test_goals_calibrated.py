@@ -94,14 +94,23 @@ def test_the_estimate_grows_with_text_and_products() -> None:
     assert min(duration.calibrating_seconds(setting, GPTQConfig(), 1) for _ in range(3)) > 2 * few
 
 
-def test_weights_are_rounded_where_solving_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: Calibrator) -> Any:
-        raise UnsupportedModelError("a product reads NaN")
+@pytest.mark.parametrize(
+    "owner, name, error, reason",
+    [
+        (Calibrator, "run", UnsupportedModelError("a product reads NaN"), "only rounded: a product reads NaN"),
+        (duration, "calibrating_seconds", RuntimeError("odd"), "cannot be solved here (RuntimeError: odd)"),
+    ],
+)
+def test_weights_are_rounded_where_solving_fails(
+    owner: Any, name: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise error
 
-    monkeypatch.setattr(Calibrator, "run", fails)
+    monkeypatch.setattr(owner, name, fails)
     plan = hf_accel.plan(demo(), "fast", calibration=text())
     assert type(config_of(plan)) is WeightOnlyConfig
-    assert skips(plan)["GPTQConfig"] == "weights are only rounded: a product reads NaN"
+    assert reason in skips(plan)["GPTQConfig"]
 
 
 def test_mixed_bits_are_not_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import test_goals_calibrated
 import test_mixed
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
-from hf_accel.quantization import gptq, mixed
+from hf_accel.quantization import candidates, mixed
 from hf_accel.quantization.allocating import allocation, groups, sensitivity
 
 PLANTED: dict[str, tuple[Defect, Test]] = {
@@ -33,9 +33,9 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         result(mixed.MixedPrecisionPatcher, "_budget", lambda budget: int(1.3 * budget)),
         test_mixed.test_a_budget_of_bytes_is_kept_on_any_architecture,
     ),
-    "each mixture solved anew": (
-        instead(gptq.GPTQPatcher, "_key", lambda self, target: (target.scheme, self.config)),
-        test_goals_calibrated.test_mixed_bits_are_not_solved_again,
+    "no end of solving": (
+        instead(candidates, "MOST_CALIBRATING_S", 1e9),
+        test_goals_calibrated.test_what_takes_too_long_is_not_begun,
     ),
 }
 

@@ -14,7 +14,7 @@ from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
-from hf_accel.errors import HfAccelError
+from hf_accel.errors import HfAccelError, described
 from hf_accel.quantization import duration
 from hf_accel.quantization.allocating.bounded import ChosenBits, candidates_for, choose_bits, measured
 from hf_accel.quantization.calibrating.products import widest_of
@@ -73,4 +73,6 @@ def _choice(goal: Goal, setting: Setting, reference: Any) -> tuple[ChosenBits, l
         reason = f"{text} would take about {seconds:.0f} s, more than {most:.0f} s: weights are only rounded"
     except HfAccelError as error:
         reason = f"weights are only rounded: {error}"
+    except Exception as error:  # of a model that reads text otherwise than any that was thought of
+        reason = f"weights are only rounded, since they cannot be solved here ({described(error)})"
     return choose_bits(setting, goal, reference), [Skip(name, reason)]
