@@ -122,11 +122,15 @@ TEXTS: dict[str, tuple[Any, str, str]] = {  # what is given; what convert_gqa sa
     ),
     "ids out of the vocabulary": (IDS + 100, "outside the model's vocabulary of 128", "vocabulary of 128"),
     "negative ids": (IDS - 100, "outside the model's vocabulary of 128", "vocabulary of 128"),
-    "ragged": ([[9, 10, 11], [9, 10]], r"token ids \[B, T\]", "rows of several lengths. Give rows of one length"),
+    "ragged": (
+        [[9, 10, 11], [9, 10]],
+        f"5 tokens leaves 0 .* {SHORT}",
+        "rows of several lengths. Give rows of one length",
+    ),
     "numbers": (torch.rand(16, 32), r"token ids \[B, T\]", r"token ids \[B, T\]; texts are given to optimize or plan"),
     "a text": ("some text", "give the tokenizer, too", "texts are given to optimize or plan, with their tokenizer"),
-    "padded": (padded([9, 20]), "has padding", r"token ids \[B, T\]"),
-    "nothing": (torch.empty(0, 32, dtype=torch.long), r"token ids \[B, T\]", r"shape \[0, 32\] was given"),
+    "padded": (padded([9, 20]), f"29 tokens leaves 0 .* {SHORT}", r"token ids \[B, T\]"),
+    "nothing": (torch.empty(0, 32, dtype=torch.long), "Calibration has 0 tokens", r"shape \[0, 32\] was given"),
 }
 
 
