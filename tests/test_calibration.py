@@ -47,7 +47,7 @@ def test_given_strings_are_joined_and_cut_into_rows() -> None:
         (["some", "text"], "give the tokenizer"),
         ([], "has 0 tokens in 0 texts"),
         ([[]], "has 0 tokens in 1 texts"),
-        (iter(()), "has 0 tokens"),
+        pytest.param(iter(()), "has 0 tokens", id="an iterator that is empty"),
         (torch.zeros(0, 8, dtype=torch.long), "has 0 tokens"),
         (torch.zeros(2, 1, dtype=torch.long), "a row has two or more"),
         ([[4], []], "has 1 tokens in 2"),
