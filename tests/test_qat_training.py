@@ -210,6 +210,7 @@ def test_the_recipe_trains_towards_the_original(dtype: torch.dtype, lora_rank: i
     assert len(products(model)) == 14
     assert hf_accel.report(model).quality == result.after
     hf_accel.restore(model)
+    assert not any(module._forward_hooks for module in model.modules()), "hidden states were recorded by hooks"
     assert not changes(before, fingerprint(model))
     assert torch.equal(logits(model), expected)
 

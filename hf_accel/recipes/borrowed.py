@@ -12,6 +12,9 @@ from hf_accel.core.steps.patcher import Patcher
 from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError
 from hf_accel.kernels.weights import PackedProduct
 
+# transformers hooks a model for good when its hidden states are asked for first, and marks it
+_RECORDING, _RECORDED = "transformers.utils.output_capturing", "_output_capturing_hooks_installed"
+
 
 def check_models(student: Any, teacher: Any) -> None:
     """Find out whether `student` can be trained towards `teacher`.
@@ -135,6 +138,7 @@ class Borrowed:
         config: Any = self.model.config
         self.config = dict(vars(config))
         self.attributes = set(vars(self.model))
+        self.recorded = {module for module in self.model.modules() if _RECORDED in vars(module)}
         return self
 
     def in_single_precision(self) -> int:
@@ -156,8 +160,22 @@ class Borrowed:
             tensor.grad = gradient
         for module, mode in self.modes:
             module.training = mode
+        self._unhook()
         for name in set(vars(self.model)) - self.attributes:  # marks that accelerate and peft leave
             delattr(self.model, name)
         config: Any = vars(self.model.config)
         config.clear()
         config.update(self.config)
+
+    def _unhook(self) -> None:
+        """Take off the hooks by which transformers records hidden states, where it had not put them there before."""
+        for module in self.model.modules():
+            if _RECORDED in vars(module) and module not in self.recorded:
+                delattr(module, _RECORDED)
+                for part in module.modules():
+                    for key in [
+                        key
+                        for key, hook in part._forward_hooks.items()
+                        if getattr(hook, "__module__", "") == _RECORDING
+                    ]:
+                        del part._forward_hooks[key]

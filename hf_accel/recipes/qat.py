@@ -74,7 +74,7 @@ def qat(
     converts: bool = True,
     learning_rate: float | None = None,
     window: int | None = None,
-    hidden_weight: float | None = 0.0,
+    hidden_weight: float | None = 1.0,
     **options: Any,
 ) -> QuantizationAware:
     """Train `model` in few bits towards what it was, in place, and pack the result.
@@ -93,7 +93,8 @@ def qat(
         learning_rate: None: from the width of codes and the number of steps, see `NOISE`; with `lora_rank` as in
             `uptrain`.
         window: tokens per window; None: 256.
-        hidden_weight: see `uptrain`; none by default.
+        hidden_weight: see `uptrain`. Gradients of hidden states are less noisy than those of distributions, and noise
+            flips codes.
         options: all others of `uptrain`: minutes, tokens or steps, held_out, out, lora_rank, seed, callbacks, ....
 
     Raises:
