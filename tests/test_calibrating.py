@@ -77,10 +77,11 @@ def test_a_model_whose_layers_cannot_be_run_alone_is_read_as_a_whole(monkeypatch
     expected, _ = calibrated(model)
     monkeypatch.setattr("hf_accel.quantization.calibrating.solving.layers_of", lambda model, ids: ([], "a reason"))
     monkeypatch.setattr("hf_accel.quantization.calibrating.solving._MOMENTS_BYTES", 60_000)
-    found, run = calibrated(model, GPTQConfig(bits=3, group_size=32, refine_steps=2))
+    found, run = calibrated(model, GPTQConfig(bits=3, group_size=32, refine_steps=2, folder="not made"))
     assert run.notes == [
         "the model was read as a whole: a reason",
         "nothing was refined, since layers cannot be run by themselves",
+        "nothing was kept in folder, since layers cannot be run by themselves",
     ]
     assert len(found) > 3, "in portions"
     merged = {path: affine for part in found for path, affine in part.affines.items()}

@@ -66,8 +66,9 @@ def test_a_run_killed_at_ten_random_points_goes_on_to_the_same_bits(tmp_path: Pa
         with pytest.raises(Killed):
             optimised(tmp_path / "run", killing(points.randint(1, max(2, calls[0] // 3))), refine_steps=refine_steps)
     assert same(optimised(tmp_path / "run", refine_steps=refine_steps), expected)
-    again = optimised(tmp_path / "run", killing(10**9), refine_steps=refine_steps)
-    assert same(again, expected), "and all of it from the folder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_accel.quantization.calibrating.solving.solve", None)  # nothing is left to solve
+        assert same(optimised(tmp_path / "run", refine_steps=refine_steps), expected), "all of it from the folder"
     assert not list((tmp_path / "run").glob("*.bin")), "activations are gone once all layers are finished"
 
 

@@ -19,6 +19,7 @@ from hf_accel.ops import gptq
 from hf_accel.quantization import gptq as patching
 from hf_accel.quantization.calibrating import powers, refining, scaling, solving
 from hf_accel.quantization.calibrating.activations import Activations
+from hf_accel.quantization.calibrating.folder import LayerFolder
 
 
 def errors_that_go_nowhere(patch: Patch) -> None:
@@ -80,6 +81,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "places that no bar counts": (
         instead(patching, "most_places", lambda blocks: 0),
         test_cli_methods.test_the_bar_ends_where_it_says,
+    ),
+    "a finished run begun anew": (
+        instead(LayerFolder, "finished", lambda self, layers, names: 0),
+        test_calibrating_resume.test_a_run_killed_at_ten_random_points_goes_on_to_the_same_bits,
     ),
     "a folder of any run": (
         instead(solving, "fingerprint", lambda *_: "a run"),

@@ -9,30 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from hf_accel.errors import CheckpointError, ConfigError
 
 RECORD, TRAINED, PROGRESS = "uptrain.json", "trained.pt", "progress.json"
 _LAST_WRITTEN = "trainer_state.json"  # by transformers' Trainer: a checkpoint without it was interrupted
-
-
-def fingerprint(models: list[nn.Module], tensors: list[Tensor], settings: dict[str, Any]) -> str:
-    """Return a digest of weights, text and settings: what makes two runs the same run."""
-    digest = xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode())
-    for model in models:
-        for name, parameter in model.named_parameters():
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(_bytes(parameter))
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class RunFolder:

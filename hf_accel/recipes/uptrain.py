@@ -15,11 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from hf_accel.core.fingerprint import fingerprint
 from hf_accel.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from hf_accel.measure.text import context_tokens
 from hf_accel.recipes.borrowed import Borrowed, check_hidden_states, check_models, own_tensors
 from hf_accel.recipes.curve import check_picture
-from hf_accel.recipes.folder import RunFolder, fingerprint
+from hf_accel.recipes.folder import RunFolder
 from hf_accel.recipes.pacing import Clock
 from hf_accel.recipes.result import Uptrained
 from hf_accel.recipes.texts import Text, given_text, written_text

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_accel.errors import CheckpointError, ConfigError, described
 from hf_accel.ops.affine import Affine, Scheme
@@ -23,15 +21,6 @@ from hf_accel.quantization.calibrating.findings import Finding
 
 _RECORD = "calibration.json"
 _VALUE, _POWER = "value of ", "power of "
-
-
-def fingerprint(model: nn.Module, ids: Tensor, settings: dict[str, Any]) -> str:
-    """Return a digest of weights, text and settings: what makes two runs the same run."""
-    digest = xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), ("ids", ids)]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class LayerFolder:
@@ -65,12 +54,15 @@ class LayerFolder:
                 "with it, or name another folder."
             )
 
-    def finished(self, names: Sequence[str]) -> int:
-        """Return how many layers are finished, the first ones; `names`: files that must be there for the next."""
+    def finished(self, layers: int, names: Sequence[str]) -> int:
+        """Return how many of `layers` are finished, the first ones; `names`: files that must be there for the next.
+
+        After the last one nothing is read any more, and no file needs to be there.
+        """
         count = 0
-        while self._file(count).exists():
+        while count < layers and self._file(count).exists():
             count += 1
-        while count and not all((self.path / name.format(count)).exists() for name in names):
+        while 0 < count < layers and not all((self.path / name.format(count)).exists() for name in names):
             count -= 1
         return count
 

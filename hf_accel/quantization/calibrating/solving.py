@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_accel.core.fingerprint import fingerprint
 from hf_accel.core.model.blocks import DecoderBlock, described_blocks
 from hf_accel.core.model.modes import evaluating
 from hf_accel.errors import UnsupportedModelError
@@ -24,7 +25,7 @@ from hf_accel.ops.affine import Affine, dequantize
 from hf_accel.ops.gptq import Factor, Solved, rounded, solve
 from hf_accel.quantization.calibrating.activations import Activations, Room, Stream
 from hf_accel.quantization.calibrating.findings import Finding, found
-from hf_accel.quantization.calibrating.folder import LayerFolder, fingerprint
+from hf_accel.quantization.calibrating.folder import LayerFolder
 from hf_accel.quantization.calibrating.layers import Layer, first_inputs, layers_of
 from hf_accel.quantization.calibrating.powers import Powers
 from hf_accel.quantization.calibrating.products import Product, products_of, within
@@ -99,7 +100,13 @@ class Calibrator:
                 yield from self._by_layers(layers)
             else:
                 self.notes.append(f"the model was read as a whole: {reason}")
-                for is_asked, done in ((self.config.scaling, "scaled"), (self.config.refine_steps, "refined")):
+                config = self.config
+                asked = (
+                    (config.scaling, "scaled"),
+                    (config.refine_steps, "refined"),
+                    (config.folder, "kept in folder"),
+                )
+                for is_asked, done in asked:
                     if is_asked:
                         self.notes.append(f"nothing was {done}, since layers cannot be run by themselves")
                 yield from self._as_a_whole()
@@ -114,7 +121,7 @@ class Calibrator:
         names = [_ORIGINAL, _ROUNDED] if self.config.refine_steps else [_ORIGINAL]
         done = 0
         if folder is not None:
-            done = folder.finished(names)
+            done = folder.finished(len(layers), names)
             for index in range(done):
                 yield Calibrated(chosen[index], *folder.load(index, self._device))
                 self._forget(chosen[index])
@@ -184,7 +191,7 @@ class Calibrator:
         if self.config.folder is None:
             return None
         settings = self.config.to_dict() | {"folder": None, "torch": torch.__version__, "dtype": str(self.dtype)}
-        run = fingerprint(self.model, self.ids, settings)
+        run = fingerprint([self.model], [self.ids], settings)
         return LayerFolder(Path(self.config.folder), run)
 
     def _solve_all(
