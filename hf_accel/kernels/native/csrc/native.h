@@ -24,7 +24,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 7
+#define HFA_ABI_VERSION 8
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -97,6 +97,23 @@ typedef struct {
 typedef struct { const void *weight, *bias; void *out; int64_t stride, rows; } hfa_group_item;
 typedef struct { const void *x; int64_t dtype, m, k, threads, count; hfa_group_item item[HFA_MAX_GROUP]; } hfa_group;
 
+/* The experts of a layer: y = down(gate(gate_up(x))). gate_up [2 I, E]: I rows of gate above I of up, or, interleaved, by turns;
+ * down [E, I]. Dense ones may be transposed: then gate_up lies as [E, 2 I] and down as [I, E], stride is between those rows.
+ * gate = min(gate, limit), up = clamp(up, -limit, limit) where limit > 0; then activation(gate) * up, or with alpha != 0
+ * (up + 1) * gate * sigmoid(alpha * gate). All fields are 8 bytes wide. */
+typedef struct {
+    int64_t dtype, hidden, inner, experts, activation, interleaved, transposed;
+    double alpha, limit;
+    const hfa_matrix *gate_up, *down; /* [experts] */
+} hfa_experts;
+
+/* y [tokens, E] = sum over c of weights[t, c] * expert ids[t, c] of x [tokens, E]; an id out of range stands for no expert.
+ * weights: of the dtype, then a weighted row is rounded to it, or fp32. counts [experts] or NULL: rows are added. */
+typedef struct {
+    const void *x; void *y; const int64_t *ids; const void *weights; int64_t *counts;
+    int64_t tokens, choices, weights_are_f32, threads;
+} hfa_experts_call;
+
 HFA_EXPORT int hfa_abi_version(void);
 HFA_EXPORT int hfa_isa_supported(int isa); /* compiled in, and this CPU and operating system have it */
 HFA_EXPORT int hfa_isa(void);
@@ -113,6 +130,7 @@ HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
 HFA_EXPORT int hfa_attend(const hfa_attend_call *call);
 HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
+HFA_EXPORT int hfa_experts_forward(const hfa_experts *layer, const hfa_experts_call *call); /* 0, or -1 for arguments out of range */
 /* 0; -1 for arguments out of range; 1: a score of the attention is not finite, and there is no result. */
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
 #endif
