@@ -6,6 +6,7 @@ Optional: where the library was not built, `is_available()` is false and `status
 from hf_accel.kernels.native.attend import MAX_HEAD_DIM, attend, encode
 from hf_accel.kernels.native.block import NativeBlock
 from hf_accel.kernels.native.block_weights import BlockShape, BlockWeights, Projection
+from hf_accel.kernels.native.experts import Gate, NativeExperts
 from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
 from hf_accel.kernels.native.linear import DTYPES, FEW_ROWS, MAX_ROWS, best_rows, linear, linear_group
 from hf_accel.kernels.native.packed import packed_linear
@@ -19,7 +20,9 @@ __all__ = [
     "MAX_ROWS",
     "BlockShape",
     "BlockWeights",
+    "Gate",
     "NativeBlock",
+    "NativeExperts",
     "NativeStatus",
     "Projection",
     "attend",
