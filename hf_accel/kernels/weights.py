@@ -24,6 +24,13 @@ MATRIX = struct.Struct("=QQqqqQQqq")
 """`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
 
 
+def dense_matrix(weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> bytes:
+    """Return the `hfa_matrix` of a weight [N, K] (transposed: [K, N]) as it lies, with rows in one piece."""
+    rows, inner = weight.shape[::-1] if transposed else weight.shape
+    pointer = 0 if bias is None else bias.data_ptr()
+    return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), rows, inner, 0, 0, FORMATS[None], 0)
+
+
 @dataclass(eq=False)
 class PackedWeight:
     """A quantized weight [rows, columns].

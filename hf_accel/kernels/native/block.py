@@ -24,7 +24,7 @@ from hf_accel.kernels.native.block_weights import (
     checked_dtype,
 )
 from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
-from hf_accel.kernels.weights import FORMATS, MATRIX
+from hf_accel.kernels.weights import FORMATS, dense_matrix
 
 _HEAD = struct.Struct("=8q3d")
 _NORMS = struct.Struct("=6Q")
@@ -38,8 +38,7 @@ def _matrix(projection: Projection) -> bytes:
     weight, bias = projection.weight, projection.bias
     if not isinstance(weight, Tensor):
         return weight.matrix(bias)
-    pointer = 0 if bias is None else bias.data_ptr()
-    return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), *weight.shape, 0, 0, FORMATS[None], 0)
+    return dense_matrix(weight, bias)
 
 
 def _pointer(tensor: Tensor | None) -> int:
