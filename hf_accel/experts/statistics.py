@@ -11,7 +11,7 @@ MOST = 0.9  # of the routing: how many experts carry it
 
 
 class LayerRouting(NamedTuple):
-    """Rows that the experts of one layer were sent, sums over all calls.
+    """Rows that the experts of one layer were sent, sums over all calls of `generate`.
 
     rows: in all; experts: of the layer; dead: without a row; hottest: the largest share of the rows;
     carrying: the share of the experts that carries 90 % of the rows; balance: the mean over the largest, 1 if even.

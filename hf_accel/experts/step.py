@@ -23,7 +23,7 @@ class ExpertsStep:
     """The experts of one module on its own tensors, in whatever layout they lie.
 
     Weights that were moved or exchanged for others that fit are followed; after any other change the module's own
-    implementation runs. counts: int64 [experts], rows sent to each expert, by whatever way.
+    implementation runs. counts: int64 [experts], rows sent to each expert in calls of `generate`, by whatever way.
     """
 
     def __init__(self, module: Any) -> None:
@@ -87,10 +87,12 @@ class ExpertsStep:
             or not self._is_current(module)
         ):
             return None
-        return self.kernel(hidden, ids, weights)
+        return self.kernel(hidden, ids, weights, is_counted=request_in_progress() is not None)
 
     def count(self, ids: Tensor) -> None:
         """Count rows that another implementation serves."""
+        if request_in_progress() is None:
+            return
         known = ids.detach().flatten().cpu()
         known = known[(known >= 0) & (known < self.counts.numel())]
         self.counts += torch.bincount(known, minlength=self.counts.numel())

@@ -88,10 +88,10 @@ class NativeExperts:
         for buffer, matrix in zip(self._matrices, (gate_up, down), strict=True):
             ctypes.memmove(ctypes.addressof(buffer) + index * MATRIX.size, matrix, MATRIX.size)
 
-    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor, *, is_counted: bool = True) -> Tensor:
         """Return [T, E] for hidden [T, E] in the dtype, ids int64 and weights [T, k] in the dtype or fp32; no autograd.
 
-        An id out of range stands for no expert.
+        An id out of range stands for no expert. is_counted: whether rows join `counts`.
 
         Raises:
             ValueError: tensors of other kinds or sizes.
@@ -118,7 +118,7 @@ class NativeExperts:
             out.data_ptr(),
             ids.data_ptr(),
             weights.data_ptr(),
-            self.counts.data_ptr(),
+            self.counts.data_ptr() if is_counted else 0,
             tokens,
             choices,
             weights.dtype is torch.float32,
