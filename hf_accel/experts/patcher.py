@@ -48,8 +48,8 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
             found.append(f"the native library is not there: {native.status().reason}")
         if anatomy.device.type != "cpu":
             found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
-        if not any(map(_is_candidate, anatomy.model.modules())):
-            found.append("the model has no stacked experts.")
+        if not any(isinstance(module, RoutedExperts) or _is_dense(module) for module in anatomy.model.modules()):
+            found.append("the model has no stacked experts that transformers' registry of implementations serves.")
         names = {m.config._experts_implementation for m in anatomy.model.modules() if _is_dense(m)}
         if foreign := sorted(str(name) for name in names if str(name) not in _STOCK):
             found.append(f"the model's experts run by {', '.join(foreign)}, which was chosen for it.")
@@ -101,10 +101,6 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
 def _put_back(config: Any, before: str) -> None:
     if config._experts_implementation == KEY:  # what the user chose since stays
         config._experts_implementation_internal = before
-
-
-def _is_candidate(module: nn.Module) -> bool:
-    return isinstance(module, RoutedExperts) or holds_experts(module)
 
 
 def _is_dense(module: nn.Module) -> bool:
