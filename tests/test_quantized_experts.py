@@ -228,7 +228,7 @@ def test_everything_is_looked_at_once_in_a_call_of_generate(monkeypatch: pytest.
     assert [len([e for e in looks if e is experts]) for experts in experts_of(model).values()] == [2, 2]
     logits(model)
     logits(model)
-    assert len(looks) == 6
+    assert len(looks) == 8
 
 
 @pytest.mark.native
