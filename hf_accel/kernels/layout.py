@@ -1,6 +1,7 @@
 """Codes of 8, 4, 3 and 2 bits as the native kernels read them, and back; `hfa_matrix` in csrc/native.h has the layouts.
 
-Sixteen rows lie interleaved. Codes of fewer than 8 bits are stored plus half their range, so that none is negative.
+Sixteen rows lie interleaved. Codes of fewer than 8 bits are stored plus half their range, so that none is negative. Fp4
+values lie as codes of 4 bits do.
 """
 
 from __future__ import annotations
@@ -54,6 +55,26 @@ def row_by_row(codes: Tensor, bits: int) -> Tensor:
     else:
         above = _parted(codes.transpose(1, 2), bits).reshape(n, -1)
     return above.view(torch.int8) - (1 << bits - 1)
+
+
+def from_mxfp4(blocks: Tensor) -> Tensor:
+    """Return fp4 values interleaved, which files hold as uint8 [N, K / 2], the first of two in the low half of a byte.
+
+    N a multiple of 16, K of 32.
+    """
+    n, half = blocks.shape
+    four = blocks.view(n, half // 4, 4)
+    former, latter = four[..., :2], four[..., 2:]
+    mixed = torch.stack((former & 15 | latter << 4, former >> 4 | latter & 240), dim=-1)
+    return mixed.view(n // LANES, LANES, half // 4, 4).transpose(1, 2).contiguous()
+
+
+def to_mxfp4(codes: Tensor) -> Tensor:
+    """Return interleaved fp4 values as files hold them, uint8 [16 R, K / 2]."""
+    mixed = codes.transpose(1, 2).unflatten(-1, (2, 2))  # [R, 16, K / 8, 2, 2]
+    even, odd = mixed[..., 0], mixed[..., 1]
+    four = torch.cat((even & 15 | odd << 4, even >> 4 | odd & 240), dim=-1)
+    return four.reshape(codes.shape[0] * LANES, -1)
 
 
 def _joined(parts: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.errors import UnsupportedModelError
-from hf_accel.kernels.weights import PackedWeight
+from hf_accel.kernels.weights import PackedWeight, scale_values
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files import gptq
 from hf_accel.quantization.files.description import GPTQ_FILE
@@ -152,5 +152,5 @@ def _scale_dtypes(found: Inventory) -> dict[str, torch.dtype]:
 
 
 def _holds(dtype: torch.dtype, bits: Tensor) -> bool:
-    values = bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32).float()
+    values = scale_values(bits)
     return torch.equal(values.to(dtype).float(), values)
