@@ -20,7 +20,7 @@ from hf_accel.ops import fp4
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 
 FORMATS: dict[int | str | None, int] = {None: 0, 8: 1, 4: 2, 2: 3, 3: 4, fp4.NAME: 5}
-"""The code book or the bits of a weight, or the bits of keys and values -> `enum hfa_format`; None: values of the dtype."""
+"""Code book or bits of a weight, or bits of keys and values -> `enum hfa_format`; None: values of the dtype."""
 MATRIX = struct.Struct("=QQqqqQQqq")
 """`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
 _SCALES = {torch.int16: 0, torch.int32: 1, torch.uint8: 2}  # the dtype of scales -> the field `stride`

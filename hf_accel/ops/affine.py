@@ -1,6 +1,7 @@
 """Affine quantization of weights, W = (code - zero) * scale, per output channel or per group of columns.
 
-Codes are whole numbers next to one another, or those of a code book (`fp4`), which are further apart where they are large.
+Codes are whole numbers next to one another, or those of a code book (`fp4`), which lie further apart where they are
+large.
 
 At 4 bits scales are chosen by squared error among a few candidates instead of from the largest value alone (as in
 llama.cpp's quantize_row_q4_0, whose choice is one of them); cost: one pass over the weight per candidate, one block of
@@ -31,8 +32,8 @@ _ASYMMETRIC_4 = (1.0, 0.95, 0.9, 0.85)  # of the range from smallest to largest 
 class Scheme:
     """Bits per weight (2, 3, 4 or 8), columns that share a scale (None: the whole row), and whether zero is the code 0.
 
-    Codes are whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1. Scales may be negative. With a code book they are what
-    it says: "fp4" are MXFP4's, in 4 bits and symmetric groups of 32.
+    Codes are whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1. Scales may be negative. With a code book codes and
+    scales are what it says: "fp4" are MXFP4's, in 4 bits and symmetric groups of 32.
 
     Raises:
         ValueError: the code book is not known, or goes with other bits or groups.
@@ -76,7 +77,7 @@ class Affine:
 
 
 def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Affine:
-    """Quantize weight [N, K] (any float dtype, finite); scales hold values of `scale_dtype`, those of MXFP4 powers of two.
+    """Quantize weight [N, K] (any float dtype, finite); scales hold values of `scale_dtype`, or powers of two (MXFP4).
 
     Raises:
         ValueError: the group size does not divide K, or a value is not finite.

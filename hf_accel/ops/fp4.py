@@ -1,8 +1,8 @@
 """The code book of MXFP4: fp4 values of E2M1, of which 32 share a scale that is a power of two.
 
-An fp4 value takes four bits: three say 0, 0.5, 1, 1.5, 2, 3, 4 or 6, the fourth the sign. Its scale takes a byte e and is
-2^(e - 127); 255 is NaN. (OCP Microscaling Formats Specification 1.0, sections 5.3.3, 5.4.1 and 6.3.) Here its code is the
-value times two, a whole number, and the scale half as large.
+An fp4 value takes four bits: three say 0, 0.5, 1, 1.5, 2, 3, 4 or 6, the fourth the sign. Its scale takes a byte e and
+is 2^(e - 127); 255 is NaN. (OCP Microscaling Formats Specification, version 1.0.) Here its code is the value times two, a
+whole number, and the scale half as large.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def nearest(scaled: Tensor) -> Tensor:
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """Return the scale for groups whose largest magnitudes are these fp32 values, as section 6.3 has it.
+    """Return the scale for groups whose largest magnitudes are these fp32 values, as the specification converts.
 
-    The largest power of two not above the magnitude becomes the largest one that fp4 has, which is 4; so magnitudes from
-    1.75 to 2 times the power, which would round to 8, are clipped to 6.
+    The largest power of two not above the magnitude becomes the largest one that fp4 has, which is 4; so magnitudes
+    from 1.75 to 2 times the power, which would round to 8, are clipped to 6.
     """
     exponent = (torch.frexp(largest).exponent + (_BIAS - 4)).clamp_(0, LARGEST_EXPONENT)
     return scales(torch.where(largest > 0, exponent, 0))
@@ -70,7 +70,7 @@ def patterns(values: Tensor) -> Tensor:
     Raises:
         ValueError: one is no fp4 value.
     """
-    if values.numel() and int(values.abs().max()) > TOP:  # type: ignore[arg-type]
+    if values.numel() and max(abs(int(bound)) for bound in values.aminmax()) > TOP:
         raise ValueError(f"a code of MXFP4 weights is beyond {TOP}")
     found = torch.full((2 * TOP + 1,), 255, dtype=torch.uint8)
     found[[value + TOP for value in reversed(VALUES)]] = torch.arange(15, -1, -1, dtype=torch.uint8)
