@@ -1,8 +1,8 @@
 """The code book of MXFP4: fp4 values of E2M1, of which 32 share a scale that is a power of two.
 
 An fp4 value takes four bits: three say 0, 0.5, 1, 1.5, 2, 3, 4 or 6, the fourth the sign. Its scale takes a byte e and
-is 2^(e - 127); 255 is NaN. (OCP Microscaling Formats Specification, version 1.0.) Here its code is the value times two, a
-whole number, and the scale half as large.
+is 2^(e - 127); 255 is NaN. (OCP Microscaling Formats Specification, version 1.0.) Here its code is the value times two,
+a whole number, and the scale half as large.
 """
 
 from __future__ import annotations
