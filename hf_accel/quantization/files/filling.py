@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_accel.core.model.experts import ExpertsForm, described_experts
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.inventory import OWN_TENSORS
 from hf_accel.quantization.files.layout import Description, Layout, Source
+from hf_accel.quantization.files.mxfp4 import PARTS, read_experts
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
-from hf_accel.quantization.modules.experts import QuantizedExperts, has_known_layout
+from hf_accel.quantization.modules.experts import QuantizedExperts
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
@@ -30,11 +32,15 @@ _OUTDATED = (r"rotary_emb\.inv_freq$",)  # computed from the config since transf
 
 
 class Filler:
-    """Fills one empty model from a checkpoint; `used` are the tensors that it has taken."""
+    """Fills one empty model from a checkpoint.
+
+    used: the tensors that it has taken; filled: those of the model that came with a packed one.
+    """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
         self.model, self.checkpoint, self.dtype = model, checkpoint, dtype
         self.used: set[str] = set()
+        self.filled: set[str] = set()
 
     def replace(self, name: str, module: Any, layout: Layout) -> None:
         """Put a packed product or table in the place of the module called `name`."""
@@ -68,22 +74,43 @@ class Filler:
         """Put packed experts in the place of the module called `name`."""
         modules = dict(self.model.named_modules())
         module: Any = modules.get(name)
-        if module is None or not has_known_layout(module):
+        if module is None:
             raise CheckpointError(
                 f"{self.checkpoint.listing} has packed experts {name}, which the model of config.json does not have."
             )
+        form = self._form(name, module)
         lists: list[list[QuantizedLinear]] = []
-        for part in ("gate_up_proj", "down_proj"):
-            count, rows, columns = getattr(module, part).shape
-            absent = [f"{name}.{part}.{index}" for index in range(count) if (part, index) not in layouts]
+        shapes = ((2 * form.inner, form.hidden), (form.hidden, form.inner))
+        for part, (rows, columns) in zip(PARTS, shapes, strict=True):
+            absent = [f"{name}.{part}.{index}" for index in range(form.experts) if (part, index) not in layouts]
             if absent:
                 raise CheckpointError(f"{self.checkpoint.listing} lacks the packed expert {absent[0]}.")
             packed = [
-                self._packed(f"{name}.{part}.{index}", rows, columns, layouts[part, index])[0] for index in range(count)
+                self._packed(f"{name}.{part}.{index}", rows, columns, layouts[part, index])[0]
+                for index in range(form.experts)
             ]
-            lists.append([QuantizedLinear(weight, None, self.model.dtype) for weight in packed])
+            bias = torch.zeros(rows, dtype=self.model.dtype) if form.biased else None
+            lists.append([QuantizedLinear(weight, bias, self.model.dtype) for weight in packed])
         gate_up, down = lists
         self._set(name, QuantizedExperts(gate_up, down, module))
+
+    def replace_mxfp4_experts(self, name: str, module: Any) -> None:
+        """Put packed experts in the place of the module called `name`, from files that hold them in MXFP4."""
+        source, form = Source(self.checkpoint, name), self._form(name, module)
+        lists = read_experts(source, form, self.model.dtype, self.dtype)
+        self.used |= source.used
+        if form.biased:
+            self.filled |= {f"{name}.{part}.{index}.bias" for part in PARTS for index in range(form.experts)}
+        self._set(name, QuantizedExperts(*lists, module))
+
+    def _form(self, name: str, module: Any) -> ExpertsForm:
+        try:
+            return described_experts(module)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.checkpoint.listing} has packed experts {name}, and those of a {type(module).__name__} cannot "
+                f"be served: {error}. Load the folder with AutoModelForCausalLM."
+            ) from error
 
     def replace_split_experts(self, name: str, module: Any, description: Description) -> bool:
         """Put packed experts in the place of stacked ones, from files that hold each expert's products by themselves.
@@ -117,7 +144,7 @@ class Filler:
         if order is not None:
             raise source.damaged("g_idx", "experts with columns in the order of activations are not served")
         self.used |= source.used
-        return weight
+        return weight.unpack() if isinstance(weight, PackedWeight) else weight
 
     def share(self, name: str, source: str) -> None:
         """Put a table of embeddings that has the codes of the product `source` in the place of `name`."""
@@ -165,13 +192,13 @@ class Filler:
             if isinstance(module, (QuantizedLinear, QuantizedEmbedding, PermutedLinear))
             for tensor in OWN_TENSORS
         }
-        return [name for name in self.model.state_dict() if name not in packed]
+        return [name for name in self.model.state_dict() if name not in packed | self.filled]
 
     def _packed(self, name: str, rows: int, columns: int, layout: Layout) -> tuple[PackedWeight, Tensor | None]:
         source = Source(self.checkpoint, name)
         weight, order = layout.read(source, rows, columns)
         self.used |= source.used
-        return PackedWeight.pack(weight), order
+        return weight if isinstance(weight, PackedWeight) else PackedWeight.pack(weight), order
 
     def _set(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")

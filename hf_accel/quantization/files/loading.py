@@ -27,6 +27,7 @@ from hf_accel.quantization.files.description import BESIDE, CONFIG, find_descrip
 from hf_accel.quantization.files.filling import Filler
 from hf_accel.quantization.files.foreign import Foreign
 from hf_accel.quantization.files.layout import Description, Layout
+from hf_accel.quantization.files.mxfp4 import Mxfp4Description
 from hf_accel.quantization.files.rebuilding import EXPERT, loaded_names, model_class
 from hf_accel.quantization.files.rules import Rules
 from hf_accel.quantization.files.saving import PRIVATE_STEM, PUBLIC_STEM
@@ -40,8 +41,8 @@ def from_pretrained(
     """Load a model that `save_pretrained` wrote, with packed weights or without, in evaluation mode.
 
     Reads weights of 2, 3, 4 and 8 bits that other programs wrote, without their packages: compressed-tensors
-    (`pack-quantized`), GPTQ of both versions, AutoRound and AWQ. The model is of the class that was saved. A folder
-    without packed weights is loaded by transformers.
+    (`pack-quantized`), GPTQ of both versions, AutoRound and AWQ; and experts in MXFP4, as gpt-oss has them, bit by bit.
+    The model is of the class that was saved. A folder without packed weights is loaded by transformers.
 
     Args:
         folder: a local folder, or the name of a model on the hub.
@@ -115,6 +116,8 @@ def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any
     for name, module in list(model.named_modules()):
         if isinstance(rules, Foreign) and has_known_layout(module):
             filler.replace_split_experts(name, module, rules)
+        if isinstance(rules, Mxfp4Description) and rules.holds(name, checkpoint):
+            filler.replace_mxfp4_experts(name, module)
         if not isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)):
             continue
         if (layout := rules.layout(name, module, checkpoint)) is not None:

@@ -23,7 +23,7 @@ from transformers.quantizers import base as quantizers
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.errors import described
 from hf_accel.ops.affine import Scheme
-from hf_accel.quantization.files import gptq
+from hf_accel.quantization.files import gptq, mxfp4
 from hf_accel.quantization.files.formats import METHOD, SUFFIXES, stored_shapes
 from hf_accel.quantization.modules.linear import linear_weight
 
@@ -100,8 +100,12 @@ def wanted_shapes(empty: Any, schemes: Mapping[str, Scheme], tables: Iterable[st
         elif (match := EXPERT.fullmatch(name)) and (
             weights := getattr(modules.get(match[1]), match[2], None)
         ) is not None:
-            rows, columns = weights.shape[1:]
+            experts: Any = modules[match[1]]
+            rows, columns = weights.shape[:0:-1] if getattr(experts, "is_transposed", False) else weights.shape[1:]
             wanted.pop(f"{match[1]}.{match[2]}", None)
+            wanted.pop(f"{match[1]}.{match[2]}_bias", None)
+            if getattr(experts, "has_bias", False):
+                wanted[f"{name}.bias"] = (rows,)
         else:
             raise ValueError(f"it has no product {name}")
         wanted |= {f"{name}.{suffix}": shape for suffix, shape in stored_shapes(scheme, rows, columns).items()}
@@ -144,6 +148,7 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     state = dict.fromkeys(model.state_dict(), True)
     modules = [name.rpartition(".")[0] for name in state]
     state |= {f"{name}.{suffix}": True for name in modules for suffix in (*SUFFIXES, *gptq.SUFFIXES, "bias")}
+    state |= {f"{name}.{suffix}": True for name in modules for suffix in mxfp4.SUFFIXES}
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state)[0] for name in names}
 
 

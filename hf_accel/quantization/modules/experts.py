@@ -55,6 +55,8 @@ class QuantizedExperts(nn.Module):
                 continue
             token, place = torch.where(top_k_index == expert)
             inner = self.gate_up_proj[expert](hidden_states[token])
+            if not self.is_concatenated:  # what the original's rule reads by turns
+                inner = inner.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
             inner = self.original_class._apply_gate(self, inner)  # type: ignore[attr-defined]
             output = self.down_proj[expert](inner) * top_k_weights[token, place, None]
             result.index_add_(0, token, output.to(result.dtype))
