@@ -6,6 +6,8 @@ values lie as codes of 4 bits do.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -62,19 +64,31 @@ def from_mxfp4(blocks: Tensor) -> Tensor:
 
     N a multiple of 16, K of 32.
     """
-    n, half = blocks.shape
-    four = blocks.view(n, half // 4, 4)
-    former, latter = four[..., :2], four[..., 2:]
-    mixed = torch.stack((former & 15 | latter << 4, former >> 4 | latter & 240), dim=-1)
-    return mixed.view(n // LANES, LANES, half // 4, 4).transpose(1, 2).contiguous()
+    parts, places = len(blocks) // LANES, blocks.shape[1] // 4
+    words = _exchanged(_exchanged(_words(blocks.contiguous()), 8, 0x0000FF00), 4, 0x00F000F0)
+    laid_out = words.view(parts, LANES, places).transpose(1, 2).contiguous()
+    return _words(laid_out.view(torch.uint8)).view(torch.uint8).view(parts, places, LANES, 4)
 
 
 def to_mxfp4(codes: Tensor) -> Tensor:
     """Return interleaved fp4 values as files hold them, uint8 [16 R, K / 2]."""
-    mixed = codes.transpose(1, 2).unflatten(-1, (2, 2))  # [R, 16, K / 8, 2, 2]
-    even, odd = mixed[..., 0], mixed[..., 1]
-    four = torch.cat((even & 15 | odd << 4, even >> 4 | odd & 240), dim=-1)
-    return four.reshape(codes.shape[0] * LANES, -1)
+    rows = codes.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)
+    words = _exchanged(_exchanged(_words(rows), 4, 0x00F000F0), 8, 0x0000FF00)
+    return _words(words.view(torch.uint8)).view(torch.uint8)
+
+
+def _exchanged(words: Tensor, distance: int, mask: int) -> Tensor:
+    """Return int32 words with the bits of `mask` and those `distance` above them exchanged."""
+    difference = (words >> distance).bitwise_xor_(words).bitwise_and_(mask)
+    exchanged = words ^ difference
+    return exchanged.bitwise_xor_(difference.bitwise_left_shift_(distance))
+
+
+def _words(rows: Tensor) -> Tensor:
+    """Return bytes [..., 4 n] as little-endian int32 [..., n]."""
+    if sys.byteorder == "big":
+        rows = rows.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+    return rows.view(torch.int32)
 
 
 def _joined(parts: Tensor, bits: int) -> Tensor:

@@ -99,7 +99,7 @@ class PackedWeight:
             raise ValueError(f"{tuple(exponents.shape)} scales do not go with {n} rows of {k} MXFP4 values")
         if bool((exponents > fp4.LARGEST_EXPONENT).any()):
             raise ValueError("a scale of MXFP4 weights is NaN (the exponent 255)")
-        codes = from_mxfp4(functional.pad(blocks, (0, 0, 0, -n % LANES)))
+        codes = from_mxfp4(functional.pad(blocks, (0, 0, 0, -n % LANES)) if n % LANES else blocks)
         return PackedWeight(Scheme(4, fp4.GROUP, code_book=fp4.NAME), n, k, codes, _laid_out(exponents))
 
     def to_mxfp4(self) -> tuple[Tensor, Tensor]:

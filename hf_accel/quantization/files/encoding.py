@@ -114,6 +114,8 @@ class GptqEncoding:
                 f"{weight.rows} rows and {weight.columns} columns, and its words hold multiples of {gptq.MULTIPLE} of "
                 "both. Save with format=None"
             )
+        if scheme.code_book:
+            return "MXFP4, and its words hold whole numbers next to one another. Save with format=None"
         if self.version == V1 and not (scheme.symmetric and scheme.bits in (4, 8)):
             kind = f"{scheme.bits} bits" + ("" if scheme.symmetric else " and zeros of its own")
             return f"{kind}; version 1 is written for symmetric weights of 4 and 8 bits. Save with format='gptq_v2'"

@@ -106,11 +106,17 @@ def read_experts(
             raise source.damaged(f"{part}_scales", _NAN)
         bias = source.tensor(f"{part}_bias", (form.experts, rows)) if form.biased else None
         by_turns = form.interleaved and part == "gate_up_proj"
-        order = torch.arange(rows).view(-1, 2).T.flatten() if by_turns else torch.arange(rows)
         products = []
         for index in range(form.experts):
-            packed = PackedWeight.from_mxfp4(blocks[index].flatten(1)[order], scales[index][order])
-            own = None if bias is None else bias[index][order].to(bias_dtype or bias.dtype)
+            packed = PackedWeight.from_mxfp4(
+                _apart(blocks[index].flatten(1), by_turns), _apart(scales[index], by_turns)
+            )
+            own = None if bias is None else _apart(bias[index], by_turns).to(bias_dtype or bias.dtype, copy=True)
             products.append(QuantizedLinear(packed, own, dtype))
         lists.append(products)
     return lists[0], lists[1]
+
+
+def _apart(rows: Tensor, by_turns: bool) -> Tensor:
+    """Return rows of gate and up, where they lie by turns, with all of gate first."""
+    return torch.cat((rows[::2], rows[1::2])) if by_turns else rows
