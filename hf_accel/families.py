@@ -3,6 +3,7 @@
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
 from hf_accel.decoding import DecodingConfig
+from hf_accel.experts import NativeExpertsConfig
 from hf_accel.gqa import GQAConfig
 from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.quantization import (
@@ -23,6 +24,7 @@ __all__ = [
     "GQAConfig",
     "KVCacheConfig",
     "MixedPrecisionConfig",
+    "NativeExpertsConfig",
     "NativeLinearConfig",
     "QATConfig",
     "SharedProjectionConfig",

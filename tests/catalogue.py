@@ -16,6 +16,7 @@ CATALOGUE: list[Config] = [
     hf_accel.MixedPrecisionConfig(average_bits=15, choices=(8, 16), method="nearest"),
     hf_accel.CompressedTensorsConfig(),
     hf_accel.NativeLinearConfig(max_rows=16),
+    hf_accel.NativeExpertsConfig(),
     hf_accel.SharedProjectionConfig(max_rows=16),
     hf_accel.DecoderBlockConfig(max_rows=16),
     hf_accel.AttentionConfig(),

@@ -26,6 +26,13 @@ MATRIX = struct.Struct("=QQqqqQQqq")
 _SCALES = {torch.int16: 0, torch.int32: 1, torch.uint8: 2}  # the dtype of scales -> the field `stride`
 
 
+def dense_matrix(weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> bytes:
+    """Return the `hfa_matrix` of a weight [N, K] (transposed: [K, N]) as it lies, with rows in one piece."""
+    rows, inner = weight.shape[::-1] if transposed else weight.shape
+    pointer = 0 if bias is None else bias.data_ptr()
+    return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), rows, inner, 0, 0, FORMATS[None], 0)
+
+
 @dataclass(eq=False)
 class PackedWeight:
     """A quantized weight [rows, columns].

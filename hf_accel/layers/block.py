@@ -1,4 +1,4 @@
-"""A whole decoder layer in one native call, for steps of a few rows.
+"""A whole decoder layer in one native call, for steps of a few rows; of one with experts, its attention half.
 
 Stock spends about 160 µs of Python and dispatch per layer and token (twenty operators); one call spends one. The
 weights stay where they are. The call does what the layer's own forward does, operation by operation and rounding by
@@ -162,6 +162,15 @@ def native_step(
         return None
     bits = getattr(layer, "bits", None)
     output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past, bits)
-    if output is not None:  # else the layer's own forward writes the same positions again
-        layer.commit(tokens)
-    return output
+    if output is None:  # the layer's own forward writes the same positions again
+        return None
+    layer.commit(tokens)
+    return output if block.feed_forward is None else _with_feed_forward(block, *output)
+
+
+def _with_feed_forward(block: DecoderBlock, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+    """Return the layer's output after its attention half, with the feed-forward part as the module it is."""
+    added: torch.Tensor = block.feed_forward(normed)  # type: ignore[misc]
+    if block.residual_scale != 1.0:
+        added = added * block.residual_scale
+    return residual + added

@@ -53,7 +53,9 @@ class BlockStep:
             return None if module is None else module.weight.detach()
 
         parts: dict[str, Any] = {
-            name: projection(getattr(block, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")
+            name: projection(part)
+            for name in ("q", "k", "v", "o", "gate", "up", "down")
+            if (part := getattr(block, name)) is not None
         }
         norms: dict[str, Any] = {f"{name}_norm": norm(getattr(block, f"{name}_norm"))
                  for name in ("input", "mlp", "attention_out", "mlp_out", "q", "k")}  # fmt: skip
@@ -62,12 +64,14 @@ class BlockStep:
             heads=block.heads,
             kv_heads=block.kv_heads,
             head_dim=block.head_dim,
-            inner=parts["gate"].weight.shape[0],
+            inner=parts["gate"].weight.shape[0] if block.gate else 0,
             activation=block.activation,
             norm_eps=block.norm_eps,
             norm_style=block.norm_style,
             scale=block.scale,
             softcap=block.softcap,
+            norms_rows=block.norms_rows,
+            residual_scale=block.residual_scale,
         )
         kernel = native.NativeBlock(shape, native.BlockWeights(**parts, **norms))
         self.watch = Watch(block.layer, block.modules)

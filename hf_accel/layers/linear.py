@@ -80,8 +80,6 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
         skipped = tuple(
             f"products of {dtype} weights or weights off the CPU stay with ATen" for dtype in sorted(others)
         )
-        if experts := anatomy.stacked_experts():
-            skipped += (f"{experts} modules hold stacked expert weights, which stay with transformers' expert code",)
         limits = sorted({made.max_rows for made in classes.values()} or {most})  # type: ignore[attr-defined]
         extent = " or ".join("any number of" if limit == ANY_ROWS else f"up to {limit}" for limit in limits)
         return Change(f"{count} products of {extent} rows run natively ({native.status().isa})", 0, skipped)

@@ -97,10 +97,6 @@ class Anatomy:
                     found.append(Siblings(parent, names))
         return found
 
-    def stacked_experts(self) -> int:
-        """How many modules hold the weights of several experts as one 3-D parameter."""
-        return sum(map(holds_experts, self.model.modules()))
-
 
 def holds_experts(module: nn.Module) -> bool:
     """Return whether `module` holds the weights of several experts in 3-D parameters, in whatever layout.

@@ -28,7 +28,10 @@ class LinearSlice:
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """One pre-norm gated decoder layer, part by part."""
+    """One pre-norm gated decoder layer, part by part.
+
+    feed_forward: the module that follows attention where it is not gate, up and down, which are None then.
+    """
 
     layer: nn.Module
     attention: nn.Module
@@ -37,9 +40,10 @@ class DecoderBlock:
     k: LinearSlice
     v: LinearSlice
     o: LinearSlice
-    gate: LinearSlice
-    up: LinearSlice
-    down: LinearSlice
+    gate: LinearSlice | None
+    up: LinearSlice | None
+    down: LinearSlice | None
+    feed_forward: nn.Module | None
     input_norm: nn.Module
     mlp_norm: nn.Module
     attention_out_norm: nn.Module | None
@@ -54,11 +58,14 @@ class DecoderBlock:
     norm_style: Literal["llama", "gemma"]
     scale: float
     softcap: float | None
+    norms_rows: bool
+    residual_scale: float
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Every module inside the layer that computes something, the layer itself excluded."""
-        return [module for module in self.layer.modules() if module is not self.layer]
+        """Every module inside the layer that computes something; not the layer itself, nor `feed_forward`."""
+        others = set() if self.feed_forward is None else set(self.feed_forward.modules())
+        return [module for module in self.layer.modules() if module is not self.layer and module not in others]
 
 
 def described_blocks(model: PreTrainedModel) -> tuple[list[DecoderBlock], tuple[str, ...], str]:
@@ -82,13 +89,15 @@ def described_blocks(model: PreTrainedModel) -> tuple[list[DecoderBlock], tuple[
 
 
 def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBlock:
-    parts, attention, mlp = layer._modules, layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    parts, attention, mlp = layer._modules, layer.get_submodule("self_attn"), layer.get_submodule(style.feed_forward)
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if attention.layer_idx != index:
         raise ValueError(f"layer {index} calls itself {attention.layer_idx}")
     if attention.is_causal is not True:
         raise ValueError("its attention is not causal")
+    if getattr(config, "clip_qkv", None) is not None:
+        raise ValueError("it clips queries, keys and values")
     q_rows, kv_rows, inner = heads * head_dim, kv_heads * head_dim, config.intermediate_size
 
     def rows(parent: nn.Module, name: str, start: int, stop: int) -> LinearSlice:
@@ -103,10 +112,14 @@ def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBl
     else:
         q = rows(attention, "q_proj", 0, q_rows)
         k, v = (rows(attention, name, 0, kv_rows) for name in ("k_proj", "v_proj"))
+    gate = up = down = None
+    is_mixture = style.mixture and "gate_proj" not in mlp._modules
     if style.fused_gate_up:
         gate, up = rows(mlp, "gate_up_proj", 0, inner), rows(mlp, "gate_up_proj", inner, 2 * inner)
-    else:
+    elif not is_mixture:
         gate, up = rows(mlp, "gate_proj", 0, inner), rows(mlp, "up_proj", 0, inner)
+    if not is_mixture:
+        down = rows(mlp, "down_proj", 0, config.hidden_size)
     sandwich = style.sandwich_norms
     norms: dict[str, Any] = {
         "input_norm": layer.get_submodule("input_layernorm"),
@@ -130,7 +143,8 @@ def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBl
         o=rows(attention, "o_proj", 0, config.hidden_size),
         gate=gate,
         up=up,
-        down=rows(mlp, "down_proj", 0, config.hidden_size),
+        down=down,
+        feed_forward=mlp if is_mixture else None,
         **norms,
         heads=heads,
         kv_heads=kv_heads,
@@ -140,6 +154,8 @@ def _block(layer: nn.Module, index: int, style: Style, config: Any) -> DecoderBl
         norm_style=style.norm_style,
         scale=_number(attention.scaling),
         softcap=None if softcap is None else _number(softcap),
+        norms_rows=style.qk_norm == "row",
+        residual_scale=_number(getattr(layer, style.residual_scale)) if style.residual_scale else 1.0,
     )
 
 

@@ -7,7 +7,7 @@ running the module's own on a few values: a class that computes something else t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,3 +97,16 @@ def apply_gate(form: Gate, gate: Tensor, up: Tensor) -> Tensor:
     if form.alpha:
         return (up + 1) * (gate * torch.sigmoid(gate * form.alpha))
     return _ACTIVATIONS[form.activation](gate) * up
+
+
+@runtime_checkable
+class RoutedExperts(Protocol):
+    """A module of experts that makes a native call of its own and counts what it is sent.
+
+    counts: int64 [experts], rows by expert; expert_bytes: bytes of one expert's weights.
+    """
+
+    counts: Tensor
+
+    @property
+    def expert_bytes(self) -> int: ...

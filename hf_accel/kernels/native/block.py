@@ -24,22 +24,24 @@ from hf_accel.kernels.native.block_weights import (
     checked_dtype,
 )
 from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
-from hf_accel.kernels.weights import FORMATS, MATRIX
+from hf_accel.kernels.weights import FORMATS, MATRIX, dense_matrix
 
-_HEAD = struct.Struct("=8q3d")
+_HEAD = struct.Struct("=9q4d")
 _NORMS = struct.Struct("=6Q")
-_CALL = struct.Struct("=7Q19qQq")
+_CALL = struct.Struct("=7Q19qQqQ")
+_NO_MATRIX = bytes(MATRIX.size)
 _NOT_FINITE = 1  # see hfa_block_forward
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
 
-def _matrix(projection: Projection) -> bytes:
+def _matrix(projection: Projection | None) -> bytes:
+    if projection is None:
+        return _NO_MATRIX
     weight, bias = projection.weight, projection.bias
     if not isinstance(weight, Tensor):
         return weight.matrix(bias)
-    pointer = 0 if bias is None else bias.data_ptr()
-    return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), *weight.shape, 0, 0, FORMATS[None], 0)
+    return dense_matrix(weight, bias)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -70,10 +72,13 @@ class NativeBlock:
             shape.inner,
             ACTIVATIONS[shape.activation],
             NORM_STYLES[shape.norm_style],
+            shape.norms_rows,
             shape.norm_eps,
             shape.scale,
             shape.softcap or 0.0,
+            shape.residual_scale,
         )
+        self.is_half = weights.gate is None
         self._packed = b"".join((head, *map(_matrix, matrices), _NORMS.pack(*map(_pointer, norms))))
 
     def __reduce__(self) -> tuple[type[NativeBlock], tuple[BlockShape, BlockWeights]]:
@@ -102,7 +107,7 @@ class NativeBlock:
         mask: Tensor | None = None,
         row_past: Tensor | None = None,
         bits: int | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The layer's output [B, T, E] for hidden [B, T, E] contiguous, B * T <= MAX_ROWS.
 
         cos, sin [1 or B, T, rotary] in the dtype of the weights; keys, values: the buffers [B, G, C, D] with the last
@@ -114,6 +119,7 @@ class NativeBlock:
         bits: None, or 8 or 4 where keys and values are rows of codes, uint8, see `hf_accel.ops.cached`.
         No sequence changes another's result: to the last bit it is the one of that sequence alone, save on AMX, where
         a single row has its products summed in another order.
+        Of an attention half: the residual and what the feed-forward part reads, [B, T, E] each.
         None: a score of the attention is not finite, so that PyTorch's result depends on which attention runs.
         Raises: ValueError when sizes are out of range.
         """
@@ -131,6 +137,7 @@ class NativeBlock:
             mask_stride_t = mask.stride(2)
         many = cos.shape[0] > 1
         out = _empty_like(hidden)
+        normed = _empty_like(hidden) if self.is_half else None
         call = _CALL.pack(
             hidden.data_ptr(),
             out.data_ptr(),
@@ -160,6 +167,7 @@ class NativeBlock:
             mask_stride_t,
             0 if row_past is None else row_past.data_ptr(),
             FORMATS[bits],
+            0 if normed is None else normed.data_ptr(),
         )
         if row_past is not None and (
             row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()
@@ -174,4 +182,4 @@ class NativeBlock:
                 f"at position {past} of a buffer of {keys.shape[2]} positions (first visible: {first}"
                 f"{'' if row_past is None else f'; by row: {row_past.tolist()}, each from {first} to {past}'})"
             )
-        return out
+        return out if normed is None else (out, normed)

@@ -30,7 +30,8 @@ class BlockShape:
 
     `activation` is one of silu, gelu_tanh, gelu (erf), relu. `norm_style` "llama" multiplies the rounded normalised
     value by the weight; "gemma" multiplies by 1 + weight in fp32 and rounds once. `scale` multiplies scores;
-    `softcap` (None: off) then maps them to cap * tanh(score / cap).
+    `softcap` (None: off) then maps them to cap * tanh(score / cap). norms_rows: q_norm and k_norm are over all heads of
+    a row. What a part of the layer gives is multiplied by `residual_scale` before it joins the residual.
     """
 
     hidden: int
@@ -43,21 +44,26 @@ class BlockShape:
     norm_style: Literal["llama", "gemma"]
     scale: float
     softcap: float | None = None
+    norms_rows: bool = False
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
-    """Tensors of a layer, all of one dtype on the CPU; norm weights [E], q_norm and k_norm [D]."""
+    """Tensors of a layer, all of one dtype on the CPU; norm weights [E], q_norm and k_norm [D] or of all heads.
+
+    Without gate, up and down it is the attention half of a layer, whose feed-forward part is computed elsewhere.
+    """
 
     q: Projection
     k: Projection
     v: Projection
     o: Projection
-    gate: Projection
-    up: Projection
-    down: Projection
     input_norm: Tensor
     mlp_norm: Tensor
+    gate: Projection | None = None
+    up: Projection | None = None
+    down: Projection | None = None
     attention_out_norm: Tensor | None = None
     mlp_out_norm: Tensor | None = None
     q_norm: Tensor | None = None
@@ -70,7 +76,8 @@ def _sizes(shape: BlockShape) -> dict[str, tuple[int, ...]]:
     e, i, d = shape.hidden, shape.inner, shape.head_dim
     products = {"q": (q, e), "k": (kv, e), "v": (kv, e), "o": (e, q), "gate": (i, e), "up": (i, e), "down": (e, i)}
     norms = dict.fromkeys(("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm"), (e,))
-    return {**products, **norms, "q_norm": (d,), "k_norm": (d,)}
+    q_norm, k_norm = (q, kv) if shape.norms_rows else (d, d)
+    return {**products, **norms, "q_norm": (q_norm,), "k_norm": (k_norm,)}
 
 
 def _check_tensor(name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -108,6 +115,8 @@ def checked_dtype(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
         raise ValueError(f"heads ({shape.heads}) must be a multiple of kv_heads ({shape.kv_heads})")
     if shape.softcap is not None and not shape.softcap > 0:
         raise ValueError(f"softcap is {shape.softcap}; it must be positive, or None for no soft cap")
+    if len({value is None for value in (weights.gate, weights.up, weights.down)}) > 1:
+        raise ValueError("a block has gate, up and down, or none of them")
     for name, size in _sizes(shape).items():
         value = getattr(weights, name)
         if isinstance(value, Projection):

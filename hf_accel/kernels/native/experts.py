@@ -1,8 +1,8 @@
 """The routed experts of a layer in one native call, for any number of tokens; cost: the distinct experts read once.
 
-Rows are sorted by expert, and threads share out rows of weights, so that neither many experts of few rows nor few of many
-leave a thread idle. Where stock materialises a tensor, values are rounded to the dtype at the same point; the sum over a
-token's experts is made in fp32.
+Rows are sorted by expert, and threads share out rows of weights, so that neither many experts of few rows nor few of
+many leave a thread idle. Where stock materialises a tensor, values are rounded to the dtype at the same point; the sum
+over a token's experts is made in fp32.
 """
 
 from __future__ import annotations
@@ -55,16 +55,18 @@ class NativeExperts:
         transposed: bool,
         gate_up: Sequence[bytes],
         down: Sequence[bytes],
+        counts: Tensor | None = None,
     ) -> None:
-        """Take the `hfa_matrix` of gate_up [2 I, E] and down [E, I] of every expert (transposed: of [E, 2 I] and [I, E]).
+        """Take the `hfa_matrix` of gate_up [2 I, E] and of down [E, I] of every expert.
 
-        interleaved: rows of gate and up by turns, not all of gate first.
+        transposed: they lie as [E, 2 I] and [I, E]. interleaved: rows of gate and up by turns, not all of gate first.
+        counts: what to count in, int64 [experts]; None: zeros of its own.
 
         Raises:
             RuntimeError: the native library is not available.
         """
         self.dtype, self.hidden, self.experts = dtype, hidden, len(gate_up)
-        self.counts = torch.zeros(self.experts, dtype=torch.int64)
+        self.counts = torch.zeros(self.experts, dtype=torch.int64) if counts is None else counts
         self._function: Any = _library.library().hfa_experts_forward
         self._matrices = [ctypes.create_string_buffer(b"".join(matrices), self.experts * MATRIX.size)
                           for matrices in (gate_up, down)]  # fmt: skip
@@ -86,10 +88,10 @@ class NativeExperts:
         for buffer, matrix in zip(self._matrices, (gate_up, down), strict=True):
             ctypes.memmove(ctypes.addressof(buffer) + index * MATRIX.size, matrix, MATRIX.size)
 
-    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor, *, is_counted: bool = True) -> Tensor:
         """Return [T, E] for hidden [T, E] in the dtype, ids int64 and weights [T, k] in the dtype or fp32; no autograd.
 
-        An id out of range stands for no expert.
+        An id out of range stands for no expert. is_counted: whether rows join `counts`.
 
         Raises:
             ValueError: tensors of other kinds or sizes.
@@ -103,9 +105,9 @@ class NativeExperts:
             or (weights.dtype is not self.dtype and weights.dtype is not torch.float32)
         ):
             raise ValueError(
-                f"experts of {self.hidden} columns in {self.dtype} take hidden [T, {self.hidden}], ids int64 and weights "
-                f"[T, k]; got {hidden.dtype} {tuple(hidden.shape)}, {ids.dtype} {tuple(ids.shape)}, {weights.dtype} "
-                f"{tuple(weights.shape)}"
+                f"experts of {self.hidden} columns in {self.dtype} take hidden [T, {self.hidden}], ids int64 and "
+                f"weights [T, k]; got {hidden.dtype} {tuple(hidden.shape)}, {ids.dtype} {tuple(ids.shape)}, "
+                f"{weights.dtype} {tuple(weights.shape)}"
             )
         hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
         out = _empty_like(hidden)
@@ -116,7 +118,7 @@ class NativeExperts:
             out.data_ptr(),
             ids.data_ptr(),
             weights.data_ptr(),
-            self.counts.data_ptr(),
+            self.counts.data_ptr() if is_counted else 0,
             tokens,
             choices,
             weights.dtype is torch.float32,

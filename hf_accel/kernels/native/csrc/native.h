@@ -57,10 +57,13 @@ typedef struct {
     const void *scales; const float *offsets; int64_t format, group;
 } hfa_matrix;
 
-/* One decoder layer: constant over its life. All fields are 8 bytes wide so that Python can pack them blindly. */
+/* One decoder layer: constant over its life. All fields are 8 bytes wide so that Python can pack them blindly.
+ * Without a weight for gate it is the attention half of a layer, up to and with the norm before its feed-forward part.
+ * norms_rows: q_norm and k_norm are over all heads of a row, [H D] and [G D], and not over each head.
+ * residual_scale: what a part of the layer gives is multiplied by it, and rounded, before it joins the residual; 1: it is not. */
 typedef struct {
-    int64_t dtype, hidden, heads, kv_heads, head_dim, inner, activation, norm_style;
-    double norm_eps, scale, softcap; /* softcap 0: none */
+    int64_t dtype, hidden, heads, kv_heads, head_dim, inner, activation, norm_style, norms_rows;
+    double norm_eps, scale, softcap, residual_scale; /* softcap 0: none */
     hfa_matrix q, k, v, o, gate, up, down;
     const void *input_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
 } hfa_block;
@@ -77,6 +80,7 @@ typedef struct {
     int64_t mask_kind, mask_stride_b, mask_stride_t;
     const int64_t *row_past;
     int64_t format; /* of keys and values: HFA_DENSE, or rows of bytes as in cached.h, whose strides are in bytes */
+    void *normed;   /* [B,T,E], of an attention half: what its feed-forward part reads; `out` is the residual then */
 } hfa_block_call;
 
 /* Attention over a piece of a cache, to be merged with others. query [B,H,T,D]; keys [B,G,n,D] and values [B,G,n,Dv] as in

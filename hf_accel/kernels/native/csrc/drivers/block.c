@@ -1,5 +1,5 @@
-/* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3) for up to HFA_MAX_ROWS rows in one parallel
- * region. Phases are separated by barriers; what is small (norms, residual sums, packing) every thread does for itself
+/* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3), or its attention half where experts follow,
+ * for up to HFA_MAX_ROWS rows in one parallel region. Phases are separated by barriers; what is small (norms, residual sums, packing) every thread does for itself
  * instead of waiting for one that does. Intermediates are fp32 that hold values of the dtype, rounded at the same
  * points as the eager PyTorch layer rounds them. What the PyTorch layer makes of scores that are not finite depends on which of
  * ATen's attentions runs and on their number, so such a call ends without a result. */
@@ -88,13 +88,32 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
     }
 }
 
-/* residual += norm(summand), rounded; `normed` is room for a row */
+/* q and k of every row, normed over all heads */
+static void norm_projected(const hfa_block_run *run, int self, int team) {
+    const hfa_block *block = run->block;
+    const struct { const void *norm; int64_t from, size; } parts[] = {
+        {block->q_norm, 0, block->heads * block->head_dim},
+        {block->k_norm, block->heads * block->head_dim, block->kv_heads * block->head_dim}};
+    for (int r = self; r < run->rows; r += team)
+        for (int i = 0; i < 2; i++) {
+            float *x = run->projected + r * run->projected_stride + parts[i].from;
+            if (parts[i].norm)
+                run->kernels->rms_norm(x, parts[i].norm, parts[i].size, (float)block->norm_eps, (int)block->norm_style, x);
+        }
+}
+
+/* residual += norm(summand) * residual_scale, rounded; `normed` is room for a row */
 static void add_summand(const hfa_block_run *run, const void *norm, float *residual, float *normed, int row) {
     const hfa_block *block = run->block;
     const float *summand = run->summand + row * padded(block->hidden);
     residual += row * padded(block->hidden);
     if (norm) {
         run->kernels->rms_norm(summand, norm, block->hidden, (float)block->norm_eps, (int)block->norm_style, normed);
+        summand = normed;
+    }
+    if (block->residual_scale != 1.0) {
+        for (int64_t i = 0; i < block->hidden; i++) normed[i] = summand[i] * (float)block->residual_scale;
+        run->kernels->round(normed, block->hidden);
         summand = normed;
     }
     run->kernels->add(residual, summand, block->hidden, residual);
@@ -119,6 +138,10 @@ static void block_task(void *arg, int self, int team) {
     pack(&run->qkv, mine.wide, wide, block->hidden, &mine);
     hfa_products_run(&run->qkv, &mine.x, run->ranges[0], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
+    if (block->norms_rows) {
+        norm_projected(run, self, team);
+        hfa_barrier_wait(run->barrier, team);
+    }
 
     hfa_attention_run(run, &mine, self);
     hfa_barrier_wait(run->barrier, team);
@@ -129,6 +152,17 @@ static void block_task(void *arg, int self, int team) {
     hfa_products_run(&run->output, &mine.x, run->ranges[2], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
 
+    if (run->is_half) {
+        for (int r = self; r < run->rows; r += team) {
+            float *residual = mine.residual + r * hidden;
+            int64_t at = r * block->hidden * kernels->element;
+            add_summand(run, block->attention_out_norm, mine.residual, mine.wide, r);
+            kernels->rms_norm(residual, block->mlp_norm, block->hidden, (float)block->norm_eps, (int)block->norm_style, mine.wide);
+            kernels->store(residual, (char *)run->call->out + at, block->hidden);
+            kernels->store(mine.wide, (char *)run->call->normed + at, block->hidden);
+        }
+        return;
+    }
     for (int r = 0; r < run->rows; r++) add_summand(run, block->attention_out_norm, mine.residual, mine.wide, r);
     norm_rows(run, mine.residual, block->mlp_norm, mine.wide, wide);
     pack(&run->gate_up, mine.wide, wide, block->hidden, &mine);
@@ -146,10 +180,11 @@ static void block_task(void *arg, int self, int team) {
 }
 
 static int is_valid(const hfa_block *block, const hfa_block_call *call) {
-    const void *needed[] = {block->q.weight, block->k.weight, block->v.weight, block->o.weight, block->gate.weight, block->up.weight,
-                            block->down.weight, block->input_norm, block->mlp_norm, call->hidden, call->out, call->keys, call->values};
+    const void *needed[] = {block->q.weight, block->k.weight, block->v.weight, block->o.weight,
+                            block->input_norm, block->mlp_norm, call->hidden, call->out, call->keys, call->values};
     for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
         if (!needed[i]) return 0;
+    if (block->gate.weight ? !block->up.weight || !block->down.weight : !call->normed) return 0;
     if (call->rotary && (!call->cos || !call->sin)) return 0;
     if (call->row_past && call->batch <= HFA_MAX_ROWS)
         for (int64_t b = 0; b < call->batch; b++)
@@ -164,19 +199,20 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     if (!is_valid(block, call)) return -1;
     const hfa_kernels *kernels = hfa_active_kernels((int)block->dtype);
     hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32),
-                         .rows = (int)(call->batch * call->tokens)};
+                         .rows = (int)(call->batch * call->tokens), .is_half = !block->gate.weight};
     run.attention = (hfa_attention){.kernels = kernels, .format = call->format, .key_dim = block->head_dim, .value_dim = block->head_dim,
                                     .scale = (float)block->scale, .softcap = (float)block->softcap};
     int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past - call->first;
     run.qkv = (hfa_products){.kernels = kernels, .count = 3, .m = run.rows, .keeps_f32 = 1,
                              .item = {{.matrix = &block->q}, {.matrix = &block->k}, {.matrix = &block->v}}};
     run.output = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->o}}};
-    run.gate_up = (hfa_products){.kernels = kernels, .count = 2, .m = run.rows, .item = {{.matrix = &block->gate}, {.matrix = &block->up}}};
-    run.down = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->down}}};
-    int64_t gate_row_bytes = hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
+    run.gate_up = (hfa_products){.kernels = kernels, .count = run.is_half ? 0 : 2, .m = run.rows, .item = {{.matrix = &block->gate}, {.matrix = &block->up}}};
+    run.down = (hfa_products){.kernels = kernels, .count = !run.is_half, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->down}}};
+    int64_t inner = run.is_half ? 0 : block->inner;
+    int64_t gate_row_bytes = run.is_half ? 1 : hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
     int64_t bytes = q_size * hfa_row_bytes(kernels, &block->q) + 2 * kv_size * hfa_row_bytes(kernels, &block->k)
-                    + block->hidden * (hfa_row_bytes(kernels, &block->o) + hfa_row_bytes(kernels, &block->down))
-                    + block->inner * gate_row_bytes + call->batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
+                    + block->hidden * (hfa_row_bytes(kernels, &block->o) + (run.is_half ? 0 : hfa_row_bytes(kernels, &block->down)))
+                    + inner * gate_row_bytes + call->batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
     run.threads = hfa_useful_threads(bytes, call->threads);
     hfa_attention_plan(&run);
     size_t shared_bytes = lay_out_shared(&run, NULL);
@@ -198,11 +234,11 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     int64_t together = larger(hfa_rows_together(kernels, &block->gate), hfa_rows_together(kernels, &block->up));
     int64_t wanted = larger(hfa_rows_wanted(kernels, &block->gate, run.rows),
                             hfa_rows_wanted(kernels, &block->up, run.rows));
-    run.gate_rows = hfa_chunk_rows(together, wanted, gate_row_bytes, block->inner * gate_row_bytes, run.threads);
+    run.gate_rows = hfa_chunk_rows(together, wanted, gate_row_bytes, inner * gate_row_bytes, run.threads);
     hfa_ranges_deal(run.ranges[0], run.threads, hfa_products_plan(&run.qkv, run.threads));
     hfa_ranges_deal(run.ranges[1], run.threads, call->batch * block->kv_heads * run.pieces);
     hfa_ranges_deal(run.ranges[2], run.threads, hfa_products_plan(&run.output, run.threads));
-    hfa_ranges_deal(run.ranges[3], run.threads, (block->inner + run.gate_rows - 1) / run.gate_rows);
+    hfa_ranges_deal(run.ranges[3], run.threads, (inner + run.gate_rows - 1) / run.gate_rows);
     hfa_ranges_deal(run.ranges[4], run.threads, hfa_products_plan(&run.down, run.threads));
     hfa_parallel(block_task, &run, run.threads);
     return run.is_strange;

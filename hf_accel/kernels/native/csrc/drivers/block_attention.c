@@ -19,7 +19,7 @@ void hfa_attention_plan(hfa_block_run *run) {
 /* Norm over the head (where there is one) and rotary, in place. */
 static void prepare_head(const hfa_block_run *run, float *x, const void *norm, const float *angles, float *scratch) {
     const hfa_block *block = run->block;
-    if (norm)
+    if (norm && !block->norms_rows)
         run->kernels->rms_norm(x, norm, block->head_dim, (float)block->norm_eps, (int)block->norm_style, x);
     run->kernels->rotate(x, angles, angles + HFA_MAX_HEAD_DIM, run->call->rotary, scratch);
 }

@@ -10,6 +10,7 @@ typedef struct {
     const hfa_kernels *kernels, *single; /* of the dtype; of fp32 */
     hfa_attention attention;
     int rows, threads;                   /* R = B * T; ranges dealt out */
+    int is_half;                         /* attention only */
     _Atomic int is_strange;              /* a score is not finite */
     hfa_barrier *barrier;
     hfa_range *ranges[5];                /* q/k/v, attention, o, gate/up, down */
