@@ -12,7 +12,6 @@ from hf_accel.core.model.architectures import SIBLING_NAMES
 from hf_accel.ops.affine import GROUP_SIZES, Scheme
 from hf_accel.quantization.allocating.allocation import Option
 from hf_accel.quantization.config import KEPT_BITS, MixedPrecisionConfig
-from hf_accel.quantization.modules.linear import linear_weight
 from hf_accel.quantization.patcher import packed_bytes
 from hf_accel.quantization.targets import Target
 
@@ -32,11 +31,11 @@ class Group:
 
     @property
     def original_bytes(self) -> int:
-        return sum(weight.numel() * weight.element_size() for target in self.targets for weight in _weights(target))
+        return sum(weight.numel() * weight.element_size() for target in self.targets for weight in target.weights)
 
     @property
     def weights(self) -> int:
-        return sum(weight.numel() for target in self.targets for weight in _weights(target))
+        return sum(weight.numel() for target in self.targets for weight in target.weights)
 
 
 def groups_of(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Group]:
@@ -64,7 +63,7 @@ def _key(path: str) -> tuple[str, ...]:
 
 
 def _options(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Option]:
-    weights = [weight for target in targets for weight in _weights(target)]
+    weights = [weight for target in targets for weight in target.weights]
     found = []
     for bits in config.choices:
         if bits == KEPT_BITS:
@@ -80,10 +79,3 @@ def _options(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: tor
                 nbytes += math.prod(weight.shape[:-2]) * packed_bytes(scheme, rows, columns, dtype)
             found.append(Option(bits, size, nbytes, 0.0))
     return found
-
-
-def _weights(target: Target) -> list[torch.Tensor]:
-    """Return the weights [N, K] of a target, or those of its experts [experts, N, K]."""
-    if target.scheme is not None:
-        return [linear_weight(target.module).detach()]
-    return [weight.detach() for weight in target.module.parameters() if weight.dim() == 3]
