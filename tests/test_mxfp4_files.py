@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 import hf_accel
 from hf_accel.ops import fp4
 from hf_accel.quantization import QuantizedLinear
-from hf_accel.quantization.files import filling
+from hf_accel.quantization.files import experts as experts_files
 from hf_accel.quantization.modules.experts import QuantizedExperts
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -277,10 +277,10 @@ def test_columns_that_blocks_do_not_divide_are_refused(tmp_path: Path) -> None:
 
 def test_experts_that_cannot_be_described_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(module: Any) -> Any:
-        raise ValueError("their gate is none of those known here")
+        raise ValueError("their tensors are others")
 
-    monkeypatch.setattr(filling, "described_experts", unknown)
-    with pytest.raises(hf_accel.CheckpointError, match="GptOssExperts cannot be served: their gate is none"):
+    monkeypatch.setattr(experts_files, "layout_of", unknown)
+    with pytest.raises(hf_accel.CheckpointError, match="GptOssExperts cannot be served: their tensors are others"):
         hf_accel.from_pretrained(_written())
 
 

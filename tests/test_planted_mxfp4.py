@@ -49,13 +49,13 @@ def expanded_on_the_way(patch: Patch) -> None:
 
 def by_turns(patch: Patch) -> None:
     """The gate is handed columns as the packed rows lie."""
-    right = QuantizedExperts.forward
+    right = QuantizedExperts.__init__
 
-    def forward(self: Any, *arguments: Any) -> Tensor:
-        self.is_concatenated = True
-        return right(self, *arguments)
+    def built(self: Any, *arguments: Any) -> None:
+        right(self, *arguments)
+        self.is_reordered = False
 
-    patch.setattr(QuantizedExperts, "forward", forward)
+    patch.setattr(QuantizedExperts, "__init__", built)
 
 
 def doubled(patch: Patch) -> None:
@@ -69,7 +69,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_mxfp4_products.test_products_are_those_of_the_file,
     ),
     "rows of gate and up by turns": (
-        result(mxfp4, "_apart", lambda rows: rows.flip(0)),
+        instead(mxfp4, "gate_first", lambda rows, *_: rows),
         test_mxfp4_files.test_every_bit_is_that_of_the_file_and_rows_of_gate_lie_first,
     ),
     "zeros that lose their sign": (

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
-from hf_accel.kernels.packed import dequantized_linear
 from hf_accel.quantization import QuantizedLinear
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name
@@ -81,7 +80,7 @@ def test_an_adapter_on_a_quantized_model(name: str, config: str, monkeypatch: py
     with wrapped.disable_adapter():
         assert torch.equal(text(wrapped), bare_text)
         assert torch.equal(logits(wrapped), bare)
-    monkeypatch.setattr("hf_accel.quantization.modules.linear.packed_linear", dequantized_linear)
+    monkeypatch.setattr("hf_accel.kernels.native.is_available", lambda: False)  # then nothing is rounded
     assert distance(logits(wrapped), logits(with_adapter(dequantized(name, config), name))) < 1e-5
 
 

@@ -25,7 +25,7 @@ from hf_accel.quantization.calibrating.scaling import most_places
 from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig
-from hf_accel.quantization.modules.experts import QuantizedExperts
+from hf_accel.quantization.modules.experts import QuantizedExperts, packed_product
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import Target, targets
@@ -96,7 +96,7 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         """Every product is solved and put in place, every place scaled, and every layer refined in steps."""
         chosen, _ = targets(setting.anatomy, self.config)
         inner = [target for target in chosen if target.module is not setting.model.get_output_embeddings()]
-        solved = sum(1 if target.scheme is not None else 2 * len(target.module.gate_up_proj) for target in inner)
+        solved = sum(1 if target.layout is None else 2 * target.layout.experts for target in inner)
         layers = int(setting.model.config.get_text_config(decoder=True).num_hidden_layers)
         scaled = 0 if self.config.scaling is None else most_places(setting.anatomy.blocks)
         return len(chosen) + solved + scaled + self.config.refine_steps * layers
@@ -132,16 +132,18 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
 
     def _packed(self, target: Target, part: Calibrated, setting: Setting) -> nn.Module:
         """Return the module that stands in for a target, with the codes that were found."""
-        dtype = setting.anatomy.dtype
-        if target.scheme is not None:
+        dtype, layout = setting.anatomy.dtype, target.layout
+        if layout is None:
             bias = part.values.get(f"{target.path}.bias", getattr(target.module, "bias", None))
             return _linear(part.affines[target.path], bias, dtype)
 
-        def packed(name: str, count: int) -> list[QuantizedLinear]:
-            return [_linear(part.affines[f"{target.path}.{name}.{index}"], None, dtype) for index in range(count)]
+        def packed(name: str) -> list[QuantizedLinear]:
+            return [
+                packed_product(target.module, layout, name, i, part.affines[f"{target.path}.{name}.{i}"], dtype)
+                for i in range(layout.experts)
+            ]
 
-        count = len(target.module.gate_up_proj)
-        return QuantizedExperts(packed("gate_up_proj", count), packed("down_proj", count), target.module)
+        return QuantizedExperts(packed("gate_up_proj"), packed("down_proj"), target.module)
 
 
 def _swap(model: nn.Module, module: nn.Module, other: nn.Module, journal: Journal) -> None:

@@ -6,6 +6,7 @@ originals="drop" the original goes before the next one is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,7 +28,7 @@ from hf_accel.quantization.candidates import offered
 from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
-from hf_accel.quantization.modules.experts import QuantizedExperts
+from hf_accel.quantization.modules.experts import QuantizedExperts, packed_product, weight_of
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.observing import Moment
 from hf_accel.quantization.rounding import METHODS
@@ -73,15 +74,13 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head is not None and getattr(head, "weight", None) is table.weight
         for target in targets(anatomy, self.config)[0]:
-            weights = [w for w in target.module.parameters() if w.dim() > 1]
-            for weight in weights:
-                if target.scheme is None:
+            for weight in target.weights:
+                *count, rows, columns = weight.shape
+                scheme = target.scheme
+                if scheme is None:
                     bits = self.config.bits_of(target.path) or self.config.bits
-                    count, rows, columns = weight.shape
                     scheme = self.config.scheme(bits, columns, self.config.group_size_of(target.path))[0]
-                else:
-                    count, (rows, columns), scheme = 1, linear_weight(target.module).shape, target.scheme
-                total += count * packed_bytes(scheme, rows, columns, anatomy.dtype)
+                total += math.prod(count) * packed_bytes(scheme, rows, columns, anatomy.dtype)
                 if not (is_tied and target.module is head):
                     total -= weight.numel() * weight.element_size()
         if self.config.embeddings is not None and type(table) is nn.Embedding:
@@ -148,13 +147,20 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
     def _replacement(self, target: Target, original: Any, dtype: torch.dtype) -> nn.Module:
         if target.scheme is not None:
             return quantized(linear_weight(original), original.bias, target.scheme, dtype)
+        layout: Any = target.layout
         bits, group_size = self.config.bits_of(target.path) or self.config.bits, self.config.group_size_of(target.path)
 
-        def products(weights: torch.Tensor) -> list[QuantizedLinear]:
-            scheme, _ = self.config.scheme(bits, weights.shape[-1], group_size)
-            return [quantized(weight, None, scheme, dtype) for weight in weights]
+        def products(name: str, columns: int) -> list[QuantizedLinear]:
+            scheme, _ = self.config.scheme(bits, columns, group_size)
+            found = []
+            for index in range(layout.experts):
+                weight = weight_of(original, layout, name, index)
+                codes = METHODS["nearest"](weight, scheme, None, scale_dtype(scheme, dtype))
+                found.append(packed_product(original, layout, name, index, codes, dtype))
+            return found
 
-        return QuantizedExperts(products(original.gate_up_proj), products(original.down_proj), original)
+        gate_up, down = products("gate_up_proj", layout.hidden), products("down_proj", layout.inner)
+        return QuantizedExperts(gate_up, down, original)
 
     def _quantize_table(self, anatomy: Anatomy, journal: Journal, is_tied: bool) -> list[str]:
         model = anatomy.model
@@ -210,8 +216,8 @@ def quantized(
         method: which of the rounding methods chooses codes and scales.
         observed: what the product reads on calibration text, for methods that ask for it.
     """
-    rounded = METHODS[method](weight, scheme, observed, scale_dtype(scheme, dtype))
-    return QuantizedLinear(PackedWeight.pack(rounded), bias, dtype)
+    codes = METHODS[method](weight, scheme, observed, scale_dtype(scheme, dtype))
+    return QuantizedLinear(PackedWeight.pack(codes), bias, dtype)
 
 
 def quantization_method(model: Any) -> str | None:

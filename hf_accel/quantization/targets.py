@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_accel.core.model.anatomy import Anatomy, holds_experts
+from hf_accel.core.model.experts import ExpertsLayout, layout_of
 from hf_accel.kernels.weights import LANES
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.config import ProductsConfig
-from hf_accel.quantization.modules.experts import has_known_layout
 from hf_accel.quantization.modules.linear import linear_weight
 
 
@@ -21,16 +21,26 @@ class Target:
     """A module to quantize: the child `name` of `parent`, called `path` in the model.
 
     scheme: of a product; None for a module of experts, each of whose products has a scheme of its own.
+    layout: of experts; None for a product.
     """
 
     path: str
     parent: nn.Module
     name: str
     scheme: Scheme | None = None
+    layout: ExpertsLayout | None = None
 
     @property
     def module(self) -> Any:
         return self.parent._modules[self.name]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights: [N, K] of a product, or [experts, N, K] of each product of experts, on their memory."""
+        if self.layout is None:
+            return [linear_weight(self.module).detach()]
+        found = [self.module.gate_up_proj.detach(), self.module.down_proj.detach()]
+        return [weight.mT for weight in found] if self.layout.transposed else found
 
 
 def targets(anatomy: Anatomy, config: ProductsConfig) -> tuple[list[Target], list[str]]:
@@ -44,10 +54,10 @@ def targets(anatomy: Anatomy, config: ProductsConfig) -> tuple[list[Target], lis
         if bits is None or not (is_product or is_experts):
             continue
         if is_experts:
-            if has_known_layout(module):
-                found.append(Target(path, parent, name))
-            else:
-                skipped.setdefault("experts in a layout that is not known stay as they are", []).append(path)
+            try:
+                found.append(Target(path, parent, name, layout=_layout(module)))
+            except ValueError as error:
+                skipped.setdefault(f"experts stay as they are, for {error}", []).append(path)
             continue
         rows, columns = linear_weight(module).shape
         if rows < LANES:
@@ -58,6 +68,12 @@ def targets(anatomy: Anatomy, config: ProductsConfig) -> tuple[list[Target], lis
             skipped.setdefault(reason, []).append(path)
         found.append(Target(path, parent, name, scheme))
     return found, [f"{reason}: {_listed(paths)}" for reason, paths in skipped.items()]
+
+
+def _layout(module: Any) -> ExpertsLayout:
+    if getattr(module, "_is_expert_parallel", False):
+        raise ValueError("they are spread over several processes")
+    return layout_of(module)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

@@ -25,8 +25,8 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class ExpertsForm:
-    """Sizes, layout and gate of a module of experts.
+class ExpertsLayout:
+    """Sizes and layout of a module of experts.
 
     gate_up_proj is [experts, 2 inner, hidden] and down_proj [experts, hidden, inner]; transposed: the last two
     dimensions change places. interleaved: gate and up lie by turns; else all of gate first.
@@ -38,11 +38,27 @@ class ExpertsForm:
     interleaved: bool
     transposed: bool
     biased: bool
+
+
+@dataclass(frozen=True)
+class ExpertsForm(ExpertsLayout):
+    """Sizes, layout and gate of a module of experts."""
+
     gate: Gate
 
 
 def described_experts(module: Any) -> ExpertsForm:
     """Return what `module` computes.
+
+    Raises:
+        ValueError: the reason why it cannot be told.
+    """
+    layout = layout_of(module)
+    return ExpertsForm(**vars(layout), gate=gate_of(module, layout.interleaved))
+
+
+def layout_of(module: Any) -> ExpertsLayout:
+    """Return how the weights of `module` lie, whatever its gate computes.
 
     Raises:
         ValueError: the reason why it cannot be told.
@@ -63,10 +79,15 @@ def described_experts(module: Any) -> ExpertsForm:
         raise ValueError(f"gate_up_proj {own['gate_up_proj']} does not fit down_proj {own['down_proj']}")
     if biased and (own["gate_up_proj_bias"], own["down_proj_bias"]) != ((experts, 2 * inner), (experts, hidden)):
         raise ValueError("their biases do not fit their weights")
-    return ExpertsForm(experts, hidden, inner, interleaved, transposed, bool(biased), _gate(module, interleaved))
+    return ExpertsLayout(experts, hidden, inner, interleaved, transposed, bool(biased))
 
 
-def _gate(module: Any, interleaved: bool) -> Gate:
+def gate_of(module: Any, interleaved: bool) -> Gate:
+    """Return how the experts of `module` join gate and up, which its own gate takes by turns where `interleaved`.
+
+    Raises:
+        ValueError: in none of the ways known here.
+    """
     values = torch.linspace(-20, 20, _PROBES, dtype=torch.float64)
     gate = values[torch.randperm(_PROBES, generator=torch.Generator().manual_seed(0))]
     given = torch.stack((gate, values), dim=-1).flatten() if interleaved else torch.cat((gate, values))

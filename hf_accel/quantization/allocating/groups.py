@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hf_accel.core.model.architectures import SIBLING_NAMES
 from hf_accel.ops.affine import GROUP_SIZES, Scheme
 from hf_accel.quantization.allocating.allocation import Option
 from hf_accel.quantization.config import KEPT_BITS, MixedPrecisionConfig
-from hf_accel.quantization.modules.linear import linear_weight
 from hf_accel.quantization.patcher import packed_bytes
 from hf_accel.quantization.targets import Target
 
@@ -24,19 +24,14 @@ class Group:
     """Products that have the same bits, as a reader finds them: `name` is a path, with siblings joined by a slash.
 
     options: with no cost yet. A width whose groups of columns do not fit every product is none of them.
+    weights: their number; original_bytes: what they take before.
     """
 
     name: str
     targets: tuple[Target, ...]
     options: tuple[Option, ...]
-
-    @property
-    def original_bytes(self) -> int:
-        return sum(weight.numel() * weight.element_size() for target in self.targets for weight in _weights(target))
-
-    @property
-    def weights(self) -> int:
-        return sum(weight.numel() for target in self.targets for weight in _weights(target))
+    weights: int
+    original_bytes: int
 
 
 def groups_of(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Group]:
@@ -50,7 +45,9 @@ def groups_of(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: to
         names = dict.fromkeys(target.path.removeprefix(f"{parent}.") for target in chosen)
         is_whole = len(chosen) == 1 or parent.endswith(_EXPERTS.rstrip("."))
         name = chosen[0].path if len(chosen) == 1 else parent if is_whole else f"{parent}.{'/'.join(names)}"
-        found.append(Group(name, tuple(chosen), tuple(_options(chosen, config, dtype))))
+        weights = [weight for target in chosen for weight in target.weights]
+        options, nbytes = _options(weights, config, dtype), sum(w.numel() * w.element_size() for w in weights)
+        found.append(Group(name, tuple(chosen), tuple(options), sum(map(Tensor.numel, weights)), nbytes))
     return found
 
 
@@ -63,8 +60,7 @@ def _key(path: str) -> tuple[str, ...]:
     return (parent, *siblings)
 
 
-def _options(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Option]:
-    weights = [weight for target in targets for weight in _weights(target)]
+def _options(weights: Sequence[Tensor], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Option]:
     found = []
     for bits in config.choices:
         if bits == KEPT_BITS:
@@ -80,10 +76,3 @@ def _options(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: tor
                 nbytes += math.prod(weight.shape[:-2]) * packed_bytes(scheme, rows, columns, dtype)
             found.append(Option(bits, size, nbytes, 0.0))
     return found
-
-
-def _weights(target: Target) -> list[torch.Tensor]:
-    """Return the weights [N, K] of a target, or those of its experts [experts, N, K]."""
-    if target.scheme is not None:
-        return [linear_weight(target.module).detach()]
-    return [weight.detach() for weight in target.module.parameters() if weight.dim() == 3]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.config import WeightOnlyConfig
-from hf_accel.quantization.modules.experts import QuantizedExperts
+from hf_accel.quantization.modules.experts import PRODUCTS, SplitExperts, bias_of, weight_of
 from hf_accel.quantization.modules.linear import linear_weight
 from hf_accel.quantization.targets import Target
 
@@ -36,29 +36,23 @@ def products_of(model: Any, target: Target, config: WeightOnlyConfig) -> list[Pr
     """
     if target.scheme is not None:
         return [Product(target.path, model.get_submodule(target.path), target.scheme)]
-    experts = model.get_submodule(target.path)
-    if not isinstance(experts, QuantizedExperts):
-        gate_up, down = _linears(experts.gate_up_proj), _linears(experts.down_proj)
-        experts = QuantizedExperts(gate_up, down, experts).train(experts.training)
+    experts, layout = model.get_submodule(target.path), target.layout
+    if not isinstance(experts, SplitExperts):
+        gate_up, down = (_linears(experts, layout, name) for name in PRODUCTS)
+        experts = SplitExperts(gate_up, down, experts, by_turns=True).train(experts.training)
         parent, _, name = target.path.rpartition(".")
         model.get_submodule(parent)._modules[name] = experts
     bits, size = config.bits_of(target.path) or config.bits, config.group_size_of(target.path)
     return [
         Product(f"{target.path}.{name}.{index}", module, config.scheme(bits, module.in_features, size)[0])
-        for name in ("gate_up_proj", "down_proj")
+        for name in PRODUCTS
         for index, module in enumerate(getattr(experts, name))
     ]
 
 
 def widest_of(targets: Sequence[Target]) -> int:
     """Return the inputs of the widest product of some targets; 0 where there are none."""
-    found = [0]
-    for target in targets:
-        if target.scheme is not None:
-            found.append(linear_weight(target.module).shape[1])
-        else:
-            found += [weight.shape[-1] for weight in target.module.parameters() if weight.dim() == 3]
-    return max(found)
+    return max((weight.shape[-1] for target in targets for weight in target.weights), default=0)
 
 
 def within(targets: Sequence[Target], path: str) -> list[Target]:
@@ -66,11 +60,13 @@ def within(targets: Sequence[Target], path: str) -> list[Target]:
     return [target for target in targets if target.path.startswith(f"{path}.")]
 
 
-def _linears(weights: Tensor) -> list[Any]:
-    """Return a product for each weight [N, K] of `weights`, on its memory."""
+def _linears(experts: Any, layout: Any, name: str) -> list[Any]:
+    """Return the product `name` of each expert, on its memory, with rows as they lie there."""
     found = []
-    for weight in weights.detach():
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    for index in range(layout.experts):
+        weight, bias = weight_of(experts, layout, name, index), bias_of(experts, layout, name, index)
+        linear: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         found.append(linear)
     return found

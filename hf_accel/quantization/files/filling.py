@@ -6,35 +6,29 @@ Each tensor of the model must be in the files, and each in the files must be ask
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_accel.core.model.experts import ExpertsForm, described_experts
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
-from hf_accel.ops.affine import Affine, Scheme
+from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.inventory import OWN_TENSORS
-from hf_accel.quantization.files.layout import Description, Layout, Source
-from hf_accel.quantization.files.mxfp4 import PARTS, read_experts
+from hf_accel.quantization.files.layout import Layout, Source
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
-from hf_accel.quantization.modules.experts import QuantizedExperts
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
-_SPLIT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # products of an expert, as files name them
 _OUTDATED = (r"rotary_emb\.inv_freq$",)  # computed from the config since transformers 4.32
 
 
 class Filler:
     """Fills one empty model from a checkpoint.
 
-    used: the tensors that it has taken; filled: those of the model that came with a packed one.
+    used: tensors that it has taken; filled: names in the model of those that it has put there by other names.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
@@ -52,16 +46,16 @@ class Filler:
                     "Load the folder with AutoModelForCausalLM."
                 )
             rows, columns = module.weight.shape
-            self._set(name, QuantizedEmbedding(self._packed(name, rows, columns, layout)[0], module))
+            self.put(name, QuantizedEmbedding(self.packed(name, rows, columns, layout)[0], module))
             return
         rows, columns = linear_weight(module).shape
-        packed, order = self._packed(name, rows, columns, layout)
+        packed, order = self.packed(name, rows, columns, layout)
         if module.bias is None:
             self._skip_bias(name, rows)
         product: nn.Module = QuantizedLinear(packed, module.bias if order is None else None, self.model.dtype)
         if order is not None:
             product = PermutedLinear(product, order, module.bias)  # type: ignore[arg-type]
-        self._set(name, product)
+        self.put(name, product)
 
     def _skip_bias(self, name: str, rows: int) -> None:
         """Leave out the bias of zeros that old packers of GPTQ gave to products without one."""
@@ -69,82 +63,6 @@ class Filler:
             if bool(self.checkpoint.tensor(f"{name}.bias", (rows,)).any()):
                 raise self.checkpoint.damaged(f"{name}.bias", "the model that config.json describes has no such bias")
             self.used.add(f"{name}.bias")
-
-    def replace_experts(self, name: str, layouts: Mapping[tuple[str, int], Layout]) -> None:
-        """Put packed experts in the place of the module called `name`."""
-        modules = dict(self.model.named_modules())
-        module: Any = modules.get(name)
-        if module is None:
-            raise CheckpointError(
-                f"{self.checkpoint.listing} has packed experts {name}, which the model of config.json does not have."
-            )
-        form = self._form(name, module)
-        lists: list[list[QuantizedLinear]] = []
-        shapes = ((2 * form.inner, form.hidden), (form.hidden, form.inner))
-        for part, (rows, columns) in zip(PARTS, shapes, strict=True):
-            absent = [f"{name}.{part}.{index}" for index in range(form.experts) if (part, index) not in layouts]
-            if absent:
-                raise CheckpointError(f"{self.checkpoint.listing} lacks the packed expert {absent[0]}.")
-            packed = [
-                self._packed(f"{name}.{part}.{index}", rows, columns, layouts[part, index])[0]
-                for index in range(form.experts)
-            ]
-            bias = torch.zeros(rows, dtype=self.model.dtype) if form.biased else None
-            lists.append([QuantizedLinear(weight, bias, self.model.dtype) for weight in packed])
-        gate_up, down = lists
-        self._set(name, QuantizedExperts(gate_up, down, module))
-
-    def replace_mxfp4_experts(self, name: str, module: Any) -> None:
-        """Put packed experts in the place of the module called `name`, from files that hold them in MXFP4."""
-        source, form = Source(self.checkpoint, name), self._form(name, module)
-        lists = read_experts(source, form, self.model.dtype, self.dtype)
-        self.used |= source.used
-        if form.biased:
-            self.filled |= {f"{name}.{part}.{index}.bias" for part in PARTS for index in range(form.experts)}
-        self._set(name, QuantizedExperts(*lists, module))
-
-    def _form(self, name: str, module: Any) -> ExpertsForm:
-        try:
-            return described_experts(module)
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.checkpoint.listing} has packed experts {name}, and those of a {type(module).__name__} cannot "
-                f"be served: {error}. Load the folder with AutoModelForCausalLM."
-            ) from error
-
-    def replace_split_experts(self, name: str, module: Any, description: Description) -> bool:
-        """Put packed experts in the place of stacked ones, from files that hold each expert's products by themselves.
-
-        Returns whether the files hold any.
-        """
-        checkpoint = self.checkpoint
-        for gate, up, down in _SPLIT:
-            if description.layout(f"{name}.0.{gate}", None, checkpoint) is None:
-                continue
-            inner, hidden = module.down_proj.shape[2], module.down_proj.shape[1]
-            lists: tuple[list[QuantizedLinear], list[QuantizedLinear]] = ([], [])
-            for index in range(len(module.down_proj)):
-                halves = [self._expert(f"{name}.{index}.{part}", inner, hidden, description) for part in (gate, up)]
-                weights = (
-                    _joined(halves, checkpoint, f"{name}.{index}.{up}"),
-                    self._expert(f"{name}.{index}.{down}", hidden, inner, description),
-                )
-                for products, weight in zip(lists, weights, strict=True):
-                    products.append(QuantizedLinear(PackedWeight.pack(weight), None, self.model.dtype))
-            self._set(name, QuantizedExperts(*lists, module))
-            return True
-        return False
-
-    def _expert(self, name: str, rows: int, columns: int, description: Description) -> Affine:
-        layout = description.layout(name, None, self.checkpoint)
-        if layout is None:
-            raise self.checkpoint.damaged(f"{name}.qweight", "it is missing, though others of its layer are there")
-        source = Source(self.checkpoint, name)
-        weight, order = layout.read(source, rows, columns)
-        if order is not None:
-            raise source.damaged("g_idx", "experts with columns in the order of activations are not served")
-        self.used |= source.used
-        return weight.unpack() if isinstance(weight, PackedWeight) else weight
 
     def share(self, name: str, source: str) -> None:
         """Put a table of embeddings that has the codes of the product `source` in the place of `name`."""
@@ -155,7 +73,7 @@ class Filler:
                 f"{self.checkpoint.listing}: config.json says that {name} has the codes of {source}, but the first is "
                 "not a table of embeddings or the second is not a packed product."
             )
-        self._set(name, QuantizedEmbedding(product.packed, table))
+        self.put(name, QuantizedEmbedding(product.packed, table))
 
     def fill(self) -> None:
         """Fill everything that is not packed, tie what is tied, and check that nothing is missing or left over."""
@@ -194,33 +112,21 @@ class Filler:
         }
         return [name for name in self.model.state_dict() if name not in packed | self.filled]
 
-    def _packed(self, name: str, rows: int, columns: int, layout: Layout) -> tuple[PackedWeight, Tensor | None]:
+    def packed(self, name: str, rows: int, columns: int, layout: Layout) -> tuple[PackedWeight, Tensor | None]:
+        """Return the weight called `name`, and the column of the model that each of its columns reads.
+
+        Raises:
+            CheckpointError: a tensor is missing or damaged, or holds what cannot be served.
+        """
         source = Source(self.checkpoint, name)
         weight, order = layout.read(source, rows, columns)
         self.used |= source.used
         return weight if isinstance(weight, PackedWeight) else PackedWeight.pack(weight), order
 
-    def _set(self, name: str, module: nn.Module) -> None:
+    def put(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of the one called `name`."""
         parent, _, leaf = name.rpartition(".")
         self.model.get_submodule(parent)._modules[leaf] = module
-
-
-def _joined(parts: list[Affine], checkpoint: Checkpoint, name: str) -> Affine:
-    """Return the weight with the rows of all parts one after the other."""
-    schemes = {(part.scheme.bits, part.scheme.group_size) for part in parts}
-    if len(schemes) > 1:
-        raise checkpoint.damaged(f"{name}.qweight", "it has other bits or groups than the product it runs with")
-    zeros = None
-    if any(part.zeros is not None for part in parts):
-        zeros = torch.cat(
-            [torch.zeros_like(part.scales, dtype=torch.int8) if part.zeros is None else part.zeros for part in parts]
-        )
-    return Affine(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        zeros,
-        replace(parts[0].scheme, symmetric=zeros is None),
-    )
 
 
 def _compute_buffers(model: Any) -> None:

@@ -24,6 +24,7 @@ from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.errors import CheckpointError, ConfigError, MissingDependencyError
 from hf_accel.quantization.files.checkpoint import Checkpoint, read_json
 from hf_accel.quantization.files.description import BESIDE, CONFIG, find_description, opened
+from hf_accel.quantization.files.experts import replace_experts, replace_mxfp4_experts, replace_split_experts
 from hf_accel.quantization.files.filling import Filler
 from hf_accel.quantization.files.foreign import Foreign
 from hf_accel.quantization.files.layout import Description, Layout
@@ -32,7 +33,7 @@ from hf_accel.quantization.files.rebuilding import EXPERT, loaded_names, model_c
 from hf_accel.quantization.files.rules import Rules
 from hf_accel.quantization.files.saving import PRIVATE_STEM, PUBLIC_STEM
 from hf_accel.quantization.files.seal import Seal
-from hf_accel.quantization.modules.experts import has_known_layout
+from hf_accel.quantization.modules.experts import known_layout
 
 
 def from_pretrained(
@@ -114,16 +115,16 @@ def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any
         checkpoint.rename(loaded_names(model, checkpoint.files))
     filler = Filler(model, checkpoint, dtype)
     for name, module in list(model.named_modules()):
-        if isinstance(rules, Foreign) and has_known_layout(module):
-            filler.replace_split_experts(name, module, rules)
+        if isinstance(rules, Foreign) and (stacked := known_layout(module)) is not None:
+            replace_split_experts(filler, name, module, stacked, rules)
         if isinstance(rules, Mxfp4Description) and rules.holds(name, checkpoint):
-            filler.replace_mxfp4_experts(name, module)
+            replace_mxfp4_experts(filler, name, module)
         if not isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)):
             continue
         if (layout := rules.layout(name, module, checkpoint)) is not None:
             filler.replace(name, module, layout)
     for name, layouts in _experts(rules).items():
-        filler.replace_experts(name, layouts)
+        replace_experts(filler, name, layouts)
     shared = description.get("shared")
     if not rules.is_public and isinstance(shared, dict):
         for name, source in shared.items():

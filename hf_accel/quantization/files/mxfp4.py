@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel.core.model.experts import ExpertsForm
+from hf_accel.core.model.experts import ExpertsLayout
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import fp4
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.layout import Layout, Source, Stored
+from hf_accel.quantization.modules.experts import PRODUCTS, gate_first, shape_of
 from hf_accel.quantization.modules.linear import QuantizedLinear
 
 MXFP4 = "mxfp4"
 FORMAT = "mxfp4-pack-quantized"
-PARTS = ("gate_up_proj", "down_proj")
-SUFFIXES = tuple(f"{part}_{kind}" for part in PARTS for kind in ("blocks", "scales", "bias"))
+SUFFIXES = tuple(f"{part}_{kind}" for part in PRODUCTS for kind in ("blocks", "scales", "bias"))
 SCHEME = Scheme(4, fp4.GROUP, code_book=fp4.NAME)
 _BYTES = (torch.uint8,)
 _NAN = "it holds NaN (the exponent 255)"
@@ -49,7 +49,7 @@ class Mxfp4Description:
 
     def holds(self, name: str, checkpoint: Checkpoint) -> bool:
         """Return whether the experts called `name` are packed."""
-        return any(f"{name}.{part}_{kind}" in checkpoint for part in PARTS for kind in ("blocks", "scales"))
+        return any(f"{name}.{part}_{kind}" in checkpoint for part in PRODUCTS for kind in ("blocks", "scales"))
 
 
 class PackMxfp4:
@@ -85,7 +85,7 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
 
 
 def read_experts(
-    source: Source, form: ExpertsForm, dtype: torch.dtype, bias_dtype: torch.dtype | None
+    source: Source, layout: ExpertsLayout, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> tuple[list[QuantizedLinear], list[QuantizedLinear]]:
     """Return the products gate_up, with all rows of gate above those of up, and down of every expert of a layer.
 
@@ -94,29 +94,21 @@ def read_experts(
     Raises:
         CheckpointError: a tensor is missing or damaged, or 32 does not divide the columns of a product.
     """
-    shapes = {"gate_up_proj": (2 * form.inner, form.hidden), "down_proj": (form.hidden, form.inner)}
-    lists: list[list[QuantizedLinear]] = []
-    for part, (rows, columns) in shapes.items():
+    lists: tuple[list[QuantizedLinear], list[QuantizedLinear]] = ([], [])
+    for part, products in zip(PRODUCTS, lists, strict=True):
+        rows, columns = shape_of(layout, part)
         groups = columns // fp4.GROUP
         if columns % fp4.GROUP:
             raise source.damaged(f"{part}_blocks", f"groups of {fp4.GROUP} do not divide its {columns} columns")
-        blocks = source.tensor(f"{part}_blocks", (form.experts, rows, groups, fp4.GROUP // 2), _BYTES)
-        scales = source.tensor(f"{part}_scales", (form.experts, rows, groups), _BYTES)
+        blocks = source.tensor(f"{part}_blocks", (layout.experts, rows, groups, fp4.GROUP // 2), _BYTES)
+        scales = source.tensor(f"{part}_scales", (layout.experts, rows, groups), _BYTES)
         if bool((scales > fp4.LARGEST_EXPONENT).any()):
             raise source.damaged(f"{part}_scales", _NAN)
-        bias = source.tensor(f"{part}_bias", (form.experts, rows)) if form.biased else None
-        by_turns = form.interleaved and part == "gate_up_proj"
-        products = []
-        for index in range(form.experts):
-            packed = PackedWeight.from_mxfp4(
-                _apart(blocks[index].flatten(1), by_turns), _apart(scales[index], by_turns)
+        bias = source.tensor(f"{part}_bias", (layout.experts, rows)) if layout.biased else None
+        for index in range(layout.experts):
+            ordered = [gate_first(tensor[index], layout, part) for tensor in (blocks.flatten(2), scales)]
+            own = (
+                None if bias is None else gate_first(bias[index], layout, part).to(bias_dtype or bias.dtype, copy=True)
             )
-            own = None if bias is None else _apart(bias[index], by_turns).to(bias_dtype or bias.dtype, copy=True)
-            products.append(QuantizedLinear(packed, own, dtype))
-        lists.append(products)
-    return lists[0], lists[1]
-
-
-def _apart(rows: Tensor, by_turns: bool) -> Tensor:
-    """Return rows of gate and up, where they lie by turns, with all of gate first."""
-    return torch.cat((rows[::2], rows[1::2])) if by_turns else rows
+            products.append(QuantizedLinear(PackedWeight.from_mxfp4(*ordered), own, dtype))
+    return lists

@@ -25,6 +25,7 @@ from hf_accel.errors import described
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files import gptq, mxfp4
 from hf_accel.quantization.files.formats import METHOD, SUFFIXES, stored_shapes
+from hf_accel.quantization.modules.experts import known_layout, shape_of
 from hf_accel.quantization.modules.linear import linear_weight
 
 EXPERT = re.compile(r"(.+)\.(gate_up_proj|down_proj)\.(\d+)")
@@ -97,14 +98,11 @@ def wanted_shapes(empty: Any, schemes: Mapping[str, Scheme], tables: Iterable[st
             product: Any = module
             rows, columns = linear_weight(product).shape
             wanted.pop(f"{name}.weight", None)
-        elif (match := EXPERT.fullmatch(name)) and (
-            weights := getattr(modules.get(match[1]), match[2], None)
-        ) is not None:
-            experts: Any = modules[match[1]]
-            rows, columns = weights.shape[:0:-1] if getattr(experts, "is_transposed", False) else weights.shape[1:]
+        elif (match := EXPERT.fullmatch(name)) and (layout := known_layout(modules.get(match[1]))) is not None:
+            rows, columns = shape_of(layout, match[2])
             wanted.pop(f"{match[1]}.{match[2]}", None)
-            wanted.pop(f"{match[1]}.{match[2]}_bias", None)
-            if getattr(experts, "has_bias", False):
+            if layout.biased:
+                wanted.pop(f"{match[1]}.{match[2]}_bias", None)
                 wanted[f"{name}.bias"] = (rows,)
         else:
             raise ValueError(f"it has no product {name}")

@@ -1,41 +1,75 @@
-"""Mixture-of-experts layers that keep the weights of all experts in 3-D parameters: one packed weight per expert.
+"""Mixture-of-experts layers that keep the weights of all experts in 3-D parameters: two products per expert instead.
 
-Only the experts a token is sent to are read. The layout is transformers' own (`use_experts_implementation`):
-gate_up_proj [experts, 2 I, E] with gate above up, down_proj [experts, E, I].
+Only the experts a token is sent to are read. Products are [2 I, E] with gate above up and [E, I], however the model's
+own parameters lie (see `core.model.experts`), each in bits of its own, with a bias where the model has one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_accel.core.model.experts import ExpertsLayout, layout_of
+from hf_accel.kernels import native
+from hf_accel.kernels.weights import PackedWeight
+from hf_accel.ops.affine import Affine
 from hf_accel.quantization.modules.linear import QuantizedLinear
+from hf_accel.quantization.modules.routed import RoutedCall
 
-# what transformers' decorator notes about an experts class, and the values of the layout described above
-_LAYOUT = {
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_bias": False,
-    "has_gate": True,
-    "has_post_expert_norm": False,
-    "_is_expert_parallel": False,
-}
+PRODUCTS = ("gate_up_proj", "down_proj")
+_WEIGHTS = torch.float32  # in which routers may give weights beside those of the dtype
+_is_tracing, _is_compiling = torch.jit.is_tracing, torch.compiler.is_compiling
 
 
-def has_known_layout(module: Any) -> bool:
-    """Return whether the experts of `module` are laid out as described above."""
-    own = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
-    return own == {"gate_up_proj": 3, "down_proj": 3} and all(
-        getattr(module, name, None) is value for name, value in _LAYOUT.items()
-    )
+def known_layout(module: Any) -> ExpertsLayout | None:
+    """Return how the weights of `module` lie, None where it holds no experts that could be packed."""
+    try:
+        return layout_of(module)
+    except ValueError:
+        return None
 
 
-class QuantizedExperts(nn.Module):
-    """The experts of one layer, each with packed gate_up [2 I, E] and down [E, I] products."""
+def shape_of(layout: ExpertsLayout, name: str) -> tuple[int, int]:
+    """Return rows and columns of the product `name` of an expert."""
+    return (layout.hidden, layout.inner) if name == "down_proj" else (2 * layout.inner, layout.hidden)
 
-    def __init__(self, gate_up: list[QuantizedLinear], down: list[QuantizedLinear], original: Any) -> None:
+
+def weight_of(module: Any, layout: ExpertsLayout, name: str, index: int) -> Tensor:
+    """Return the weight [N, K] of the product `name` of an expert, on its memory, with rows as they lie there."""
+    weight: Tensor = getattr(module, name).detach()[index]
+    return weight.T if layout.transposed else weight
+
+
+def bias_of(module: Any, layout: ExpertsLayout, name: str, index: int) -> Tensor | None:
+    """Return the bias [N] of the same, on its memory, None where there is none."""
+    return getattr(module, f"{name}_bias").detach()[index] if layout.biased else None
+
+
+def gate_first(rows: Tensor, layout: ExpertsLayout, name: str) -> Tensor:
+    """Return rows (weights [N, K], biases [N], codes, scales or zeros) of the product `name` with gate above up."""
+    if not layout.interleaved or name != "gate_up_proj":
+        return rows
+    return torch.cat((rows[::2], rows[1::2]))
+
+
+def packed_product(
+    module: Any, layout: ExpertsLayout, name: str, index: int, codes: Affine, dtype: torch.dtype
+) -> QuantizedLinear:
+    """Return the product `name` of an expert, given the codes of its rows as they lie; `dtype`: of the model."""
+    parts = [None if part is None else gate_first(part, layout, name)
+             for part in (codes.codes, codes.scales, codes.zeros, bias_of(module, layout, name, index))]  # fmt: skip
+    ordered = Affine(parts[0], parts[1], parts[2], codes.scheme)  # type: ignore[arg-type]
+    bias = None if parts[3] is None else parts[3].clone()  # of its own memory: originals may be given up
+    return QuantizedLinear(PackedWeight.pack(ordered), bias, dtype)
+
+
+class SplitExperts(nn.Module):
+    """The experts of one layer with a module for each product; rows of gate and up by turns where `by_turns`."""
+
+    def __init__(self, gate_up: Sequence[nn.Linear], down: Sequence[nn.Linear], original: Any, by_turns: bool) -> None:
         super().__init__()
         # the original's rule for the gate may read any attribute: limits, factors, an activation, the config
         self.__dict__ |= {name: value for name, value in vars(original).items() if name not in self.__dict__}
@@ -43,21 +77,84 @@ class QuantizedExperts(nn.Module):
         self.num_experts = len(gate_up)
         self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up), nn.ModuleList(down)
         self.original_class = type(original)
+        self.by_turns = by_turns
+        self.is_reordered = not original.is_concatenated and not by_turns
+        self.counts = _zeros(self.num_experts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "counts"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.counts = _zeros(self.num_experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map hidden_states [T, E], top_k_index and top_k_weights [T, k] to [T, E].
 
-        The index `num_experts` stands for no expert.
+        An index out of range stands for no expert.
         """
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:
+            if not 0 <= expert < self.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
+            self.counts[expert] += len(token)
             inner = self.gate_up_proj[expert](hidden_states[token])
-            if not self.is_concatenated:  # what the original's rule reads by turns
-                inner = inner.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-            inner = self.original_class._apply_gate(self, inner)  # type: ignore[attr-defined]
+            if self.is_reordered:
+                inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
+            inner = self._apply_gate(inner)
             output = self.down_proj[expert](inner) * top_k_weights[token, place, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
+
+    def _apply_gate(self, inner: Tensor) -> Tensor:
+        """Return what the class's own gate makes of gate and up [T, 2 I], by turns where the class has them so."""
+        return self.original_class._apply_gate(self, inner)  # type: ignore[attr-defined, no-any-return]
+
+
+class QuantizedExperts(SplitExperts):
+    """The experts of one layer, each with packed gate_up [2 I, E], gate above up, and down [E, I] products.
+
+    On the CPU they are one native call for any number of tokens. With gradients, under autocast, while traced, on other
+    devices, or where a product is hooked or exchanged, the products run one after the other.
+    counts: int64 [experts], the rows that were sent to each expert since this module was made; copies begin anew.
+    """
+
+    def __init__(self, gate_up: Sequence[QuantizedLinear], down: Sequence[QuantizedLinear], original: Any) -> None:
+        super().__init__(gate_up, down, original, by_turns=False)
+        self._routed: RoutedCall | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_routed": None}
+
+    def _apply(self, *args: Any, **options: Any) -> Any:  # everything that moves a module goes through this
+        self._routed = None
+        return super()._apply(*args, **options)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map hidden_states [T, E], top_k_index and top_k_weights [T, k] to [T, E].
+
+        An index out of range stands for no expert.
+        """
+        if (
+            type(hidden_states) is Tensor
+            and hidden_states.is_cpu
+            and hidden_states.dtype in native.DTYPES
+            and not _is_compiling()
+            and not _is_tracing()
+            and top_k_index.dtype is torch.int64
+            and (top_k_weights.dtype is hidden_states.dtype or top_k_weights.dtype is _WEIGHTS)
+            and not torch.is_autocast_enabled("cpu")
+            and not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad))
+        ):
+            routed = self._routed
+            if routed is None or not routed.is_current(self, hidden_states.dtype):
+                routed = self._routed = RoutedCall(self, hidden_states.dtype)
+            if routed.kernel is not None:
+                return routed.kernel(hidden_states, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+
+def _zeros(experts: int) -> Tensor:
+    with torch.inference_mode(False):  # what is made under it cannot be added to outside of it
+        return torch.zeros(experts, dtype=torch.int64, device="cpu")
