@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import model_of
+from heads import made, model_of
 from models import SMALL, Tiny
 from quantized_files import difference, logits
 from safetensors.torch import load_file, save_file
@@ -23,7 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import hf_accel
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import fp4
+from hf_accel.ops.affine import Scheme, quantize
 from hf_accel.quantization import QuantizedLinear
 from hf_accel.quantization.files import experts as experts_files
 from hf_accel.quantization.modules.experts import QuantizedExperts
@@ -88,10 +90,10 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def stock(dtype: torch.dtype = torch.float32) -> Any:
+def stock(dtype: torch.dtype = torch.float32, folder: Path | None = None) -> Any:
     """Return the model with its experts expanded by transformers."""
     options: dict[str, Any] = {"quantization_config": Mxfp4Config(dequantize=True), "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(_written(), dtype=dtype, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder or _written(), dtype=dtype, **options).eval()
 
 
 def experts(model: Any) -> list[Any]:
@@ -215,6 +217,43 @@ def test_saved_and_loaded_again_it_is_the_same_to_the_bit(shard: str, tmp_path: 
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(hf_accel.UnsupportedModelError, match="packed experts"):
         hf_accel.save_pretrained(model, tmp_path / "other", format="compressed-tensors")
+
+
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_saved_in_mxfp4_the_tensors_are_those_that_were_read(shard: str, tmp_path: Path) -> None:
+    model = hf_accel.from_pretrained(_written())
+    hf_accel.save_pretrained(model, tmp_path, format="mxfp4", max_shard_size=shard)
+    before = load_file(_written() / "model.safetensors")
+    after: dict[str, Tensor] = {}
+    for file in tmp_path.glob("model*.safetensors"):
+        after |= load_file(file)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(logits(hf_accel.from_pretrained(tmp_path)), logits(model))
+    theirs, found = stock(), stock(folder=tmp_path)
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path: Path) -> None:
+    model = hf_accel.from_pretrained(_written())
+    model.lm_head = QuantizedLinear(
+        PackedWeight.pack(quantize(model.lm_head.weight, Scheme(8))), None, model.dtype
+    )  # fmt: skip
+    with pytest.raises(hf_accel.UnsupportedModelError, match="lm_head is packed, and only experts are there"):
+        hf_accel.save_pretrained(model, tmp_path / "head", format="mxfp4")
+    whole = hf_accel.optimize(made("gpt_oss"), hf_accel.WeightOnlyConfig(bits=8, head=None))
+    for name, module in list(whole.named_modules()):
+        if type(module) is QuantizedLinear and "experts" not in name:
+            parent, _, leaf = name.rpartition(".")
+            dense = torch.nn.Linear(module.in_features, module.out_features)
+            whole.get_submodule(parent)._modules[leaf] = dense
+    with pytest.raises(hf_accel.UnsupportedModelError, match="is in 8 bits of whole numbers"):
+        hf_accel.save_pretrained(whole, tmp_path / "whole", format="mxfp4")
+    model = hf_accel.from_pretrained(_written())
+    experts(model)[1].is_transposed = False
+    with pytest.raises(hf_accel.UnsupportedModelError, match="layers.1.mlp.experts is of an architecture that has its"):
+        hf_accel.save_pretrained(model, tmp_path / "layout", format="mxfp4")
+    assert not any(path.name == "config.json" for path in tmp_path.rglob("*"))
 
 
 def test_copies_compute_the_same() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import test_mxfp4_files
 import test_mxfp4_products
+import torch
 from planting import Defect, Patch, Test, instead, is_red, result
 from torch import Tensor
 
 from hf_accel.kernels import weights
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import fp4
-from hf_accel.quantization.files import formats, inventory, mxfp4
+from hf_accel.quantization.files import formats, inventory, mxfp4, mxfp4_encoding
 from hf_accel.quantization.modules.experts import QuantizedExperts
 
 
@@ -89,6 +90,14 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "biases that are not saved": (
         result(inventory, "_plain", lambda found: {n: t for n, t in found.items() if not n.endswith("0.bias")}),
         test_mxfp4_files.test_saved_and_loaded_again_it_is_the_same_to_the_bit,
+    ),
+    "rows of gate above up in the files": (
+        instead(mxfp4_encoding, "_stacked", lambda parts, by_turns: torch.stack(list(parts))),
+        test_mxfp4_files.test_saved_in_mxfp4_the_tensors_are_those_that_were_read,
+    ),
+    "whole numbers in the format of MXFP4": (
+        instead(mxfp4_encoding.Mxfp4Encoding, "_misfit", lambda *_: ""),
+        test_mxfp4_files.test_what_the_format_cannot_hold_is_refused_with_the_reason,
     ),
     "another name of the format": (
         instead(mxfp4, "FORMAT", "mxfp4"),

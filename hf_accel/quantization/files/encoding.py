@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ class GptqEncoding:
                 )
         self.scale_dtypes = _scale_dtypes(found)
         self.base = Counter(weight.scheme for weight in found.packed.values()).most_common(1)[0][0]
+
+    @property
+    def packed(self) -> Iterable[str]:
+        return self.found.packed
+
+    @property
+    def plain(self) -> dict[str, Tensor]:
+        return self.found.plain
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
