@@ -1,4 +1,4 @@
-"""Filling modules of experts: from files of ours, and from files that hold each expert's products by themselves."""
+"""Filling modules of experts: from files of ours, from files of MXFP4, and from files with each expert by itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel.core.model.experts import ExpertsLayout
+from hf_accel.core.model.experts import ExpertsLayout, layout_of
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.filling import Filler
 from hf_accel.quantization.files.layout import Description, Layout, Source
+from hf_accel.quantization.files.mxfp4 import read_experts
 from hf_accel.quantization.modules.experts import PRODUCTS, QuantizedExperts, known_layout, shape_of
 from hf_accel.quantization.modules.linear import QuantizedLinear
 
@@ -75,6 +76,26 @@ def replace_split_experts(
     return False
 
 
+def replace_mxfp4_experts(filler: Filler, name: str, module: Any) -> None:
+    """Put packed experts in the place of the module called `name`, from files that hold them in MXFP4.
+
+    Raises:
+        CheckpointError: the module's layout is not known, or a tensor is missing or damaged.
+    """
+    try:
+        layout = layout_of(module)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{filler.checkpoint.listing} has packed experts {name}, and those of a {type(module).__name__} cannot be "
+            f"served: {error}. Load the folder with AutoModelForCausalLM."
+        ) from error
+    source = Source(filler.checkpoint, name)
+    experts = QuantizedExperts(*read_experts(source, layout, filler.model.dtype, filler.dtype), module)
+    filler.put(name, experts)
+    filler.used |= source.used
+    filler.filled |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
+
+
 def _weight(filler: Filler, name: str, rows: int, columns: int, description: Description) -> Affine:
     layout = description.layout(name, None, filler.checkpoint)
     if layout is None:
@@ -84,7 +105,7 @@ def _weight(filler: Filler, name: str, rows: int, columns: int, description: Des
     if order is not None:
         raise source.damaged("g_idx", "experts with columns in the order of activations are not served")
     filler.used |= source.used
-    return weight
+    return weight.unpack() if isinstance(weight, PackedWeight) else weight
 
 
 def _bias(filler: Filler, parts: Sequence[str], rows: int) -> Tensor:
