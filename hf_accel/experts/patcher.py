@@ -48,8 +48,8 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
             found.append(f"the native library is not there: {native.status().reason}")
         if anatomy.device.type != "cpu":
             found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
-        if not any(map(_is_candidate, anatomy.model.modules())):
-            found.append("the model has no stacked experts.")
+        if not any(isinstance(module, RoutedExperts) or _is_dense(module) for module in anatomy.model.modules()):
+            found.append("the model has no stacked experts that transformers' registry of implementations serves.")
         names = {m.config._experts_implementation for m in anatomy.model.modules() if _is_dense(m)}
         if foreign := sorted(str(name) for name in names if str(name) not in _STOCK):
             found.append(f"the model's experts run by {', '.join(foreign)}, which was chosen for it.")
@@ -60,7 +60,7 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
         counts: dict[str, torch.Tensor] = {}
         sizes: dict[str, int] = {}
         skipped: list[str] = []
-        steps: dict[nn.Module, ExpertsStep] = {}
+        steps: dict[Any, ExpertsStep] = {}
         for path, module in model.named_modules():
             if isinstance(module, RoutedExperts):  # packed ones, which make a native call of their own
                 counts[path], sizes[path] = module.counts, module.expert_bytes
@@ -79,13 +79,13 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
         config = model.config.get_text_config(decoder=True)
         choices = [value for name in _CHOICES if isinstance(value := getattr(config, name, None), int)]
         host.report.sections[SECTION] = ExpertsStatistics(counts, sizes, choices[0] if choices else None)
-        host.journal.did(partial(host.report.sections.pop, SECTION, None))
+        host.journal.did(lambda: host.report.sections.__delitem__(SECTION))
         number = sum(step.form.experts for step in steps.values())
         packed = f", {len(counts) - len(steps)} packed ones do by themselves" if len(counts) > len(steps) else ""
         summary = f"{number} experts of {len(steps)} layers run in one native call a layer{packed}"
         return Change(summary, skipped=tuple(skipped))
 
-    def _register(self, model: Any, steps: dict[nn.Module, ExpertsStep], host: Host) -> None:
+    def _register(self, model: Any, steps: dict[Any, ExpertsStep], host: Host) -> None:
         if not steps:
             return
         own_configs(model, host.journal)  # models that were made from one of these share it
@@ -95,16 +95,12 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
             host.journal.did(partial(_put_back, config, before))
         for module, step in steps.items():
             STEPS[module] = step
-            host.journal.did(partial(STEPS.pop, module, None))
+            host.journal.did(partial(STEPS.__delitem__, module))
 
 
 def _put_back(config: Any, before: str) -> None:
     if config._experts_implementation == KEY:  # what the user chose since stays
         config._experts_implementation_internal = before
-
-
-def _is_candidate(module: nn.Module) -> bool:
-    return isinstance(module, RoutedExperts) or holds_experts(module)
 
 
 def _is_dense(module: nn.Module) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
@@ -75,12 +74,15 @@ class Host:
 
 POSITIONAL = ("inputs", "generation_config")  # arguments of `generate` that are often given without their names
 
-_hosts: WeakKeyDictionary[torch.nn.Module, Host] = WeakKeyDictionary()
+_opening = threading.Lock()
 
 
 def host_of(model: Any) -> Host | None:
-    """Return the host of an optimised model, None for any other."""
-    return _hosts.get(model)
+    """Return the host of an optimised model, None for any other.
+
+    The generated class has it: a table of the process would keep every model whose host refers to it.
+    """
+    return getattr(type(model), "_hf_accel_host", None)
 
 
 def open_host(model: PreTrainedModel, host: Host) -> None:
@@ -89,12 +91,12 @@ def open_host(model: PreTrainedModel, host: Host) -> None:
     Raises:
         ConflictError: it has one: another thread has optimised it since this was begun.
     """
-    if _hosts.setdefault(model, host) is not host:
-        raise ConflictError(
-            f"This {type(model).__name__} was optimised by another thread meanwhile. Optimise a model in one place."
-        )
-    host.journal.did(lambda: _hosts.__delitem__(model))
-    host.journal.swap_class(model, subclass(Hosted, type(model)))
+    with _opening:
+        if host_of(model) is not None:
+            raise ConflictError(
+                f"This {type(model).__name__} was optimised by another thread meanwhile. Optimise a model in one place."
+            )
+        host.journal.swap_class(model, subclass(Hosted, type(model), _hf_accel_host=host))
 
 
 _MODE_REASONS = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_accel.core.calls.call import request_in_progress
 from hf_accel.core.model.experts import ExpertsLayout, layout_of
 from hf_accel.kernels import native
 from hf_accel.kernels.weights import PackedWeight
@@ -79,14 +80,6 @@ class SplitExperts(nn.Module):
         self.original_class = type(original)
         self.by_turns = by_turns
         self.is_reordered = not original.is_concatenated and not by_turns
-        self.counts = _zeros(self.num_experts)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "counts"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.counts = _zeros(self.num_experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map hidden_states [T, E], top_k_index and top_k_weights [T, k] to [T, E].
@@ -98,7 +91,6 @@ class SplitExperts(nn.Module):
             if not 0 <= expert < self.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
-            self.counts[expert] += len(token)
             inner = self.gate_up_proj[expert](hidden_states[token])
             if self.is_reordered:
                 inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
@@ -117,15 +109,27 @@ class QuantizedExperts(SplitExperts):
 
     On the CPU they are one native call for any number of tokens. With gradients, under autocast, while traced, on other
     devices, or where a product is hooked or exchanged, the products run one after the other.
-    counts: int64 [experts], the rows that were sent to each expert since this module was made; copies begin anew.
+    counts: int64 [experts], rows sent to each expert in calls of `generate`, by whatever way; copies begin anew.
     """
 
     def __init__(self, gate_up: Sequence[QuantizedLinear], down: Sequence[QuantizedLinear], original: Any) -> None:
         super().__init__(gate_up, down, original, by_turns=False)
         self._routed: RoutedCall | None = None
+        self.counts = _zeros(self.num_experts)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights, on average where they have different bits."""
+        parts = (self.gate_up_proj, self.down_proj)
+        tensors = (tensor for part in parts for tensor in (*part.buffers(), *part.parameters()))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // self.num_experts
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_routed": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_routed", "counts")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._routed, self.counts = None, _zeros(self.num_experts)
 
     def _apply(self, *args: Any, **options: Any) -> Any:  # everything that moves a module goes through this
         self._routed = None
@@ -151,7 +155,12 @@ class QuantizedExperts(SplitExperts):
             if routed is None or not routed.is_current(self, hidden_states.dtype):
                 routed = self._routed = RoutedCall(self, hidden_states.dtype)
             if routed.kernel is not None:
-                return routed.kernel(hidden_states, top_k_index, top_k_weights)
+                is_counted = request_in_progress() is not None
+                return routed.kernel(hidden_states, top_k_index, top_k_weights, is_counted=is_counted)
+        if not _is_compiling() and request_in_progress() is not None:
+            chosen = top_k_index.detach().flatten().cpu()
+            chosen = chosen[(chosen >= 0) & (chosen < self.num_experts)].long()
+            self.counts += torch.bincount(chosen, minlength=self.num_experts)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
 

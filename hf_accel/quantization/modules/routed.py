@@ -103,7 +103,7 @@ def _kernel(experts: Any, dtype: torch.dtype) -> native.NativeExperts | None:
         gate = gate_of(experts, not experts.is_concatenated)
     except ValueError:
         return None
-    found = native.NativeExperts(
+    return native.NativeExperts(
         dtype=dtype,
         hidden=hidden,
         inner=inner,
@@ -112,6 +112,5 @@ def _kernel(experts: Any, dtype: torch.dtype) -> native.NativeExperts | None:
         transposed=False,
         gate_up=matrices[0],
         down=matrices[1],
+        counts=experts.counts,
     )
-    found.counts = experts.counts
-    return found
