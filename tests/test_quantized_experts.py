@@ -11,8 +11,20 @@ from typing import Any
 import pytest
 import torch
 from fingerprint import changes, fingerprint
-from mixtures import MIXTURES, experts_of, mixture, routing
 from models import padded, prompt
+from packed_experts import (
+    LAYOUTS,
+    NAMES,
+    PARTS,
+    Squared,
+    experts_of,
+    mixture,
+    pair,
+    put_rows,
+    routing,
+    rows_of,
+    twin_of,
+)
 from torch import Tensor, nn
 
 import hf_accel
@@ -27,8 +39,6 @@ from hf_accel.ops.affine import Scheme, dequantize, quantize
 from hf_accel.quantization.modules.experts import QuantizedExperts, SplitExperts
 from hf_accel.quantization.modules.linear import QuantizedLinear
 
-NAMES = list(MIXTURES)
-LAYOUTS = ["mixtral", "gpt_oss", "aria_text"]  # one of each
 EIGHT, FOUR = WeightOnlyConfig(bits=8), WeightOnlyConfig(group_size=32)
 
 
@@ -39,42 +49,6 @@ def logits(model: Any) -> Tensor:
 
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def rows_of(experts: Any, name: str, index: int) -> Tensor:
-    """The weight [N, K] of an expert by the definition of its layout, row by row, gate above up."""
-    weight = getattr(experts, name).detach()[index]
-    rows = [weight[:, n] if experts.is_transposed else weight[n] for n in range(weight.shape[experts.is_transposed])]
-    if name == "gate_up_proj" and not experts.is_concatenated:
-        half = len(rows) // 2
-        rows = [rows[2 * n] for n in range(half)] + [rows[2 * n + 1] for n in range(half)]
-    return torch.stack(rows)
-
-
-def put_rows(experts: Any, name: str, index: int, rows: Tensor) -> None:
-    """Write the same into the module."""
-    weight = getattr(experts, name).data[index]
-    if name == "gate_up_proj" and not experts.is_concatenated:
-        half = len(rows) // 2
-        rows = torch.stack([rows[n // 2 + half * (n % 2)] for n in range(2 * half)])
-    weight.copy_(rows.T if experts.is_transposed else rows)
-
-
-def twin_of(packed: Any, original: Any) -> Any:
-    """The stock module with the values that the codes of `packed` stand for."""
-    found = copy.deepcopy(original)
-    for name in ("gate_up_proj", "down_proj"):
-        for index, product in enumerate(getattr(packed, name)):
-            put_rows(found, name, index, product.weight.dequantize())
-    found.config._experts_implementation = "eager"
-    return found
-
-
-def pair(name: str, config: Any = FOUR, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Packed experts, and the stock module of their dequantized weights."""
-    original, model = mixture(name, dtype), hf_accel.optimize(mixture(name, dtype), config)
-    path, packed = next(iter(experts_of(model).items()))
-    return packed, twin_of(packed, original.get_submodule(path))
 
 
 def inputs(packed: Any, tokens: int = 13, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +75,7 @@ def test_packed_products_have_gate_above_up(name: str) -> None:
         packed = model.get_submodule(path)
         assert isinstance(packed, QuantizedExperts)
         assert isinstance(packed, RoutedExperts)
-        for part in ("gate_up_proj", "down_proj"):
+        for part in PARTS:
             for index, product in enumerate(getattr(packed, part)):
                 expected = dequantize(quantize(rows_of(experts, part, index), Scheme(8)))
                 assert torch.equal(product.weight.dequantize(), expected)
@@ -135,9 +109,9 @@ def test_one_call_equals_the_stock_module(name: str, dtype: torch.dtype) -> None
 
 @pytest.mark.native
 def test_experts_of_one_call_may_have_different_bits() -> None:
-    packed, twin = pair("gpt_oss")
+    packed, twin = pair("gpt_oss", FOUR)
     for index, scheme in enumerate((Scheme(8), Scheme(3, 32), Scheme(2, 32, False), Scheme(4, 32))):
-        for name in ("gate_up_proj", "down_proj"):
+        for name in PARTS:
             bias = getattr(packed, name)[index].bias
             columns = getattr(packed, name)[index].in_features
             own = scheme if columns % 32 == 0 else Scheme(8)
@@ -153,7 +127,7 @@ def test_experts_of_one_call_may_have_different_bits() -> None:
 
 @pytest.mark.parametrize("way", ["native", "one by one"])
 def test_ids_out_of_range_are_no_experts(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, _ = pair("qwen3_moe")
+    packed, _ = pair("qwen3_moe", FOUR)
     if way == "one by one":
         monkeypatch.setattr("hf_accel.kernels.native.is_available", lambda: False)
     hidden, ids, weights = inputs(packed)
@@ -190,10 +164,10 @@ def moved(packed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("change", list(moved(pair("gpt_oss")[0])))
+@pytest.mark.parametrize("change", list(moved(pair("gpt_oss", FOUR)[0])))
 def test_what_becomes_of_tensors_is_followed(change: str) -> None:
     """Between calls of `generate` and outside of them; the products one by one read everything anew."""
-    packed, _ = pair("gpt_oss")
+    packed, _ = pair("gpt_oss", FOUR)
     given = inputs(packed)
     for outside in (True, False):
         token = None if outside else IN_PROGRESS.set(Request())
@@ -308,11 +282,6 @@ def test_dropped_experts_are_freed_and_bytes_are_foretold(name: str) -> None:
     assert Anatomy.of(model).weight_bytes == foretold
 
 
-class Squared(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.relu().square()
-
-
 def test_an_unknown_gate_is_the_class_s_own_and_an_unknown_layout_is_said() -> None:
     model = mixture("olmoe")
     first, second = experts_of(model).values()
@@ -360,7 +329,7 @@ def test_calibrated_experts_of_every_layout(tmp_path: Any) -> None:
         )
         section = hf_accel.report(solved).sections["gptq"]
         for path, experts in experts_of(model).items():
-            for part in ("gate_up_proj", "down_proj"):
+            for part in PARTS:
                 for index in range(experts.num_experts):
                     rows = rows_of(experts, part, index)
                     found = getattr(solved.get_submodule(path), part)[index].weight.dequantize()
