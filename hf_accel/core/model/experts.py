@@ -63,10 +63,11 @@ def described_experts(module: Any) -> ExpertsForm:
         raise ValueError(f"gate_up_proj {own['gate_up_proj']} does not fit down_proj {own['down_proj']}")
     if biased and (own["gate_up_proj_bias"], own["down_proj_bias"]) != ((experts, 2 * inner), (experts, hidden)):
         raise ValueError("their biases do not fit their weights")
-    return ExpertsForm(experts, hidden, inner, interleaved, transposed, bool(biased), _gate(module, interleaved))
+    return ExpertsForm(experts, hidden, inner, interleaved, transposed, bool(biased), gate_of(module, interleaved))
 
 
-def _gate(module: Any, interleaved: bool) -> Gate:
+def gate_of(module: Any, interleaved: bool) -> Gate:
+    """Return how `module` joins gate and up. Raises ValueError if it does so in none of the known ways."""
     values = torch.linspace(-20, 20, _PROBES, dtype=torch.float64)
     gate = values[torch.randperm(_PROBES, generator=torch.Generator().manual_seed(0))]
     given = torch.stack((gate, values), dim=-1).flatten() if interleaved else torch.cat((gate, values))

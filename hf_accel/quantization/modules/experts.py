@@ -55,7 +55,10 @@ class QuantizedExperts(nn.Module):
                 continue
             token, place = torch.where(top_k_index == expert)
             inner = self.gate_up_proj[expert](hidden_states[token])
-            inner = self.original_class._apply_gate(self, inner)  # type: ignore[attr-defined]
+            inner = self._apply_gate(inner)
             output = self.down_proj[expert](inner) * top_k_weights[token, place, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self.original_class._apply_gate(self, gate_up)  # type: ignore[attr-defined,no-any-return]
