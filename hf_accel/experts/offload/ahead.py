@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_accel.experts.offload.file import Extent, ExpertsFile
+from hf_accel.experts.offload.file import ExpertsFile, Extent
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.stored import StoredExperts
 
@@ -26,7 +26,9 @@ _MOST_WAITING = 64  # lists of extents
 class ReadAhead:
     """Guesses for each module of experts what the next one will read, with a thread that asks the disk for it."""
 
-    def __init__(self, slots: Slots, stored: Sequence[StoredExperts], routers: Sequence[Tensor | None], most: int) -> None:
+    def __init__(
+        self, slots: Slots, stored: Sequence[StoredExperts], routers: Sequence[Tensor | None], most: int
+    ) -> None:
         """Take the weights of the routers [experts, E], None where there is none, and the experts of a token."""
         self._slots, self._most = slots, most
         self._next = {id(one): (other, router) for one, other, router in zip(stored, stored[1:], routers[1:])

@@ -80,7 +80,7 @@ class ExpertsFile:
 
     def write(self, tensor: Tensor, offset: int) -> None:
         """Store the bytes of a contiguous tensor. Raises StorageError if the disk does not take them."""
-        left = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        left: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
         try:
             while left:
                 done = os.pwritev(self._descriptor, [left], offset)
@@ -95,7 +95,7 @@ class ExpertsFile:
             StorageError: the disk fails, or they are not there any more.
         """
         for offset, size, place in extents:
-            left = memoryview(into)[place : place + size]
+            left: memoryview = into.data[place : place + size]
             try:
                 while left:
                     done = os.preadv(self._descriptor, [left], offset)

@@ -24,7 +24,7 @@ from hf_accel.errors import IrreversibleError, StorageError, VerificationError
 from hf_accel.experts.active import active_experts
 from hf_accel.experts.offload.ahead import ReadAhead, router_of
 from hf_accel.experts.offload.config import ExpertOffloadConfig
-from hf_accel.experts.offload.file import Extent, ExpertsFile
+from hf_accel.experts.offload.file import ExpertsFile, Extent
 from hf_accel.experts.offload.module import Offloaded, computed, offloaded_forward
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.statistics import OffloadStatistics
@@ -63,13 +63,15 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
         budget = self._budget(stored)
         if budget < least:
             found.append(
-                f"a budget of {budget:,} bytes is below the {active} experts of {least // active:,} bytes that one token "
-                f"wants in one layer; give budget_bytes of {least:,} at least."
+                f"a budget of {budget:,} bytes is below the {active} experts of {least // active:,} bytes that one "
+                f"token wants in one layer; give budget_bytes of {least:,} at least."
             )
         folder = tempfile.gettempdir() if self.config.folder is None else self.config.folder
         size = stored[-1][1].end
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-            found.append(f"no file can be written in the folder {folder!r}; name one that exists and can be written to.")
+            found.append(
+                f"no file can be written in the folder {folder!r}; name one that exists and can be written to."
+            )
         elif (free := shutil.disk_usage(folder).free) < size:
             found.append(f"the experts take {size:,} bytes, and {free:,} are free in {folder!r}; name another folder.")
         return found
@@ -110,7 +112,6 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
             each.watch(module)
         slots.reset()  # what was counted so far was none of the user's
         host.report.sections[SECTION] = OffloadStatistics(slots, modules)
-        journal.did(partial(host.report.sections.pop, SECTION, None))
         total, count = int(slots.sizes.sum()), len(slots.sizes)
         return Change(
             f"{count} experts of {len(stored)} layers ({total / 1e6:.1f} MB) lie in a file in {file.folder}, up to "
@@ -119,9 +120,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
             weight_bytes=before - total + min(slots.budget, total),
         )
 
-    def _read_ahead(
-        self, model: Any, slots: Slots, stored: list[tuple[nn.Module, StoredExperts]]
-    ) -> ReadAhead | None:
+    def _read_ahead(self, model: Any, slots: Slots, stored: list[tuple[nn.Module, StoredExperts]]) -> ReadAhead | None:
         most = active_experts(model)
         if not self.config.read_ahead or most is None:
             return None

@@ -1,8 +1,8 @@
 """Memory for the experts that are used most, of all layers together, within a budget of bytes.
 
-Who leaves is chosen by heat: the rows an expert was sent, halved every so many tokens, which joins frequency and recency
-(LRFU; Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used
-policies", IEEE Transactions on Computers 50(12), section 3).
+Who leaves is chosen by heat: the rows an expert was sent, halved every so many tokens, which joins frequency and
+recency (LRFU; Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
+frequently used policies", IEEE Transactions on Computers 50(12), section 3).
 Cost: some 15 µs per call where all experts are there.
 """
 
