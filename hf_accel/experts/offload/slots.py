@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from threading import Thread
 from time import perf_counter
 
 import numpy as np
@@ -21,6 +22,7 @@ from hf_accel.experts.offload.stored import StoredExperts
 HALF_LIFE = 128  # tokens after which a row counts half
 _LARGEST_GAIN = 1e100
 _SLOW_S, _SLOW_BYTES_PER_S = 1e-4, 2e9  # of an expert: slower than this is no page cache
+_PER_THREAD = 2 << 20  # bytes: fewer are read before another thread would have begun
 _WEIGHT = 0.05  # of the latest read
 _ABSENT, _COMING, _THERE = range(3)
 
@@ -159,16 +161,34 @@ class Slots:
 
     def _read(self, missing: list[int]) -> None:
         began = perf_counter()
+        size = int(self.sizes[missing].sum())
+        threads = min(torch.get_num_threads(), len(missing), max(size // _PER_THREAD, 1))
+        errors: list[BaseException] = []
+        others = [Thread(target=self._read_some, args=(missing[i::threads], errors)) for i in range(1, threads)]
+        for thread in others:
+            thread.start()
+        self._read_some(missing[::threads], errors)
+        for thread in others:
+            thread.join()
+        if errors:
+            raise errors[0]
         for number in missing:
-            owner, buffer = self._owners[number], self._buffers[number]
-            self.file.read(owner.extents[number - owner.first], buffer)
-            owner.put(number - owner.first, buffer.ctypes.data)
+            owner = self._owners[number]
+            owner.put(number - owner.first, self._buffers[number].ctypes.data)
         with self._changed:
-            seconds, size = perf_counter() - began, int(self.sizes[missing].sum())
+            seconds = perf_counter() - began
             self.read_seconds += seconds
             self.read_bytes += size
             was_slow = seconds > len(missing) * _SLOW_S + size / _SLOW_BYTES_PER_S
             self._slowness += _WEIGHT * (was_slow - self._slowness)
+
+    def _read_some(self, numbers: list[int], errors: list[BaseException]) -> None:
+        try:
+            for number in numbers:
+                owner = self._owners[number]
+                self.file.read(owner.extents[number - owner.first], self._buffers[number])
+        except BaseException as error:  # it belongs to the thread that waits for all of these
+            errors.append(error)
 
     def _give_up(self, missing: list[int]) -> None:
         for number in missing:
