@@ -251,7 +251,9 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path: Path) 
         hf_accel.save_pretrained(whole, tmp_path / "whole", format="mxfp4")
     model = hf_accel.from_pretrained(_written())
     experts(model)[1].is_transposed = False
-    with pytest.raises(hf_accel.UnsupportedModelError, match=r"layers\.1\.mlp\.experts is of an architecture that has its"):
+    with pytest.raises(
+        hf_accel.UnsupportedModelError, match=r"layers\.1\.mlp\.experts is of an architecture that has its"
+    ):
         hf_accel.save_pretrained(model, tmp_path / "layout", format="mxfp4")
     assert not any(path.name == "config.json" for path in tmp_path.rglob("*"))
 
