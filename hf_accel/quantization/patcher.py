@@ -106,7 +106,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
             original = target.module
             replacement.train(original.training)
             if original is head and is_tied:
-                _untie(model, journal)
+                untie(model, journal)
             journal.swap_module(target.parent, target.name, replacement)
             for product in replacement.modules():
                 if isinstance(product, QuantizedLinear):
@@ -168,7 +168,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if type(table) is not nn.Embedding:
             return [f"the embeddings are a {type(table).__name__}, not a plain nn.Embedding, and stay as they are"]
         if is_tied and not isinstance(head, QuantizedLinear):
-            _untie(model, journal)
+            untie(model, journal)
         shared = is_tied and isinstance(head, QuantizedLinear) and head.scheme == Scheme(8)
         packed = head.packed if shared else quantized(table.weight, None, Scheme(8), anatomy.dtype).packed
         for parent, name in _places(model, table):
@@ -232,7 +232,7 @@ def quantization_method(model: Any) -> str | None:
     return str(getattr(method, "value", method) or "an unknown method")
 
 
-def _untie(model: Any, journal: Journal) -> None:
+def untie(model: Any, journal: Journal) -> None:
     """Let head and embeddings go separate ways: transformers would tie them again at the next opportunity."""
     for config in own_configs(model, journal):
         if getattr(config, "tie_word_embeddings", False):

@@ -109,7 +109,7 @@ def notes_on_scaling(layers: Sequence[Scaled]) -> list[str]:
 
 def most_places(blocks: Sequence[DecoderBlock]) -> int:
     """Return in how many places some layers can be scaled, if all of their products are rounded."""
-    return sum(4 if block.heads == block.kv_heads else 3 for block in blocks)
+    return sum((block.heads == block.kv_heads) + (3 if block.feed_forward is None else 1) for block in blocks)
 
 
 def places_of(block: DecoderBlock, products: Sequence[Product], model: nn.Module) -> tuple[list[Place], list[str]]:
@@ -120,14 +120,17 @@ def places_of(block: DecoderBlock, products: Sequence[Product], model: nn.Module
         for parameter in module._parameters.values():
             counts[id(parameter)] = counts.get(id(parameter), 0) + 1
     found, reasons = [], []
-    adds_one, mlp = block.norm_style == "gemma", block.gate.parent
+    adds_one, gate, up, down = block.norm_style == "gemma", block.gate, block.up, block.down
     candidates: list[tuple[nn.Module, slice | None, list[nn.Module], nn.Module]] = [
-        (block.input_norm, None, [block.q.module, block.k.module, block.v.module], block.attention),
-        (block.mlp_norm, None, [block.gate.module, block.up.module], mlp),
-        (block.up.module, slice(block.up.start, block.up.stop), [block.down.module], block.down.module),
+        (block.input_norm, None, [block.q.module, block.k.module, block.v.module], block.attention)
     ]
     if block.heads == block.kv_heads:
-        candidates.insert(1, (block.v.module, slice(block.v.start, block.v.stop), [block.o.module], block.o.module))
+        candidates.append((block.v.module, slice(block.v.start, block.v.stop), [block.o.module], block.o.module))
+    if gate is None or up is None or down is None:
+        reasons.append("where a router and experts read what the norm gives")
+    else:
+        candidates.append((block.mlp_norm, None, [gate.module, up.module], gate.parent))
+        candidates.append((up.module, slice(up.start, up.stop), [down.module], down.module))
     for source, rows, readers, parent in candidates:
         readers = list(dict.fromkeys(readers))
         rounded = [*readers, *([] if rows is None else [source])]

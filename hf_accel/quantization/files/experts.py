@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_accel.core.model.experts import ExpertsLayout, layout_of
 from hf_accel.errors import CheckpointError
@@ -17,10 +17,31 @@ from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.filling import Filler
 from hf_accel.quantization.files.layout import Description, Layout, Source
 from hf_accel.quantization.files.mxfp4 import read_experts
-from hf_accel.quantization.modules.experts import PRODUCTS, QuantizedExperts, known_layout, shape_of
+from hf_accel.quantization.files.pack_quantized import PackQuantized
+from hf_accel.quantization.modules.experts import PRODUCTS, QuantizedExperts, known_layout, ordered, shape_of
 from hf_accel.quantization.modules.linear import QuantizedLinear
 
-_SPLIT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # products of an expert, as files name them
+_STAND_IN = nn.Linear(
+    1, 1, bias=False, device="meta"
+)  # for an expert's product, where a description asks for its class
+
+
+class _Spelling(NamedTuple):
+    """How files name the products of expert `{}`, gate and up apart or together; is_stacked: all experts in one."""
+
+    gate_up: tuple[str, ...]
+    down: str
+    is_stacked: bool = False
+
+
+_SPELLINGS = (
+    _Spelling(("{}.gate_proj", "{}.up_proj"), "{}.down_proj"),
+    _Spelling(("{}.w1", "{}.w3"), "{}.w2"),
+    # GPTQModel, of gpt-oss: rows of gate and up as the model has them
+    _Spelling(("gate_up.{}",), "down.{}"),
+    _Spelling(("gate_up_projs.{}",), "down_projs.{}"),
+    _Spelling(("gate_up_proj",), "down_proj", is_stacked=True),
+)
 
 
 def replace_experts(filler: Filler, name: str, layouts: Mapping[tuple[str, int], Layout]) -> None:
@@ -46,29 +67,25 @@ def replace_experts(filler: Filler, name: str, layouts: Mapping[tuple[str, int],
     filler.put(name, QuantizedExperts(*lists, module))
 
 
-def replace_split_experts(
+def replace_foreign_experts(
     filler: Filler, name: str, module: Any, layout: ExpertsLayout, description: Description
 ) -> bool:
-    """Put packed experts in the place of stacked ones, from files that hold each expert's products by themselves.
+    """Put packed experts in the place of stacked ones, from files of other programs, in whatever way they name them.
 
     Returns whether the files hold any.
 
     Raises:
         CheckpointError: a tensor is missing or damaged.
     """
-    checkpoint = filler.checkpoint
-    for names in _SPLIT:
-        if description.layout(f"{name}.0.{names[0]}", None, checkpoint) is None:
+    for spelling in _SPELLINGS:
+        if _layout(filler, f"{name}.{spelling.gate_up[0].format(0)}", description) is None:
             continue
         lists: tuple[list[QuantizedLinear], list[QuantizedLinear]] = ([], [])
         for index in range(layout.experts):
-            gate, up, down = (f"{name}.{index}.{part}" for part in names)
-            for product, products, parts in zip(PRODUCTS, lists, ((gate, up), (down,)), strict=True):
-                rows, columns = shape_of(layout, product)
-                weights = [_weight(filler, part, rows // len(parts), columns, description) for part in parts]
-                weight = _joined(weights, checkpoint, parts[-1])
-                bias = _bias(filler, parts, rows // len(parts)) if layout.biased else None
-                products.append(QuantizedLinear(PackedWeight.pack(weight), bias, filler.model.dtype))
+            for product, products, parts in zip(PRODUCTS, lists, (spelling.gate_up, (spelling.down,)), strict=True):
+                names, place = [part.format(index) for part in parts], index if spelling.is_stacked else None
+                made = _product(filler, name, names, shape_of(layout, product), layout, product, place, description)
+                products.append(made)
         experts = QuantizedExperts(*lists, module)
         filler.put(name, experts)
         filler.filled |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
@@ -96,30 +113,73 @@ def replace_mxfp4_experts(filler: Filler, name: str, module: Any) -> None:
     filler.filled |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
 
 
-def _weight(filler: Filler, name: str, rows: int, columns: int, description: Description) -> Affine:
-    layout = description.layout(name, None, filler.checkpoint)
+def _product(
+    filler: Filler,
+    name: str,
+    parts: Sequence[str],
+    shape: tuple[int, int],
+    layout: ExpertsLayout,
+    product: str,
+    place: int | None,
+    description: Description,
+) -> QuantizedLinear:
+    """Return a product of the experts `name` whose rows lie in `parts`; place: of the expert in stacked tensors."""
+    rows, columns = shape[0] // len(parts), shape[1]
+    sources = [_Stacked(filler.checkpoint, f"{name}.{part}", place, layout.experts) for part in parts]
+    weight = _joined([_weight(filler, s, rows, columns, description) for s in sources], sources[-1])
+    bias = torch.cat([source.bias(rows) for source in sources]) if layout.biased else None
+    for source in sources:
+        filler.used |= source.used
+    if len(parts) == 1:
+        weight, bias = ordered(weight, bias, layout, product)
+    return QuantizedLinear(PackedWeight.pack(weight), bias, filler.model.dtype)
+
+
+class _Stacked(Source):
+    """The tensors of one expert, which lie by themselves, or at `place` in tensors of all experts."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, place: int | None, experts: int) -> None:
+        super().__init__(checkpoint, name)
+        self.place, self.experts = place, experts
+
+    def shape(self, suffix: str) -> tuple[int, ...] | None:
+        found = super().shape(suffix)
+        return found if self.place is None or found is None else found[1:]
+
+    def tensor(self, suffix: str, shape: Iterable[int], *dtypes: tuple[torch.dtype, ...]) -> Tensor:
+        if self.place is None:
+            return super().tensor(suffix, shape, *dtypes)
+        return super().tensor(suffix, (self.experts, *shape), *dtypes)[self.place]
+
+    def bias(self, rows: int) -> Tensor:
+        """Return the bias [rows]."""
+        if self.place is None:
+            return self.tensor("bias", (rows,))
+        self.used.add(f"{self.name}_bias")
+        return self.checkpoint.tensor(f"{self.name}_bias", (self.experts, rows))[self.place]
+
+
+def _layout(filler: Filler, name: str, description: Description) -> Layout | None:
+    found = description.layout(name, _STAND_IN, filler.checkpoint)
+    is_there = not isinstance(found, PackQuantized) or f"{name}.weight_packed" in filler.checkpoint
+    return found if is_there else None
+
+
+def _weight(filler: Filler, source: Source, rows: int, columns: int, description: Description) -> Affine:
+    layout = _layout(filler, source.name, description)
     if layout is None:
-        raise filler.checkpoint.damaged(f"{name}.qweight", "it is missing, though others of its layer are there")
-    source = Source(filler.checkpoint, name)
+        raise source.damaged("qweight", "it is missing, though others of its layer are there")
     weight, order = layout.read(source, rows, columns)
     if order is not None:
         raise source.damaged("g_idx", "experts with columns in the order of activations are not served")
-    filler.used |= source.used
     return weight.unpack() if isinstance(weight, PackedWeight) else weight
 
 
-def _bias(filler: Filler, parts: Sequence[str], rows: int) -> Tensor:
-    """Return the biases of all parts one after the other."""
-    names = [f"{part}.bias" for part in parts]
-    filler.used |= set(names)
-    return torch.cat([filler.checkpoint.tensor(name, (rows,)) for name in names]).to(filler.model.dtype)
-
-
-def _joined(parts: Sequence[Affine], checkpoint: Checkpoint, name: str) -> Affine:
+def _joined(parts: Sequence[Affine], source: Source) -> Affine:
     """Return the weight with the rows of all parts one after the other."""
     schemes = {(part.scheme.bits, part.scheme.group_size) for part in parts}
     if len(schemes) > 1:
-        raise checkpoint.damaged(f"{name}.qweight", "it has other bits or groups than the product it runs with")
+        raise source.damaged("qweight", "it has other bits or groups than the product it runs with")
     zeros = None
     if any(part.zeros is not None for part in parts):
         zeros = torch.cat(

@@ -56,15 +56,20 @@ def gate_first(rows: Tensor, layout: ExpertsLayout, name: str) -> Tensor:
     return torch.cat((rows[::2], rows[1::2]))
 
 
+def ordered(codes: Affine, bias: Tensor | None, layout: ExpertsLayout, name: str) -> tuple[Affine, Tensor | None]:
+    """Return codes and bias of the product `name` with gate above up."""
+    parts = [None if part is None else gate_first(part, layout, name) for part in (codes.zeros, bias)]
+    rows = [gate_first(part, layout, name) for part in (codes.codes, codes.scales)]
+    return Affine(rows[0], rows[1], parts[0], codes.scheme), parts[1]
+
+
 def packed_product(
     module: Any, layout: ExpertsLayout, name: str, index: int, codes: Affine, dtype: torch.dtype
 ) -> QuantizedLinear:
     """Return the product `name` of an expert, given the codes of its rows as they lie; `dtype`: of the model."""
-    parts = [None if part is None else gate_first(part, layout, name)
-             for part in (codes.codes, codes.scales, codes.zeros, bias_of(module, layout, name, index))]  # fmt: skip
-    ordered = Affine(parts[0], parts[1], parts[2], codes.scheme)  # type: ignore[arg-type]
-    bias = None if parts[3] is None else parts[3].clone()  # of its own memory: originals may be given up
-    return QuantizedLinear(PackedWeight.pack(ordered), bias, dtype)
+    codes, bias = ordered(codes, bias_of(module, layout, name, index), layout, name)
+    # a bias has memory of its own: originals may be given up
+    return QuantizedLinear(PackedWeight.pack(codes), None if bias is None else bias.clone(), dtype)
 
 
 class SplitExperts(nn.Module):
