@@ -50,7 +50,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
 
     def obstacles(self, setting: Setting) -> list[str]:
         anatomy = setting.anatomy
-        if method := quantization_method(anatomy.model):
+        if (method := quantization_method(anatomy.model)) and not are_experts_alone(anatomy.model):
             return [f"the model is quantized already ({method}); quantize the original weights instead."]
         if anatomy.dtype not in native.DTYPES:
             return [f"weights of {anatomy.dtype} are not quantized; load the model in bfloat16, float16 or float32."]
@@ -218,6 +218,19 @@ def quantized(
     """
     codes = METHODS[method](weight, scheme, observed, scale_dtype(scheme, dtype))
     return QuantizedLinear(PackedWeight.pack(codes), bias, dtype)
+
+
+def are_experts_alone(model: Any) -> bool:
+    """Return whether experts that were read in MXFP4 are all that is packed, so that the rest is as it was."""
+    stored = {
+        product
+        for experts in model.modules()
+        if isinstance(experts, QuantizedExperts)
+        for product in experts.modules()
+        if isinstance(product, QuantizedLinear) and product.scheme.code_book
+    }
+    packed = {module for module in model.modules() if isinstance(module, (QuantizedLinear, QuantizedEmbedding))}
+    return bool(stored) and packed == stored and isinstance(getattr(model, "hf_quantizer", None), Seal)
 
 
 def quantization_method(model: Any) -> str | None:
