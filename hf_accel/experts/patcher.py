@@ -60,7 +60,7 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
         counts: dict[str, torch.Tensor] = {}
         sizes: dict[str, int] = {}
         skipped: list[str] = []
-        steps: dict[nn.Module, ExpertsStep] = {}
+        steps: dict[Any, ExpertsStep] = {}
         for path, module in model.named_modules():
             if isinstance(module, RoutedExperts):  # packed ones, which make a native call of their own
                 counts[path], sizes[path] = module.counts, module.expert_bytes
@@ -79,13 +79,13 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
         config = model.config.get_text_config(decoder=True)
         choices = [value for name in _CHOICES if isinstance(value := getattr(config, name, None), int)]
         host.report.sections[SECTION] = ExpertsStatistics(counts, sizes, choices[0] if choices else None)
-        host.journal.did(partial(host.report.sections.pop, SECTION, None))
+        host.journal.did(lambda: host.report.sections.__delitem__(SECTION))
         number = sum(step.form.experts for step in steps.values())
         packed = f", {len(counts) - len(steps)} packed ones do by themselves" if len(counts) > len(steps) else ""
         summary = f"{number} experts of {len(steps)} layers run in one native call a layer{packed}"
         return Change(summary, skipped=tuple(skipped))
 
-    def _register(self, model: Any, steps: dict[nn.Module, ExpertsStep], host: Host) -> None:
+    def _register(self, model: Any, steps: dict[Any, ExpertsStep], host: Host) -> None:
         if not steps:
             return
         own_configs(model, host.journal)  # models that were made from one of these share it
@@ -95,7 +95,7 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
             host.journal.did(partial(_put_back, config, before))
         for module, step in steps.items():
             STEPS[module] = step
-            host.journal.did(partial(STEPS.pop, module, None))
+            host.journal.did(partial(STEPS.__delitem__, module))
 
 
 def _put_back(config: Any, before: str) -> None:

@@ -119,13 +119,11 @@ class ExpertsStep:
         """Describe and build anew after a change; remember what does not fit."""
         if self._refused is not None and self._refused.is_same():
             return False
-        try:
-            before = self.form
+        before = self.form.experts
+        with suppress(ValueError, AttributeError, TypeError, KeyError, RuntimeError):  # then it is refused below
             self._build(module)
-            if self.form.experts == before.experts:
+            if self.form.experts == before:
                 return True
-        except (ValueError, AttributeError, TypeError, KeyError, RuntimeError):
-            pass
         self._refused = None
         with suppress(RuntimeError):  # tensors without memory are looked at again
             self._refused = Watch(module, list(module.children()))

@@ -1,9 +1,12 @@
 """Codes of 8, 4, 3 and 2 bits as the native kernels read them, and back; `hfa_matrix` in csrc/native.h has the layouts.
 
-Sixteen rows lie interleaved. Codes of fewer than 8 bits are stored plus half their range, so that none is negative.
+Sixteen rows lie interleaved. Codes of fewer than 8 bits are stored plus half their range, so that none is negative. Fp4
+values lie as codes of 4 bits do.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -54,6 +57,38 @@ def row_by_row(codes: Tensor, bits: int) -> Tensor:
     else:
         above = _parted(codes.transpose(1, 2), bits).reshape(n, -1)
     return above.view(torch.int8) - (1 << bits - 1)
+
+
+def from_mxfp4(blocks: Tensor) -> Tensor:
+    """Return fp4 values interleaved, which files hold as uint8 [N, K / 2], the first of two in the low half of a byte.
+
+    N a multiple of 16, K of 32.
+    """
+    parts, places = len(blocks) // LANES, blocks.shape[1] // 4
+    words = _exchanged(_exchanged(_words(blocks.contiguous()), 8, 0x0000FF00), 4, 0x00F000F0)
+    laid_out = words.view(parts, LANES, places).transpose(1, 2).contiguous()
+    return _words(laid_out.view(torch.uint8)).view(torch.uint8).view(parts, places, LANES, 4)
+
+
+def to_mxfp4(codes: Tensor) -> Tensor:
+    """Return interleaved fp4 values as files hold them, uint8 [16 R, K / 2]."""
+    rows = codes.transpose(1, 2).reshape(codes.shape[0] * LANES, -1)
+    words = _exchanged(_exchanged(_words(rows), 4, 0x00F000F0), 8, 0x0000FF00)
+    return _words(words.view(torch.uint8)).view(torch.uint8)
+
+
+def _exchanged(words: Tensor, distance: int, mask: int) -> Tensor:
+    """Return int32 words with the bits of `mask` and those `distance` above them exchanged."""
+    difference = (words >> distance).bitwise_xor_(words).bitwise_and_(mask)
+    exchanged = words ^ difference
+    return exchanged.bitwise_xor_(difference.bitwise_left_shift_(distance))
+
+
+def _words(rows: Tensor) -> Tensor:
+    """Return bytes [..., 4 n] as little-endian int32 [..., n]."""
+    if sys.byteorder == "big":
+        rows = rows.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+    return rows.view(torch.int32)
 
 
 def _joined(parts: Tensor, bits: int) -> Tensor:

@@ -32,10 +32,11 @@ def int8_product(weight: Affine) -> Product | None:
 
 
 def int4_product(weight: Affine) -> Product | None:
-    """x [M, K] bf16 -> [M, N] by `aten::_weight_int4pack_mm`; None for all but 4 symmetric bits in groups."""
+    """x [M, K] bf16 -> [M, N] by `aten::_weight_int4pack_mm`; None for all but whole symmetric 4 bits in groups."""
     n, k = weight.codes.shape
     group = k // weight.scales.shape[1]
-    if weight.scheme.bits != 4 or weight.zeros is not None or group not in (32, 64, 128):
+    is_plain = weight.scheme.code_book is None and weight.zeros is None
+    if weight.scheme.bits != 4 or not is_plain or group not in (32, 64, 128):
         return None
     codes = (weight.codes + 8).to(torch.int32)
     scales = weight.scales.T.bfloat16()

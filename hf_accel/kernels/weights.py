@@ -1,4 +1,4 @@
-"""Weights of 8, 4, 3 and 2 bits in the layout of the native kernels, and how weights are described to C.
+"""Weights of 8, 4, 3 and 2 bits and of MXFP4 in the layout of the native kernels, and how weights are described to C.
 
 Sixteen rows lie interleaved, so that a vector register holds one value of each: see `hfa_matrix` in csrc/native.h. The
 layout is the same for all instruction sets. `packed` multiplies with such weights.
@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_accel.kernels import vendor
-from hf_accel.kernels.layout import LANES, QUANTUM, codes_shape, interleaved, row_by_row
+from hf_accel.kernels.layout import LANES, QUANTUM, codes_shape, from_mxfp4, interleaved, row_by_row, to_mxfp4
+from hf_accel.ops import fp4
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 
-FORMATS = {None: 0, 8: 1, 4: 2, 2: 3, 3: 4}
-"""The bits of a weight, or of keys and values -> `enum hfa_format`; None: values of the dtype."""
+FORMATS: dict[int | str | None, int] = {None: 0, 8: 1, 4: 2, 2: 3, 3: 4, fp4.NAME: 5}
+"""Code book or bits of a weight, or bits of keys and values -> `enum hfa_format`; None: values of the dtype."""
 MATRIX = struct.Struct("=QQqqqQQqq")
 """`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
+_SCALES = {torch.int16: 0, torch.int32: 1, torch.uint8: 2}  # the dtype of scales -> the field `stride`
 
 
 def dense_matrix(weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> bytes:
@@ -36,8 +38,9 @@ class PackedWeight:
     """A quantized weight [rows, columns].
 
     codes: 8 bits int8 [R, Kp/2, 16, 2], 4 bits uint8 [R, Kp/8, 16, 4], 3 bits uint8 [R, Kp/32, 3, 16, 4], 2 bits uint8
-    [R, Kp/16, 16, 4]; scales [R, groups, 16] as the bits of bf16 (int16) or fp32 (int32) values, so that casting a
-    model leaves them alone; offsets int32 (fp32 bits) or None. R = ceil(rows / 16), Kp = columns rounded up to 32.
+    [R, Kp/16, 16, 4], fp4 as 4 bits; scales [R, groups, 16] as the bits of bf16 (int16) or fp32 (int32) values, so that
+    casting a model leaves them alone, those of fp4 as exponents (uint8); offsets int32 (fp32 bits) or None.
+    R = ceil(rows / 16), Kp = columns rounded up to 32.
     """
 
     scheme: Scheme
@@ -59,7 +62,11 @@ class PackedWeight:
 
     @staticmethod
     def pack(quantized: Affine) -> PackedWeight:
-        """Lay out codes [N, K], scales and zeros."""
+        """Lay out codes [N, K], scales and zeros.
+
+        Raises:
+            ValueError: groups are no multiples of 32 columns, or codes and scales are none of the scheme's code book.
+        """
         n, k = quantized.codes.shape
         groups = quantized.scales.shape[1]
         if groups > 1 and k // groups % QUANTUM:
@@ -68,20 +75,43 @@ class PackedWeight:
         codes = quantized.codes
         if (rows, padded) != (n, k):
             codes = functional.pad(codes, (0, padded - k, 0, rows - n))
+        if quantized.scheme.code_book:
+            codes = fp4.patterns(codes).view(torch.int8) - 8
         codes = interleaved(codes, quantized.scheme.bits)
         scales = quantized.scales.float()
         offsets = None if quantized.zeros is None else -scales * quantized.zeros.float()
 
-        def laid_out(values: Tensor) -> Tensor:
-            values = functional.pad(values, (0, 0, 0, rows - n))
-            return values.view(rows // LANES, LANES, groups).transpose(1, 2).contiguous()
-
+        if quantized.scheme.code_book:
+            return PackedWeight(quantized.scheme, n, k, codes, _laid_out(fp4.exponents(scales)))
         half = scales.bfloat16()
         is_half = torch.equal(half.float(), scales)
-        bits = laid_out(half).view(torch.int16) if is_half else laid_out(scales).view(torch.int32)
+        bits = _laid_out(half).view(torch.int16) if is_half else _laid_out(scales).view(torch.int32)
         return PackedWeight(
-            quantized.scheme, n, k, codes, bits, None if offsets is None else laid_out(offsets).view(torch.int32)
+            quantized.scheme, n, k, codes, bits, None if offsets is None else _laid_out(offsets).view(torch.int32)
         )
+
+    @staticmethod
+    def from_mxfp4(blocks: Tensor, exponents: Tensor) -> PackedWeight:
+        """Lay out a weight as files of MXFP4 hold it, bit by bit.
+
+        Args:
+            blocks: uint8 [N, K / 2], two fp4 values per byte, the first in the low half.
+            exponents: uint8 [N, K / 32] of the scales, 2^(e - 127).
+
+        Raises:
+            ValueError: K is no multiple of 32, or an exponent is 255, which stands for NaN.
+        """
+        n, k = len(blocks), 2 * blocks.shape[1]
+        if k % fp4.GROUP or exponents.shape != (n, k // fp4.GROUP):
+            raise ValueError(f"{tuple(exponents.shape)} scales do not go with {n} rows of {k} MXFP4 values")
+        if bool((exponents > fp4.LARGEST_EXPONENT).any()):
+            raise ValueError("a scale of MXFP4 weights is NaN (the exponent 255)")
+        codes = from_mxfp4(functional.pad(blocks, (0, 0, 0, -n % LANES)) if n % LANES else blocks)
+        return PackedWeight(Scheme(4, fp4.GROUP, code_book=fp4.NAME), n, k, codes, _laid_out(exponents))
+
+    def to_mxfp4(self) -> tuple[Tensor, Tensor]:
+        """Return blocks and exponents as `from_mxfp4` takes them, bit by bit; of weights of the code book "fp4"."""
+        return to_mxfp4(self.codes)[: self.rows], _rowwise(self.scales)[: self.rows]
 
     def unpack(self, start: int = 0, stop: int | None = None) -> Affine:
         """Return codes, scales (fp32) and zeros of rows [start, stop); start a multiple of 16."""
@@ -89,15 +119,12 @@ class PackedWeight:
         part = slice(start // LANES, -(-stop // LANES))
         count, k = stop - start, self.columns
         codes = row_by_row(self.codes[part], self.scheme.bits)
-
-        def rowwise(bits: Tensor) -> Tensor:
-            values = bits[part].view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32)
-            return values.transpose(1, 2).reshape(-1, bits.shape[1])[:count].float()
-
-        scales, zeros = rowwise(self.scales), None
+        if self.scheme.code_book:
+            codes = fp4.codes((codes + 8).view(torch.uint8))
+        scales, zeros = _rowwise(scale_values(self.scales[part]))[:count], None
         if self.offsets is not None:
             safe = torch.where(scales == 0, torch.ones_like(scales), scales)
-            zeros = (-rowwise(self.offsets) / safe).round().to(torch.int8)
+            zeros = (-_rowwise(scale_values(self.offsets[part]))[:count] / safe).round().to(torch.int8)
         return Affine(codes[:count, :k].contiguous(), scales, zeros, self.scheme)
 
     def slice(self, start: int, stop: int) -> PackedWeight:
@@ -134,7 +161,8 @@ class PackedWeight:
         rowwise = (shape[0], groups, LANES)
         kind = torch.int8 if self.scheme.bits == 8 else torch.uint8
         fits = self.codes.dtype is kind and self.codes.shape == shape
-        fits = fits and self.scales.dtype in (torch.int16, torch.int32) and self.scales.shape == rowwise
+        kinds = (torch.uint8,) if self.scheme.code_book else (torch.int16, torch.int32)
+        fits = fits and self.scales.dtype in kinds and self.scales.shape == rowwise
         kept = [self.codes, self.scales]
         if self.offsets is not None:
             kept.append(self.offsets)
@@ -166,15 +194,33 @@ class PackedWeight:
             found = self._fields[key] = MATRIX.pack(
                 pointers[0],
                 pointers[3],
-                int(scales.dtype is torch.int32),
+                _SCALES[scales.dtype],
                 self.rows,
                 self.columns,
                 pointers[1],
                 pointers[2],
-                FORMATS[self.scheme.bits],
+                FORMATS[self.scheme.code_book or self.scheme.bits],
                 -(-self.columns // QUANTUM) * QUANTUM if self.scheme.group_size is None else self.scheme.group_size,
             )
         return found
+
+
+def scale_values(bits: Tensor) -> Tensor:
+    """Return the fp32 values of the scales or offsets of a packed weight, of which it keeps the bits or exponents."""
+    if bits.dtype is torch.uint8:
+        return fp4.scales(bits)
+    return bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32).float()
+
+
+def _laid_out(values: Tensor) -> Tensor:
+    """Return values [N, groups] as [R, groups, 16]."""
+    padded = functional.pad(values, (0, 0, 0, -len(values) % LANES))
+    return padded.view(-1, LANES, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _rowwise(values: Tensor) -> Tensor:
+    """Return values [R, groups, 16] as [16 R, groups]."""
+    return values.transpose(1, 2).reshape(-1, values.shape[1])
 
 
 @runtime_checkable

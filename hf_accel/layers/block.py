@@ -165,7 +165,7 @@ def native_step(
     if output is None:  # the layer's own forward writes the same positions again
         return None
     layer.commit(tokens)
-    return output if block.feed_forward is None else _with_feed_forward(block, *output)
+    return _with_feed_forward(block, *output) if isinstance(output, tuple) else output
 
 
 def _with_feed_forward(block: DecoderBlock, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:

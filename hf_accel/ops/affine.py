@@ -1,5 +1,8 @@
 """Affine quantization of weights, W = (code - zero) * scale, per output channel or per group of columns.
 
+Codes are whole numbers next to one another, or those of a code book (`fp4`), which lie further apart where they are
+large.
+
 At 4 bits scales are chosen by squared error among a few candidates instead of from the largest value alone (as in
 llama.cpp's quantize_row_q4_0, whose choice is one of them); cost: one pass over the weight per candidate, one block of
 rows at a time, so that a few megabytes are all the memory it takes. At 2 and 3 bits the value of largest magnitude is
@@ -14,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_accel.ops import fp4
+
 GROUP_SIZES = (32, 64, 128)
 _BLOCK = 1 << 21  # elements that are quantized together: temporaries stay in the cache
 # scale candidates of a group: its largest value over these. A negative one makes that value code -8 or -7.6, so that
@@ -27,27 +32,37 @@ _ASYMMETRIC_4 = (1.0, 0.95, 0.9, 0.85)  # of the range from smallest to largest 
 class Scheme:
     """Bits per weight (2, 3, 4 or 8), columns that share a scale (None: the whole row), and whether zero is the code 0.
 
-    Codes are whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1. Scales may be negative.
+    Codes are whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1. Scales may be negative. With a code book codes and
+    scales are what it says: "fp4" are MXFP4's, in 4 bits and symmetric groups of 32.
+
+    Raises:
+        ValueError: the code book is not known, or goes with other bits or groups.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = True
+    code_book: str | None = None
+
+    def __post_init__(self) -> None:
+        found = (self.code_book, self.bits, self.group_size, self.symmetric)
+        if self.code_book is not None and found != (fp4.NAME, 4, fp4.GROUP, True):
+            raise ValueError(f"the code book {fp4.NAME!r} goes with 4 bits and symmetric groups of 32, not {found}")
 
     @property
     def lowest(self) -> int:
-        return -(1 << self.bits - 1)
+        return -fp4.TOP if self.code_book else -(1 << self.bits - 1)
 
     @property
     def highest(self) -> int:
-        return (1 << self.bits - 1) - 1
+        return fp4.TOP if self.code_book else (1 << self.bits - 1) - 1
 
     def columns_per_scale(self, columns: int) -> int:
         return columns if self.group_size is None else self.group_size
 
     def bits_per_weight(self, columns: int, scale_bytes: int = 2) -> float:
-        """Bits that a weight takes, its share of the scale (and zero) included."""
-        shared = scale_bytes * 8 + (0 if self.symmetric else 32)
+        """Bits that a weight takes, its share of the scale (and zero) included; scales of MXFP4 take a byte."""
+        shared = (1 if self.code_book else scale_bytes) * 8 + (0 if self.symmetric else 32)
         return self.bits + shared / self.columns_per_scale(columns)
 
 
@@ -62,7 +77,7 @@ class Affine:
 
 
 def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Affine:
-    """Quantize weight [N, K] (any float dtype, finite); scales hold values of `scale_dtype`.
+    """Quantize weight [N, K] (any float dtype, finite); scales hold values of `scale_dtype`, or powers of two (MXFP4).
 
     Raises:
         ValueError: the group size does not divide K, or a value is not finite.
@@ -72,6 +87,8 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.fl
     if k % group:
         raise ValueError(f"groups of {group} do not divide {k} columns")
     codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    if scheme.code_book:
+        scale_dtype = torch.float32
     scales = torch.empty(n, k // group, dtype=scale_dtype, device=weight.device)
     zeros = None if scheme.symmetric else torch.empty(n, k // group, dtype=torch.int8, device=weight.device)
     step = max(1, _BLOCK // k)
@@ -121,6 +138,8 @@ def quantize_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tens
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Return the codes of fp32 values as floats, by scales and zeros that broadcast over them."""
+    if scheme.code_book:
+        return fp4.nearest(w / scale)
     codes = (w / scale).round_()
     return (codes if zero is None else codes.add_(zero)).clamp_(scheme.lowest, scheme.highest)
 
@@ -131,6 +150,8 @@ def _scale_candidates(smallest: Tensor, largest: Tensor, scheme: Scheme) -> list
         factors: tuple[float, ...] = _ASYMMETRIC_4 if scheme.bits == 4 else (1.0,)
         return [(largest - smallest) * (factor / (scheme.highest - scheme.lowest)) for factor in factors]
     extreme = torch.where(largest >= -smallest, largest, smallest)
+    if scheme.code_book:
+        return [fp4.scale_of(extreme.abs())]
     if scheme.bits == 8:
         return [extreme.abs() / scheme.highest]
     factors = _SYMMETRIC_4 if scheme.bits == 4 else (scheme.lowest,)

@@ -22,6 +22,7 @@ from hf_accel.kernels import native
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 from hf_accel.quantization.files.formats import FORMAT, METHOD, from_tensors, stored_names, stored_shapes
+from hf_accel.quantization.files.mxfp4 import PackMxfp4
 from hf_accel.quantization.files.rules import Rules
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.linear import QuantizedLinear
@@ -105,6 +106,10 @@ def _weight(path: str, module: Any) -> Affine:
     layout = rules.layout(path, module)
     rows, columns = module.out_features, module.in_features
     scheme = None if layout is None else layout.scheme
+    if isinstance(layout, PackMxfp4):
+        raise CheckpointError(
+            f"{path} is in MXFP4; load it by hf_accel.from_pretrained, which takes its bits as they are."
+        )
     if layout is not None and layout.has_order and isinstance(getattr(module, "weight_g_idx", None), torch.Tensor):
         raise CheckpointError(
             f"{path} has groups of columns in an order of its own; load it by hf_accel.from_pretrained."

@@ -1,4 +1,4 @@
-"""Products with packed weights of 8 to 2 bits, for every instruction set this machine has.
+"""Products with packed weights of 8 to 2 bits and of MXFP4, for every instruction set this machine has.
 
 Activations are rounded per 32 columns, to 65535 codes beside 8-bit weights and to 255 beside weights of fewer
 bits; the bounds here follow from that rounding alone, and a twin in plain loops repeats it code by code.
@@ -28,9 +28,9 @@ from hf_accel.quantization import QuantizedLinear
 
 __all__ = ["isa"]  # the fixture
 pytestmark = pytest.mark.native
-EIGHT, FOUR = Scheme(8), Scheme(4, 32)
+EIGHT, FOUR, FP4 = Scheme(8), Scheme(4, 32), Scheme(4, 32, code_book="fp4")
 SCHEMES = [EIGHT, Scheme(8, 32), FOUR, Scheme(4, 64), Scheme(4, 32, False)]
-SCHEMES += [Scheme(3, 32), Scheme(3, 64, False), Scheme(2, 64), Scheme(2, 32, False)]
+SCHEMES += [Scheme(3, 32), Scheme(3, 64, False), Scheme(2, 64), Scheme(2, 32, False), FP4]
 TOP = {8: 32767.0, 4: 127.0, 3: 127.0, 2: 127.0}
 
 
@@ -63,7 +63,8 @@ def test_packing_loses_nothing(scheme: Scheme, dtype: torch.dtype) -> None:
         quantized = quantize(gaussian(n, k), scheme, dtype)
         weight = PackedWeight.pack(quantized)
         assert weight.shape == (n, k)
-        assert weight.scales.dtype == (torch.int16 if dtype is torch.bfloat16 else torch.int32)
+        kind = torch.int16 if dtype is torch.bfloat16 else torch.int32
+        assert weight.scales.dtype == (torch.uint8 if scheme == FP4 else kind)
         again = weight.unpack()
         assert torch.equal(again.codes, quantized.codes)
         assert torch.equal(again.scales, quantized.scales.float())
@@ -302,10 +303,11 @@ MIXTURES: dict[str, dict[str, Scheme | None]] = {
     "mixed": {"q": FOUR, "k": None, "v": EIGHT, "o": Scheme(4, 64), "gate": EIGHT, "up": FOUR, "down": None},
     "3 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Scheme(3, 32)),
     "2 bits": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Scheme(2, 32)),
+    "MXFP4": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), FP4),
     "each product its own": {
         "q": Scheme(3, 32),
         "k": Scheme(2, 32, False),
-        "v": FOUR,
+        "v": FP4,
         "o": Scheme(2, 64),
         "gate": Scheme(2, 32),
         "up": Scheme(3, 32, False),

@@ -12,15 +12,20 @@ import test_native_attend
 import test_native_block
 import test_native_block_cached
 import test_native_block_stock
+import test_native_fp4
 import test_native_linear
 import test_native_packed
 import test_native_ragged
 import test_vendor
+import torch
 from planting import Defect, Patch, instead, is_red, result
 
-from hf_accel.kernels import native, vendor
+from hf_accel.kernels import native, vendor, weights
 from hf_accel.kernels.native import NativeBlock
+from hf_accel.ops import fp4
 from hf_accel.ops.attention import AttentionState
+
+BOOK = [12.0, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0]
 
 
 def layer(change: Callable[[Any], Any]) -> Defect:
@@ -73,6 +78,24 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
     ),
     "packed products of 3 bits": (wrong_at(3), test_native_packed.test_equals_integer_sums_in_plain_loops),
     "packed products of 2 bits": (wrong_at(2), test_native_packed.test_equals_integer_sums_in_plain_loops),
+    "fp4 values of the next pattern": (
+        instead(fp4, "VALUES", (*fp4.VALUES[1:], 0)),
+        test_native_fp4.test_values_are_those_of_the_formula,
+    ),
+    "exponents of the next group": (
+        result(weights, "_laid_out", lambda values: values.roll(1, 1)),
+        test_native_fp4.test_every_byte_lies_where_the_layout_says,
+    ),
+    "products that saturate": (
+        result(test_native_fp4, "packed_linear", lambda y: y.clamp(-1e30, 1e30) * (1 - 1e-4)),
+        test_native_fp4.test_extreme_codes_and_exponents_are_exact,
+    ),
+    "ties to the larger value": (
+        instead(
+            fp4, "nearest", lambda scaled: torch.tensor(BOOK)[(scaled[..., None] - torch.tensor(BOOK)).abs().argmin(-1)]
+        ),
+        test_native_fp4.test_quantizing_takes_the_nearest_value_and_ties_to_the_even_pattern,
+    ),
     "codes of the other columns": (
         result(test_layout, "interleaved", lambda codes: codes.flip(-1)),
         test_layout.test_every_byte_lies_where_the_layout_says,

@@ -19,6 +19,7 @@ from hf_accel.quantization.files.foreign import (
 )
 from hf_accel.quantization.files.formats import METHOD, PRIVATE_METHOD
 from hf_accel.quantization.files.layout import Description
+from hf_accel.quantization.files.mxfp4 import MXFP4, Mxfp4Description
 from hf_accel.quantization.files.rules import Rules
 
 CONFIG, GPTQ_FILE = "config.json", "quantize_config.json"
@@ -26,7 +27,7 @@ BESIDE = {GPTQ_FILE: GPTQ, "quant_config.json": AWQ}  # file of a method -> the 
 _DECISIVE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
 _OPENERS: dict[str, Callable[[Mapping[str, Any], str], Description]] = {
     METHOD: Rules, PRIVATE_METHOD: Rules, GPTQ: GptqDescription, AWQ: AwqDescription,
-    AUTOROUND: AutoRoundDescription, "intel/auto-round": AutoRoundDescription,
+    AUTOROUND: AutoRoundDescription, "intel/auto-round": AutoRoundDescription, MXFP4: Mxfp4Description,
 }  # fmt: skip
 
 
@@ -75,8 +76,8 @@ def opened(description: Mapping[str, Any], where: str) -> Description:
     opener = _OPENERS.get(method) if isinstance(method, str) else None
     if opener is None:
         raise CheckpointError(
-            f"{where} describes the quantization method {method!r}. hf_accel reads {METHOD}, {GPTQ}, {AWQ} and "
-            f"{AUTOROUND}; load the folder with AutoModelForCausalLM and the package of its own format."
+            f"{where} describes the quantization method {method!r}. hf_accel reads {METHOD}, {GPTQ}, {AWQ}, "
+            f"{AUTOROUND} and {MXFP4}; load the folder with AutoModelForCausalLM and the package of its own format."
         )
     try:
         return opener(description, where)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_accel.errors import UnsupportedModelError
-from hf_accel.kernels.weights import PackedWeight
+from hf_accel.kernels.weights import PackedWeight, scale_values
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files import gptq
 from hf_accel.quantization.files.description import GPTQ_FILE
@@ -46,6 +47,14 @@ class GptqEncoding:
                 )
         self.scale_dtypes = _scale_dtypes(found)
         self.base = Counter(weight.scheme for weight in found.packed.values()).most_common(1)[0][0]
+
+    @property
+    def packed(self) -> Iterable[str]:
+        return self.found.packed
+
+    @property
+    def plain(self) -> dict[str, Tensor]:
+        return self.found.plain
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -114,6 +123,8 @@ class GptqEncoding:
                 f"{weight.rows} rows and {weight.columns} columns, and its words hold multiples of {gptq.MULTIPLE} of "
                 "both. Save with format=None"
             )
+        if scheme.code_book:
+            return "MXFP4, and its words hold whole numbers next to one another. Save with format=None"
         if self.version == V1 and not (scheme.symmetric and scheme.bits in (4, 8)):
             kind = f"{scheme.bits} bits" + ("" if scheme.symmetric else " and zeros of its own")
             return f"{kind}; version 1 is written for symmetric weights of 4 and 8 bits. Save with format='gptq_v2'"
@@ -152,5 +163,5 @@ def _scale_dtypes(found: Inventory) -> dict[str, torch.dtype]:
 
 
 def _holds(dtype: torch.dtype, bits: Tensor) -> bool:
-    values = bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32).float()
+    values = scale_values(bits)
     return torch.equal(values.to(dtype).float(), values)

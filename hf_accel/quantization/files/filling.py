@@ -121,7 +121,7 @@ class Filler:
         source = Source(self.checkpoint, name)
         weight, order = layout.read(source, rows, columns)
         self.used |= source.used
-        return PackedWeight.pack(weight), order
+        return weight if isinstance(weight, PackedWeight) else PackedWeight.pack(weight), order
 
     def put(self, name: str, module: nn.Module) -> None:
         """Put a module in the place of the one called `name`."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from hf_accel.ops.affine import Affine, Scheme
-from hf_accel.quantization.files import bitstream
+from hf_accel.quantization.files import bitstream, mxfp4
 from hf_accel.quantization.files.grouping import group_index
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+MIXED = "mixed-precision"  # of the whole, where groups of products are in different formats
 PRIVATE_METHOD = "hf_accel"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
@@ -51,6 +52,8 @@ def stored_names(scheme: Scheme) -> tuple[str, ...]:
 
 def stored_shapes(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the tensors that a weight [rows, columns] is stored as."""
+    if scheme.code_book:
+        return mxfp4.stored_shapes(rows, columns)
     groups = columns // scheme.columns_per_scale(columns)
     shapes = (
         packed_shape(rows, columns, scheme.bits),
@@ -105,7 +108,7 @@ def to_config(
     for index, ((scheme, has_order), targets) in enumerate(names.items()):
         weights: dict[str, Any] = {
             "num_bits": scheme.bits,
-            "type": "int",
+            "type": "float" if scheme.code_book else "int",
             "symmetric": scheme.symmetric,
             "strategy": "channel" if scheme.group_size is None else "group",
             "group_size": scheme.group_size,
@@ -113,13 +116,17 @@ def to_config(
         }
         if has_order:
             weights["actorder"] = "group"
+        if scheme.code_book:
+            weights["scale_dtype"] = "torch.uint8"
         groups[f"group_{index}"] = {
             "targets": targets, "weights": weights,
-            "input_activations": None, "output_activations": None, "format": FORMAT,
+            "input_activations": None, "output_activations": None,
+            "format": mxfp4.FORMAT if scheme.code_book else FORMAT,
         }  # fmt: skip
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": METHOD if is_public else PRIVATE_METHOD,
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else MIXED if formats else FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignore),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_accel.errors import UnsupportedModelError, described
 from hf_accel.kernels.weights import PackedWeight
+from hf_accel.quantization.files import mxfp4
 from hf_accel.quantization.files.formats import stored_shapes, to_config, to_tensors
 from hf_accel.quantization.files.rebuilding import (
     Shapes,
@@ -89,12 +90,18 @@ class Inventory:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return full name -> tensor of the packed weight called `name`, made on the spot."""
-        tensors = to_tensors(self.packed[name].unpack(), self.dtype, self.orders.get(name))
+        weight = self.packed[name]
+        if weight.scheme.code_book:
+            tensors = mxfp4.to_tensors(weight)
+        else:
+            tensors = to_tensors(weight.unpack(), self.dtype, self.orders.get(name))
         return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
     def sizes(self, name: str) -> dict[str, int]:
         """Return suffix -> bytes of the tensors of the packed weight called `name`."""
         weight = self.packed[name]
+        if weight.scheme.code_book:
+            return {s: math.prod(shape) for s, shape in mxfp4.stored_shapes(weight.rows, weight.columns).items()}
         width = {"weight_scale": self.dtype.itemsize, "weight_shape": 8}
         shapes = stored_shapes(weight.scheme, weight.rows, weight.columns)
         if name in self.orders:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.errors import CheckpointError
+from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine, Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 
@@ -17,12 +18,12 @@ INDICES = (torch.int32, torch.int64)
 
 
 class Stored(NamedTuple):
-    """A weight as a file holds it.
+    """A weight as a file holds it; packed where its bits are taken as they are.
 
     order: the input column that each of its columns reads, int64 [K]; None: the same.
     """
 
-    weight: Affine
+    weight: Affine | PackedWeight
     order: Tensor | None
 
 

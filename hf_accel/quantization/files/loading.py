@@ -24,9 +24,11 @@ from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.errors import CheckpointError, ConfigError, MissingDependencyError
 from hf_accel.quantization.files.checkpoint import Checkpoint, read_json
 from hf_accel.quantization.files.description import BESIDE, CONFIG, find_description, opened
-from hf_accel.quantization.files.experts import replace_experts, replace_foreign_experts
+from hf_accel.quantization.files.experts import replace_experts, replace_mxfp4_experts
 from hf_accel.quantization.files.filling import Filler
+from hf_accel.quantization.files.foreign_experts import replace_foreign_experts
 from hf_accel.quantization.files.layout import Description, Layout
+from hf_accel.quantization.files.mxfp4 import Mxfp4Description
 from hf_accel.quantization.files.rebuilding import EXPERT, loaded_names, model_class
 from hf_accel.quantization.files.rules import Rules
 from hf_accel.quantization.files.saving import PRIVATE_STEM, PUBLIC_STEM
@@ -40,8 +42,8 @@ def from_pretrained(
     """Load a model that `save_pretrained` wrote, with packed weights or without, in evaluation mode.
 
     Reads weights of 2, 3, 4 and 8 bits that other programs wrote, without their packages: compressed-tensors
-    (`pack-quantized`), GPTQ of both versions, AutoRound and AWQ. The model is of the class that was saved. A folder
-    without packed weights is loaded by transformers.
+    (`pack-quantized`), GPTQ of both versions, AutoRound and AWQ; and experts in MXFP4, as gpt-oss has them, bit by bit.
+    The model is of the class that was saved. A folder without packed weights is loaded by transformers.
 
     Args:
         folder: a local folder, or the name of a model on the hub.
@@ -115,6 +117,8 @@ def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any
     for name, module in list(model.named_modules()):
         if rules.is_public and (stacked := known_layout(module)) is not None:
             replace_foreign_experts(filler, name, module, stacked, rules)
+        if isinstance(rules, Mxfp4Description) and rules.holds(name, checkpoint):
+            replace_mxfp4_experts(filler, name, module)
         if not isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)):
             continue
         if (layout := rules.layout(name, module, checkpoint)) is not None:

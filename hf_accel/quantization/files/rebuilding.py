@@ -23,7 +23,7 @@ from transformers.quantizers import base as quantizers
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.errors import described
 from hf_accel.ops.affine import Scheme
-from hf_accel.quantization.files import gptq
+from hf_accel.quantization.files import gptq, mxfp4
 from hf_accel.quantization.files.formats import METHOD, SUFFIXES, stored_shapes
 from hf_accel.quantization.modules.experts import known_layout, shape_of
 from hf_accel.quantization.modules.linear import linear_weight
@@ -146,6 +146,7 @@ def loaded_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     state = dict.fromkeys(model.state_dict(), True)
     modules = [name.rpartition(".")[0] for name in state]
     state |= {f"{name}.{suffix}": True for name in modules for suffix in (*SUFFIXES, *gptq.SUFFIXES, "bias")}
+    state |= {f"{name}.{suffix}": True for name in modules for suffix in mxfp4.SUFFIXES}
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state)[0] for name in names}
 
 

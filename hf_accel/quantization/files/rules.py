@@ -7,10 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_accel.errors import CheckpointError
+from hf_accel.ops import fp4
 from hf_accel.ops.affine import Scheme
+from hf_accel.quantization.files import mxfp4
 from hf_accel.quantization.files.bitstream import WIDTHS
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.formats import FORMAT, METHOD, PRIVATE_METHOD
+from hf_accel.quantization.files.mxfp4 import PackMxfp4
 from hf_accel.quantization.files.pack_quantized import PackQuantized
 
 GROUP_MULTIPLE = 32  # groups the kernels can serve
@@ -39,12 +42,12 @@ class Rules:
             raise self._error("no config_groups that say how weights are stored")
         self.is_public = method == METHOD
         self.ignore = [str(name) for name in config.get("ignore") or ()]
-        self._schemes: dict[str, PackQuantized] = {}
+        self._schemes: dict[str, PackQuantized | PackMxfp4] = {}
         for group in groups.values():
             layout = group.get("format") or config.get("format")
-            if layout != FORMAT:
+            if layout not in (FORMAT, mxfp4.FORMAT):
                 raise self._error(f"weights in the format {layout!r}")
-            scheme = self._scheme(group)
+            scheme = self._scheme(group, layout == mxfp4.FORMAT)
             self._schemes |= {str(target): scheme for target in group.get("targets") or ()}
         for target in [*self.ignore, *self._schemes]:
             try:
@@ -58,7 +61,7 @@ class Rules:
     def targets(self) -> Iterable[str]:
         return self._schemes
 
-    def layout(self, name: str, module: Any, checkpoint: Checkpoint | None = None) -> PackQuantized | None:
+    def layout(self, name: str, module: Any, checkpoint: Checkpoint | None = None) -> PackQuantized | PackMxfp4 | None:
         """Return the layout of the module called `name`: by its exact name, a pattern, or the name of its class."""
         if any(_names(target, name) or _is_class(target, module) for target in self.ignore):
             return None
@@ -73,7 +76,7 @@ class Rules:
                 return self._schemes[target]
         return None
 
-    def _scheme(self, group: Mapping[str, Any]) -> PackQuantized:
+    def _scheme(self, group: Mapping[str, Any], is_mxfp4: bool) -> PackQuantized | PackMxfp4:
         for part in ("input_activations", "output_activations"):
             if group.get(part):
                 raise self._error(f"quantized activations ({part})")
@@ -82,7 +85,9 @@ class Rules:
             raise self._error("a group without a description of its weights")
         bits, kind, group_size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
         strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(group_size, "group")
-        if kind != "int" or bits not in WIDTHS:
+        if is_mxfp4 and (kind, bits, group_size, strategy) == ("float", 4, fp4.GROUP, "group"):
+            return PackMxfp4()
+        if is_mxfp4 or kind != "int" or bits not in WIDTHS:
             raise self._error(f"weights of the type {kind!r} with {bits!r} bits")
         if weights.get("dynamic") or strategy not in ("channel", "group"):
             raise self._error(f"scales by the strategy {strategy!r}")
@@ -95,8 +100,9 @@ class Rules:
 
     def _error(self, found: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.where} describes {found}. hf_accel reads weights of 2, 3, 4 or 8 bits in the {FORMAT!r} format of "
-            f"{METHOD}; load the folder with AutoModelForCausalLM and the package of its own format."
+            f"{self.where} describes {found}. hf_accel reads weights of 2, 3, 4 or 8 bits in the {FORMAT!r} format "
+            f"of {METHOD}, and in {mxfp4.FORMAT!r}; load the folder with AutoModelForCausalLM and the package of "
+            "its own format."
         )
 
 

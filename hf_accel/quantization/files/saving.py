@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +28,8 @@ from hf_accel.quantization.files.encoding import ENCODINGS, GptqEncoding
 from hf_accel.quantization.files.formats import METHOD
 from hf_accel.quantization.files.integrity import KEY, digest, order_metadata, stamp
 from hf_accel.quantization.files.inventory import Inventory, take_inventory
+from hf_accel.quantization.files.mxfp4 import MXFP4
+from hf_accel.quantization.files.mxfp4_encoding import Mxfp4Encoding
 
 PUBLIC_STEM, PRIVATE_STEM = "model", "hf_accel"
 _CONFIG = "config.json"
@@ -38,7 +40,7 @@ _OWN = re.compile(
     rf"({PUBLIC_STEM}|{PRIVATE_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|"
     + "|".join(map(re.escape, BESIDE))
 )
-FORMATS = (None, METHOD, *ENCODINGS)
+FORMATS = (None, METHOD, *ENCODINGS, MXFP4)
 
 
 class _Entry(NamedTuple):
@@ -47,7 +49,17 @@ class _Entry(NamedTuple):
 
 
 class Encoding(Protocol):
-    """How the packed weights of an inventory are written."""
+    """How the weights of an inventory are written.
+
+    packed: names of what is packed; plain: name -> tensor stored as it is; files: name -> content of files beside the
+    config; tensors: full name -> tensor of something packed; sizes: suffix -> bytes of the same.
+    """
+
+    @property
+    def packed(self) -> Iterable[str]: ...
+
+    @property
+    def plain(self) -> Mapping[str, Tensor]: ...
 
     @property
     def files(self) -> Mapping[str, Mapping[str, Any]]: ...
@@ -73,7 +85,10 @@ def write(model: Any, folder: Path, max_shard_size: int | str, format: str | Non
         raise ConfigError(f"A model is saved in one of the formats {known}, or None; {format!r} was given.")
     found = take_inventory(model)
     encoding: Encoding = found
-    if format is not None:
+    if format == MXFP4:
+        mxfp4 = Mxfp4Encoding(model, found)
+        encoding, found.saved_config.quantization_config = mxfp4, mxfp4.config()
+    elif format is not None:
         if reason := found.private_reason if format == METHOD else found.misfit:
             raise UnsupportedModelError(
                 f"The packed weights of this {type(model).__name__} do not fit the format {format!r} ({reason}). Save "
@@ -120,7 +135,7 @@ def _write_all(model: Any, found: Inventory, encoding: Encoding, folder: Path, m
     stem = _stem(found, encoding)
     for file, content in encoding.files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    entries = _entries(found, encoding)
+    entries = _entries(encoding)
     try:
         split = split_state_dict_into_shards_factory(
             entries,  # type: ignore[arg-type]
@@ -172,9 +187,9 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _entries(found: Inventory, encoding: Encoding) -> dict[str, _Entry]:
+def _entries(encoding: Encoding) -> dict[str, _Entry]:
     """Return name -> size and maker of every tensor to write; the tensors of one packed weight follow one another."""
-    entries = {name: _Entry(t.numel() * t.element_size(), partial(t.detach)) for name, t in found.plain.items()}
+    entries = {name: _Entry(t.numel() * t.element_size(), partial(t.detach)) for name, t in encoding.plain.items()}
     latest: dict[str, dict[str, Tensor]] = {}
 
     def make(name: str, suffix: str) -> Tensor:
@@ -183,7 +198,7 @@ def _entries(found: Inventory, encoding: Encoding) -> dict[str, _Entry]:
             latest[name] = encoding.tensors(name)
         return latest[name][f"{name}.{suffix}"]
 
-    for name in found.packed:
+    for name in encoding.packed:
         for suffix, nbytes in encoding.sizes(name).items():
             entries[f"{name}.{suffix}"] = _Entry(nbytes, partial(make, name, suffix))
     return entries

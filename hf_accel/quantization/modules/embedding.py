@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_accel.kernels.weights import LANES, PackedWeight
+from hf_accel.kernels.weights import LANES, PackedWeight, scale_values
 from hf_accel.quantization.modules.linear import SealedWeight
 
 
@@ -47,8 +47,7 @@ class QuantizedEmbedding(nn.Embedding):
         block, lane = input // LANES, input % LANES
         codes = self.codes[block, :, lane].flatten(-2)[..., : self.embedding_dim]  # [..., E]
         bits = self.scales[block, 0, lane]
-        scales = bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32).float()
-        return (codes.float() * scales[..., None]).to(self.dtype)
+        return (codes.float() * scale_values(bits)[..., None]).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.scheme.bits}"

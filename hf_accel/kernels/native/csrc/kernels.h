@@ -78,9 +78,12 @@ const hfa_kernels *hfa_active_kernels(int dtype);
 static inline int64_t hfa_padded(int64_t k) { return (k + HFA_QUANTUM - 1) / HFA_QUANTUM * HFA_QUANTUM; }
 
 static inline int hfa_code_bits(int64_t format) {
-    static const int bits[HFA_FORMATS] = {[HFA_INT8] = 8, [HFA_INT4] = 4, [HFA_INT2] = 2, [HFA_INT3] = 3};
+    static const int bits[HFA_FORMATS] = {[HFA_INT8] = 8, [HFA_INT4] = 4, [HFA_INT2] = 2, [HFA_INT3] = 3, [HFA_FP4] = 4};
     return bits[format];
 }
+
+/* Bytes of a scale of a packed weight. */
+static inline int64_t hfa_scale_bytes(int64_t format, int64_t stride) { return format == HFA_FP4 ? 1 : stride ? 4 : 2; }
 
 /* Bytes of m rows of x rounded for a packed format: codes, then per block of columns start, scale and sum. */
 static inline size_t hfa_rounded_bytes(int64_t format, int64_t m, int64_t k) {

@@ -7,7 +7,7 @@
  *   threads.[ch]    parallel regions in the OpenMP pool handed over by Python, barrier, chunk hand-out, scratch memory
  *   drivers/        the exported functions: plain C that calls the table of inner kernels
  *     linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
- *     packed.c      the same for weights of 8, 4, 3 and 2 bits, and for any number of rows of x
+ *     packed.c      the same for weights of 8 to 2 bits and of MXFP4, and for any number of rows of x
  *     product.[ch]  products of several weights with one activation, cut into chunks for the threads
  *     block.c, block_attention.[ch], block_run.h   a whole pre-norm gated decoder layer in one call
  *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
@@ -34,7 +34,7 @@
 enum hfa_dtype { HFA_BF16 = 0, HFA_F16 = 1, HFA_F32 = 2, HFA_DTYPES = 3 };
 enum hfa_isa { HFA_PORTABLE = 0, HFA_NEON = 1, HFA_AVX2 = 2, HFA_AVX512 = 3, HFA_AVX512_BF16 = 4, HFA_AMX = 5, HFA_ISAS = 6 };
 /* rows of a cache have one of the first HFA_CACHE_FORMATS */
-enum hfa_format { HFA_DENSE = 0, HFA_INT8 = 1, HFA_INT4 = 2, HFA_CACHE_FORMATS = 3, HFA_INT2 = 3, HFA_INT3 = 4, HFA_FORMATS = 5 };
+enum hfa_format { HFA_DENSE = 0, HFA_INT8 = 1, HFA_INT4 = 2, HFA_CACHE_FORMATS = 3, HFA_INT2 = 3, HFA_INT3 = 4, HFA_FP4 = 5, HFA_FORMATS = 6 };
 enum hfa_activation { HFA_SILU = 0, HFA_GELU_TANH = 1, HFA_GELU = 2, HFA_RELU = 3 };
 enum hfa_norm_style { HFA_NORM_LLAMA = 0, HFA_NORM_GEMMA = 1 };
 enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
@@ -47,8 +47,11 @@ enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
  *   HFA_INT2  uint8 [R, Kp / 16, 16, 4]: byte j of a row holds columns j, 4 + j, 8 + j, 12 + j from its lowest bits on, plus 2
  *   HFA_INT3  uint8 [R, Kp / 32, 3, 16, 4]: byte j of part p holds columns 8 p + j and 8 p + 4 + j in its lowest six bits, plus
  *             4; the two bits above are the higher ones of column 24 + j (part 0) and 28 + j (1), and their lowest (2)
- *   scales [R, groups, 16], bf16 (stride 0) or fp32 (stride 1); offsets fp32 of the same shape, or NULL; `group` columns
- *   share a scale: W = code * scale + offset. */
+ *   HFA_FP4   as HFA_INT4, with fp4 values of E2M1 in the place of codes: three bits say 0, .5, 1, 1.5, 2, 3, 4, 6, the fourth
+ *             the sign
+ *   scales [R, groups, 16], bf16 (stride 0), fp32 (stride 1) or, with HFA_FP4 and nothing else, exponents e of a byte (stride
+ *   2), 2^(e - 127), not 255; offsets fp32 of the same shape, or NULL (always, with HFA_FP4); `group` columns share a scale:
+ *   W = code * scale + offset. */
 typedef struct {
     const void *weight; const void *bias; int64_t stride, rows, inner;
     const void *scales; const float *offsets; int64_t format, group;

@@ -25,7 +25,8 @@
      .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .rms_norm = rms_norm_##N,                \
      .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \
      .exponentials = exponentials, .round_for = round_for,                                                             \
-     .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3},       \
+     .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
+                    [HFA_FP4] = dot_fp4},                                                                              \
      .dot_cached = dot_cached, .axpy_cached = axpy_cached}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

@@ -1,10 +1,10 @@
-/* Products with packed weights of 8 to 2 bits; included once per instruction set.
+/* Products with packed weights of 8 to 2 bits and of MXFP4; included once per instruction set.
  *
  * A lane is a row of W, so sums need no reduction over lanes and scales load as vectors. Per block of 32 columns the
  * products are summed exactly in integers, then scaled and added in fp32; a row's result is therefore the same to the
  * last bit however many rows of x there are. Rounded rows of x come in groups of g <= 4:
  *   int8: int16 [Kp / 2][g][2], fewer bits: int8 [Kp / 8][g][8];   then, Kp / 32 times g each:
- *   int32 start (what sums of products begin at: it undoes the 2, 4 or 8 added to codes; int16 for columns 0, 1 and 2, 3 of
+ *   int32 start (what sums of products begin at: it undoes the 2, 4, 8 or 12 added to codes; int16 for columns 0, 1 and 2, 3 of
  *   every four where such pairs are summed apart), fp32 scale, fp32 sum of x (for weights with offsets). */
 
 #define VECTORS (HFA_LANES / VW)
@@ -46,8 +46,13 @@ HFA_INLINE void load_block(const float *x, int64_t k, int64_t i, float *block) {
     for (; n < HFA_QUANTUM; n++) block[n] = 0.0f;
 }
 
-/* `half`: what is added to the codes that these rows meet */
-static void round_to_8(int half, const float *x, int64_t stride, int m, int64_t k, void *packed) {
+/* The codes of MXFP4: twice the fp4 values, which are whole numbers, plus 12. In the sums of int16 that some instruction sets
+ * make, of 16 products each, what is in between may wrap around; the sum without the 12 is at most 16 * 12 * 127 and fits. */
+enum { FP4_HALF = 12 };
+static const uint8_t fp4_codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+/* `half`: what is added to the codes that these rows meet; `unit`: what a code counts */
+static void round_to_8(int half, float unit, const float *x, int64_t stride, int m, int64_t k, void *packed) {
     char *at = packed;
     int64_t padded = hfa_padded(k);
     for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
@@ -59,7 +64,7 @@ static void round_to_8(int half, const float *x, int64_t stride, int m, int64_t 
                 int32_t codes[HFA_QUANTUM], sums[4] = {0};
                 int8_t bytes[HFA_QUANTUM];
                 load_block(x + (m0 + i) * stride, k, b * HFA_QUANTUM, block);
-                float scale = round_block(block, 127.0f, codes);
+                float scale = unit * round_block(block, 127.0f, codes);
                 for (int j = 0; j < HFA_QUANTUM; j++) bytes[j] = (int8_t)codes[j];
                 for (int j = 0; j < HFA_QUANTUM; j += 4)
                     for (int c = 0; c < 4; c++) sums[c] += codes[j + c];
@@ -102,7 +107,8 @@ static void round_to_16(const float *x, int64_t stride, int m, int64_t k, void *
 
 static void round_for(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *packed) {
     if (format == HFA_INT8) round_to_16(x, stride, m, k, packed);
-    else round_to_8(1 << (hfa_code_bits(format) - 1), x, stride, m, k, packed);
+    else if (format == HFA_FP4) round_to_8(FP4_HALF, 0.5f, x, stride, m, k, packed);
+    else round_to_8(1 << (hfa_code_bits(format) - 1), 1.0f, x, stride, m, k, packed);
 }
 
 /* of the group: += sums * scale of x, and the sums of x */
@@ -119,7 +125,9 @@ static void round_for(int64_t format, const float *x, int64_t stride, int m, int
 #define ADD_GROUP                                                                                                     \
     UNROLL(4)                                                                                                         \
     for (int v = 0; v < VECTORS; v++) {                                                                               \
-        vf scale = w->stride ? vf_load((const float *)scales + v * VW) : vf_load_bf16((const uint16_t *)scales + v * VW); \
+        vf scale = scale_bytes == 1   ? vf_load_exponents((const uint8_t *)scales + v * VW)                           \
+                   : scale_bytes == 4 ? vf_load((const float *)scales + v * VW)                                       \
+                                      : vf_load_bf16((const uint16_t *)scales + v * VW);                              \
         UNROLL(4)                                                                                                     \
         for (int m = 0; m < M; m++) total[m][v] = vf_fma(part[m][v], scale, total[m][v]);                             \
         if (offsets)                                                                                                  \
@@ -127,13 +135,14 @@ static void round_for(int64_t format, const float *x, int64_t stride, int m, int
                 total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(below[m]), total[m][v]);                      \
     }                                                                                                                 \
     __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                      \
-    scales += HFA_LANES * (w->stride ? 4 : 2);                                                                        \
+    scales += HFA_LANES * scale_bytes;                                                                                \
     offsets += offsets ? HFA_LANES : 0;
 
-#define BEGIN_TILE(BITS, BYTES)                                                                                       \
+#define BEGIN_TILE(FORMAT, BYTES)                                                                                     \
     int64_t padded = hfa_padded(w->inner), part = row / HFA_LANES, groups = (padded + w->group - 1) / w->group;       \
-    const char *codes = (const char *)w->weight + row * padded * (BITS) / 8;                                          \
-    const char *scales = (const char *)w->scales + part * groups * HFA_LANES * (w->stride ? 4 : 2);                   \
+    int64_t scale_bytes = hfa_scale_bytes(FORMAT, w->stride);                                                         \
+    const char *codes = (const char *)w->weight + row * padded * hfa_code_bits(FORMAT) / 8;                            \
+    const char *scales = (const char *)w->scales + part * groups * HFA_LANES * scale_bytes;                           \
     const float *offsets = w->offsets ? w->offsets + part * groups * HFA_LANES : NULL;                                \
     rounded x = rounded_parts(packed, M, w->inner, BYTES);                                                            \
     const char *xc = x.codes;                                                                                         \
@@ -164,7 +173,14 @@ HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int
 }
 
 /* Codes plus half their range of columns 8 i to 8 i + 7 of the block at `codes`, four columns in a register. */
-HFA_INLINE void load_codes(const int BITS, const int i, const char *codes, vi *low, vi *high) {
+HFA_INLINE void load_codes(const int FORMAT, const int i, const char *codes, vi *low, vi *high) {
+    const int BITS = hfa_code_bits(FORMAT);
+    if (FORMAT == HFA_FP4) {
+        vi part = vi_load(codes + i * 4 * HFA_LANES), table = vi_table(fp4_codes);
+        *low = vi_lookup(part, 0, table);
+        *high = vi_lookup(part, 4, table);
+        return;
+    }
     if (BITS == 3 && i == 3) { /* two bits lie in the first and second part, the lowest one in the third */
         vi ones = vi_load(codes + 8 * HFA_LANES);
         *low = vi_or(vi_field(vi_load(codes), 6, 2, 1), vi_field(ones, 6, 1, 0));
@@ -178,9 +194,10 @@ HFA_INLINE void load_codes(const int BITS, const int i, const char *codes, vi *l
 }
 
 /* Weights of fewer than 8 bits. */
-HFA_INLINE void tile_few(const int BITS, const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out,
+HFA_INLINE void tile_few(const int FORMAT, const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out,
                          int64_t ldo) {
-    BEGIN_TILE(BITS, 1)
+    const int BITS = hfa_code_bits(FORMAT);
+    BEGIN_TILE(FORMAT, 1)
     FOR_BLOCKS {
         v4 sum[HFA_ROUNDED_ROWS][VECTORS];
         UNROLL(4)
@@ -192,7 +209,7 @@ HFA_INLINE void tile_few(const int BITS, const int M, const hfa_matrix *w, int64
             vi low[VECTORS], high[VECTORS];
             if (i < BITS) __builtin_prefetch(codes + i * 4 * HFA_LANES + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
             UNROLL(4)
-            for (int v = 0; v < VECTORS; v++) load_codes(BITS, i, codes + v * 4 * VW, &low[v], &high[v]);
+            for (int v = 0; v < VECTORS; v++) load_codes(FORMAT, i, codes + v * 4 * VW, &low[v], &high[v]);
             UNROLL(4)
             for (int m = 0; m < M; m++) {
                 vi xl = vi_repeat(xc + 8 * m), xh = vi_repeat(xc + 8 * m + 4);
@@ -209,7 +226,7 @@ HFA_INLINE void tile_few(const int BITS, const int M, const hfa_matrix *w, int64
 }
 
 HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
-    BEGIN_TILE(8, 2)
+    BEGIN_TILE(HFA_INT8, 2)
     FOR_BLOCKS {
         vi sum[HFA_ROUNDED_ROWS][VECTORS];
         UNROLL(4)
@@ -254,16 +271,19 @@ HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t
                 }                                                                                                     \
         }                                                                                                             \
     }
-#define TILE_INT4(...) tile_few(4, __VA_ARGS__)
-#define TILE_INT3(...) tile_few(3, __VA_ARGS__)
-#define TILE_INT2(...) tile_few(2, __VA_ARGS__)
+#define TILE_INT4(...) tile_few(HFA_INT4, __VA_ARGS__)
+#define TILE_INT3(...) tile_few(HFA_INT3, __VA_ARGS__)
+#define TILE_INT2(...) tile_few(HFA_INT2, __VA_ARGS__)
+#define TILE_FP4(...) tile_few(HFA_FP4, __VA_ARGS__)
 PACKED_DOT(dot_int8, tile_int8, 2)
 PACKED_DOT(dot_int4, TILE_INT4, 1)
 PACKED_DOT(dot_int3, TILE_INT3, 1)
 PACKED_DOT(dot_int2, TILE_INT2, 1)
+PACKED_DOT(dot_fp4, TILE_FP4, 1)
 #undef TILE_INT4
 #undef TILE_INT3
 #undef TILE_INT2
+#undef TILE_FP4
 #undef PACKED_DOT
 #undef BEGIN_TILE
 #undef FOR_BLOCKS

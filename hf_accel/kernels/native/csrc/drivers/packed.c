@@ -1,4 +1,4 @@
-/* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For weights of 8 to 2 bits, and dense ones.
+/* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For packed weights, and dense ones.
  *
  * Few rows are rounded (for dense weights: packed) by the calling thread; of many, every thread takes its share first.
  * Then each chunk of W, 16 packed rows of it at a time, meets all rows of x while it is in the cache. */
@@ -40,7 +40,7 @@ static hfa_matrix widen(const hfa_matrix *w, int64_t row, uint8_t *restrict to) 
     hfa_matrix wide = *w;
     wide.weight = to;
     wide.format = HFA_INT4;
-    wide.scales = (const char *)w->scales + before * (w->stride ? 4 : 2);
+    wide.scales = (const char *)w->scales + before * hfa_scale_bytes(w->format, w->stride);
     if (w->offsets) wide.offsets = w->offsets + before;
     for (int64_t b = 0; b < padded; b += HFA_QUANTUM, from += 3 * PART, to += 4 * PART) {
         for (int i = 0; i < 3 * PART; i++) to[i] = (uint8_t)((from[i] & 7) | (from[i] & 0x38) << 1);
@@ -87,6 +87,8 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     int is_dense = w->format == HFA_DENSE;
     if (!x || !y || !w->weight || (!is_dense && !w->scales) || m < 1 || w->inner < 1 || w->rows < 1 || (!is_dense && w->group < 1) || (uint64_t)w->format >= HFA_FORMATS || dtype >= HFA_DTYPES)
         return -1;
+    if (!is_dense && (w->format == HFA_FP4) != (w->stride == 2)) return -1;
+    if (w->format == HFA_FP4 && w->offsets) return -1;
     const hfa_kernels *kernels = hfa_active_kernels((int)dtype);
     int64_t row_bytes = hfa_row_bytes(kernels, w);
     packed_call call = {.kernels = kernels, .weight = w};

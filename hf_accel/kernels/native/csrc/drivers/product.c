@@ -2,7 +2,7 @@
 #include "drivers/product.h"
 
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
-    int64_t padded = hfa_padded(w->inner), scale = w->stride ? 4 : 2;
+    int64_t padded = hfa_padded(w->inner), scale = hfa_scale_bytes(w->format, w->stride);
     if (w->format == HFA_DENSE) return w->inner * kernels->element;
     return padded * hfa_code_bits(w->format) / 8 + (padded + w->group - 1) / w->group * (scale + (w->offsets ? 4 : 0));
 }

@@ -27,6 +27,18 @@ HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
 }
 HFA_INLINE vf vf_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+/* 2^(e - 127) of exponents of a byte, which are not 255; 2^-127 is subnormal and has no exponent of its own */
+HFA_INLINE vf vf_load_exponents(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    uint32x4_t e = vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
+    return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(e, 23), vdupq_n_u32(1u << 22)));
+}
+/* what stands in a table of 16 bytes for each of 16 bytes below 16 */
+#define HFA_OWN_LOOKUP
+HFA_INLINE int32x4_t vi_look(int32x4_t table, int32x4_t a) {
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(a)));
+}
 HFA_INLINE vf vf_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) {
     uint32x4_t u = vreinterpretq_u32_f32(v), hi = vshrq_n_u32(u, 16);

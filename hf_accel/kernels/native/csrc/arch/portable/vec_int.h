@@ -10,6 +10,18 @@ HFA_INLINE vi vi_or(vi a, vi b) { return a | b; }
 HFA_INLINE vi vi_field(vi a, const int from, const int count, const int to) {
     return (vi)((vi_bits)a >> (from - to) & (((1u << count) - 1) << to) * 0x01010101u);
 }
+HFA_INLINE vi vi_table(const uint8_t *p) { return vi_load(p); }
+#ifndef HFA_OWN_LOOKUP
+HFA_INLINE vi vi_look(vi table, vi a) {
+    uint8_t entries[16], bytes[16];
+    memcpy(entries, &table, 16);
+    memcpy(bytes, &a, 16);
+    for (int i = 0; i < 16; i++) bytes[i] = entries[bytes[i]];
+    return vi_load(bytes);
+}
+#endif
+/* what stands in the table for the four bits of every byte from bit `from` on */
+HFA_INLINE vi vi_lookup(vi a, const int from, vi table) { return vi_look(table, vi_field(a, from, 4, 0)); }
 HFA_INLINE int32_t v4_start(int first, int second) { return first + second; }
 HFA_INLINE v4 v4_begin(vi start) { return start; }
 HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) { /* bytes of W without, of x with a sign */

@@ -23,6 +23,12 @@ HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
     out[0] = vf_sum(a); out[1] = vf_sum(b); out[2] = vf_sum(c); out[3] = vf_sum(d);
 }
 HFA_INLINE vf vf_load_bf16(const uint16_t *p) { return (vf){bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])}; }
+/* 2^(e - 127) of exponents of a byte, which are not 255; 2^-127 is subnormal and has no exponent of its own */
+HFA_INLINE vf vf_load_exponents(const uint8_t *p) {
+    float f[4];
+    for (int i = 0; i < 4; i++) f[i] = hfa_float(p[i] ? (uint32_t)p[i] << 23 : 1u << 22);
+    return vf_load(f);
+}
 HFA_INLINE vf vf_load_f16(const uint16_t *p) { return (vf){f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])}; }
 HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) { for (int i = 0; i < 4; i++) p[i] = f32_to_bf16(v[i]); }
 HFA_INLINE void vf_store_f16(uint16_t *p, vf v) { for (int i = 0; i < 4; i++) p[i] = f32_to_f16(v[i]); }

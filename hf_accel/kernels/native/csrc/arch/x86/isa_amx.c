@@ -3,7 +3,7 @@
  * A tile of weights is 16 rows x 32 columns, loaded straight from memory with the row stride of W. The activations are
  * packed as the other operand wants them: per 32 columns of x, 16 pairs of columns, each pair for all m rows,
  * [K/32][16][m][2]. One tile product then serves all rows of x, so that 16 rows cost hardly more than one. Codes of packed
- * weights are taken apart by GFNI. */
+ * weights are taken apart by GFNI, and looked up by VBMI. */
 #include "kernels.h"
 #if HFA_HAS_AMX
 #include <immintrin.h>
@@ -12,14 +12,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,avx2,fma,f16c")
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c")
 #endif
 #include "arch/portable/scalar.h"
 #define HFA_DOT_VNNI
-#define HFA_BIT_MATRIX /* every CPU with AMX has GFNI */
+#define HFA_BIT_MATRIX /* every CPU with AMX has GFNI and VBMI */
+#define HFA_BYTE_PERMUTE
 #include "arch/x86/vec_avx512.h"
 #include "bodies/packed_body.h"
 
@@ -160,6 +161,7 @@ static void fill(void) {
         table[dtype].dot_packed[HFA_INT4] = dot_int4;
         table[dtype].dot_packed[HFA_INT3] = dot_int3;
         table[dtype].dot_packed[HFA_INT2] = dot_int2;
+        table[dtype].dot_packed[HFA_FP4] = dot_fp4;
     }
     table[HFA_BF16].dot = dot;
     table[HFA_BF16].pack = pack;

@@ -40,6 +40,11 @@ HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
 HFA_INLINE vf vf_load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
+/* 2^(e - 127) of exponents of a byte, which are not 255; 2^-127 is subnormal and has no exponent of its own */
+HFA_INLINE vf vf_load_exponents(const uint8_t *p) {
+    __m256i e = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)), 23);
+    return _mm256_castsi256_ps(_mm256_max_epu32(e, _mm256_set1_epi32(1 << 22)));
+}
 HFA_INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) {
     __m256i u = _mm256_castps_si256(v), one = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -74,6 +79,9 @@ HFA_INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 HFA_INLINE vi vi_field(vi a, const int from, const int count, const int to) {
     return _mm256_and_si256(_mm256_srli_epi16(a, from - to), _mm256_set1_epi8((char)(((1 << count) - 1) << to)));
 }
+HFA_INLINE vi vi_table(const uint8_t *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
+/* what stands in the table for the four bits of every byte from bit `from` on */
+HFA_INLINE vi vi_lookup(vi a, const int from, vi table) { return _mm256_shuffle_epi8(table, vi_field(a, from, 4, 0)); }
 HFA_INLINE int32_t v4_start(int first, int second) { return (int32_t)((uint32_t)(uint16_t)first | (uint32_t)second << 16); }
 HFA_INLINE v4 v4_begin(vi start) { return start; }
 /* gcc would regroup such sums and run out of registers: KEEP makes it add in the order written */

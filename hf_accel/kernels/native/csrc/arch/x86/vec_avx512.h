@@ -30,6 +30,11 @@ HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
 HFA_INLINE vf vf_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
+/* 2^(e - 127) of exponents of a byte, which are not 255; 2^-127 is subnormal and has no exponent of its own */
+HFA_INLINE vf vf_load_exponents(const uint8_t *p) {
+    __m512i e = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)), 23);
+    return _mm512_castsi512_ps(_mm512_max_epu32(e, _mm512_set1_epi32(1 << 22)));
+}
 HFA_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 HFA_INLINE void vf_store_bf16(uint16_t *p, vf v) {
     __m512i u = _mm512_castps_si512(v), hi = _mm512_srli_epi32(u, 16);
@@ -66,6 +71,15 @@ HFA_INLINE vi vi_field(vi a, const int from, const int count, const int to) {
 #endif
     /* shifts pairs of bytes: what comes over from the neighbour is masked away */
     return _mm512_and_si512(_mm512_srli_epi16(a, from - to), _mm512_set1_epi8((char)(((1 << count) - 1) << to)));
+}
+HFA_INLINE vi vi_table(const uint8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
+/* what stands in the table for the four bits of every byte from bit `from` on */
+HFA_INLINE vi vi_lookup(vi a, const int from, vi table) {
+#ifdef HFA_BYTE_PERMUTE /* reads six bits, for which the table has four copies: nothing is to be masked away */
+    return _mm512_permutexvar_epi8(from ? _mm512_srli_epi16(a, from) : a, table);
+#else
+    return _mm512_shuffle_epi8(table, vi_field(a, from, 4, 0));
+#endif
 }
 HFA_INLINE vi vi_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 HFA_INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
