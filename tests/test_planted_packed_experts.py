@@ -86,8 +86,8 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         instead(patcher, "packed_product", with_bias_of_the_original),
         test_quantized_experts.test_dropped_experts_are_freed_and_bytes_are_foretold,
     ),
-    "bytes of one expert": (
-        result(patcher.math, "prod", lambda count: min(count, 1)),
+    "bytes without scales": (
+        result(patcher, "packed_bytes", lambda nbytes: nbytes // 2),
         test_quantized_experts.test_dropped_experts_are_freed_and_bytes_are_foretold,
     ),
     "any layout": (

@@ -1,4 +1,4 @@
-"""Filling modules of experts from files of other programs, which name and lay out their products in ways of their own."""
+"""Filling modules of experts from files of other programs, which name and lay out their products in their own ways."""
 
 from __future__ import annotations
 
