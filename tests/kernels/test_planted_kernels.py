@@ -12,8 +12,8 @@ import test_native_attend
 import test_native_block
 import test_native_block_cached
 import test_native_block_stock
-import test_native_fp4
 import test_native_experts
+import test_native_fp4
 import test_native_linear
 import test_native_packed
 import test_native_ragged
