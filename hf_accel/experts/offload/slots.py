@@ -81,7 +81,8 @@ class Slots:
                 if not missing and (self._state[wanted] == _THERE).all():
                     return wanted
             try:
-                self._read(missing)
+                if missing:
+                    self._read(missing)
             except BaseException:
                 with self._changed:
                     self._give_up(missing)
