@@ -151,10 +151,12 @@ def test_weights_leave_memory_and_come_back() -> None:
     gc.collect()
     assert not any(storage() for storage in freed), "the weights in memory are kept by somebody"
     assert all(torch.equal(p, values) for p, values in parameters.values())
+    assert not any(p.untyped_storage().resizable() for name, (p, _) in parameters.items() if ".experts." in name)
     file = weakref.ref(slots_of(model).file)
     hf_accel.restore(model)
     gc.collect()
     assert file() is None, "the file is kept open"
+    assert all(p.untyped_storage().resizable() for p in model.parameters()), "weights lie in the mapped file still"
     assert all(p is parameters[name][0] and torch.equal(p, parameters[name][1]) for name, p in model.named_parameters())
 
 
