@@ -88,7 +88,7 @@ def test_heat_fades(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HALF_LIFE", 4)
     monkeypatch.setattr(module, "_LARGEST_GAIN", 3.0)  # so that heat is scaled again and again
     slots, (one,) = slots_of([[100] * 3], 200)
-    use(slots, one, [0], rows=40)
+    use(slots, one, [0], rows=60)
     for _ in range(40):  # ten times half
         use(slots, one, [1])
     use(slots, one, [2])

@@ -187,7 +187,7 @@ class Slots:
         try:
             for number in numbers:
                 owner = self._owners[number]
-                self.file.read(owner.extents[number - owner.first], self._buffers[number])
+                self.file.read(owner.extents[number - owner.first], self._buffers[number].data)
         except BaseException as error:  # it belongs to the thread that waits for all of these
             errors.append(error)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_accel.errors import IrreversibleError, StorageError
 from hf_accel.experts.offload.ahead import ReadAhead, router_of
-from hf_accel.experts.offload.file import ExpertsFile, Extent
+from hf_accel.experts.offload.file import ExpertsFile, Extent, memory_of
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.stored import StoredExperts, first_tensor
 
@@ -73,8 +73,7 @@ class ExpertStore:
 
     def _read(self, tensor: Tensor, offset: int) -> Tensor:
         found = torch.empty(tensor.shape, dtype=tensor.dtype)
-        size = found.numel() * found.element_size()
-        self.file.read([Extent(offset, size)], found.view(-1).view(torch.uint8).numpy())
+        self.file.read([Extent(offset, found.numel() * found.element_size())], memory_of(found))
         return found
 
 
