@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from mixture import MIXTURE, mixture_tokenizer, trained_mixture
 from safetensors.torch import load_file
 from test_demo_model import UNSEEN, nats_per_token
+from trained import MIXTURE, mixture_tokenizer, trained_mixture
 
 from hf_accel.assets import demo_path
 

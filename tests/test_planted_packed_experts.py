@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_foreign_experts
 import test_quantized_experts
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 from torch import nn
@@ -14,6 +15,7 @@ from hf_accel.core.model.experts import ExpertsLayout
 from hf_accel.kernels.native import Gate, NativeExperts
 from hf_accel.quantization import gptq, patcher, targets
 from hf_accel.quantization.files import experts as filling
+from hf_accel.quantization.files import foreign_experts
 from hf_accel.quantization.files.filling import Filler
 from hf_accel.quantization.modules import experts, routed
 
@@ -84,8 +86,8 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         instead(patcher, "packed_product", with_bias_of_the_original),
         test_quantized_experts.test_dropped_experts_are_freed_and_bytes_are_foretold,
     ),
-    "bytes of one expert": (
-        result(patcher.math, "prod", lambda count: min(count, 1)),
+    "bytes without scales": (
+        result(patcher, "packed_bytes", lambda nbytes: nbytes // 2),
         test_quantized_experts.test_dropped_experts_are_freed_and_bytes_are_foretold,
     ),
     "any layout": (
@@ -99,6 +101,18 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "biases that are not read": (
         result(Filler, "_unpacked_names", without_biases),
         test_quantized_experts.test_saved_experts_come_back_to_the_bit,
+    ),
+    "foreign rows by turns": (
+        instead(foreign_experts, "ordered", lambda codes, bias, *_: (codes, bias)),
+        test_foreign_experts.test_experts_of_gpt_oss,
+    ),
+    "tensors of all experts taken for those of one": (
+        lambda patch: patch.setattr(foreign_experts._Stacked, "place", property(nothing, nothing), raising=False),
+        test_foreign_experts.test_experts_of_gpt_oss,
+    ),
+    "no class of products": (
+        instead(foreign_experts, "_STAND_IN", None),
+        test_foreign_experts.test_experts_of_compressed_tensors,
     ),
     "solved rows by turns": (
         instead(gptq, "packed_product", as_they_lie),

@@ -11,6 +11,7 @@ from planting import Defect, Patch, Test, instead, is_red, nothing
 
 from hf_accel.measure import SHAPES
 from hf_accel.measure.subjects import shapes
+from hf_accel.ops.affine import Scheme
 from hf_accel.quantization import building
 
 
@@ -80,7 +81,15 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "layers that are not counted": (all_layers, test_shapes.test_a_shape_may_have_fewer_layers),
     "no experts are looked for": (
         instead(building, "holds_experts", lambda module: False),
-        test_shapes.test_what_cannot_be_built,
+        test_shapes.test_experts_that_would_stay_in_full_precision_are_refused,
+    ),
+    "whole numbers for MXFP4": (
+        instead(building, "SCHEME", Scheme(4, 32)),
+        test_shapes.test_experts_in_mxfp4_beside_all_else_as_it_is,
+    ),
+    "a tied head apart": (
+        instead(building.PreTrainedModel, "tie_weights", nothing),
+        test_shapes.test_experts_in_mxfp4_beside_all_else_as_it_is,
     ),
     "bench builds all layers": (all_layers, test_shapes.test_bench_builds_a_packed_shape),
 }
@@ -91,7 +100,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
 def test_a_planted_defect_is_seen(title: str, monkeypatch: Patch) -> None:
     defect, test = PLANTED[title]
     with monkeypatch.context() as patch:
-        for name, shape in {**test_shapes.TINY, "clamped": test_shapes.CLAMPED}.items():
+        for name, shape in test_shapes.TINY.items():
             patch.setitem(SHAPES, name, shape)
         defect(patch)
         assert is_red(test, monkeypatch=patch)

@@ -17,8 +17,10 @@ from hf_accel.cli import app
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.measure import SHAPES, build_shape, shape_config
+from hf_accel.quantization import targets
 from hf_accel.quantization.building import build_packed
 from hf_accel.quantization.modules.experts import QuantizedExperts
+from hf_accel.quantization.modules.linear import QuantizedLinear
 
 # weights in billions, as the model cards have them
 PUBLISHED = {
@@ -35,9 +37,10 @@ TINY: dict[str, dict[str, Any]] = {
     "dense": SHAPES["llama-1b"]
     | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96},
+    "clamped": SHAPES["gpt-oss-20b"]
+    | {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+       "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
-# its experts have a layout of their own
-CLAMPED = SHAPES["gpt-oss-20b"] | TINY["dense"] | {"model_type": "gpt_oss", "num_local_experts": 4}
 PROMPT = torch.tensor([[5, 40, 17, 61, 80]])
 
 
@@ -45,7 +48,7 @@ PROMPT = torch.tensor([[5, 40, 17, 61, 80]])
 def _tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, shape in {**TINY, "clamped": CLAMPED}.items():
+    for name, shape in TINY.items():
         monkeypatch.setitem(SHAPES, name, shape)
     yield
     torch.set_num_threads(before)
@@ -86,7 +89,7 @@ def test_a_packed_shape_is_what_quantizing_the_whole_model_gives(name: str, bits
         n: (t.shape, t.dtype, t.device) for n, t in expected.items()
     }
     for key, tensor in expected.items():
-        if "inv_freq" in key or tensor.dim() == 1:  # of positions and norms
+        if "inv_freq" in key or "norm" in key:
             assert torch.equal(found[key], tensor), key
     assert {n: type(m).__name__ for n, m in packed.named_modules() if n} == {
         n: type(m).__name__ for n, m in whole.named_modules() if n
@@ -151,8 +154,38 @@ def test_what_cannot_be_built() -> None:
         build_packed("llama-2b", torch.bfloat16)
     with pytest.raises(ConfigError, match="bits is 2, 3, 4 or 8; 5 was given"):
         build_packed("untied", torch.bfloat16, bits=5)
-    with pytest.raises(UnsupportedModelError, match=r"'clamped' cannot be built packed .*layers=2"):
-        build_packed("clamped", torch.bfloat16)
+    with pytest.raises(ConfigError, match="MXFP4 is for experts, in groups of 32; the shape 'dense' has none"):
+        build_packed("dense", torch.bfloat16, bits=None)
+    with pytest.raises(ConfigError, match="'untied' has some, and group_size=64 was given"):
+        build_packed("untied", torch.bfloat16, bits=None, group_size=64)
+
+
+def unknown_layout(module: Any) -> None:
+    raise ValueError("they lie as nothing else does")
+
+
+def test_experts_that_would_stay_in_full_precision_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "layout_of", unknown_layout)
+    with pytest.raises(UnsupportedModelError, match=r"'untied' cannot be built packed \(.*nothing else.*layers=2"):
+        build_packed("untied", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["clamped", "untied", "tied"])
+def test_experts_in_mxfp4_beside_all_else_as_it_is(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = build_packed(name, torch.bfloat16, bits=None)
+    schemes = {id(m): m.scheme.code_book for m in model.modules() if isinstance(m, QuantizedLinear)}
+    experts = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    assert len(experts) == SHAPES[name]["num_hidden_layers"]
+    assert set(schemes.values()) == {"fp4"}
+    assert len(schemes) == len(experts) * 2 * 4
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert is_tied is SHAPES[name]["tie_word_embeddings"]
+    weight = experts[0].down_proj[1].packed.dequantize()
+    assert 0.5 < weight.std() / model.config.initializer_range < 2
+    stock = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    model.to(torch.float32)
+    assert torch.isfinite(model(stock).logits).all()
 
 
 def test_bench_builds_a_packed_shape() -> None:

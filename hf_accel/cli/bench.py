@@ -59,8 +59,8 @@ def bench(
         bool,
         typer.Option(
             "--packed",
-            help="With --bits, of a shape: build it in few bits from the start, where full precision does not fit. "
-            "What is measured then is all exact steps on top of that.",
+            help="Of a shape: build it in --bits from the start, where full precision does not fit; without --bits "
+            "its experts in MXFP4. What is measured then is all exact steps on top of that.",
         ),
     ] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="Of a shape: so many of its layers only.")] = None,
@@ -81,14 +81,14 @@ def bench(
         temperature=temperature,
         rounds=rounds,
     )
-    if bits is None and group_size is not None:
+    if bits is None and group_size is not None and not packed:
         raise ConfigError("--group-size belongs to --bits; give both.")
     if draft_model is not None and speculative not in ("model", "auto"):
         raise ConfigError("--draft-model belongs to --speculative model or auto; give both.")
     if speculative == "model" and draft_model is None:
         raise ConfigError("--speculative model needs the model that drafts; give --draft-model as well.")
-    if packed and (bits is None or model not in SHAPES):
-        raise ConfigError(f"--packed belongs to --bits and a shape ({', '.join(SHAPES)}); give both.")
+    if packed and model not in SHAPES:
+        raise ConfigError(f"--packed belongs to a shape ({', '.join(SHAPES)}); {model!r} is loaded as it is.")
     if packed and device != "cpu":
         raise ConfigError(f"--packed builds on the CPU; --device {device} was given. Leave it out.")
     if layers is not None and model not in SHAPES:
@@ -97,8 +97,8 @@ def bench(
     configs += [] if speculative is None else [SpeculativeConfig(drafter=speculative)]
     use_threads(threads)
     loaded: PreTrainedModel
-    if packed and bits is not None:
-        with progress(f"building {model} in {bits} bits"):
+    if packed:
+        with progress(f"building {model} packed"):
             loaded = build_packed(model, dtype.torch, bits=bits, group_size=group_size, layers=layers)
     else:
         loaded = load_model(model, dtype.torch, device, layers)

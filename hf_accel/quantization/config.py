@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from hf_accel.core.config import Config
@@ -65,18 +66,41 @@ class ProductsConfig(Config):
     def pairs(self) -> tuple[tuple[str, Bits], ...]:
         return self.layers  # type: ignore[return-value]
 
-    def bits_of(self, name: str) -> int | None:
-        """Return the bits of the product called `name`, by the first pattern that matches it."""
-        bits = self._match(name)
+    def bits_of(self, *names: str) -> int | None:
+        """Return the bits of the product called by one of `names`, by the first pattern that matches one."""
+        bits = self._match(names)
         return bits[0] if isinstance(bits, tuple) else bits
 
-    def group_size_of(self, name: str) -> int | None:
-        """Return the group size that the first pattern that matches `name` gives it, None where it gives none."""
-        bits = self._match(name)
+    def group_size_of(self, *names: str) -> int | None:
+        """Return the group size that the first pattern that matches one of `names` gives, None where it gives none."""
+        bits = self._match(names)
         return bits[1] if isinstance(bits, tuple) else None
 
-    def _match(self, name: str) -> Bits:
-        return next((bits for pattern, bits in self.pairs if fnmatchcase(name, pattern)), self.bits)
+    def expert_scheme(self, path: str, product: str, index: int, columns: int) -> tuple[Scheme, str]:
+        """Return the scheme of the product of an expert of the module `path`, and why it is not the one asked for.
+
+        Patterns may speak of the module, or of a product by a name as `layers.0.mlp.experts.down_proj.7`.
+        """
+        names = f"{path}.{product}.{index}", path
+        return self.scheme(self.bits_of(*names) or self.bits, columns, self.group_size_of(*names))
+
+    def _match(self, names: tuple[str, ...]) -> Bits:
+        found = min((places[name] for name in names if name in (places := self._places)), default=len(self.pairs))
+        for place, pattern in self._patterns:
+            if place > found:
+                break
+            if any(fnmatchcase(name, pattern) for name in names):
+                return self.pairs[place][1]
+        return self.pairs[found][1] if found < len(self.pairs) else self.bits
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """The first place of every name among the patterns: there may be one for each of thousands of experts."""
+        return {name: place for place, (name, _) in reversed(list(enumerate(self.pairs)))}
+
+    @cached_property
+    def _patterns(self) -> list[tuple[int, str]]:
+        return [(place, pattern) for place, (pattern, _) in enumerate(self.pairs) if any(c in pattern for c in "*?[")]
 
     def scheme(self, bits: int, columns: int, group_size: int | None = None) -> tuple[Scheme, str]:
         """Return the scheme for rows of `columns`, and why it is not the one asked for, or "".

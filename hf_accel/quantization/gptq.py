@@ -124,11 +124,8 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
         config = self.config
         if config.refine_steps or config.scaling is not None:
             return (target.scheme, config)
-        scheme: tuple[Any, ...] = (target.scheme,)
-        if target.scheme is None:  # of experts, whose products have schemes of their own
-            bits, size = config.bits_of(target.path) or config.bits, config.group_size_of(target.path)
-            scheme = (None, bits, size or config.group_size, config.symmetric)
-        return (*scheme, GPTQConfig, config.order, config.damping)
+        schemes = (scheme for _, _, scheme, _ in target.products(config))  # of experts
+        return (target.scheme, *schemes, GPTQConfig, config.order, config.damping)
 
     def _packed(self, target: Target, part: Calibrated, setting: Setting) -> nn.Module:
         """Return the module that stands in for a target, with the codes that were found."""

@@ -6,7 +6,6 @@ originals="drop" the original goes before the next one is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,7 +27,7 @@ from hf_accel.quantization.candidates import offered
 from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
-from hf_accel.quantization.modules.experts import QuantizedExperts, packed_product, weight_of
+from hf_accel.quantization.modules.experts import PRODUCTS, QuantizedExperts, packed_product, weight_of
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.observing import Moment
 from hf_accel.quantization.rounding import METHODS
@@ -54,13 +53,18 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
             return [f"the model is quantized already ({method}); quantize the original weights instead."]
         if anatomy.dtype not in native.DTYPES:
             return [f"weights of {anatomy.dtype} are not quantized; load the model in bfloat16, float16 or float32."]
-        names = [path for path, _ in anatomy.model.named_modules()]
+        chosen, _ = targets(anatomy, self.config)
+        names = dict.fromkeys(path for path, _ in anatomy.model.named_modules())
+        names |= dict.fromkeys(path for target in chosen for path, *_ in target.products(self.config))
         found = [
             f"the layer pattern {pattern!r} matches no module of the model."
             for pattern, _ in self.config.pairs
-            if not any(fnmatchcase(name, pattern) for name in names)
+            if pattern not in names and not any(fnmatchcase(name, pattern) for name in names)
         ]
-        chosen, _ = targets(anatomy, self.config)
+        kept = [path for target in chosen for path, *_ in target.products(self.config)
+                if self.config.bits_of(path, target.path) is None]  # fmt: skip
+        if kept:
+            found.append(f"{kept[0]} cannot stay as it is where others of its layer's experts are packed.")
         if not chosen:
             found.append("the model has no linear product that could be quantized.")
         for target in chosen:
@@ -74,13 +78,12 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head is not None and getattr(head, "weight", None) is table.weight
         for target in targets(anatomy, self.config)[0]:
+            for _, (rows, columns), scheme, _ in target.products(self.config):
+                total += packed_bytes(scheme, rows, columns, anatomy.dtype)
             for weight in target.weights:
-                *count, rows, columns = weight.shape
-                scheme = target.scheme
-                if scheme is None:
-                    bits = self.config.bits_of(target.path) or self.config.bits
-                    scheme = self.config.scheme(bits, columns, self.config.group_size_of(target.path))[0]
-                total += math.prod(count) * packed_bytes(scheme, rows, columns, anatomy.dtype)
+                if target.scheme is not None:
+                    rows, columns = weight.shape
+                    total += packed_bytes(target.scheme, rows, columns, anatomy.dtype)
                 if not (is_tied and target.module is head):
                     total -= weight.numel() * weight.element_size()
         if self.config.embeddings is not None and type(table) is nn.Embedding:
@@ -138,8 +141,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if not setting.keeps_prepared:
             return self._replacement(target, original, dtype)
         made = setting.prepared_for(original)
-        path, config = target.path, self.config
-        key = (target.scheme, config.bits_of(path), config.group_size_of(path), config.group_size, config.symmetric)
+        key = (target.scheme, *(scheme for _, _, scheme, _ in target.products(self.config)))
         if key not in made:
             made[key] = self._replacement(target, original, dtype)
         return made[key]
@@ -148,18 +150,14 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if target.scheme is not None:
             return quantized(linear_weight(original), original.bias, target.scheme, dtype)
         layout: Any = target.layout
-        bits, group_size = self.config.bits_of(target.path) or self.config.bits, self.config.group_size_of(target.path)
+        schemes = (scheme for _, _, scheme, _ in target.products(self.config))
 
-        def products(name: str, columns: int) -> list[QuantizedLinear]:
-            scheme, _ = self.config.scheme(bits, columns, group_size)
-            found = []
-            for index in range(layout.experts):
-                weight = weight_of(original, layout, name, index)
-                codes = METHODS["nearest"](weight, scheme, None, scale_dtype(scheme, dtype))
-                found.append(packed_product(original, layout, name, index, codes, dtype))
-            return found
+        def packed(name: str, index: int, scheme: Scheme) -> QuantizedLinear:
+            weight = weight_of(original, layout, name, index)
+            codes = METHODS["nearest"](weight, scheme, None, scale_dtype(scheme, dtype))
+            return packed_product(original, layout, name, index, codes, dtype)
 
-        gate_up, down = products("gate_up_proj", layout.hidden), products("down_proj", layout.inner)
+        gate_up, down = ([packed(name, i, next(schemes)) for i in range(layout.experts)] for name in PRODUCTS)
         return QuantizedExperts(gate_up, down, original)
 
     def _quantize_table(self, anatomy: Anatomy, journal: Journal, is_tied: bool) -> list[str]:

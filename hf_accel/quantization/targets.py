@@ -13,6 +13,7 @@ from hf_accel.core.model.experts import ExpertsLayout, layout_of
 from hf_accel.kernels.weights import LANES
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.config import ProductsConfig
+from hf_accel.quantization.modules.experts import PRODUCTS, shape_of
 from hf_accel.quantization.modules.linear import linear_weight
 
 
@@ -42,6 +43,17 @@ class Target:
         found = [self.module.gate_up_proj.detach(), self.module.down_proj.detach()]
         return [weight.mT for weight in found] if self.layout.transposed else found
 
+    def products(self, config: ProductsConfig) -> list[tuple[str, tuple[int, int], Scheme, str]]:
+        """Return path, rows and columns, scheme, and why it is not the one asked for, of each product of experts."""
+        layout, found = self.layout, []
+        if layout is not None:
+            for name in PRODUCTS:
+                rows, columns = shape_of(layout, name)
+                for index in range(layout.experts):
+                    scheme, reason = config.expert_scheme(self.path, name, index, columns)
+                    found.append((f"{self.path}.{name}.{index}", (rows, columns), scheme, reason))
+        return found
+
 
 def targets(anatomy: Anatomy, config: ProductsConfig) -> tuple[list[Target], list[str]]:
     """Return what `config` quantizes in a model, and sentences on what it leaves out."""
@@ -55,9 +67,14 @@ def targets(anatomy: Anatomy, config: ProductsConfig) -> tuple[list[Target], lis
             continue
         if is_experts:
             try:
-                found.append(Target(path, parent, name, layout=_layout(module)))
+                target = Target(path, parent, name, layout=_layout(module))
             except ValueError as error:
                 skipped.setdefault(f"experts stay as they are, for {error}", []).append(path)
+                continue
+            found.append(target)
+            for product, _, _, reason in target.products(config):
+                if reason:
+                    skipped.setdefault(reason, []).append(product)
             continue
         rows, columns = linear_weight(module).shape
         if rows < LANES:

@@ -7,7 +7,8 @@ Mazur 2023, arXiv:2312.17238, section 3.2). Only the system's page cache is fill
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -15,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_accel.experts.offload.file import ExpertsFile, Extent
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.stored import StoredExperts
 
 MOST_ROWS = 16  # of a call: prompts want nearly all experts
-_MOST_WAITING = 64  # lists of extents
+_MOST_WAITING = 64  # experts
 
 
 class ReadAhead:
@@ -33,8 +33,8 @@ class ReadAhead:
         self._slots, self._most = slots, most
         self._next = {id(one): (other, router) for one, other, router in zip(stored, stored[1:], routers[1:])
                       if router is not None}  # fmt: skip
-        self._queue: SimpleQueue[Sequence[Extent] | None] = SimpleQueue()
-        Thread(target=_work, args=(slots.file, self._queue), daemon=True, name="hf_accel read-ahead").start()
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        Thread(target=_work, args=(self._queue,), daemon=True, name="hf_accel read-ahead").start()
         self.close = weakref.finalize(self, self._queue.put, None)
         self.asked = 0
 
@@ -50,12 +50,13 @@ class ReadAhead:
         guessed = (hidden @ router.T).topk(self._most, dim=-1).indices.unique().tolist()
         for expert in self._slots.absent(other, guessed):
             self.asked += 1
-            self._queue.put(other.extents[expert])
+            self._queue.put(partial(self._slots.file.expect, other.extents[expert]))
 
 
-def _work(file: ExpertsFile, queue: SimpleQueue[Sequence[Extent] | None]) -> None:
-    while (extents := queue.get()) is not None:
-        file.expect(extents)
+def _work(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (ask := queue.get()) is not None:
+        ask()
+        del ask  # it holds the file, which a model that is dropped is to close
 
 
 def router_of(parent: nn.Module, experts: int, hidden: int) -> Any:

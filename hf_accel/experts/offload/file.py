@@ -8,6 +8,7 @@ No call of ours computes from the mapping; who is about to read much of it asks 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -17,8 +18,6 @@ import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from hf_accel.errors import ConfigError, StorageError
@@ -80,7 +79,7 @@ class ExpertsFile:
 
     def write(self, tensor: Tensor, offset: int) -> None:
         """Store the bytes of a contiguous tensor. Raises StorageError if the disk does not take them."""
-        left: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+        left = memory_of(tensor)
         try:
             while left:
                 done = os.pwritev(self._descriptor, [left], offset)
@@ -88,14 +87,14 @@ class ExpertsFile:
         except OSError as error:
             raise self._failed("could not be written", error) from error
 
-    def read(self, extents: Sequence[Extent], into: np.ndarray) -> None:
+    def read(self, extents: Sequence[Extent], into: memoryview) -> None:
         """Read extents to their places in a buffer of bytes.
 
         Raises:
             StorageError: the disk fails, or they are not there any more.
         """
         for offset, size, place in extents:
-            left: memoryview = into.data[place : place + size]
+            left = into[place : place + size]
             try:
                 while left:
                     done = os.preadv(self._descriptor, [left], offset)
@@ -138,3 +137,9 @@ class ExpertsFile:
     def mapped(self) -> mmap.mmap:
         """Return the file in memory: changes stay private, and pages are read when they are touched."""
         return mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor; they must not outlive it."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_uint8 * size).from_address(tensor.data_ptr())).cast("B")

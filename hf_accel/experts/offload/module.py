@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_accel.core.journal import beneath
 from hf_accel.experts.offload.ahead import ReadAhead
+from hf_accel.experts.offload.guard import Guard
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.stored import StoredExperts
 
@@ -33,14 +34,16 @@ class Offloaded:
         beneath(Offloaded, self, "_save_to_state_dict")(*args, **options)
 
 
-def offloaded_forward(stored: StoredExperts, slots: Slots, ahead: ReadAhead | None) -> Callable[..., Tensor]:
-    """Return the `forward` of the module that `stored` describes.
+def offloaded_forward(
+    stored: StoredExperts, guard: Guard, slots: Slots, ahead: ReadAhead | None
+) -> Callable[..., Tensor]:
+    """Return the `forward` of a module whose experts are `stored`, as long as `guard` holds.
 
     All is bound here and not read from the module, whose class another thread may put back while this runs.
     """
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if not _fits(stored, hidden_states, top_k_index, top_k_weights) or not stored.is_current(self):
+        if not _fits(stored, hidden_states, top_k_index, top_k_weights) or not guard.holds(self):
             slots.file.check()
             stored.handed_on += 1
             return beneath(Offloaded, self, "forward")(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]

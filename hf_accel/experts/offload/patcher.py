@@ -5,29 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
-from hf_accel.core.journal import subclass
+from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.model.anatomy import holds_experts
 from hf_accel.core.model.packed_experts import packed_products
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
-from hf_accel.errors import IrreversibleError, StorageError, VerificationError
+from hf_accel.errors import VerificationError
 from hf_accel.experts.active import active_experts
-from hf_accel.experts.offload.ahead import ReadAhead, router_of
 from hf_accel.experts.offload.config import ExpertOffloadConfig
-from hf_accel.experts.offload.file import ExpertsFile, Extent
+from hf_accel.experts.offload.guard import Guard
 from hf_accel.experts.offload.module import Offloaded, computed, offloaded_forward
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.statistics import OffloadStatistics
+from hf_accel.experts.offload.store import ExpertStore, Modules, store_of
 from hf_accel.experts.offload.stored import StoredExperts
 from hf_accel.kernels import native
 from hf_accel.ops import tolerances
@@ -59,6 +57,8 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
         if not stored:
             reasons = f" ({skipped[0]})" if skipped else ""
             return [*found, f"the model has no stacked experts that can be moved to a file{reasons}."]
+        if all(store_of(module) is not None for module, _ in stored):
+            return found  # a copy of a model whose experts lie in a file
         least, active = self._least(anatomy.model, stored)
         budget = self._budget(stored)
         if budget < least:
@@ -76,13 +76,13 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
             found.append(f"the experts take {size:,} bytes, and {free:,} are free in {folder!r}; name another folder.")
         return found
 
-    def _budget(self, stored: list[tuple[nn.Module, StoredExperts]]) -> int:
+    def _budget(self, stored: Modules) -> int:
         if self.config.budget_bytes is not None:
             return self.config.budget_bytes
         return int(self.config.share * sum(sum(each.bytes_of) for _, each in stored))
 
     @staticmethod
-    def _least(model: Any, stored: list[tuple[nn.Module, StoredExperts]]) -> tuple[int, int]:
+    def _least(model: Any, stored: Modules) -> tuple[int, int]:
         """Return the bytes that a token wants of one layer, and of how many experts."""
         active = min(active_experts(model) or 1, *(each.form.experts for _, each in stored))
         return active * max(max(each.bytes_of) for _, each in stored), active
@@ -92,49 +92,43 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
     def patch(self, setting: Setting, host: Host) -> Change:
         anatomy, journal = setting.anatomy, host.journal
         model, before = anatomy.model, anatomy.weight_bytes
-        stored, skipped = described(model, anatomy.dtype)
-        modules = [each for _, each in stored]
-        file = ExpertsFile(self.config.folder, modules[-1].end)
-        for each in modules:
-            for tensor, offset in each.tensors:
-                file.write(tensor, offset)
-        slots = Slots(file, modules, self._budget(stored))
-        mapping = file.mapped()
-        journal.first(partial(_bring_back, file, modules))
-        ahead = self._read_ahead(model, slots, stored)
-        if ahead is not None:
-            journal.did(ahead.close)
-        for module, each in stored:
-            each.move(mapping, module)
+        modules, skipped = described(model, anatomy.dtype)
+        shared = [store_of(module) for module, _ in modules]
+        if all(shared):
+            pairs = [found for found in shared if found is not None]
+            for (module, _), (store, each) in zip(modules, pairs, strict=True):
+                _put(store, each, module, journal)
+            return Change("experts lie where those of the model lie that this one is a copy of")
+        active = active_experts(model) if self.config.read_ahead else None
+        ahead = None if active is None else (model, active)
+        store = ExpertStore(self.config.folder, modules, self._budget(modules), ahead)
+        slots = store.slots
+        journal.first(store.bring_back)
+        for module, each in modules:
+            store.take(module, each)
+            journal.did(partial(each.let_go, module))
             _audit(each, slots, module)
-            forward: Callable[..., Any] = offloaded_forward(each, slots, ahead)
-            journal.swap_class(module, subclass(Offloaded, type(module), slots=slots, forward=forward))
-            each.watch(module)
+            _put(store, each, module, journal)
         slots.reset()  # what was counted so far was none of the user's
-        host.report.sections[SECTION] = OffloadStatistics(slots, modules)
+        host.report.sections[SECTION] = OffloadStatistics(slots, store.modules)
         total, count = int(slots.sizes.sum()), len(slots.sizes)
         return Change(
-            f"{count} experts of {len(stored)} layers ({total / 1e6:.1f} MB) lie in a file in {file.folder}, up to "
-            f"{slots.budget / 1e6:.1f} MB of them in memory, too",
+            f"{count} experts of {len(modules)} layers ({total / 1e6:.1f} MB) lie in a file in {store.file.folder}, up "
+            f"to {slots.budget / 1e6:.1f} MB of them in memory, too",
             skipped=tuple(skipped),
             weight_bytes=before - total + min(slots.budget, total),
         )
 
-    def _read_ahead(self, model: Any, slots: Slots, stored: list[tuple[nn.Module, StoredExperts]]) -> ReadAhead | None:
-        most = active_experts(model)
-        if not self.config.read_ahead or most is None:
-            return None
-        routers = []
-        for _, each in stored:
-            parent = model.get_submodule(each.path.rpartition(".")[0])
-            routers.append(router_of(parent, each.form.experts, each.form.hidden))
-        return ReadAhead(slots, [each for _, each in stored], routers, most) if any(
-            router is not None for router in routers) else None  # fmt: skip
+
+def _put(store: ExpertStore, stored: StoredExperts, module: Any, journal: Journal) -> None:
+    """Give a module the class that computes with the experts in the file."""
+    forward = offloaded_forward(stored, Guard(stored, module), store.slots, store.ahead)
+    journal.swap_class(module, subclass(Offloaded, type(module), slots=store.slots, forward=forward))
 
 
-def described(model: Any, dtype: torch.dtype) -> tuple[list[tuple[nn.Module, StoredExperts]], list[str]]:
+def described(model: Any, dtype: torch.dtype) -> tuple[Modules, list[str]]:
     """Return the modules whose experts can be moved to a file, and sentences on those that cannot."""
-    found: list[tuple[nn.Module, StoredExperts]] = []
+    found: Modules = []
     skipped: list[str] = []
     start = first = 0
     for path, module in model.named_modules():
@@ -148,29 +142,6 @@ def described(model: Any, dtype: torch.dtype) -> tuple[list[tuple[nn.Module, Sto
         found.append((module, each))
         start, first = each.end, first + each.form.experts
     return found, skipped
-
-
-def _bring_back(file: ExpertsFile, stored: list[StoredExperts]) -> None:
-    """Put the weights back into memory, one tensor at a time.
-
-    Raises:
-        IrreversibleError: the file is no longer whole; what could be read is in memory, and all else as it was.
-    """
-    for each in stored:
-        written = each.written()
-        for place, (tensor, offset) in enumerate(each.tensors):
-            if place in written:
-                tensor.data = tensor.detach().clone()
-                continue
-            found = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            size = found.numel() * found.element_size()
-            try:
-                file.read([Extent(offset, size)], found.detach().reshape(-1).view(torch.uint8).numpy())
-            except StorageError as error:
-                raise IrreversibleError(
-                    f"The experts of {each.path} cannot be restored, those before them are. {error}"
-                ) from error
-            tensor.data = found
 
 
 def _audit(stored: StoredExperts, slots: Slots, module: Any) -> None:

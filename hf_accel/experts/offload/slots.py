@@ -81,7 +81,8 @@ class Slots:
                 if not missing and (self._state[wanted] == _THERE).all():
                     return wanted
             try:
-                self._read(missing)
+                if missing:
+                    self._read(missing)
             except BaseException:
                 with self._changed:
                     self._give_up(missing)
@@ -186,7 +187,7 @@ class Slots:
         try:
             for number in numbers:
                 owner = self._owners[number]
-                self.file.read(owner.extents[number - owner.first], self._buffers[number])
+                self.file.read(owner.extents[number - owner.first], self._buffers[number].data)
         except BaseException as error:  # it belongs to the thread that waits for all of these
             errors.append(error)
 

@@ -7,12 +7,10 @@ from mmap import mmap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_accel.core.calls.call import request_in_progress
-from hf_accel.core.model.experts import described_experts
+from hf_accel.core.model.experts import ExpertsForm, described_experts
 from hf_accel.core.model.packed_experts import described_packed, packed_products
-from hf_accel.core.model.watching import Watch
 from hf_accel.experts.offload.file import PAGE, Extent
 from hf_accel.kernels import native
 from hf_accel.kernels.weights import PackedWeight, dense_matrix, moved_matrix
@@ -33,7 +31,7 @@ class StoredExperts:
         self.path, self.dtype, self.first, self.handed_on = path, dtype, first, 0
         products = packed_products(module)
         self.products = None if products is None else [*products[0], *products[1]]
-        self.form = described_experts(module) if products is None else described_packed(module)
+        self.form = form_of(module)
         if dtype not in native.DTYPES:
             raise ValueError(f"the native library has no products of {dtype}")
         biases = [getattr(p, "bias", None) for p in self.products or ()]
@@ -92,6 +90,7 @@ class StoredExperts:
         for tensor, offset in self.tensors:
             there = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
             tensor.data = there.view(tensor.shape)
+        self.let_go(module)
         self._matrices = self._at_home(module)
         gate_up, down = zip(*self._matrices, strict=True)
         form = self.form
@@ -105,14 +104,12 @@ class StoredExperts:
             gate_up=gate_up,
             down=down,
         )
-
-    def watch(self, module: Any) -> None:
-        """Note what the module is now, once it has its class: the native call stands for no other state of it."""
-        self._watch = Watch(module, [child for child in module.children() if not isinstance(child, nn.ModuleList)])
-        self._gate = getattr(type(module), "_apply_gate", None)
-        self._packed = [product.packed for product in self.products or ()]
         self._state = self._tensor_state()
-        self._request = 0
+
+    def let_go(self, module: Any) -> None:
+        """Have packed experts give up the memory that their own call holds, as they do when they are moved."""
+        if self.products is not None:
+            module._apply(lambda tensor: tensor)
 
     def _at_home(self, module: Any) -> list[tuple[bytes, bytes]]:
         if self.products is not None:
@@ -137,32 +134,39 @@ class StoredExperts:
             matrices = gate_up, down
         self.kernel.set(expert, *matrices)
 
-    def is_current(self, module: Any) -> bool:
-        """Return whether module and weights are as they were; within a call of `generate` values are looked at once."""
-        request = request_in_progress()
-        if request is not None and request.number == self._request and self._watch.is_in_place():
-            return self.products is not None or self._tensor_state() == self._state
-        self._request = 0
-        if (
-            self._watch.is_hooked()
-            or not self._watch.is_same()
-            or getattr(type(module), "_apply_gate", None) is not self._gate
-            or [product.packed for product in self.products or ()] != self._packed
-            or self._tensor_state() != self._state
-        ):
-            return False
-        if request is not None:
-            self._request = request.number
-        return True
-
     def written(self) -> set[int]:
         """Return the places in `tensors` of those that lie elsewhere, or were written to, since they were moved."""
         if not self._state:
             return set(range(len(self.tensors)))  # they have not been moved
         return {i for i, (now, then) in enumerate(zip(self._tensor_state(), self._state, strict=True)) if now != then}
 
+    def are_there(self) -> bool:
+        """Return whether all tensors lie in the file as they were written to it."""
+        return bool(self._state) and self._tensor_state() == self._state
+
+    def is_of(self, module: Any) -> bool:
+        """Return whether `module` has these very tensors and computes the same with them."""
+        try:
+            other = StoredExperts(self.path, module, self.dtype, 0, 0)
+        except ValueError:
+            return False
+        pairs = zip(self.tensors, other.tensors, strict=False)
+        return other.form == self.form and all(mine is its for (mine, _), (its, _) in pairs)
+
     def _tensor_state(self) -> list[tuple[int, int]]:
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t, _ in self.tensors]
+
+
+def form_of(module: Any) -> ExpertsForm:
+    """Return what a module of stacked or packed experts computes. Raises ValueError with the reason if unknown."""
+    return described_experts(module) if packed_products(module) is None else described_packed(module)
+
+
+def first_tensor(module: Any) -> Tensor | None:
+    """Return the tensor by which the experts of a module are known, None if it holds none."""
+    products = packed_products(module)
+    found: Tensor | None = module._parameters.get("gate_up_proj") if products is None else products[0][0].packed.codes
+    return found
 
 
 def pieces(packed: PackedWeight) -> list[Tensor]:

@@ -42,12 +42,8 @@ def products_of(model: Any, target: Target, config: WeightOnlyConfig) -> list[Pr
         experts = SplitExperts(gate_up, down, experts, by_turns=True).train(experts.training)
         parent, _, name = target.path.rpartition(".")
         model.get_submodule(parent)._modules[name] = experts
-    bits, size = config.bits_of(target.path) or config.bits, config.group_size_of(target.path)
-    return [
-        Product(f"{target.path}.{name}.{index}", module, config.scheme(bits, module.in_features, size)[0])
-        for name in PRODUCTS
-        for index, module in enumerate(getattr(experts, name))
-    ]
+    modules = (module for name in PRODUCTS for module in getattr(experts, name))
+    return [Product(path, next(modules), scheme) for path, _, scheme, _ in target.products(config)]
 
 
 def widest_of(targets: Sequence[Target]) -> int:

@@ -24,8 +24,9 @@ from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.errors import CheckpointError, ConfigError, MissingDependencyError
 from hf_accel.quantization.files.checkpoint import Checkpoint, read_json
 from hf_accel.quantization.files.description import BESIDE, CONFIG, find_description, opened
-from hf_accel.quantization.files.experts import replace_experts, replace_foreign_experts, replace_mxfp4_experts
+from hf_accel.quantization.files.experts import replace_experts, replace_mxfp4_experts
 from hf_accel.quantization.files.filling import Filler
+from hf_accel.quantization.files.foreign_experts import replace_foreign_experts
 from hf_accel.quantization.files.layout import Description, Layout
 from hf_accel.quantization.files.mxfp4 import Mxfp4Description
 from hf_accel.quantization.files.rebuilding import EXPERT, loaded_names, model_class
@@ -114,10 +115,10 @@ def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any
         checkpoint.rename(loaded_names(model, checkpoint.files))
     filler = Filler(model, checkpoint, dtype)
     for name, module in list(model.named_modules()):
+        if rules.is_public and (stacked := known_layout(module)) is not None:
+            replace_foreign_experts(filler, name, module, stacked, rules)
         if isinstance(rules, Mxfp4Description) and rules.holds(name, checkpoint):
             replace_mxfp4_experts(filler, name, module)
-        elif rules.is_public and (stacked := known_layout(module)) is not None:
-            replace_foreign_experts(filler, name, module, stacked, rules)
         if not isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)):
             continue
         if (layout := rules.layout(name, module, checkpoint)) is not None:
