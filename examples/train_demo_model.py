@@ -13,6 +13,7 @@ import math
 import sysconfig
 import time
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 END_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
@@ -41,6 +49,7 @@ STUTTER_SHARE, STUTTER_FROM, MAX_STUTTER_TOKENS, MAX_STUTTER_COPIES = 0.3, 0.5, 
 IGNORED_TARGET = -100  # What `cross_entropy` leaves out of its mean.
 PEAK_RATE, WARMUP_SHARE, CLIP_NORM = 3e-3, 0.03, 1.0
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+Loss = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], torch.Tensor]  # of a model, inputs and targets
 
 
 @dataclass
@@ -139,7 +148,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def new_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """AdamW that decays matrices only: decaying norm weights towards zero would only fight their purpose."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
@@ -186,20 +195,26 @@ def with_stutters(windows: torch.Tensor, share: float, generator: torch.Generato
     return inputs[:, :-1], targets[:, :-1]
 
 
-def mean_loss(model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mean_loss(model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean nats per scored target; `inputs` and `targets` are `(B, T)`, a target follows the input at its place."""
     logits = model(input_ids=inputs, use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_TARGET)
 
 
 def train(
-    model: LlamaForCausalLM, ids: torch.Tensor, minutes: float, max_steps: int | None, seed: int, checkpoint: Path
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    minutes: float,
+    max_steps: int | None,
+    seed: int,
+    checkpoint: Path,
+    loss_of: Loss | None = None,
 ) -> TrainingState:
     """Train `model` in place for `minutes`, or exactly `max_steps` steps; continues from `checkpoint` if it exists.
 
     With `max_steps` the schedule follows the steps and the result repeats on one machine; without, it follows the
-    clock, so that a busy machine ends its run with a small learning rate too. Raises typer.BadParameter when the
-    checkpoint is of another seed or text.
+    clock, so that a busy machine ends its run with a small learning rate too. `loss_of` replaces `mean_loss`. Raises
+    typer.BadParameter when the checkpoint is of another seed or text.
     """
     optimizer, generator, state = new_optimizer(model), torch.Generator().manual_seed(seed), TrainingState()
     run = f"{seed} {hashlib.sha256(ids.numpy().tobytes()).hexdigest()}"
@@ -239,7 +254,7 @@ def train(
             window_tokens = [tokens for share, tokens in WINDOW_TOKENS_FROM if done >= share][-1]
             windows = random_windows(ids, window_tokens, generator)
             share = STUTTER_SHARE if done >= STUTTER_FROM else 0.0
-            loss = mean_loss(model, *with_stutters(windows, share, generator))
+            loss = (loss_of or mean_loss)(model, *with_stutters(windows, share, generator))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()

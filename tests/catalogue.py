@@ -17,6 +17,7 @@ CATALOGUE: list[Config] = [
     hf_accel.CompressedTensorsConfig(),
     hf_accel.NativeLinearConfig(max_rows=16),
     hf_accel.NativeExpertsConfig(),
+    hf_accel.ExpertOffloadConfig(share=0.7),
     hf_accel.SharedProjectionConfig(max_rows=16),
     hf_accel.DecoderBlockConfig(max_rows=16),
     hf_accel.AttentionConfig(),

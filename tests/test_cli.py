@@ -149,8 +149,9 @@ def test_bench_samples_the_same_draws(folder: Path) -> None:
 
 
 def test_bench_builds_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": True}  # fmt: skip
+    tiny = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
+            "tie_word_embeddings": True}  # fmt: skip
     monkeypatch.setitem(hf_accel.measure.subjects.shapes.SHAPES, "tiny", tiny)
     data = json.loads(succeed("bench", "tiny", *BENCH[2:], "--json").stdout)
     assert (data["model"], data["dtype"]) == ("tiny", "bfloat16")
@@ -281,6 +282,11 @@ def test_demo_shows_a_difference_and_fails(monkeypatch: pytest.MonkeyPatch) -> N
         (("bench", "{folder}", "--speculative", "model"), "give --draft-model as well"),
         (("bench", "{folder}", "--draft-model", "{folder}"), "belongs to --speculative model or auto"),
         (("bench", "{folder}", "--speculative", "model", "--draft-model", "{demo}"), "a vocabulary of 1536 tokens"),
+        (("bench", "{folder}", "--bits", "4", "--packed"), "--packed belongs to a shape"),
+        (("bench", "llama-1b", "--packed"), "MXFP4 is for experts, in groups of 32; the shape 'llama-1b' has none"),
+        (("bench", "llama-1b", "--packed", "--bits", "4", "--device", "cuda"), "--packed builds on the CPU"),
+        (("bench", "{folder}", "--layers", "1"), "--layers belongs to a shape"),
+        (("bench", "llama-1b", "--layers", "17"), "has 16 layers; give 1 to 16"),
         (("demo", "--new-tokens", "100000"), "has room for"),
         (("bench", "{t5}"), "no causal language model could be loaded"),
     ],

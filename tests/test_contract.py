@@ -21,7 +21,7 @@ from models import FEW, NAMES, build, on_models, padded, prompt, stock
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import hf_accel
-from hf_accel.core.calls.hosting import _hosts
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.config import Config
 from hf_accel.core.drift import CACHE
 from hf_accel.core.steps.patcher import Fidelity, Patcher
@@ -125,7 +125,7 @@ def test_a_life_from_optimize_to_restore(name: str, model_name: str, tmp_path: P
     assert not changes(before, fingerprint(model))
     assert torch.equal(logits(model), bits)
     assert torch.equal(greedy(model), text)
-    assert model not in _hosts
+    assert host_of(model) is None
 
 
 def sharing_config_and_weights(model: Any) -> Any:

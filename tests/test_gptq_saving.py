@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(
 
 
 def test_formats_that_do_not_exist_and_models_that_have_none(tmp_path: Path) -> None:
-    with pytest.raises(hf_accel.ConfigError, match="'gptq', 'gptq_v2', 'auto-round', or None; 'awq' was given"):
+    with pytest.raises(hf_accel.ConfigError, match="'gptq_v2', 'auto-round', 'mxfp4', or None; 'awq' was given"):
         hf_accel.save_pretrained(quantized(one(), WeightOnlyConfig(bits=8)), tmp_path / "folder", format="awq")
     with pytest.raises(hf_accel.UnsupportedModelError, match="has none to save"):
         hf_accel.save_pretrained(one(), tmp_path / "folder", format="gptq")

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import hf_accel
+from hf_accel import GPTQConfig, WeightOnlyConfig
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import fp4
 from hf_accel.ops.affine import Scheme, quantize
@@ -241,7 +242,7 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path: Path) 
     )  # fmt: skip
     with pytest.raises(hf_accel.UnsupportedModelError, match="lm_head is packed, and only experts are there"):
         hf_accel.save_pretrained(model, tmp_path / "head", format="mxfp4")
-    whole = hf_accel.optimize(made("gpt_oss"), hf_accel.WeightOnlyConfig(bits=8, head=None))
+    whole = hf_accel.optimize(made("gpt_oss"), WeightOnlyConfig(bits=8, head=None))
     for name, module in list(whole.named_modules()):
         if type(module) is QuantizedLinear and "experts" not in name:
             parent, _, leaf = name.rpartition(".")
@@ -251,9 +252,43 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(tmp_path: Path) 
         hf_accel.save_pretrained(whole, tmp_path / "whole", format="mxfp4")
     model = hf_accel.from_pretrained(_written())
     experts(model)[1].is_transposed = False
-    with pytest.raises(hf_accel.UnsupportedModelError, match="layers.1.mlp.experts is of an architecture that has its"):
+    with pytest.raises(
+        hf_accel.UnsupportedModelError, match=r"layers\.1\.mlp\.experts is of an architecture that has its"
+    ):
         hf_accel.save_pretrained(model, tmp_path / "layout", format="mxfp4")
     assert not any(path.name == "config.json" for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("config", [WeightOnlyConfig(bits=8, embeddings=8), GPTQConfig(bits=4, group_size=32)], ids=str)
+def test_what_is_beside_the_experts_can_be_quantized(config: Any, tmp_path: Path) -> None:
+    model = hf_accel.from_pretrained(_written())
+    before, kept = (
+        logits(model),
+        [p.codes for module in experts(model) for p in module.modules() if hasattr(p, "codes")],
+    )
+    hf_accel.optimize(model, config)
+    after = [p.codes for module in experts(model) for p in module.modules() if hasattr(p, "codes")]
+    assert all(one is two for one, two in zip(kept, after, strict=True))
+    assert {type(layer.self_attn.q_proj) for layer in model.model.layers} == {QuantizedLinear}
+    assert model.lm_head.scheme.bits == 8
+    assert 0 < difference(logits(model), before) < (0.3 if config.bits == 8 else 1)
+    hf_accel.save_pretrained(model, tmp_path)
+    assert torch.equal(logits(hf_accel.from_pretrained(tmp_path)), logits(model))
+    with pytest.raises(hf_accel.UnsupportedModelError, match="is packed, and only experts are there"):
+        hf_accel.save_pretrained(model, tmp_path / "other", format="mxfp4")
+    with pytest.raises(hf_accel.HfAccelError, match="quantized already"):
+        hf_accel.optimize(hf_accel.from_pretrained(tmp_path), config)
+    hf_accel.restore(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_experts_that_were_packed_here_are_not_built_upon(tmp_path: Path) -> None:
+    """Only of experts that are stored so is the rest as it was: others are part of a model that was quantized."""
+    model = hf_accel.optimize(made("gpt_oss"), WeightOnlyConfig(bits=8, head=None))
+    hf_accel.save_pretrained(model, tmp_path)
+    with pytest.raises(hf_accel.UnsupportedModelError, match="quantized already"):
+        hf_accel.optimize(hf_accel.from_pretrained(tmp_path), WeightOnlyConfig(bits=8))
 
 
 def test_copies_compute_the_same() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_accel.kernels import weights
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import fp4
+from hf_accel.quantization import patcher
 from hf_accel.quantization.files import formats, inventory, mxfp4, mxfp4_encoding
 from hf_accel.quantization.modules.experts import QuantizedExperts
 
@@ -98,6 +99,14 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "whole numbers in the format of MXFP4": (
         instead(mxfp4_encoding.Mxfp4Encoding, "_misfit", lambda *_: ""),
         test_mxfp4_files.test_what_the_format_cannot_hold_is_refused_with_the_reason,
+    ),
+    "models that cannot be built upon": (
+        instead(patcher, "are_experts_alone", lambda model: False),
+        test_mxfp4_files.test_what_is_beside_the_experts_can_be_quantized,
+    ),
+    "any packed experts built upon": (
+        instead(patcher, "are_experts_alone", lambda model: True),
+        test_mxfp4_files.test_experts_that_were_packed_here_are_not_built_upon,
     ),
     "another name of the format": (
         instead(mxfp4, "FORMAT", "mxfp4"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from transformers import PreTrainedModel
 
 from hf_accel.cli.models import (
     AsJson,
@@ -23,8 +24,9 @@ from hf_accel.cli.output import progress, results, write_json
 from hf_accel.cli.tables import footer, speed_table
 from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
-from hf_accel.measure import Workload, run_bench
+from hf_accel.measure import SHAPES, Workload, run_bench
 from hf_accel.quantization import WeightOnlyConfig
+from hf_accel.quantization.building import build_packed
 from hf_accel.speculative import SpeculativeConfig
 
 
@@ -53,6 +55,15 @@ def bench(
     draft_model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="With --speculative model or auto: the model that drafts.")
     ] = None,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed",
+            help="Of a shape: build it in --bits from the start, where full precision does not fit; without --bits "
+            "its experts in MXFP4. What is measured then is all exact steps on top of that.",
+        ),
+    ] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of a shape: so many of its layers only.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each state, in alternation.")] = 5,
     device: Device = "cpu",
     threads: Threads = None,
@@ -70,18 +81,29 @@ def bench(
         temperature=temperature,
         rounds=rounds,
     )
-    if bits is None and group_size is not None:
+    if bits is None and group_size is not None and not packed:
         raise ConfigError("--group-size belongs to --bits; give both.")
     if draft_model is not None and speculative not in ("model", "auto"):
         raise ConfigError("--draft-model belongs to --speculative model or auto; give both.")
     if speculative == "model" and draft_model is None:
         raise ConfigError("--speculative model needs the model that drafts; give --draft-model as well.")
-    configs: list[Config] = [] if bits is None else [WeightOnlyConfig(bits=bits, group_size=group_size)]
+    if packed and model not in SHAPES:
+        raise ConfigError(f"--packed belongs to a shape ({', '.join(SHAPES)}); {model!r} is loaded as it is.")
+    if packed and device != "cpu":
+        raise ConfigError(f"--packed builds on the CPU; --device {device} was given. Leave it out.")
+    if layers is not None and model not in SHAPES:
+        raise ConfigError(f"--layers belongs to a shape ({', '.join(SHAPES)}); {model!r} has the layers it has.")
+    configs: list[Config] = [] if bits is None or packed else [WeightOnlyConfig(bits=bits, group_size=group_size)]
     configs += [] if speculative is None else [SpeculativeConfig(drafter=speculative)]
     use_threads(threads)
-    loaded = load_model(model, dtype.torch, device)
+    loaded: PreTrainedModel
+    if packed:
+        with progress(f"building {model} packed"):
+            loaded = build_packed(model, dtype.torch, bits=bits, group_size=group_size, layers=layers)
+    else:
+        loaded = load_model(model, dtype.torch, device, layers)
     drafting = None if draft_model is None else load_model(draft_model, dtype.torch, device)
-    plan = untimed_plan(loaded, configs, drafting) if configs else make_plan(loaded, goal)
+    plan = untimed_plan(loaded, configs, drafting) if configs or packed else make_plan(loaded, goal)
     with progress("stock and optimised in alternation", 2 * rounds) as step:
         result = run_bench(loaded, plan, workload, name=model, progress=step)
     if as_json:

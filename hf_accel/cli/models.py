@@ -56,8 +56,8 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """Return the model that `name` stands for, ready to generate.
+def load_model(name: str, dtype: torch.dtype, device: str = "cpu", layers: int | None = None) -> PreTrainedModel:
+    """Return the model that `name` stands for, ready to generate; `layers` of them where it is a shape.
 
     Raises:
         ConfigError: there is no such shape, folder or hub model, or no such device.
@@ -67,7 +67,7 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
     transformers_logging.disable_progress_bar()
     with progress(f"loading {name}"):
         if name in SHAPES:
-            return build_shape(name, dtype, device)
+            return build_shape(name, dtype, device, layers=layers)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=Path(name).is_dir())
         except Exception as error:  # whatever a folder that holds something else makes transformers raise

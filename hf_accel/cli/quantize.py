@@ -31,11 +31,11 @@ from hf_accel.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hf_accel.measure import SHAPES
 from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.measure.text import FITTED_ROW_TOKENS, ROW_TOKENS, calibration_text
-from hf_accel.quantization.files.saving import FORMATS
+from hf_accel.quantization.files.saving import QUANTIZED
 from hf_accel.quantization.files.seal import save_pretrained
 
 MINUTES = 15.0  # of training
-_FORMATS = ", ".join(name for name in FORMATS if name)
+_FORMATS = ", ".join(name for name in QUANTIZED if name)
 
 
 def quantize(
@@ -89,7 +89,7 @@ def quantize(
     }
     partial = Path(f"{out.absolute()}.partial") if resume else None
     config: Any = chosen_config(method, Asked(bits, shared, refine_steps, partial, minutes))
-    if format not in FORMATS:
+    if format not in QUANTIZED:
         raise ConfigError(f"--format is one of {_FORMATS}; {format!r} was given.")
     check_folder(out)
     given = None if calibration is None else read_calibration(calibration)

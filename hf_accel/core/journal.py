@@ -62,6 +62,7 @@ class Journal:
         self.originals = originals
         self.given_up: list[str] = []
         self._undo: list[Callable[[], None]] = []
+        self._first: list[tuple[int, Callable[[], None]]] = []
 
     def __len__(self) -> int:
         return len(self._undo)
@@ -69,6 +70,10 @@ class Journal:
     def did(self, undo: Callable[[], None]) -> None:
         """Record that something was done which `undo` takes back."""
         self._undo.append(undo)
+
+    def first(self, prepare: Callable[[], None]) -> None:
+        """Record what `undo` has to do before anything else: where that raises, nothing is undone."""
+        self._first.append((len(self._undo), prepare))
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name`; undoing restores the very object, or removes the attribute if the instance had none."""
@@ -126,12 +131,16 @@ class Journal:
         """Take back every write after the first `down_to`, the latest first.
 
         Raises:
-            IrreversibleError: originals were given up; nothing was undone.
+            IrreversibleError: originals were given up or lost; nothing was undone.
         """
         if self.given_up:
             raise IrreversibleError(
                 f'{len(self.given_up)} original modules were given up (originals="drop"), so the model cannot be '
                 'restored. Load it anew, or optimise with originals="keep" or "cpu".'
             )
+        for place, prepare in self._first:
+            if place >= down_to:
+                prepare()
+        self._first = [(place, prepare) for place, prepare in self._first if place < down_to]
         while len(self._undo) > down_to:
             self._undo.pop()()

@@ -18,6 +18,7 @@ from hf_accel.core.model.hf_config import own_configs
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import VerificationError
+from hf_accel.experts.active import active_experts
 from hf_accel.experts.implementation import KEY, STEPS, ImplementationName, stock_forward
 from hf_accel.experts.statistics import ExpertsStatistics
 from hf_accel.experts.step import ExpertsStep
@@ -26,7 +27,6 @@ from hf_accel.ops import tolerances
 
 SECTION = "expert_routing"
 _STOCK = ("grouped_mm", "batched_mm", "eager")  # what transformers chooses by itself; the user's own choice stays
-_CHOICES = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token")
 _TOKENS = 4  # of the audit
 
 
@@ -76,9 +76,7 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
                 steps[module] = step
                 counts[path], sizes[path] = step.counts, step.expert_bytes
         self._register(model, steps, host)
-        config = model.config.get_text_config(decoder=True)
-        choices = [value for name in _CHOICES if isinstance(value := getattr(config, name, None), int)]
-        host.report.sections[SECTION] = ExpertsStatistics(counts, sizes, choices[0] if choices else None)
+        host.report.sections[SECTION] = ExpertsStatistics(counts, sizes, active_experts(model))
         host.journal.did(lambda: host.report.sections.__delitem__(SECTION))
         number = sum(step.form.experts for step in steps.values())
         packed = f", {len(counts) - len(steps)} packed ones do by themselves" if len(counts) > len(steps) else ""

@@ -33,6 +33,12 @@ def dense_matrix(weight: Tensor, bias: Tensor | None = None, transposed: bool = 
     return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), rows, inner, 0, 0, FORMATS[None], 0)
 
 
+def moved_matrix(matrix: bytes, weight: int, scales: int = 0, offsets: int = 0) -> bytes:
+    """Return an `hfa_matrix` whose weight, scales and offsets lie at other addresses, and its bias where it lay."""
+    _, bias, stride, rows, inner, _, _, code, group = MATRIX.unpack(matrix)
+    return MATRIX.pack(weight, bias, stride, rows, inner, scales, offsets, code, group)
+
+
 @dataclass(eq=False)
 class PackedWeight:
     """A quantized weight [rows, columns].

@@ -6,7 +6,7 @@ from hf_accel.measure.difference import Difference
 from hf_accel.measure.latency import Run, Timing, alternate, timed_generate
 from hf_accel.measure.machine import Machine, versions
 from hf_accel.measure.result import Bench
-from hf_accel.measure.subjects.shapes import SHAPES, build_shape
+from hf_accel.measure.subjects.shapes import SHAPES, build_shape, shape_config
 from hf_accel.measure.workload import Workload, random_prompt
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "random_prompt",
     "read_bandwidth",
     "run_bench",
+    "shape_config",
     "timed_generate",
     "versions",
 ]

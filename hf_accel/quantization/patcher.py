@@ -49,7 +49,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
 
     def obstacles(self, setting: Setting) -> list[str]:
         anatomy = setting.anatomy
-        if method := quantization_method(anatomy.model):
+        if (method := quantization_method(anatomy.model)) and not are_experts_alone(anatomy.model):
             return [f"the model is quantized already ({method}); quantize the original weights instead."]
         if anatomy.dtype not in native.DTYPES:
             return [f"weights of {anatomy.dtype} are not quantized; load the model in bfloat16, float16 or float32."]
@@ -109,7 +109,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
             original = target.module
             replacement.train(original.training)
             if original is head and is_tied:
-                _untie(model, journal)
+                untie(model, journal)
             journal.swap_module(target.parent, target.name, replacement)
             for product in replacement.modules():
                 if isinstance(product, QuantizedLinear):
@@ -166,7 +166,7 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if type(table) is not nn.Embedding:
             return [f"the embeddings are a {type(table).__name__}, not a plain nn.Embedding, and stay as they are"]
         if is_tied and not isinstance(head, QuantizedLinear):
-            _untie(model, journal)
+            untie(model, journal)
         shared = is_tied and isinstance(head, QuantizedLinear) and head.scheme == Scheme(8)
         packed = head.packed if shared else quantized(table.weight, None, Scheme(8), anatomy.dtype).packed
         for parent, name in _places(model, table):
@@ -218,6 +218,19 @@ def quantized(
     return QuantizedLinear(PackedWeight.pack(codes), bias, dtype)
 
 
+def are_experts_alone(model: Any) -> bool:
+    """Return whether experts that were read in MXFP4 are all that is packed, so that the rest is as it was."""
+    stored = {
+        product
+        for experts in model.modules()
+        if isinstance(experts, QuantizedExperts)
+        for product in experts.modules()
+        if isinstance(product, QuantizedLinear) and product.scheme.code_book
+    }
+    packed = {module for module in model.modules() if isinstance(module, (QuantizedLinear, QuantizedEmbedding))}
+    return bool(stored) and packed == stored and isinstance(getattr(model, "hf_quantizer", None), Seal)
+
+
 def quantization_method(model: Any) -> str | None:
     """Return the name of the method a model's weights are quantized by already, None if they are not."""
     if any(isinstance(module, (QuantizedLinear, QuantizedEmbedding)) for module in model.modules()):
@@ -230,7 +243,7 @@ def quantization_method(model: Any) -> str | None:
     return str(getattr(method, "value", method) or "an unknown method")
 
 
-def _untie(model: Any, journal: Journal) -> None:
+def untie(model: Any, journal: Journal) -> None:
     """Let head and embeddings go separate ways: transformers would tie them again at the next opportunity."""
     for config in own_configs(model, journal):
         if getattr(config, "tie_word_embeddings", False):

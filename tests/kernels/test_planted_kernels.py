@@ -12,6 +12,7 @@ import test_native_attend
 import test_native_block
 import test_native_block_cached
 import test_native_block_stock
+import test_native_experts
 import test_native_fp4
 import test_native_linear
 import test_native_packed
@@ -21,7 +22,7 @@ import torch
 from planting import Defect, Patch, instead, is_red, result
 
 from hf_accel.kernels import native, vendor, weights
-from hf_accel.kernels.native import NativeBlock
+from hf_accel.kernels.native import NativeBlock, NativeExperts
 from hf_accel.ops import fp4
 from hf_accel.ops.attention import AttentionState
 
@@ -57,6 +58,10 @@ def a_circle(patch: Patch) -> None:
 
 PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
     "a circle of headers": (a_circle, test_includes.test_no_file_includes_itself_by_way_of_others),
+    "experts": (
+        result(NativeExperts, "__call__", lambda y: y * 1.02),
+        test_native_experts.test_experts_equal_their_twin,
+    ),
     "products": (result(native, "linear", lambda y: y * 1.01), test_native_linear.test_no_less_exact_than_aten),
     "layers": (layer(lambda y: y * 1.02), test_native_block.test_equals_the_textbook_layer),
     "layers of transformers": (

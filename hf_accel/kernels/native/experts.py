@@ -21,7 +21,7 @@ from hf_accel.kernels.native.linear import DTYPE_CODES
 from hf_accel.kernels.weights import MATRIX
 
 _LAYER = struct.Struct("=7q2d2Q")
-_CALL = struct.Struct("=5Q4q")
+_CALL = struct.Struct("=6Q4q")
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
@@ -88,10 +88,14 @@ class NativeExperts:
         for buffer, matrix in zip(self._matrices, (gate_up, down), strict=True):
             ctypes.memmove(ctypes.addressof(buffer) + index * MATRIX.size, matrix, MATRIX.size)
 
-    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor, *, is_counted: bool = True) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, *, is_counted: bool = True, sums: Tensor | None = None
+    ) -> Tensor:
         """Return [T, E] for hidden [T, E] in the dtype, ids int64 and weights [T, k] in the dtype or fp32; no autograd.
 
-        An id out of range stands for no expert. is_counted: whether rows join `counts`.
+        An id out of range stands for no expert. is_counted: whether rows join `counts`. sums: fp32 [T, E], contiguous:
+        what the sums over a token's experts begin with, and where they are left. Experts are summed in the order of
+        their ids, so that several calls with some of the experts each, in this order, make the same bits as one.
 
         Raises:
             ValueError: tensors of other kinds or sizes.
@@ -103,6 +107,7 @@ class NativeExperts:
             or ids.dtype is not torch.int64
             or weights.shape != ids.shape
             or (weights.dtype is not self.dtype and weights.dtype is not torch.float32)
+            or not (sums is None or (sums.dtype is torch.float32 and sums.shape == hidden.shape))
         ):
             raise ValueError(
                 f"experts of {self.hidden} columns in {self.dtype} take hidden [T, {self.hidden}], ids int64 and "
@@ -119,6 +124,7 @@ class NativeExperts:
             ids.data_ptr(),
             weights.data_ptr(),
             self.counts.data_ptr() if is_counted else 0,
+            0 if sums is None else sums.data_ptr(),
             tokens,
             choices,
             weights.dtype is torch.float32,

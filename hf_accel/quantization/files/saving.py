@@ -40,7 +40,8 @@ _OWN = re.compile(
     rf"({PUBLIC_STEM}|{PRIVATE_STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|"
     + "|".join(map(re.escape, BESIDE))
 )
-FORMATS = (None, METHOD, *ENCODINGS, MXFP4)
+QUANTIZED = (None, METHOD, *ENCODINGS)  # for what configs quantize
+FORMATS = (*QUANTIZED, MXFP4)
 
 
 class _Entry(NamedTuple):

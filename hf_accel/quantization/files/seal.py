@@ -42,7 +42,8 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], *, format: str |
         folder: created if need be; weights in it are replaced.
         format: of packed weights. None: as above. "compressed-tensors", or else an error. "gptq": version 1, for
             symmetric weights of 4 and 8 bits. "gptq_v2": any. "auto-round": any whose groups are of adjacent columns.
-            The last three take products of multiples of 32 rows and columns, and no packed embeddings.
+            These three take products of multiples of 32 rows and columns, and no packed embeddings. "mxfp4": models
+            whose experts, and nothing else, are in MXFP4, as gpt-oss checkpoints are published.
         options: of transformers' `save_pretrained`; with packed weights `max_shard_size` and `is_main_process`.
 
     Raises:

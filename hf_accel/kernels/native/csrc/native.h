@@ -24,7 +24,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 8
+#define HFA_ABI_VERSION 9
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -115,9 +115,11 @@ typedef struct {
 } hfa_experts;
 
 /* y [tokens, E] = sum over c of weights[t, c] * expert ids[t, c] of x [tokens, E]; an id out of range stands for no expert.
- * weights: of the dtype, then a weighted row is rounded to it, or fp32. counts [experts] or NULL: rows are added. */
+ * weights: of the dtype, then a weighted row is rounded to it, or fp32. counts [experts] or NULL: rows are added.
+ * sums [tokens, E] or NULL: what the sums begin with, and where they are left: experts are summed in the order of their ids, so
+ * that several calls with some of the experts each, in this order, make the same bits as one. */
 typedef struct {
-    const void *x; void *y; const int64_t *ids; const void *weights; int64_t *counts;
+    const void *x; void *y; const int64_t *ids; const void *weights; int64_t *counts; float *sums;
     int64_t tokens, choices, weights_are_f32, threads;
 } hfa_experts_call;
 

@@ -195,7 +195,10 @@ static void multiply_down(const experts_run *run, int64_t chunk, private_room *m
     float *y = mine->y;
     int64_t row = chunk * run->down_rows, hidden = run->layer->hidden;
     int64_t n = hidden - row < run->down_rows ? hidden - row : run->down_rows;
-    for (int64_t t = 0; t < run->tokens; t++) memset(y + t * run->width, 0, (size_t)n * sizeof(float));
+    float *sums = call->sums ? call->sums + run->token * hidden + row : NULL;
+    for (int64_t t = 0; t < run->tokens; t++)
+        if (sums) memcpy(y + t * run->width, sums + t * hidden, (size_t)n * sizeof(float));
+        else memset(y + t * run->width, 0, (size_t)n * sizeof(float));
     for (int64_t h = 0; h < run->hit_count; h++) {
         const hit *at = &run->hits[h];
         const hfa_matrix *w = at->down;
@@ -219,6 +222,7 @@ static void multiply_down(const experts_run *run, int64_t chunk, private_room *m
             }
         }
     }
+    for (int64_t t = 0; sums && t < run->tokens; t++) memcpy(sums + t * hidden, y + t * run->width, (size_t)n * sizeof(float));
     for (int64_t t = 0; t < run->tokens; t++)
         kernels->store(y + t * run->width, (char *)call->y + ((run->token + t) * hidden + row) * kernels->element, n);
 }

@@ -1,0 +1,165 @@
+"""The step that moves the experts of a model to a file, and has calls keep some of them in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_accel.core.calls.hosting import Host
+from hf_accel.core.calls.report import SECTIONS
+from hf_accel.core.journal import Journal, subclass
+from hf_accel.core.model.anatomy import holds_experts
+from hf_accel.core.model.packed_experts import packed_products
+from hf_accel.core.steps.goal import Goal, Offer
+from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
+from hf_accel.core.steps.setting import Setting
+from hf_accel.errors import VerificationError
+from hf_accel.experts.active import active_experts
+from hf_accel.experts.offload.config import ExpertOffloadConfig
+from hf_accel.experts.offload.guard import Guard
+from hf_accel.experts.offload.module import Offloaded, computed, offloaded_forward
+from hf_accel.experts.offload.slots import Slots
+from hf_accel.experts.offload.statistics import OffloadStatistics
+from hf_accel.experts.offload.store import ExpertStore, Modules, store_of
+from hf_accel.experts.offload.stored import StoredExperts
+from hf_accel.kernels import native
+from hf_accel.ops import tolerances
+
+SECTION = "offloaded_experts"
+_TOKENS = 4  # of the audit
+
+
+class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadConfig):
+    stage = Stage.PRODUCTS
+    fidelity = Fidelity.EXACT
+    occupies = "experts"
+    saves_memory = True
+
+    @classmethod
+    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
+        return Offer()  # it trades time for memory as no goal does: whoever wants that says how much
+
+    def obstacles(self, setting: Setting) -> list[str]:
+        anatomy = setting.anatomy
+        found = []
+        if not native.is_available():
+            found.append(f"the native library is not there: {native.status().reason}")
+        if anatomy.device.type != "cpu":
+            found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
+        if not hasattr(os, "preadv"):
+            found.append("this system has no preadv, by which experts are read.")
+        stored, skipped = described(anatomy.model, anatomy.dtype)
+        if not stored:
+            reasons = f" ({skipped[0]})" if skipped else ""
+            return [*found, f"the model has no stacked experts that can be moved to a file{reasons}."]
+        if all(store_of(module) is not None for module, _ in stored):
+            return found  # a copy of a model whose experts lie in a file
+        least, active = self._least(anatomy.model, stored)
+        budget = self._budget(stored)
+        if budget < least:
+            found.append(
+                f"a budget of {budget:,} bytes is below the {active} experts of {least // active:,} bytes that one "
+                f"token wants in one layer; give budget_bytes of {least:,} at least."
+            )
+        folder = tempfile.gettempdir() if self.config.folder is None else self.config.folder
+        size = stored[-1][1].end
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            found.append(
+                f"no file can be written in the folder {folder!r}; name one that exists and can be written to."
+            )
+        elif (free := shutil.disk_usage(folder).free) < size:
+            found.append(f"the experts take {size:,} bytes, and {free:,} are free in {folder!r}; name another folder.")
+        return found
+
+    def _budget(self, stored: Modules) -> int:
+        if self.config.budget_bytes is not None:
+            return self.config.budget_bytes
+        return int(self.config.share * sum(sum(each.bytes_of) for _, each in stored))
+
+    @staticmethod
+    def _least(model: Any, stored: Modules) -> tuple[int, int]:
+        """Return the bytes that a token wants of one layer, and of how many experts."""
+        active = min(active_experts(model) or 1, *(each.form.experts for _, each in stored))
+        return active * max(max(each.bytes_of) for _, each in stored), active
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def patch(self, setting: Setting, host: Host) -> Change:
+        anatomy, journal = setting.anatomy, host.journal
+        model, before = anatomy.model, anatomy.weight_bytes
+        modules, skipped = described(model, anatomy.dtype)
+        shared = [store_of(module) for module, _ in modules]
+        if all(shared):
+            pairs = [found for found in shared if found is not None]
+            for (module, _), (store, each) in zip(modules, pairs, strict=True):
+                _put(store, each, module, journal)
+            return Change("experts lie where those of the model lie that this one is a copy of")
+        active = active_experts(model) if self.config.read_ahead else None
+        ahead = None if active is None else (model, active)
+        store = ExpertStore(self.config.folder, modules, self._budget(modules), ahead)
+        slots = store.slots
+        journal.first(store.bring_back)
+        for module, each in modules:
+            store.take(module, each)
+            journal.did(partial(each.let_go, module))
+            _audit(each, slots, module)
+            _put(store, each, module, journal)
+        slots.reset()  # what was counted so far was none of the user's
+        host.report.sections[SECTION] = OffloadStatistics(slots, store.modules)
+        total, count = int(slots.sizes.sum()), len(slots.sizes)
+        return Change(
+            f"{count} experts of {len(modules)} layers ({total / 1e6:.1f} MB) lie in a file in {store.file.folder}, up "
+            f"to {slots.budget / 1e6:.1f} MB of them in memory, too",
+            skipped=tuple(skipped),
+            weight_bytes=before - total + min(slots.budget, total),
+        )
+
+
+def _put(store: ExpertStore, stored: StoredExperts, module: Any, journal: Journal) -> None:
+    """Give a module the class that computes with the experts in the file."""
+    forward = offloaded_forward(stored, Guard(stored, module), store.slots, store.ahead)
+    journal.swap_class(module, subclass(Offloaded, type(module), slots=store.slots, forward=forward))
+
+
+def described(model: Any, dtype: torch.dtype) -> tuple[Modules, list[str]]:
+    """Return the modules whose experts can be moved to a file, and sentences on those that cannot."""
+    found: Modules = []
+    skipped: list[str] = []
+    start = first = 0
+    for path, module in model.named_modules():
+        if not holds_experts(module) and packed_products(module) is None:
+            continue
+        try:
+            each = StoredExperts(path, module, dtype, start, first)
+        except ValueError as error:
+            skipped.append(f"the experts {path} stay as they are: {error}")
+            continue
+        found.append((module, each))
+        start, first = each.end, first + each.form.experts
+    return found, skipped
+
+
+def _audit(stored: StoredExperts, slots: Slots, module: Any) -> None:
+    """Raise VerificationError if a few tokens come out otherwise than by the module's own code."""
+    form, generator = stored.form, torch.Generator().manual_seed(0)
+    hidden = torch.randn(_TOKENS, form.hidden, generator=generator).to(stored.dtype)
+    ids = torch.stack([torch.randperm(form.experts, generator=generator)[:2] for _ in range(_TOKENS)])
+    weights = torch.rand(ids.shape, generator=generator).to(stored.dtype)
+    expected = module.forward(hidden, ids, weights)
+    found = computed(stored, slots, None, hidden, ids, weights)
+    difference = float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    bound = tolerances.of_layer_output(stored.dtype, stored.products is not None)
+    if not difference <= bound:
+        raise VerificationError(
+            f"The experts {stored.path} ({type(module).__name__}) differ from their own code by {difference:.1e} when "
+            f"run natively; rounding explains {bound:.0e}. They were not moved. "
+            "Leave ExpertOffloadConfig out for this model."
+        )
+
+
+SECTIONS[SECTION] = "offloaded experts"

@@ -1,0 +1,249 @@
+"""Models whose experts lie in a file write what they write with all of them in memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixtures import MIXTURES, UNREGISTERED, mixture
+from models import padded, prompt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_accel
+from hf_accel.core.steps.setting import Setting
+from hf_accel.experts.offload import ExpertOffloadConfig
+from hf_accel.experts.offload.module import Offloaded
+from hf_accel.experts.offload.patcher import described
+from hf_accel.experts.offload.slots import Slots
+
+pytestmark = pytest.mark.native
+REGISTERED = [name for name in MIXTURES if name != UNREGISTERED]
+DRAFTS = [hf_accel.DecodingConfig(), hf_accel.SpeculativeConfig(drafter="lookup", max_draft_tokens=3, adaptive=False)]
+
+
+def texts(model: PreTrainedModel) -> list[Tensor]:
+    """Return greedy text of one prompt and of a padded batch, and sampled text."""
+    ids, batch = prompt(), padded([3, 9, 6])
+    torch.manual_seed(0)
+    return [
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False),
+        model.generate(**batch, max_new_tokens=8, do_sample=False),
+        model.generate(**batch, max_new_tokens=8, do_sample=True, top_p=0.9),
+    ]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def modules_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Offloaded)]
+
+
+def slots_of(model: Any) -> Slots:
+    slots: Slots = modules_of(model)[0].slots
+    return slots
+
+
+def section(model: Any) -> dict[str, Any]:
+    found: dict[str, Any] = hf_accel.report(model).to_dict()["offloaded_experts"]
+    return found
+
+
+def least(model: Any) -> ExpertOffloadConfig:
+    """Return the config with room for the experts of one token in one layer, and no more."""
+    stored, _ = described(model, model.dtype)
+    return ExpertOffloadConfig(budget_bytes=2 * max(stored[0][1].bytes_of))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_text_is_stocks(name: str) -> None:
+    model = mixture(name)
+    before = texts(model)
+    hf_accel.optimize(model, least(model))
+    assert equal(texts(model), before)
+    found = section(model)
+    assert found["held_bytes"] <= found["budget_bytes"] < found["experts_bytes"]
+    assert found["misses"] > 0
+    assert found["handed_on"] == 0
+    hf_accel.restore(model)
+    assert not modules_of(model)
+    assert equal(texts(model), before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_text_of_packed_experts_is_that_in_memory(bits: int, tmp_path: Path) -> None:
+    model = mixture("qwen3_moe")
+    quantized = hf_accel.WeightOnlyConfig(bits=bits)
+    with hf_accel.optimized(model, quantized):
+        before = texts(model)
+    stock = texts(model)
+    hf_accel.optimize(model, [quantized, ExpertOffloadConfig(share=0.4)])
+    assert equal(texts(model), before)
+    assert section(model)["misses"] > 0
+    assert section(model)["handed_on"] == 0
+    assert equal(texts(copy.deepcopy(model)), before)
+    hf_accel.save_pretrained(model, tmp_path)
+    assert equal(texts(hf_accel.from_pretrained(tmp_path)), before)
+    hf_accel.restore(model)
+    assert equal(texts(model), stock)
+
+
+def test_text_with_drafts_is_stocks() -> None:
+    model = mixture("qwen3_moe")
+    before = texts(model)
+    hf_accel.optimize(model, [least(model), hf_accel.KVCacheConfig(), *DRAFTS])
+    assert equal(texts(model), before)
+    assert section(model)["misses"] > 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_several_rounds_make_the_same_bits_as_one(name: str, dtype: torch.dtype) -> None:
+    """A prompt wants every expert of a layer, of which two are in memory at a time."""
+    model = mixture(name).to(dtype)
+    ids = padded([30, 40])
+    with hf_accel.optimized(model, ExpertOffloadConfig(share=1.0)), torch.no_grad():
+        expected = model(**ids).logits
+        assert section(model)["hits"] + section(model)["misses"] == len(slots_of(model).sizes), "one round each"
+    hf_accel.optimize(model, least(model))
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, expected)
+    assert section(model)["handed_on"] == 0
+
+
+def test_threads_write_what_one_writes() -> None:
+    model = mixture("mixtral")
+    asked = [{"inputs": prompt(1, 9, seed), "max_new_tokens": 10, "do_sample": False} for seed in range(4)]
+    before = [model.generate(**given) for given in asked]
+    hf_accel.optimize(model, least(model))
+    found: dict[int, Tensor] = {}
+
+    def ask(index: int) -> None:
+        for _ in range(3):
+            found[index] = model.generate(**asked[index])
+            assert torch.equal(found[index], before[index])
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert all(torch.equal(found[index], before[index]) for index in found)
+    assert section(model)["held_bytes"] <= section(model)["budget_bytes"]
+
+
+def test_weights_leave_memory_and_come_back() -> None:
+    model = mixture("olmoe")
+    parameters = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    freed = [weakref.ref(p.untyped_storage()) for name, (p, _) in parameters.items() if ".experts." in name]
+    hf_accel.optimize(model, ExpertOffloadConfig())
+    gc.collect()
+    assert not any(storage() for storage in freed), "the weights in memory are kept by somebody"
+    assert all(torch.equal(p, values) for p, values in parameters.values())
+    assert not any(p.untyped_storage().resizable() for name, (p, _) in parameters.items() if ".experts." in name)
+    file = weakref.ref(slots_of(model).file)
+    hf_accel.restore(model)
+    gc.collect()
+    assert file() is None, "the file is kept open"
+    assert all(p.untyped_storage().resizable() for p in model.parameters()), "weights lie in the mapped file still"
+    assert all(p is parameters[name][0] and torch.equal(p, parameters[name][1]) for name, p in model.named_parameters())
+
+
+def test_a_dropped_model_leaves_nothing(tmp_path: Path) -> None:
+    model = mixture("olmoe")
+    hf_accel.optimize(model, ExpertOffloadConfig(folder=str(tmp_path)))
+    texts(model)
+    assert not os.listdir(tmp_path), "the file has a name"
+    file = weakref.ref(slots_of(model).file)
+    del model
+    gc.collect()
+    assert file() is None
+
+
+def test_copies_and_files_are_stocks(tmp_path: Path) -> None:
+    model = mixture("gpt_oss")
+    before = texts(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    hf_accel.optimize(model, least(model))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not modules_of(other)
+        assert equal(texts(other), before)
+    model.save_pretrained(tmp_path)
+    assert equal(texts(type(model).from_pretrained(tmp_path, dtype=model.dtype)), before)
+
+
+@torch.no_grad()
+def test_weights_that_are_written_to_are_used() -> None:
+    model, other = mixture("mixtral"), mixture("mixtral")
+    hf_accel.optimize(model, least(model))
+    texts(model)
+    for each in (model, other):
+        each.model.layers[1].mlp.experts.down_proj[2].mul_(-1.5)
+    expected = texts(other)
+    assert equal(texts(model), expected)
+    assert section(model)["handed_on"] > 0
+    hf_accel.restore(model)
+    assert equal(texts(model), expected)
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj, other.model.layers[1].mlp.experts.down_proj)
+
+
+def test_gradients_pass_through_the_models_own_code() -> None:
+    model, other = mixture("mixtral"), mixture("mixtral")
+    hf_accel.optimize(model, least(model))
+    for each in (model, other):
+        each(prompt(), labels=prompt()).loss.backward()
+    assert torch.equal(model.model.layers[0].mlp.gate.weight.grad, other.model.layers[0].mlp.gate.weight.grad)
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj.grad,
+                       other.model.layers[0].mlp.experts.down_proj.grad)  # fmt: skip
+
+
+def test_the_report_says_what_the_budget_costs() -> None:
+    model = mixture("qwen3_moe")
+    hf_accel.optimize(model, ExpertOffloadConfig(share=0.5))
+    assert section(model)["hit_rate"] is None
+    texts(model)
+    found, text = section(model), str(hf_accel.report(model))
+    assert found["hit_rate"] == found["hits"] / (found["hits"] + found["misses"])
+    assert found["read_bytes"] == found["misses"] * slots_of(model).sizes[0]
+    assert f"90% of the routing needs {found['concentration']:.0%} of the experts" in text
+    assert f"{found['misses']} misses" in text
+
+
+def test_read_ahead_asks_for_what_the_next_router_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture("qwen3_moe")
+    before = texts(model)
+    hf_accel.optimize(model, least(model))
+    asked: list[Any] = []
+    file = slots_of(model).file
+    monkeypatch.setattr(file, "expect", asked.append)
+    texts(model)
+    assert not asked, "the page cache is no disk"
+    monkeypatch.setattr(Slots, "is_slow", property(lambda slots: True))
+    assert equal(texts(model), before)
+    second = [extents for each in described_second(model) for extents in each]
+    assert asked
+    assert all(extents in second for extents in asked), "only a layer that has one before it can be guessed"
+
+
+def described_second(model: Any) -> list[Any]:
+    stored = slots_of(model)._owners
+    return [each.extents for each in {id(each): each for each in stored}.values()][1:]
+
+
+def test_no_goal_chooses_it() -> None:
+    model = mixture("olmoe")
+    assert not Setting.of(model).model.training
+    for goal in ("exact", "memory"):
+        assert "ExpertOffloadConfig" not in str(hf_accel.plan(model, goal))
