@@ -75,7 +75,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_quantized_experts.test_everything_is_looked_at_once_in_a_call_of_generate,
     ),
     "no gradient": (
-        instead(experts.torch, "is_grad_enabled", lambda: False),
+        instead(experts, "_is_grad_enabled", lambda: False),
         test_quantized_experts.test_gradients_autocast_and_tracing_run_one_by_one,
     ),
     "rows that nobody counts": (
