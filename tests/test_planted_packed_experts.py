@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import test_foreign_experts
+import test_mixed_experts
 import test_quantized_experts
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 from torch import nn
@@ -14,6 +15,9 @@ from torch import nn
 from hf_accel.core.model.experts import ExpertsLayout
 from hf_accel.kernels.native import Gate, NativeExperts
 from hf_accel.quantization import gptq, patcher, targets
+from hf_accel.quantization.allocating import apart, groups, sensitivity
+from hf_accel.quantization.calibrating import solving
+from hf_accel.quantization.config import ProductsConfig
 from hf_accel.quantization.files import experts as filling
 from hf_accel.quantization.files import foreign_experts
 from hf_accel.quantization.files.filling import Filler
@@ -71,7 +75,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_quantized_experts.test_everything_is_looked_at_once_in_a_call_of_generate,
     ),
     "no gradient": (
-        instead(experts.torch, "is_grad_enabled", lambda: False),
+        instead(experts, "_is_grad_enabled", lambda: False),
         test_quantized_experts.test_gradients_autocast_and_tracing_run_one_by_one,
     ),
     "rows that nobody counts": (
@@ -113,6 +117,34 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "no class of products": (
         instead(foreign_experts, "_STAND_IN", None),
         test_foreign_experts.test_experts_of_compressed_tensors,
+    ),
+    "experts without the router's weights": (
+        result(apart.Given, "of", lambda found: (found[0], 0 * found[1] + 1)),
+        test_mixed_experts.test_the_cost_of_an_expert_is_its_part_in_the_error_of_the_layer,
+    ),
+    "all tokens for every expert": (
+        instead(apart.torch, "where", lambda mask: apart.torch.nonzero(mask + True, as_tuple=True)),
+        test_mixed_experts.test_the_cost_of_an_expert_is_its_part_in_the_error_of_the_layer,
+    ),
+    "costs of other experts": (
+        result(
+            sensitivity,
+            "costs_apart",
+            lambda found: [replace(g, options=o.options) for g, o in zip(found, found[::-1])],
+        ),
+        test_mixed_experts.test_experts_that_cost_more_have_more_bits,
+    ),
+    "experts that stay as they are among others": (
+        instead(groups, "KEPT_BITS", 0),
+        test_mixed_experts.test_groups_of_experts_apart_are_parts_of_those_together,
+    ),
+    "the name of a product before patterns": (
+        instead(ProductsConfig, "_patterns", []),
+        test_mixed_experts.test_patterns_may_speak_of_an_expert_s_products,
+    ),
+    "solved of however few tokens": (
+        instead(solving.Calibrator, "_factor", lambda self, product, moment: None),
+        test_mixed_experts.test_experts_that_read_too_little_are_rounded_and_counted,
     ),
     "solved rows by turns": (
         instead(gptq, "packed_product", as_they_lie),

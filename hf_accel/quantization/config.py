@@ -202,6 +202,9 @@ class MixedPrecisionConfig(Config):
     The model is measured on the text of `optimize(calibration=...)`; without one it writes some. Products that run
     together (q, k and v; gate and up; the experts of a layer) have the same bits.
 
+    experts: "apart" gives each expert of a layer bits of its own, by how many tokens it is sent and what rounding it
+        changes of the layer's output; "together": the experts of a layer have the same.
+
     average_bits: bits per weight that the products of decoder layers take, scales included: 3 bits in groups of 64
         are 3.25. The head and the embeddings are not counted.
     budget_bytes: of all weights of the model afterwards, in place of `average_bits`.
@@ -220,9 +223,12 @@ class MixedPrecisionConfig(Config):
     head: int | None = 8
     embeddings: int | None = None
     refine_steps: int = 0
+    experts: str = "together"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        if self.experts not in ("together", "apart"):
+            raise ConfigError(f'{name}.experts is "together" or "apart"; {self.experts!r} was given.')
         if (self.average_bits is None) == (self.budget_bytes is None):
             raise ConfigError(
                 f"{name} takes average_bits or budget_bytes, one of them; {self.average_bits!r} and "

@@ -52,9 +52,9 @@ class MixedPrecision:
     def layers(self) -> tuple[tuple[str, Bits], ...]:
         """Return bits, or bits and group size, for the name of each module."""
         return tuple(
-            (target.path, None if o.bits == KEPT_BITS else (o.bits, o.group_size) if o.group_size else o.bits)
+            (path, None if o.bits == KEPT_BITS else (o.bits, o.group_size) if o.group_size else o.bits)
             for group, o in zip(self.groups, self.options, strict=True)
-            for target in group.targets
+            for path in group.paths
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 MOST_SUMS = 1 << 18  # of bytes that are kept at a time, for the exact way
+_MOST_STEPS = 1 << 25  # of these, all groups together: with thousands of groups the other way loses nothing
 _HALVINGS = 60
 
 
@@ -43,7 +44,7 @@ def allocate(groups: Sequence[Sequence[Option]], budget_bytes: int, most_sums: i
     least = sum(min(option.nbytes for option in options) for options in groups)
     if least > budget_bytes:
         raise ValueError(f"the options of fewest bytes take {least:,}, more than {budget_bytes:,}")
-    found = _exact(groups, budget_bytes, most_sums)
+    found = _exact(groups, budget_bytes, min(most_sums, _MOST_STEPS // len(groups)))
     return _by_price(groups, budget_bytes) if found is None else found
 
 

@@ -13,6 +13,7 @@ from hf_accel.core.model.architectures import SIBLING_NAMES
 from hf_accel.ops.affine import GROUP_SIZES, Scheme
 from hf_accel.quantization.allocating.allocation import Option
 from hf_accel.quantization.config import KEPT_BITS, MixedPrecisionConfig
+from hf_accel.quantization.modules.experts import PRODUCTS
 from hf_accel.quantization.patcher import packed_bytes
 from hf_accel.quantization.targets import Target
 
@@ -24,7 +25,8 @@ class Group:
     """Products that have the same bits, as a reader finds them: `name` is a path, with siblings joined by a slash.
 
     options: with no cost yet. A width whose groups of columns do not fit every product is none of them.
-    weights: their number; original_bytes: what they take before.
+    weights: their number; original_bytes: what they take before. expert: the index of the only expert that is meant of
+    the only target, None: all of every target.
     """
 
     name: str
@@ -32,6 +34,14 @@ class Group:
     options: tuple[Option, ...]
     weights: int
     original_bytes: int
+    expert: int | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """The names of the modules, or of the products of an expert, that have the bits of this group."""
+        if self.expert is None:
+            return [target.path for target in self.targets]
+        return [f"{self.targets[0].path}.{name}.{self.expert}" for name in PRODUCTS]
 
 
 def groups_of(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: torch.dtype) -> list[Group]:
@@ -46,9 +56,27 @@ def groups_of(targets: Sequence[Target], config: MixedPrecisionConfig, dtype: to
         is_whole = len(chosen) == 1 or parent.endswith(_EXPERTS.rstrip("."))
         name = chosen[0].path if len(chosen) == 1 else parent if is_whole else f"{parent}.{'/'.join(names)}"
         weights = [weight for target in chosen for weight in target.weights]
-        options, nbytes = _options(weights, config, dtype), sum(w.numel() * w.element_size() for w in weights)
-        found.append(Group(name, tuple(chosen), tuple(options), sum(map(Tensor.numel, weights)), nbytes))
+        layout = chosen[0].layout
+        if config.experts == "apart" and layout is not None:
+            own = [_group(f"{name}.{i}", chosen, [w[i] for w in weights], config, dtype, i)
+                   for i in range(layout.experts)]  # fmt: skip
+            found += own
+        else:
+            found.append(_group(name, chosen, weights, config, dtype))
     return found
+
+
+def _group(
+    name: str,
+    chosen: Sequence[Target],
+    weights: Sequence[Tensor],
+    config: MixedPrecisionConfig,
+    dtype: torch.dtype,
+    expert: int | None = None,
+) -> Group:
+    options = [o for o in _options(weights, config, dtype) if expert is None or o.bits != KEPT_BITS]
+    nbytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    return Group(name, tuple(chosen), tuple(options), sum(map(Tensor.numel, weights)), nbytes, expert)
 
 
 def _key(path: str) -> tuple[str, ...]:

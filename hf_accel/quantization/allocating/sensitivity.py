@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import cycle
 from typing import Any
 
@@ -27,6 +28,7 @@ from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 from hf_accel.ops.gptq import Factor, loss, solve
 from hf_accel.quantization.allocating.allocation import Option
+from hf_accel.quantization.allocating.apart import Listener, costs_apart, joined
 from hf_accel.quantization.allocating.groups import Group
 from hf_accel.quantization.calibrating.activations import Room, Stream
 from hf_accel.quantization.calibrating.layers import Layer, first_inputs, layers_of
@@ -59,6 +61,7 @@ class Sensitivity:
     dtype: torch.dtype
     advance: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
+    _experts: dict[str, list[Group]] = field(default_factory=dict)  # path -> groups of experts with bits of their own
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -79,10 +82,13 @@ class Sensitivity:
             layers, reason = layers_of(self.model, self.text.ids.to(self._device))
             if reason:
                 self.notes.append(f"the model was read as a whole: {reason}")
-            waiting = list(self.groups)
+            members = joined(self.groups)
+            waiting = [group for group, _ in members]
+            self._experts = {group.name: own for group, own in members if own[0].expert is not None}
             for group, moments in self._by_layers(layers, waiting) if layers else self._as_a_whole(waiting):
-                found[group.name] = self._with_costs(group, moments)
-                self.advance()
+                for made in self._with_costs(group, moments):
+                    found[made.name] = made
+                    self.advance()
         return [found[group.name] for group in self.groups]
 
     @property
@@ -107,8 +113,9 @@ class Sensitivity:
             for index, layer in enumerate(layers):
                 own = [group for group in waiting if group.targets[0].path.startswith(f"{layer.path}.")]
                 given = stream.room_for_next()
-                with Observer({p.path: p.module for group in own for p in self._products(group)}) as observer:
+                with self._observing(own) as observer:
                     for row in range(len(given)):
+                        self._listener.keeps = row in self._places
                         given.write(row, layer.run(stream.read.row(row)))
                         observer.end_row()
                 begin = index if give_tensors else 0
@@ -136,21 +143,43 @@ class Sensitivity:
         firsts: list[Target] = [group.targets[0] for group in groups]
         for portion in portions(firsts, _MOMENTS_BYTES):
             own = [of_target[target.path] for target in portion]
-            with Observer({p.path: p.module for group in own for p in self._products(group)}) as observer:
-                for row in self.text.ids.to(self._device):
-                    self.model(row[None], use_cache=False)
+            with self._observing(own) as observer:
+                for row, ids in enumerate(self.text.ids.to(self._device)):
+                    self._listener.keeps = row in self._places
+                    self.model(ids[None], use_cache=False)
                     observer.end_row()
             for group in own:
                 yield group, observer.moments
 
-    def _with_costs(self, group: Group, moments: dict[str, Moment]) -> Group:
-        """Return the group with the cost of its options."""
+    @contextmanager
+    def _observing(self, groups: Sequence[Group]) -> Iterator[Observer]:
+        """Observe the products of some groups, and listen to what experts are given whose bits are chosen apart."""
+        products = {p.path: p.module for group in groups for p in self._products(group)}
+        apart = {group.name: self.model.get_submodule(group.name) for group in groups if group.name in self._experts}
+        self._listener = Listener(apart)
+        with Observer(products) as observer, self._listener:
+            yield observer
+
+    def _with_costs(self, group: Group, moments: dict[str, Moment]) -> list[Group]:
+        """Return the group, or those that it is made of, with the cost of its options."""
         rounded = [i for i, option in enumerate(group.options) if option.bits != KEPT_BITS]
         if not rounded:
-            return group
+            return [group]
         wanted = self.bits * group.weights / 8
         measured = min(rounded, key=lambda i: abs(group.options[i].nbytes - wanted))
         products = self._products(group)
+        if (experts := self._experts.get(group.name)) is not None:
+
+            @lru_cache(maxsize=2)  # an expert has two products
+            def factor_of(path: str) -> Factor | None:
+                return self._factor(moments.get(path))
+
+            def codes_of(product: Product, i: int) -> Affine:
+                path = product.path
+                return self._rounded(product, group.options[i], moments.get(path), factor_of(path))[0]
+
+            module, given = self.model.get_submodule(group.name), self._listener.given[group.name]
+            return costs_apart(module, experts, products, given, moments, measured, codes_of, self._kl)
         losses: dict[int, list[float]] = {i: [] for i in rounded}
         codes: list[tuple[Product, Affine]] = []
         factors: dict[int, Factor | None] = {}
@@ -169,7 +198,7 @@ class Sensitivity:
         for i in rounded:
             ratios = [lost / base for lost, base in zip(losses[i], losses[measured], strict=True) if base > 0]
             options[i] = replace(options[i], kl=kl * (sum(ratios) / len(ratios) if ratios else 1.0))
-        return replace(group, options=tuple(options))
+        return [replace(group, options=tuple(options))]
 
     def _factor(self, moment: Moment | None) -> Factor | None:
         if self.config.method != "gptq" or moment is None or moment.count < LEAST_TOKENS:

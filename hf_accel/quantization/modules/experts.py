@@ -22,7 +22,7 @@ from hf_accel.quantization.modules.routed import RoutedCall
 
 PRODUCTS = ("gate_up_proj", "down_proj")
 _WEIGHTS = torch.float32  # in which routers may give weights beside those of the dtype
-_is_tracing, _is_compiling = torch.jit.is_tracing, torch.compiler.is_compiling
+_is_tracing, _is_compiling, _is_grad_enabled = torch.jit.is_tracing, torch.compiler.is_compiling, torch.is_grad_enabled
 
 
 def known_layout(module: Any) -> ExpertsLayout | None:
@@ -154,7 +154,7 @@ class QuantizedExperts(SplitExperts):
             and top_k_index.dtype is torch.int64
             and (top_k_weights.dtype is hidden_states.dtype or top_k_weights.dtype is _WEIGHTS)
             and not torch.is_autocast_enabled("cpu")
-            and not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad))
+            and not (_is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad))
         ):
             routed = self._routed
             if routed is None or not routed.is_current(self, hidden_states.dtype):
