@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_accel
+from hf_accel.core.steps.goal import Goal
+from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
 from hf_accel.experts.offload import ExpertOffloadConfig
 from hf_accel.experts.offload.module import Offloaded
@@ -243,7 +245,7 @@ def described_second(model: Any) -> list[Any]:
 
 
 def test_no_goal_chooses_it() -> None:
-    model = mixture("olmoe")
-    assert not Setting.of(model).model.training
-    for goal in ("exact", "memory"):
-        assert "ExpertOffloadConfig" not in str(hf_accel.plan(model, goal))
+    setting = Setting.of(mixture("olmoe"))
+    for goal in (Goal("exact"), Goal("fast", 0.05), Goal("memory", 0.2, saves_memory=True)):
+        offer = Patcher.for_config(ExpertOffloadConfig()).candidates(goal, setting)
+        assert not offer.configs
