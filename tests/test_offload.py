@@ -223,27 +223,6 @@ def test_the_report_says_what_the_budget_costs() -> None:
     assert f"{found['misses']} misses" in text
 
 
-def test_read_ahead_asks_for_what_the_next_router_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mixture("qwen3_moe")
-    before = texts(model)
-    hf_accel.optimize(model, least(model))
-    asked: list[Any] = []
-    file = slots_of(model).file
-    monkeypatch.setattr(file, "expect", asked.append)
-    texts(model)
-    assert not asked, "the page cache is no disk"
-    monkeypatch.setattr(Slots, "is_slow", property(lambda slots: True))
-    assert equal(texts(model), before)
-    second = [extents for each in described_second(model) for extents in each]
-    assert asked
-    assert all(extents in second for extents in asked), "only a layer that has one before it can be guessed"
-
-
-def described_second(model: Any) -> list[Any]:
-    stored = slots_of(model)._owners
-    return [each.extents for each in {id(each): each for each in stored}.values()][1:]
-
-
 def test_no_goal_chooses_it() -> None:
     setting = Setting.of(mixture("olmoe"))
     for goal in (Goal("exact"), Goal("fast", 0.05), Goal("memory", 0.2, saves_memory=True)):

@@ -35,7 +35,6 @@ pytestmark = pytest.mark.native
         {"share": "half"},
         {"share": float("nan")},
         {"folder": 3},
-        {"read_ahead": "yes"},
     ],
     ids=str,
 )

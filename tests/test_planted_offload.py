@@ -14,7 +14,6 @@ from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
 from hf_accel.errors import StorageError
 from hf_accel.experts.offload import config, guard, patcher, slots, stored
-from hf_accel.experts.offload.ahead import ReadAhead
 from hf_accel.experts.offload.file import ExpertsFile
 from hf_accel.experts.offload.store import ExpertStore
 from hf_accel.kernels import native
@@ -93,10 +92,6 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "weights that stay in memory": (
         instead(stored.StoredExperts, "move", lambda self, mapping, module: self.__dict__.update(kernel=None)),
         test_offload.test_weights_leave_memory_and_come_back,
-    ),
-    "a guess for the wrong layer": (
-        instead(ReadAhead, "expect", lambda self, each, hidden: self._slots.file.expect(each.extents[0])),
-        test_offload.test_read_ahead_asks_for_what_the_next_router_chooses,
     ),
     "calls that the module serves": (
         instead(guard.Guard, "holds", lambda self, module: False),

@@ -99,9 +99,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
             for (module, _), (store, each) in zip(modules, pairs, strict=True):
                 _put(store, each, module, journal)
             return Change("experts lie where those of the model lie that this one is a copy of")
-        active = active_experts(model) if self.config.read_ahead else None
-        ahead = None if active is None else (model, active)
-        store = ExpertStore(self.config.folder, modules, self._budget(modules), ahead)
+        store = ExpertStore(self.config.folder, modules, self._budget(modules))
         slots = store.slots
         journal.first(store.bring_back)
         for module, each in modules:
@@ -122,7 +120,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
 
 def _put(store: ExpertStore, stored: StoredExperts, module: Any, journal: Journal) -> None:
     """Give a module the class that computes with the experts in the file."""
-    forward = offloaded_forward(stored, Guard(stored, module), store.slots, store.ahead)
+    forward = offloaded_forward(stored, Guard(stored, module), store.slots)
     journal.swap_class(module, subclass(Offloaded, type(module), slots=store.slots, forward=forward))
 
 
@@ -151,7 +149,7 @@ def _audit(stored: StoredExperts, slots: Slots, module: Any) -> None:
     ids = torch.stack([torch.randperm(form.experts, generator=generator)[:2] for _ in range(_TOKENS)])
     weights = torch.rand(ids.shape, generator=generator).to(stored.dtype)
     expected = module.forward(hidden, ids, weights)
-    found = computed(stored, slots, None, hidden, ids, weights)
+    found = computed(stored, slots, hidden, ids, weights)
     difference = float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
     bound = tolerances.of_layer_output(stored.dtype, stored.products is not None)
     if not difference <= bound:
