@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import changes, fingerprint
 from mixtures import MIXTURES, UNREGISTERED, mixture
 from models import padded, prompt
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import hf_accel
+from hf_accel.core.drift import CACHE
 from hf_accel.core.steps.goal import Goal
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
@@ -82,9 +84,9 @@ def test_text_is_stocks(name: str) -> None:
     assert equal(texts(model), before)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_text_of_packed_experts_is_that_in_memory(bits: int, tmp_path: Path) -> None:
-    model = mixture("qwen3_moe")
+@pytest.mark.parametrize("name,bits", [("qwen3_moe", 4), ("gpt_oss", 8), ("mixtral", 2)])
+def test_text_of_packed_experts_is_that_in_memory(name: str, bits: int, tmp_path: Path) -> None:
+    model = mixture(name)
     quantized = hf_accel.WeightOnlyConfig(bits=bits)
     with hf_accel.optimized(model, quantized):
         before = texts(model)
@@ -162,6 +164,24 @@ def test_weights_leave_memory_and_come_back() -> None:
     assert all(p is parameters[name][0] and torch.equal(p, parameters[name][1]) for name, p in model.named_parameters())
 
 
+def test_packed_weights_leave_memory() -> None:
+    model = mixture("olmoe")
+    hf_accel.optimize(model, hf_accel.WeightOnlyConfig())
+    texts(model)
+    saved = copy.deepcopy(model)
+    freed = [weakref.ref(b.untyped_storage()) for name, b in saved.named_buffers() if ".experts." in name]
+    texts(saved)  # a native call of the experts' own holds their memory now
+    hf_accel.optimize(saved, ExpertOffloadConfig())
+    gc.collect()
+    assert len(freed) > 8
+    assert not any(storage() for storage in freed), "the weights in memory are kept by somebody"
+    assert equal(texts(saved), texts(model))
+    hf_accel.restore(saved)
+    gc.collect()
+    assert all(buffer.untyped_storage().resizable() for buffer in saved.buffers() if buffer is not None)
+    assert equal(texts(saved), texts(model))
+
+
 def test_a_dropped_model_leaves_nothing(tmp_path: Path) -> None:
     model = mixture("olmoe")
     hf_accel.optimize(model, ExpertOffloadConfig(folder=str(tmp_path)))
@@ -221,6 +241,25 @@ def test_the_report_says_what_the_budget_costs() -> None:
     assert found["read_bytes"] == found["misses"] * slots_of(model).sizes[0]
     assert f"90% of the routing needs {found['concentration']:.0%} of the experts" in text
     assert f"{found['misses']} misses" in text
+
+
+def test_a_plan_says_what_a_budget_will_cost() -> None:
+    """As it is found when the text is then read token by token, which is the routing of a single call."""
+    model, ids = mixture("qwen3_moe"), prompt(1, 120)
+    before = fingerprint(model)
+    [preview] = hf_accel.plan(model, ExpertOffloadConfig(share=0.5), calibration=ids).previews
+    assert not changes(before, fingerprint(model))
+    hf_accel.optimize(model, ExpertOffloadConfig(share=0.5))
+    cache = DynamicCache()
+    with torch.no_grad():
+        for token in ids[0]:
+            model(token[None, None], **{CACHE: cache})
+    found = section(model)
+    assert preview.concentration == pytest.approx(found["concentration"], abs=0.01)
+    assert preview.hit_rate == pytest.approx(found["hit_rate"], abs=0.03)
+    assert preview.hit_rate < 0.97
+    assert f"{preview.hit_rate:.1%} of what a token wants is in memory, on 120 tokens" in str(preview)
+    assert hf_accel.plan(mixture("qwen3_moe"), ExpertOffloadConfig()).previews[0].source == "the model's own samples"
 
 
 def test_no_goal_chooses_it() -> None:

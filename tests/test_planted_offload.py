@@ -99,7 +99,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     ),
     "a short read": (short_reads, test_offload_faults.test_a_lost_file_is_an_error_and_never_text),
     "too small a budget": (
-        instead(patcher.ExpertOffloadPatcher, "_least", staticmethod(lambda model, stored: (1, 1))),
+        instead(patcher.ExpertOffloadPatcher, "_too_small", lambda *_: []),
         test_offload_faults.test_a_budget_below_one_layers_active_experts_is_refused,
     ),
     "any value for a field": (

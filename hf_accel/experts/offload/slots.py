@@ -19,7 +19,7 @@ import torch
 from hf_accel.experts.offload.file import ExpertsFile
 from hf_accel.experts.offload.stored import StoredExperts
 
-HALF_LIFE = 128  # tokens after which a row counts half
+HALF_LIFE = 32  # tokens after which a row counts half
 _LARGEST_GAIN = 1e100
 _PER_THREAD = 2 << 20  # bytes: fewer are read before another thread would have begun
 _ABSENT, _COMING, _THERE = range(3)
