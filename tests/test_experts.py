@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_accel
-from hf_accel.core.model.anatomy import holds_experts
-from hf_accel.core.model.experts import described_experts
+from hf_accel.core.model.anatomy import Anatomy, holds_experts
+from hf_accel.core.model.experts import RoutedExperts, described_experts
 from hf_accel.experts.implementation import STEPS
 from hf_accel.kernels import native
 
@@ -102,6 +102,16 @@ def test_rows_are_those_that_routers_send(threads: int) -> None:
     assert [layer["counts"] for layer in routing["layers"].values()] == [counts.tolist() for counts in sent]
     form = steps_of(model)[0].form
     assert routing["bytes_per_token"] == 2 * 2 * 3 * form.inner * form.hidden * 4
+
+
+def test_a_token_reads_the_experts_that_it_is_sent_to() -> None:
+    model = mixture("qwen2_moe")  # two of four experts, and a shared one
+    table, rest = model.get_input_embeddings().weight.numel(), sum(p.numel() for p in model.parameters())
+    idle = sum(p.numel() for module in experts_of(model) for p in module.parameters()) // 2
+    assert Anatomy.of(model).read_bytes == 4 * (rest - table - idle)
+    hf_accel.optimize(model, [hf_accel.WeightOnlyConfig(bits=8), *NATIVE])
+    idle = sum(module.expert_bytes * 2 for module in model.modules() if isinstance(module, RoutedExperts))
+    assert Anatomy.of(model).read_bytes == Anatomy.of(model).weight_bytes - 4 * table - idle
 
 
 def test_calls_of_our_own_are_not_counted() -> None:

@@ -13,12 +13,11 @@ from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
 from hf_accel.core.config import Config
 from hf_accel.core.model.anatomy import holds_experts
-from hf_accel.core.model.experts import RoutedExperts
+from hf_accel.core.model.experts import RoutedExperts, active_experts
 from hf_accel.core.model.hf_config import own_configs
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import VerificationError
-from hf_accel.experts.active import active_experts
 from hf_accel.experts.implementation import KEY, STEPS, ImplementationName, stock_forward
 from hf_accel.experts.statistics import ExpertsStatistics
 from hf_accel.experts.step import ExpertsStep

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.model.architectures import SIBLING_NAMES
 from hf_accel.core.model.blocks import DecoderBlock, described_blocks
+from hf_accel.core.model.experts import RoutedExperts, active_experts
 from hf_accel.core.model.support import check_supported, unwrap
 from hf_accel.kernels.weights import PackedProduct
 
@@ -61,13 +62,27 @@ class Anatomy:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of weights that a token reads: all but a table of embeddings that is not the head's weight, too."""
+        """Bytes of weights that a token reads: not a table of embeddings that is not the head's weight, too.
+
+        Of experts only those are counted that a token is sent to.
+        """
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         total = self._bytes(self.model.modules())
         own = self._bytes([table])
         both = self._bytes([table, head]) if head is not None else 0
         is_tied = head is not None and both < own + self._bytes([head])
+        total -= self._idle_bytes()
         return total if is_tied or head is None else total - own
+
+    def _idle_bytes(self) -> int:
+        """Bytes of the experts that a token is not sent to; 0 where the model does not say to how many it is."""
+        active, idle = active_experts(self.model), 0
+        for module in self.model.modules():
+            if active is not None and (holds_experts(module) or isinstance(module, RoutedExperts)):
+                experts = self._bytes(module.modules())
+                count: Any = module.num_experts
+                idle += experts - experts * min(active, count) // count
+        return idle
 
     @staticmethod
     def _bytes(modules: Any) -> int:

@@ -120,6 +120,16 @@ def apply_gate(form: Gate, gate: Tensor, up: Tensor) -> Tensor:
     return _ACTIVATIONS[form.activation](gate) * up
 
 
+_ACTIVE = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token")
+
+
+def active_experts(model: Any) -> int | None:
+    """Return the experts of a token in one layer; None where the model's config does not say."""
+    config = model.config.get_text_config(decoder=True)
+    found = [value for name in _ACTIVE if isinstance(value := getattr(config, name, None), int)]
+    return found[0] if found else None
+
+
 @runtime_checkable
 class RoutedExperts(Protocol):
     """A module of experts that makes a native call of its own and counts what it is sent.

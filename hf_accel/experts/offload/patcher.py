@@ -14,13 +14,13 @@ from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
 from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.model.anatomy import holds_experts
+from hf_accel.core.model.experts import active_experts
 from hf_accel.core.model.packed_experts import packed_products
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import HfAccelError, UnsupportedModelError, VerificationError
-from hf_accel.experts.active import active_experts
 from hf_accel.experts.offload.config import ExpertOffloadConfig
 from hf_accel.experts.offload.guard import Guard
 from hf_accel.experts.offload.module import Offloaded, computed, offloaded_forward
