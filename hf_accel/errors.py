@@ -8,7 +8,7 @@
     ├── VerificationError (RuntimeError)    a patched model broke its promise; everything was undone
     ├── IrreversibleError (RuntimeError)    `restore` of a model whose originals were given up
     ├── CheckpointError (RuntimeError)      a file that is damaged, truncated or of another format
-    └── StorageError (RuntimeError)         a cache has no room left, or lost what it had moved to a file
+    └── StorageError (RuntimeError)         a cache or experts find no room, or lost what they had moved to a file
 
 Each message says what was asked, what was found and what to do. After any of them the model is as it was before,
 but for an error in the middle of a step with originals="drop", which says so. A StorageError ends one call of
@@ -49,7 +49,7 @@ class CheckpointError(HfAccelError, RuntimeError):
 
 
 class StorageError(HfAccelError, RuntimeError):
-    """Cache blocks do not fit where they were told to go, or their file was damaged; those put before are kept."""
+    """Cache blocks or experts do not fit where they were told to go, or their file was damaged or lost."""
 
 
 def described(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import hf_accel
-from hf_accel import GPTQConfig, WeightOnlyConfig
+from hf_accel import ExpertOffloadConfig, GPTQConfig, WeightOnlyConfig
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import fp4
 from hf_accel.ops.affine import Scheme, quantize
@@ -289,6 +289,17 @@ def test_experts_that_were_packed_here_are_not_built_upon(tmp_path: Path) -> Non
     hf_accel.save_pretrained(model, tmp_path)
     with pytest.raises(hf_accel.UnsupportedModelError, match="quantized already"):
         hf_accel.optimize(hf_accel.from_pretrained(tmp_path), WeightOnlyConfig(bits=8))
+
+
+@pytest.mark.native
+def test_experts_in_a_file_compute_the_same(tmp_path: Path) -> None:
+    model = hf_accel.from_pretrained(_written())
+    expected = logits(model)
+    hf_accel.optimize(model, ExpertOffloadConfig(share=0.6, folder=str(tmp_path)))
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected), "some from memory"
+    hf_accel.restore(model)
+    assert torch.equal(logits(model), expected)
 
 
 def test_copies_compute_the_same() -> None:

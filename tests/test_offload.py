@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import changes, fingerprint
 from mixtures import MIXTURES, UNREGISTERED, mixture
 from models import padded, prompt
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import hf_accel
+from hf_accel.core.drift import CACHE
+from hf_accel.core.steps.goal import Goal
+from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
 from hf_accel.experts.offload import ExpertOffloadConfig
 from hf_accel.experts.offload.module import Offloaded
@@ -80,9 +84,9 @@ def test_text_is_stocks(name: str) -> None:
     assert equal(texts(model), before)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_text_of_packed_experts_is_that_in_memory(bits: int, tmp_path: Path) -> None:
-    model = mixture("qwen3_moe")
+@pytest.mark.parametrize("name,bits", [("qwen3_moe", 4), ("gpt_oss", 8), ("mixtral", 2)])
+def test_text_of_packed_experts_is_that_in_memory(name: str, bits: int, tmp_path: Path) -> None:
+    model = mixture(name)
     quantized = hf_accel.WeightOnlyConfig(bits=bits)
     with hf_accel.optimized(model, quantized):
         before = texts(model)
@@ -160,6 +164,24 @@ def test_weights_leave_memory_and_come_back() -> None:
     assert all(p is parameters[name][0] and torch.equal(p, parameters[name][1]) for name, p in model.named_parameters())
 
 
+def test_packed_weights_leave_memory() -> None:
+    model = mixture("olmoe")
+    hf_accel.optimize(model, hf_accel.WeightOnlyConfig())
+    texts(model)
+    saved = copy.deepcopy(model)
+    freed = [weakref.ref(b.untyped_storage()) for name, b in saved.named_buffers() if ".experts." in name]
+    texts(saved)  # a native call of the experts' own holds their memory now
+    hf_accel.optimize(saved, ExpertOffloadConfig())
+    gc.collect()
+    assert len(freed) > 8
+    assert not any(storage() for storage in freed), "the weights in memory are kept by somebody"
+    assert equal(texts(saved), texts(model))
+    hf_accel.restore(saved)
+    gc.collect()
+    assert all(buffer.untyped_storage().resizable() for buffer in saved.buffers() if buffer is not None)
+    assert equal(texts(saved), texts(model))
+
+
 def test_a_dropped_model_leaves_nothing(tmp_path: Path) -> None:
     model = mixture("olmoe")
     hf_accel.optimize(model, ExpertOffloadConfig(folder=str(tmp_path)))
@@ -221,29 +243,27 @@ def test_the_report_says_what_the_budget_costs() -> None:
     assert f"{found['misses']} misses" in text
 
 
-def test_read_ahead_asks_for_what_the_next_router_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mixture("qwen3_moe")
-    before = texts(model)
-    hf_accel.optimize(model, least(model))
-    asked: list[Any] = []
-    file = slots_of(model).file
-    monkeypatch.setattr(file, "expect", asked.append)
-    texts(model)
-    assert not asked, "the page cache is no disk"
-    monkeypatch.setattr(Slots, "is_slow", property(lambda slots: True))
-    assert equal(texts(model), before)
-    second = [extents for each in described_second(model) for extents in each]
-    assert asked
-    assert all(extents in second for extents in asked), "only a layer that has one before it can be guessed"
-
-
-def described_second(model: Any) -> list[Any]:
-    stored = slots_of(model)._owners
-    return [each.extents for each in {id(each): each for each in stored}.values()][1:]
+def test_a_plan_says_what_a_budget_will_cost() -> None:
+    """As it is found when the text is then read token by token, which is the routing of a single call."""
+    model, ids = mixture("qwen3_moe"), prompt(1, 120)
+    before = fingerprint(model)
+    [preview] = hf_accel.plan(model, ExpertOffloadConfig(share=0.5), calibration=ids).previews
+    assert not changes(before, fingerprint(model))
+    hf_accel.optimize(model, ExpertOffloadConfig(share=0.5))
+    cache = DynamicCache()
+    with torch.no_grad():
+        for token in ids[0]:
+            model(token[None, None], **{CACHE: cache})
+    found = section(model)
+    assert preview.concentration == pytest.approx(found["concentration"], abs=0.01)
+    assert preview.hit_rate == pytest.approx(found["hit_rate"], abs=0.03)
+    assert preview.hit_rate < 0.97
+    assert f"{preview.hit_rate:.1%} of what a token wants is in memory, on 120 tokens" in str(preview)
+    assert hf_accel.plan(mixture("qwen3_moe"), ExpertOffloadConfig()).previews[0].source == "the model's own samples"
 
 
 def test_no_goal_chooses_it() -> None:
-    model = mixture("olmoe")
-    assert not Setting.of(model).model.training
-    for goal in ("exact", "memory"):
-        assert "ExpertOffloadConfig" not in str(hf_accel.plan(model, goal))
+    setting = Setting.of(mixture("olmoe"))
+    for goal in (Goal("exact"), Goal("fast", 0.05), Goal("memory", 0.2, saves_memory=True)):
+        offer = Patcher.for_config(ExpertOffloadConfig()).candidates(goal, setting)
+        assert not offer.configs

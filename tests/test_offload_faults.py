@@ -35,7 +35,6 @@ pytestmark = pytest.mark.native
         {"share": "half"},
         {"share": float("nan")},
         {"folder": 3},
-        {"read_ahead": "yes"},
     ],
     ids=str,
 )
@@ -58,6 +57,29 @@ def test_a_budget_below_one_layers_active_experts_is_refused() -> None:
     refused(model, ExpertOffloadConfig(budget_bytes=enough - 1), f"give budget_bytes of {enough:,} at least")
     refused(model, ExpertOffloadConfig(share=0.01), "is below the 2 experts of")
     hf_accel.optimize(model, ExpertOffloadConfig(budget_bytes=enough))
+
+
+def test_a_budget_is_that_of_the_weights_as_they_are_then() -> None:
+    """Experts that a step before puts in few bits need less; where they were given up, the model goes on in memory."""
+    quantized = hf_accel.WeightOnlyConfig(bits=4)
+    model = mixture("qwen3_moe")
+    dense = least(model).budget_bytes
+    with hf_accel.optimized(model, quantized):
+        packed = least(model).budget_bytes
+        before = texts(model)
+    assert packed is not None
+    assert dense is not None
+    assert packed < dense
+    config = ExpertOffloadConfig(budget_bytes=packed)
+    with hf_accel.optimized(model, [quantized, config]):
+        assert equal(texts(model), before)
+        assert section(model)["misses"] > 0
+    short = ExpertOffloadConfig(budget_bytes=packed - 1)
+    refused(model, short, f"give budget_bytes of {dense:,} at least")
+    hf_accel.optimize(model, [quantized, short], originals="drop")
+    [*_, skip] = hf_accel.report(model).skipped
+    assert f"give budget_bytes of {packed:,} at least" in skip.reason
+    assert equal(texts(model), before)
 
 
 def test_models_and_machines_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,18 +170,6 @@ def test_a_failed_read_keeps_nothing(missing: list[int], monkeypatch: pytest.Mon
     assert there(slots) == [0, *missing]
 
 
-def test_reads_are_slow_where_a_disk_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    slots, (one,) = slots_of([[100] * 40], 200)
-    for expert in range(20):
-        use(slots, one, [expert])
-    assert not slots.is_slow
-    clock = iter(range(1000))
-    monkeypatch.setattr(module, "perf_counter", lambda: float(next(clock)))
-    for expert in range(20, 40):
-        use(slots, one, [expert])
-    assert slots.is_slow
-
-
 def test_concentration_is_the_least_share_that_carries_most_of_the_routing() -> None:
     sizes = np.array([1, 1, 1, 1, 6])
     assert concentration(torch.tensor([0, 0, 0, 0, 0]), sizes) is None

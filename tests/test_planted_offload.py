@@ -14,7 +14,6 @@ from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
 from hf_accel.errors import StorageError
 from hf_accel.experts.offload import config, guard, patcher, slots, stored
-from hf_accel.experts.offload.ahead import ReadAhead
 from hf_accel.experts.offload.file import ExpertsFile
 from hf_accel.experts.offload.store import ExpertStore
 from hf_accel.kernels import native
@@ -94,17 +93,13 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         instead(stored.StoredExperts, "move", lambda self, mapping, module: self.__dict__.update(kernel=None)),
         test_offload.test_weights_leave_memory_and_come_back,
     ),
-    "a guess for the wrong layer": (
-        instead(ReadAhead, "expect", lambda self, each, hidden: self._slots.file.expect(each.extents[0])),
-        test_offload.test_read_ahead_asks_for_what_the_next_router_chooses,
-    ),
     "calls that the module serves": (
         instead(guard.Guard, "holds", lambda self, module: False),
         test_offload.test_text_is_stocks,
     ),
     "a short read": (short_reads, test_offload_faults.test_a_lost_file_is_an_error_and_never_text),
     "too small a budget": (
-        instead(patcher.ExpertOffloadPatcher, "_least", staticmethod(lambda model, stored: (1, 1))),
+        instead(patcher.ExpertOffloadPatcher, "_too_small", lambda *_: []),
         test_offload_faults.test_a_budget_below_one_layers_active_experts_is_refused,
     ),
     "any value for a field": (

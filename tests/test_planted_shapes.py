@@ -14,6 +14,8 @@ from hf_accel.measure.subjects import shapes
 from hf_accel.ops.affine import Scheme
 from hf_accel.quantization import building
 
+TURNED = building._turned
+
 
 def another_width(patch: Patch) -> None:
     patch.setitem(SHAPES, "qwen3-30b-a3b", SHAPES["qwen3-30b-a3b"] | {"moe_intermediate_size": 1408})
@@ -47,6 +49,18 @@ def a_product_left_in_full_precision(patch: Patch) -> None:
     patch.setattr(building, "targets", lambda *args: (targets(*args)[0][1:], []))
 
 
+def without_turning(module: Any, steps: int) -> Any:
+    return TURNED(module, 0)
+
+
+def config_of_its_own(module: Any, steps: int) -> Any:
+    turned = TURNED(module, steps)
+    for inner in turned.modules():
+        if hasattr(inner, "config"):
+            inner.config = copy.copy(inner.config)
+    return turned
+
+
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "experts of another width": (another_width, test_shapes.test_a_shape_has_the_weights_of_the_published_model),
     "multipliers forgotten": (multipliers_of_the_class, test_shapes.test_what_the_published_configs_say_beside_sizes),
@@ -63,11 +77,15 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_shapes.test_a_packed_shape_is_what_quantizing_the_whole_model_gives,
     ),
     "one memory for all layers": (
-        instead(building, "_copied", lambda module: module),
+        instead(building, "_turned", lambda module, steps: module),
         test_shapes.test_each_layer_lies_in_memory_of_its_own,
     ),
     "a config for each layer": (
-        instead(building, "_copied", copy.deepcopy),
+        instead(building, "_turned", config_of_its_own),
+        test_shapes.test_each_layer_lies_in_memory_of_its_own,
+    ),
+    "layers all alike": (
+        instead(building, "_turned", without_turning),
         test_shapes.test_each_layer_lies_in_memory_of_its_own,
     ),
     "each layer in full precision": (

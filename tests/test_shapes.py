@@ -104,6 +104,10 @@ def test_each_layer_lies_in_memory_of_its_own() -> None:
     assert len(set(places)) == len(places)
     experts = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
     assert len(experts) == 3
+    products = [[*module.gate_up_proj, *module.down_proj] for module in experts]
+    for first, second in zip(products[0], products[1], strict=True):  # no two layers are alike
+        assert not torch.equal(first.packed.dequantize(), second.packed.dequantize())
+        assert torch.equal(first.packed.dequantize().sort(0).values, second.packed.dequantize().sort(0).values)
     assert all(module.config is model.config for module in experts)  # type: ignore[attr-defined]
 
 

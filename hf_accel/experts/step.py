@@ -14,10 +14,6 @@ from hf_accel.core.model.watching import Watch
 from hf_accel.kernels import native
 from hf_accel.kernels.weights import dense_matrix
 
-MANY_ROWS = (
-    16  # of an expert, on average: from here on ATen's products are faster where its CPU has instructions for them
-)
-
 
 class ExpertsStep:
     """The experts of one module on its own tensors, in whatever layout they lie.
@@ -28,7 +24,7 @@ class ExpertsStep:
 
     def __init__(self, module: Any) -> None:
         """Raise ValueError with the reason if the native call cannot stand for `module`."""
-        self.is_native_at_any_size = native.best_rows(module.down_proj.dtype) is None
+        self.most_rows = native.best_expert_rows(module.down_proj.dtype)  # of an expert, on average
         self.counts = torch.zeros(module.down_proj.shape[0], dtype=torch.int64)
         self._request = 0  # the call of `generate` in which everything was looked at
         self._refused: Watch | None = None
@@ -83,7 +79,7 @@ class ExpertsStep:
             or hidden.dim() != 2
             or weights.shape != ids.shape
             or weights.dtype not in (self.dtype, torch.float32)
-            or not (self.is_native_at_any_size or ids.numel() <= MANY_ROWS * self.form.experts)
+            or (self.most_rows is not None and ids.numel() > self.most_rows * self.form.experts)
             or not self._is_current(module)
         ):
             return None

@@ -1,4 +1,4 @@
-"""Products with weights of 8, 4, 3 and 2 bits, wherever they lie.
+"""Products with weights of 8, 4, 3 and 2 bits and of MXFP4, wherever they lie.
 
 On the CPU with the native library the codes are multiplied as they are: activations are rounded to 16 bits for 8-bit
 weights, to 8 bits for weights of fewer bits, in blocks of 32 columns with a scale each. Elsewhere torch's own kernels

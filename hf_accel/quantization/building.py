@@ -1,8 +1,9 @@
 """A model of a named shape with random weights that is packed from the start: full precision never exists as a whole.
 
 The model is built on the meta device. One product, or one layer's experts, is initialised and rounded for each shape
-and scheme; all others of that shape are copies of it in memory of their own, so that each layer is read where it lies.
-It shows speed, never quality. Cost: the packed model and, once per shape, one module in full precision.
+and scheme; all others of that shape have its rows in another order and memory of their own, so that each layer is read
+where it lies, and no two are alike: under layers that are, all tokens become one, and go to the same experts. It shows
+speed, never quality. Cost: the packed model and, once per shape, one module in full precision.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.files.mxfp4 import SCHEME
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.experts import PRODUCTS, QuantizedExperts, packed_product, weight_of
+from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher, untie
 from hf_accel.quantization.targets import Target, targets
 
@@ -71,14 +73,14 @@ def build_packed(
     elif config.tie_word_embeddings:
         untie(model, Journal())
     made: dict[Hashable, nn.Module] = {}
-    for target in chosen:
+    for number, target in enumerate(chosen):
         key = _kind(target, patcher.config)
         if key not in made:
             original = _initialised(model, target.module)
             made[key] = _in_mxfp4(target, dtype) if bits is None else patcher.prepared(target, original, setting)
             target.parent._modules[target.name] = made[key]
         else:
-            target.parent._modules[target.name] = _copied(made[key])
+            target.parent._modules[target.name] = _turned(made[key], number)
     for module in model.modules():
         if any(tensor.is_meta for tensor in _own(module)):
             _initialised(model, module)
@@ -118,8 +120,16 @@ def _initialised(model: Any, module: nn.Module) -> nn.Module:
     return module
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy with tensors of its own; experts go on reading the config that they share with their model."""
+def _turned(module: nn.Module, steps: int) -> nn.Module:
+    """Return a copy whose products have their rows `steps` blocks further on, in tensors of their own.
+
+    Experts go on reading the config that they share with their model.
+    """
     owned = (part for inner in module.modules() for part in vars(inner).values())
     shared = {id(part): part for part in owned if isinstance(part, PretrainedConfig)}
-    return copy.deepcopy(module, shared)
+    turned = copy.deepcopy(module, shared)
+    for product in turned.modules():
+        if isinstance(product, QuantizedLinear):
+            for tensor in product.buffers():  # [blocks of rows, ...]
+                tensor.copy_(tensor.roll(steps % len(tensor), 0))
+    return turned

@@ -15,14 +15,11 @@ class ExpertOffloadConfig(Config):
     budget_bytes: of memory for weights of experts. None: `share` of all of them.
     share: of the bytes of all experts, above 0, to 1; of no effect beside budget_bytes.
     folder: where the file lies, which has no name and leaves nothing behind; None: the system's temporary folder.
-    read_ahead: whether the experts that the next layer's router is likely to choose are asked of the disk early;
-        done only while reads are as slow as a disk's.
     """
 
     budget_bytes: int | None = None
     share: float = 0.5
     folder: str | None = None
-    read_ahead: bool = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -32,5 +29,3 @@ class ExpertOffloadConfig(Config):
             raise ConfigError(f"{name}.share is a number above 0, to 1; {self.share!r} was given.")
         if not isinstance(self.folder, str | None):
             raise ConfigError(f"{name}.folder is a path as a string; {self.folder!r} was given.")
-        if type(self.read_ahead) is not bool:
-            raise ConfigError(f"{name}.read_ahead is True or False; {self.read_ahead!r} was given.")

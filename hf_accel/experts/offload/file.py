@@ -107,20 +107,6 @@ class ExpertsFile:
             except OSError as error:
                 raise self._failed("could not be read", error) from error
 
-    def expect(self, extents: Sequence[Extent]) -> None:
-        """Have the disk begin to read extents, without waiting for it."""
-        if hasattr(os, "posix_fadvise"):
-            for offset, size, _ in extents:
-                # the kernel reads no more than its read-ahead window per call
-                for start in range(offset, offset + size, 1 << 17):
-                    os.posix_fadvise(self._descriptor, start, 1 << 17, os.POSIX_FADV_WILLNEED)
-
-    def forget(self) -> None:
-        """Have the system drop what it keeps of the file in memory; for measuring."""
-        os.fsync(self._descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def lost_from(self) -> int | None:
         """Return from which byte on the file is no longer there, None if it is whole."""
         found = os.fstat(self._descriptor).st_size

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_accel.core.journal import beneath
-from hf_accel.experts.offload.ahead import ReadAhead
 from hf_accel.experts.offload.guard import Guard
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.stored import StoredExperts
@@ -34,9 +33,7 @@ class Offloaded:
         beneath(Offloaded, self, "_save_to_state_dict")(*args, **options)
 
 
-def offloaded_forward(
-    stored: StoredExperts, guard: Guard, slots: Slots, ahead: ReadAhead | None
-) -> Callable[..., Tensor]:
+def offloaded_forward(stored: StoredExperts, guard: Guard, slots: Slots) -> Callable[..., Tensor]:
     """Return the `forward` of a module whose experts are `stored`, as long as `guard` holds.
 
     All is bound here and not read from the module, whose class another thread may put back while this runs.
@@ -47,7 +44,7 @@ def offloaded_forward(
             slots.file.check()
             stored.handed_on += 1
             return beneath(Offloaded, self, "forward")(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-        return computed(stored, slots, ahead, hidden_states, top_k_index, top_k_weights)
+        return computed(stored, slots, hidden_states, top_k_index, top_k_weights)
 
     return forward
 
@@ -68,9 +65,7 @@ def _fits(stored: StoredExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -
     )
 
 
-def computed(
-    stored: StoredExperts, slots: Slots, ahead: ReadAhead | None, hidden: Tensor, ids: Tensor, weights: Tensor
-) -> Tensor:
+def computed(stored: StoredExperts, slots: Slots, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Return [T, E] for hidden [T, E], ids and weights [T, k], reading what is not in memory.
 
     Where the call wants more experts than slots hold, some are read, computed with and given up for others, in the
@@ -82,8 +77,6 @@ def computed(
     count = stored.form.experts
     rows = _rows(ids, count)
     experts = rows.nonzero()[0]
-    if ahead is not None:
-        ahead.expect(stored, hidden)
     rounds = list(_rounds(slots.sizes[stored.first + experts], slots.budget))
     if len(rounds) < 2:
         kept = slots.acquire(stored, experts, rows[experts])

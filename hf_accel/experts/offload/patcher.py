@@ -15,14 +15,16 @@ from hf_accel.core.calls.report import SECTIONS
 from hf_accel.core.journal import Journal, subclass
 from hf_accel.core.model.anatomy import holds_experts
 from hf_accel.core.model.packed_experts import packed_products
+from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
-from hf_accel.errors import VerificationError
+from hf_accel.errors import HfAccelError, UnsupportedModelError, VerificationError
 from hf_accel.experts.active import active_experts
 from hf_accel.experts.offload.config import ExpertOffloadConfig
 from hf_accel.experts.offload.guard import Guard
 from hf_accel.experts.offload.module import Offloaded, computed, offloaded_forward
+from hf_accel.experts.offload.preview import OffloadPreview, previewed
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.statistics import OffloadStatistics
 from hf_accel.experts.offload.store import ExpertStore, Modules, store_of
@@ -32,6 +34,7 @@ from hf_accel.ops import tolerances
 
 SECTION = "offloaded_experts"
 _TOKENS = 4  # of the audit
+_LEAST_BITS = 2  # of a weight, whatever other steps make of it
 
 
 class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadConfig):
@@ -59,33 +62,40 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
             return [*found, f"the model has no stacked experts that can be moved to a file{reasons}."]
         if all(store_of(module) is not None for module, _ in stored):
             return found  # a copy of a model whose experts lie in a file
-        least, active = self._least(anatomy.model, stored)
-        budget = self._budget(stored)
-        if budget < least:
-            found.append(
-                f"a budget of {budget:,} bytes is below the {active} experts of {least // active:,} bytes that one "
-                f"token wants in one layer; give budget_bytes of {least:,} at least."
-            )
-        folder = tempfile.gettempdir() if self.config.folder is None else self.config.folder
-        size = stored[-1][1].end
+        # other steps of the plan may put experts in few bits before this one; `patch` knows what has become of them
+        can_shrink = any(each.products is None for _, each in stored)
+        shrunk = _LEAST_BITS / 8 / anatomy.dtype.itemsize if can_shrink else 1.0
+        found += self._too_small(anatomy.model, stored, 1.0 if self.config.budget_bytes is None else shrunk)
+        folder, size = tempfile.gettempdir() if self.config.folder is None else self.config.folder, stored[-1][1].end
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
             found.append(
                 f"no file can be written in the folder {folder!r}; name one that exists and can be written to."
             )
-        elif (free := shutil.disk_usage(folder).free) < size:
+        elif (free := shutil.disk_usage(folder).free) < shrunk * size:
             found.append(f"the experts take {size:,} bytes, and {free:,} are free in {folder!r}; name another folder.")
         return found
+
+    def _too_small(self, model: Any, stored: Modules, shrunk: float = 1.0) -> list[str]:
+        """Return that the budget is below what a token wants of one layer, if experts take `shrunk` of their bytes."""
+        active = min(active_experts(model) or 1, *(each.form.experts for _, each in stored))
+        largest = max(max(each.bytes_of) for _, each in stored)
+        budget = self._budget(stored)
+        if budget >= active * largest * shrunk:
+            return []
+        return [
+            f"a budget of {budget:,} bytes is below the {active} experts of {largest:,} bytes that one token wants in "
+            f"one layer; give budget_bytes of {active * largest:,} at least."
+        ]
 
     def _budget(self, stored: Modules) -> int:
         if self.config.budget_bytes is not None:
             return self.config.budget_bytes
         return int(self.config.share * sum(sum(each.bytes_of) for _, each in stored))
 
-    @staticmethod
-    def _least(model: Any, stored: Modules) -> tuple[int, int]:
-        """Return the bytes that a token wants of one layer, and of how many experts."""
-        active = min(active_experts(model) or 1, *(each.form.experts for _, each in stored))
-        return active * max(max(each.bytes_of) for _, each in stored), active
+    def preview(self, setting: Setting) -> OffloadPreview:
+        trial = twin(setting.model)
+        stored, _ = described(trial, setting.anatomy.dtype)
+        return previewed(trial, [each for _, each in stored], self._budget(stored), setting.calibration)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -94,14 +104,22 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
         model, before = anatomy.model, anatomy.weight_bytes
         modules, skipped = described(model, anatomy.dtype)
         shared = [store_of(module) for module, _ in modules]
-        if all(shared):
+        if modules and all(shared):
             pairs = [found for found in shared if found is not None]
             for (module, _), (store, each) in zip(modules, pairs, strict=True):
                 _put(store, each, module, journal)
             return Change("experts lie where those of the model lie that this one is a copy of")
-        active = active_experts(model) if self.config.read_ahead else None
-        ahead = None if active is None else (model, active)
-        store = ExpertStore(self.config.folder, modules, self._budget(modules), ahead)
+        try:
+            if not modules:
+                raise UnsupportedModelError("the model has no stacked experts any more that can be moved to a file.")
+            if too_small := self._too_small(model, modules):
+                raise UnsupportedModelError(too_small[0])
+            store = ExpertStore(self.config.folder, modules, self._budget(modules))
+        except HfAccelError as error:
+            if not journal.given_up:
+                raise
+            # there is no way back to the model as it was: it goes on in memory
+            return Change("all experts stay in memory", skipped=(*skipped, str(error)))
         slots = store.slots
         journal.first(store.bring_back)
         for module, each in modules:
@@ -122,7 +140,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
 
 def _put(store: ExpertStore, stored: StoredExperts, module: Any, journal: Journal) -> None:
     """Give a module the class that computes with the experts in the file."""
-    forward = offloaded_forward(stored, Guard(stored, module), store.slots, store.ahead)
+    forward = offloaded_forward(stored, Guard(stored, module), store.slots)
     journal.swap_class(module, subclass(Offloaded, type(module), slots=store.slots, forward=forward))
 
 
@@ -151,7 +169,7 @@ def _audit(stored: StoredExperts, slots: Slots, module: Any) -> None:
     ids = torch.stack([torch.randperm(form.experts, generator=generator)[:2] for _ in range(_TOKENS)])
     weights = torch.rand(ids.shape, generator=generator).to(stored.dtype)
     expected = module.forward(hidden, ids, weights)
-    found = computed(stored, slots, None, hidden, ids, weights)
+    found = computed(stored, slots, hidden, ids, weights)
     difference = float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
     bound = tolerances.of_layer_output(stored.dtype, stored.products is not None)
     if not difference <= bound:

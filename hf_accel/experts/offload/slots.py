@@ -19,11 +19,9 @@ import torch
 from hf_accel.experts.offload.file import ExpertsFile
 from hf_accel.experts.offload.stored import StoredExperts
 
-HALF_LIFE = 128  # tokens after which a row counts half
+HALF_LIFE = 32  # tokens after which a row counts half
 _LARGEST_GAIN = 1e100
-_SLOW_S, _SLOW_BYTES_PER_S = 1e-4, 2e9  # of an expert: slower than this is no page cache
 _PER_THREAD = 2 << 20  # bytes: fewer are read before another thread would have begun
-_WEIGHT = 0.05  # of the latest read
 _ABSENT, _COMING, _THERE = range(3)
 
 
@@ -49,12 +47,6 @@ class Slots:
         self._changed = threading.Condition(threading.Lock())
         self.hits = self.misses = self.read_bytes = self.held_bytes = 0
         self.read_seconds = 0.0
-        self._slowness = 0.0  # how many of the latest reads waited for a disk
-
-    @property
-    def is_slow(self) -> bool:
-        """Return whether reads take what a disk takes, and not what the system's page cache does."""
-        return self._slowness > 0.5
 
     def acquire(self, owner: StoredExperts, experts: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Bring experts of one module into memory and keep them there until `release` of what is returned.
@@ -103,7 +95,7 @@ class Slots:
             self._heat[:] = 0.0
             self._score[self._score < np.inf] = 0.0
             self.hits = self.misses = self.read_bytes = 0
-            self.read_seconds = self._slowness = 0.0
+            self.read_seconds = 0.0
             for owner in self._owners:
                 owner.kernel.counts.zero_()
 
@@ -111,10 +103,6 @@ class Slots:
         """Let experts leave again."""
         with self._changed:
             self._unpin(kept)
-
-    def absent(self, owner: StoredExperts, experts: Sequence[int]) -> list[int]:
-        """Return which experts of a module are not in memory; what others do at this moment does not count."""
-        return [expert for expert in experts if self._state[owner.first + expert] == _ABSENT]
 
     def _claim(self, wanted: np.ndarray) -> list[int] | None:
         """Pin experts and return those that have to be read into the slots they now have; None: there is no room."""
@@ -177,11 +165,8 @@ class Slots:
             owner = self._owners[number]
             owner.put(number - owner.first, self._buffers[number].ctypes.data)
         with self._changed:
-            seconds = perf_counter() - began
-            self.read_seconds += seconds
+            self.read_seconds += perf_counter() - began
             self.read_bytes += size
-            was_slow = seconds > len(missing) * _SLOW_S + size / _SLOW_BYTES_PER_S
-            self._slowness += _WEIGHT * (was_slow - self._slowness)
 
     def _read_some(self, numbers: list[int], errors: list[BaseException]) -> None:
         try:

@@ -1,18 +1,16 @@
-"""What belongs to the offloaded experts of one model: the file, the slots, and who reads ahead.
+"""What belongs to the offloaded experts of one model: the file and the slots.
 
 Copies of a model that share its tensors, as drafts and trials are made on, share it, too.
 """
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hf_accel.errors import IrreversibleError, StorageError
-from hf_accel.experts.offload.ahead import ReadAhead, router_of
 from hf_accel.experts.offload.file import ExpertsFile, Extent, memory_of
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.stored import StoredExperts, first_tensor
@@ -24,10 +22,8 @@ _STORES: WeakValueDictionary[int, ExpertStore] = WeakValueDictionary()  # by the
 class ExpertStore:
     """The experts of some modules in a file."""
 
-    def __init__(self, folder: str | None, modules: Modules, budget: int, read_ahead: tuple[Any, int] | None) -> None:
+    def __init__(self, folder: str | None, modules: Modules, budget: int) -> None:
         """Write the file; nothing is changed yet.
-
-        read_ahead: the model and how many experts it sends a token to; None: nothing is read ahead.
 
         Raises:
             ConfigError, StorageError: no file can be written in the folder, or not one of this size.
@@ -39,13 +35,6 @@ class ExpertStore:
                 self.file.write(tensor, offset)
         self.slots = Slots(self.file, self.modules, budget)
         self._mapping = self.file.mapped()
-        self.ahead: ReadAhead | None = None
-        if read_ahead is not None:
-            model, active = read_ahead
-            parents = [model.get_submodule(each.path.rpartition(".")[0]) for each in self.modules]
-            routers = [router_of(parent, each.form.experts, each.form.hidden)
-                       for parent, each in zip(parents, self.modules, strict=True)]  # fmt: skip
-            self.ahead = ReadAhead(self.slots, self.modules, routers, active)
 
     def take(self, module: nn.Module, stored: StoredExperts) -> None:
         """Have the experts of a module lie in the file instead of in memory."""

@@ -8,17 +8,20 @@ over a token's experts is made in fp32.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hf_accel.kernels.native import library as _library
 from hf_accel.kernels.native.block_weights import ACTIVATIONS
 from hf_accel.kernels.native.linear import DTYPE_CODES
-from hf_accel.kernels.weights import MATRIX
+from hf_accel.kernels.weights import MATRIX, dense_matrix
 
 _LAYER = struct.Struct("=7q2d2Q")
 _CALL = struct.Struct("=6Q4q")
@@ -133,3 +136,51 @@ class NativeExperts:
         if self._function(self._layer, call):
             raise ValueError(f"native experts do not take {tokens} tokens with {choices} experts each")
         return out
+
+
+def best_expert_rows(dtype: torch.dtype) -> int | None:
+    """Return up to how many rows per expert dense experts are computed here rather than by ATen; None: any number.
+
+    A trial shows it, once per process: up to 100 ms.
+    """
+    return _best_expert_rows(dtype, _library.status().isa)
+
+
+_TRIED_ROWS = (8, 16, 32, 64)  # of an expert, in the trial
+
+
+@functools.cache
+def _best_expert_rows(dtype: torch.dtype, isa: str) -> int | None:
+    experts, hidden, inner = 4, 512, 512
+    gate_up, down = (torch.full((experts, *size), 0.01, dtype=dtype) for size in ((2 * inner, hidden), (hidden, inner)))
+    matrices = [[dense_matrix(weight) for weight in weights] for weights in (gate_up, down)]
+    native = NativeExperts(
+        dtype=dtype, hidden=hidden, inner=inner, gate=Gate("silu"), interleaved=False, transposed=False,
+        gate_up=matrices[0], down=matrices[1],
+    )  # fmt: skip
+
+    def ours(x: Tensor) -> None:
+        ids = torch.arange(len(x))[:, None] % experts
+        native(x, ids, torch.ones(ids.shape, dtype=dtype))
+
+    def atens(x: Tensor) -> None:
+        for i, part in enumerate(x.chunk(experts)):
+            gate, up = functional.linear(part, gate_up[i]).chunk(2, dim=-1)
+            functional.linear(functional.silu(gate) * up, down[i])
+
+    def seconds(compute: Callable[[Tensor], None], x: Tensor) -> float:
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            compute(x)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    best = _TRIED_ROWS[0] // 2
+    for rows in _TRIED_ROWS:
+        x = torch.ones(experts * rows, hidden, dtype=dtype)
+        ratio = seconds(ours, x) / seconds(atens, x)
+        if ratio > 1.0:
+            return best
+        best = rows
+    return None if ratio < 0.8 else best

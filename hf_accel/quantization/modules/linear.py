@@ -112,7 +112,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """y = x W^T + bias for x [..., K], with W [N, K] packed in 8, 4, 3 or 2 bits (see kernels/weights.py).
+    """y = x W^T + bias for x [..., K], with W [N, K] packed in 8 to 2 bits or MXFP4 (see kernels/weights.py).
 
     A subclass of `nn.Linear` so that adapters find it; `nn.Linear.__init__` is not run, as there is no weight.
     integer_rows: products of more rows than this are computed on dequantized blocks of the weight instead of on the
@@ -188,6 +188,7 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         group = f"group_size={self.scheme.group_size}" if self.scheme.group_size else "per channel"
+        group += f", code_book={self.scheme.code_book!r}" if self.scheme.code_book else ""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.scheme.bits}, {group}"
         )
