@@ -305,7 +305,7 @@ def test_an_unknown_gate_is_the_class_s_own_and_an_unknown_layout_is_said() -> N
     assert any("spread over several processes" in skip.reason for skip in hf_accel.report(spread).skipped)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: name not in LAYOUTS))
 def test_saved_experts_come_back_to_the_bit(name: str, tmp_path: Any) -> None:
     dtype = torch.bfloat16 if name in LAYOUTS else torch.float32
     model = hf_accel.optimize(
@@ -319,26 +319,17 @@ def test_saved_experts_come_back_to_the_bit(name: str, tmp_path: Any) -> None:
     assert all(isinstance(experts, QuantizedExperts) for experts in experts_of(model).values())
 
 
-def test_calibrated_experts_of_every_layout(tmp_path: Any) -> None:
-    text = prompt(6, 48)
-    for name in LAYOUTS:
-        model = mixture(name)
-        plain, solved = (
-            hf_accel.optimize(copy.deepcopy(model), config, calibration=text)
-            for config in (WeightOnlyConfig(bits=8), GPTQConfig(bits=8))
-        )
-        section = hf_accel.report(solved).sections["gptq"]
-        for path, experts in experts_of(model).items():
-            for part in PARTS:
-                for index in range(experts.num_experts):
-                    rows = rows_of(experts, part, index)
-                    found = getattr(solved.get_submodule(path), part)[index].weight.dequantize()
-                    other = getattr(plain.get_submodule(path), part)[index].weight.dequantize()
-                    assert distance(found, rows) < 0.02
-                    [finding] = [f for f in section.findings if f.path == f"{path}.{part}.{index}"]
-                    if finding.error is not None:
-                        assert not torch.equal(found, other)
-                    else:
-                        assert torch.equal(found, other)
-        hf_accel.save_pretrained(solved, tmp_path / name)
-        assert torch.equal(logits(hf_accel.from_pretrained(tmp_path / name)), logits(solved))
+def test_calibrated_experts_have_gate_above_up(tmp_path: Any) -> None:
+    """Solved as rows lie, and put in order afterwards: close to the weight row by row, and not what rounding gives."""
+    model, text = mixture("gpt_oss"), prompt(6, 48)
+    solved = hf_accel.optimize(copy.deepcopy(model), GPTQConfig(bits=8), calibration=text)
+    findings = {finding.path: finding for finding in hf_accel.report(solved).sections["gptq"].findings}
+    for path, experts in experts_of(model).items():
+        for part in PARTS:
+            for index, product in enumerate(getattr(solved.get_submodule(path), part)):
+                rows, found = rows_of(experts, part, index), product.weight.dequantize()
+                assert distance(found, rows) < 0.02
+                rounded = dequantize(quantize(rows, Scheme(8)))
+                assert torch.equal(found, rounded) == bool(findings[f"{path}.{part}.{index}"].reason)
+    hf_accel.save_pretrained(solved, tmp_path)
+    assert torch.equal(logits(hf_accel.from_pretrained(tmp_path)), logits(solved))
