@@ -16,6 +16,7 @@ import torch
 from fingerprint import changes, fingerprint
 from mixtures import MIXTURES, UNREGISTERED, mixture
 from models import padded, prompt
+from test_mxfp4_files import _written as mxfp4_folder
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -267,3 +268,15 @@ def test_no_goal_chooses_it() -> None:
     for goal in (Goal("exact"), Goal("fast", 0.05), Goal("memory", 0.2, saves_memory=True)):
         offer = Patcher.for_config(ExpertOffloadConfig()).candidates(goal, setting)
         assert not offer.configs
+
+
+def test_a_checkpoint_that_was_loaded_packed() -> None:
+    """As a user has it who never had room for the original: MXFP4 as stored, on the file it is read from no more."""
+    model = hf_accel.from_pretrained(mxfp4_folder())
+    before = texts(model)
+    hf_accel.optimize(model, least(model))
+    assert equal(texts(model), before)
+    assert section(model)["handed_on"] == 0
+    assert section(model)["misses"] > 0
+    hf_accel.restore(model)
+    assert equal(texts(model), before)

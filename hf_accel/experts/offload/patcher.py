@@ -27,7 +27,7 @@ from hf_accel.experts.offload.module import Offloaded, computed, offloaded_forwa
 from hf_accel.experts.offload.preview import OffloadPreview, previewed
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.statistics import OffloadStatistics
-from hf_accel.experts.offload.store import ExpertStore, Modules, store_of
+from hf_accel.experts.offload.store import ExpertStore, Modules, return_memory, store_of
 from hf_accel.experts.offload.stored import StoredExperts
 from hf_accel.kernels import native
 from hf_accel.ops import tolerances
@@ -127,6 +127,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
             journal.did(partial(each.let_go, module))
             _audit(each, slots, module)
             _put(store, each, module, journal)
+        return_memory()
         slots.reset()  # what was counted so far was none of the user's
         host.report.sections[SECTION] = OffloadStatistics(slots, store.modules)
         total, count = int(slots.sizes.sum()), len(slots.sizes)

@@ -42,8 +42,8 @@ class OffloadPreview:
 
     def __str__(self) -> str:
         return (
-            f"budget {self.budget_bytes / 1e6:.1f} of {self.experts_bytes / 1e6:.1f} MB of experts: {self.hit_rate:.1%} "
-            f"of what a token wants is in memory, on {self.tokens} tokens of {self.source}; "
+            f"budget {self.budget_bytes / 1e6:.1f} of {self.experts_bytes / 1e6:.1f} MB of experts: "
+            f"{self.hit_rate:.1%} of what a token wants is in memory, on {self.tokens} tokens of {self.source}; "
             f"{said(self.concentration, self.budget_bytes / self.experts_bytes)}"
         )
 
