@@ -26,8 +26,8 @@ from hf_accel.core.steps.goal import Goal
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
 from hf_accel.experts.offload import ExpertOffloadConfig
+from hf_accel.experts.offload.describing import described
 from hf_accel.experts.offload.module import Offloaded
-from hf_accel.experts.offload.patcher import described
 from hf_accel.experts.offload.slots import Slots
 
 pytestmark = pytest.mark.native
