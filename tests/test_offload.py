@@ -280,3 +280,20 @@ def test_a_checkpoint_that_was_loaded_packed() -> None:
     assert section(model)["misses"] > 0
     hf_accel.restore(model)
     assert equal(texts(model), before)
+
+
+def test_hooks_on_packed_products_fire() -> None:
+    model = mixture("qwen3_moe")
+    hf_accel.optimize(model, [hf_accel.WeightOnlyConfig(), ExpertOffloadConfig()])
+    before = texts(model)
+    assert section(model)["handed_on"] == 0
+    seen: list[Any] = []
+    experts = modules_of(model)[0]
+    handles = [product.register_forward_hook(lambda *args: seen.append(args)) for product in experts.down_proj]
+    assert equal(texts(model), before)
+    assert seen
+    for handle in handles:
+        handle.remove()
+    served = section(model)["handed_on"]
+    assert equal(texts(model), before)
+    assert section(model)["handed_on"] == served > 0
