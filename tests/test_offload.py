@@ -16,6 +16,7 @@ import torch
 from fingerprint import changes, fingerprint
 from mixtures import MIXTURES, UNREGISTERED, mixture
 from models import padded, prompt
+from test_mxfp4_files import _written as mxfp4_folder
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -25,8 +26,8 @@ from hf_accel.core.steps.goal import Goal
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
 from hf_accel.experts.offload import ExpertOffloadConfig
+from hf_accel.experts.offload.describing import described
 from hf_accel.experts.offload.module import Offloaded
-from hf_accel.experts.offload.patcher import described
 from hf_accel.experts.offload.slots import Slots
 
 pytestmark = pytest.mark.native
@@ -267,3 +268,32 @@ def test_no_goal_chooses_it() -> None:
     for goal in (Goal("exact"), Goal("fast", 0.05), Goal("memory", 0.2, saves_memory=True)):
         offer = Patcher.for_config(ExpertOffloadConfig()).candidates(goal, setting)
         assert not offer.configs
+
+
+def test_a_checkpoint_that_was_loaded_packed() -> None:
+    """As a user has it who never had room for the original: MXFP4 as stored, on the file it is read from no more."""
+    model = hf_accel.from_pretrained(mxfp4_folder())
+    before = texts(model)
+    hf_accel.optimize(model, least(model))
+    assert equal(texts(model), before)
+    assert section(model)["handed_on"] == 0
+    assert section(model)["misses"] > 0
+    hf_accel.restore(model)
+    assert equal(texts(model), before)
+
+
+def test_hooks_on_packed_products_fire() -> None:
+    model = mixture("qwen3_moe")
+    hf_accel.optimize(model, [hf_accel.WeightOnlyConfig(), ExpertOffloadConfig()])
+    before = texts(model)
+    assert section(model)["handed_on"] == 0
+    seen: list[Any] = []
+    experts = modules_of(model)[0]
+    handles = [product.register_forward_hook(lambda *args: seen.append(args)) for product in experts.down_proj]
+    assert equal(texts(model), before)
+    assert seen
+    for handle in handles:
+        handle.remove()
+    served = section(model)["handed_on"]
+    assert equal(texts(model), before)
+    assert section(model)["handed_on"] == served > 0

@@ -18,7 +18,7 @@ from test_spill import failing
 
 import hf_accel
 from hf_accel.experts.offload import ExpertOffloadConfig, patcher
-from hf_accel.experts.offload.patcher import described
+from hf_accel.experts.offload.describing import described
 from hf_accel.kernels import native
 
 pytestmark = pytest.mark.native

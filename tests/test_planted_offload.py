@@ -13,7 +13,7 @@ import test_offload_slots
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
 from hf_accel.errors import StorageError
-from hf_accel.experts.offload import config, guard, patcher, slots, stored
+from hf_accel.experts.offload import config, guard, patcher, preview, slots, stored
 from hf_accel.experts.offload.file import ExpertsFile
 from hf_accel.experts.offload.store import ExpertStore
 from hf_accel.kernels import native
@@ -92,6 +92,14 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "weights that stay in memory": (
         instead(stored.StoredExperts, "move", lambda self, mapping, module: self.__dict__.update(kernel=None)),
         test_offload.test_weights_leave_memory_and_come_back,
+    ),
+    "hooks on products": (
+        instead(guard.Guard, "_has_products", lambda self, module: True),
+        test_offload.test_hooks_on_packed_products_fire,
+    ),
+    "a preview of another budget": (
+        instead(preview, "concentration", lambda rows, sizes: 0.5),
+        test_offload.test_a_plan_says_what_a_budget_will_cost,
     ),
     "calls that the module serves": (
         instead(guard.Guard, "holds", lambda self, module: False),

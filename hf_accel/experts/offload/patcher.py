@@ -13,21 +13,21 @@ import torch
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
 from hf_accel.core.journal import Journal, subclass
-from hf_accel.core.model.anatomy import holds_experts
 from hf_accel.core.model.experts import active_experts
-from hf_accel.core.model.packed_experts import packed_products
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import HfAccelError, UnsupportedModelError, VerificationError
 from hf_accel.experts.offload.config import ExpertOffloadConfig
+from hf_accel.experts.offload.describing import described
 from hf_accel.experts.offload.guard import Guard
-from hf_accel.experts.offload.module import Offloaded, computed, offloaded_forward
+from hf_accel.experts.offload.module import Offloaded, offloaded_forward
 from hf_accel.experts.offload.preview import OffloadPreview, previewed
+from hf_accel.experts.offload.rounds import computed
 from hf_accel.experts.offload.slots import Slots
 from hf_accel.experts.offload.statistics import OffloadStatistics
-from hf_accel.experts.offload.store import ExpertStore, Modules, store_of
+from hf_accel.experts.offload.store import ExpertStore, Modules, return_memory, store_of
 from hf_accel.experts.offload.stored import StoredExperts
 from hf_accel.kernels import native
 from hf_accel.ops import tolerances
@@ -127,6 +127,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
             journal.did(partial(each.let_go, module))
             _audit(each, slots, module)
             _put(store, each, module, journal)
+        return_memory()
         slots.reset()  # what was counted so far was none of the user's
         host.report.sections[SECTION] = OffloadStatistics(slots, store.modules)
         total, count = int(slots.sizes.sum()), len(slots.sizes)
@@ -142,24 +143,6 @@ def _put(store: ExpertStore, stored: StoredExperts, module: Any, journal: Journa
     """Give a module the class that computes with the experts in the file."""
     forward = offloaded_forward(stored, Guard(stored, module), store.slots)
     journal.swap_class(module, subclass(Offloaded, type(module), slots=store.slots, forward=forward))
-
-
-def described(model: Any, dtype: torch.dtype) -> tuple[Modules, list[str]]:
-    """Return the modules whose experts can be moved to a file, and sentences on those that cannot."""
-    found: Modules = []
-    skipped: list[str] = []
-    start = first = 0
-    for path, module in model.named_modules():
-        if not holds_experts(module) and packed_products(module) is None:
-            continue
-        try:
-            each = StoredExperts(path, module, dtype, start, first)
-        except ValueError as error:
-            skipped.append(f"the experts {path} stay as they are: {error}")
-            continue
-        found.append((module, each))
-        start, first = each.end, first + each.form.experts
-    return found, skipped
 
 
 def _audit(stored: StoredExperts, slots: Slots, module: Any) -> None:

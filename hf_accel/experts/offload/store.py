@@ -5,6 +5,8 @@ Copies of a model that share its tensors, as drafts and trials are made on, shar
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from weakref import WeakValueDictionary
 
 import torch
@@ -64,6 +66,12 @@ class ExpertStore:
         found = torch.empty(tensor.shape, dtype=tensor.dtype)
         self.file.read([Extent(offset, found.numel() * found.element_size())], memory_of(found))
         return found
+
+
+def return_memory() -> None:
+    """Have the C library give freed memory back to the system, where it would keep it for itself (glibc)."""
+    with suppress(OSError, AttributeError):  # other libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def store_of(module: nn.Module) -> tuple[ExpertStore, StoredExperts] | None:
