@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import test_mixture_model
 import test_shapes
 from planting import Defect, Patch, Test, instead, is_red, nothing
 
@@ -108,6 +109,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "a tied head apart": (
         instead(building.PreTrainedModel, "tie_weights", nothing),
         test_shapes.test_experts_in_mxfp4_beside_all_else_as_it_is,
+    ),
+    "a trained mixture without its card": (
+        instead(test_mixture_model, "MIXTURE", test_mixture_model.MIXTURE.parent),
+        test_mixture_model.test_the_weights_of_all_trained_models_take_five_million_bytes_at_most_and_have_cards,
     ),
     "bench builds all layers": (all_layers, test_shapes.test_bench_builds_a_packed_shape),
 }
