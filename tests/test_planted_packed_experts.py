@@ -15,7 +15,7 @@ from torch import nn
 from hf_accel.core.model.experts import ExpertsLayout
 from hf_accel.kernels.native import Gate, NativeExperts
 from hf_accel.quantization import gptq, patcher, targets
-from hf_accel.quantization.allocating import apart, groups, sensitivity
+from hf_accel.quantization.allocating import groups, listening, sensitivity
 from hf_accel.quantization.calibrating import solving
 from hf_accel.quantization.config import ProductsConfig
 from hf_accel.quantization.files import experts as filling
@@ -119,11 +119,11 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_foreign_experts.test_experts_of_compressed_tensors,
     ),
     "experts without the router's weights": (
-        result(apart.Given, "of", lambda found: (found[0], 0 * found[1] + 1)),
+        result(listening.Given, "of", lambda found: (found[0], 0 * found[1] + 1)),
         test_mixed_experts.test_the_cost_of_an_expert_is_its_part_in_the_error_of_the_layer,
     ),
     "all tokens for every expert": (
-        instead(apart.torch, "where", lambda mask: apart.torch.nonzero(mask + True, as_tuple=True)),
+        instead(listening.torch, "where", lambda mask: listening.torch.nonzero(mask + True, as_tuple=True)),
         test_mixed_experts.test_the_cost_of_an_expert_is_its_part_in_the_error_of_the_layer,
     ),
     "costs of other experts": (

@@ -11,62 +11,20 @@ tokens they were sent, in every width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_accel.ops.affine import Affine, dequantize
 from hf_accel.quantization.allocating.groups import Group
+from hf_accel.quantization.allocating.listening import Given
 from hf_accel.quantization.calibrating.products import Product
 from hf_accel.quantization.calibrating.refining import put_weights
 from hf_accel.quantization.observing import Moment
 
 Rounded = Callable[[Product, int], Affine]
-
-
-@dataclass
-class Given:
-    """What experts are given of some rows of the text: hidden states [T, E], ids and weights [T, k], call by call."""
-
-    hidden: list[Tensor] = field(default_factory=list)
-    ids: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-
-    def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return the hidden states [n, E] and the weights [n, 1] of the tokens that an expert is sent."""
-        if not self.hidden:
-            return torch.empty(0, 0), torch.empty(0, 1)
-        hidden, ids, weights = (torch.cat(parts) for parts in (self.hidden, self.ids, self.weights))
-        token, place = torch.where(ids == expert)
-        return hidden[token], weights[token, place, None]
-
-
-class Listener:
-    """Keeps what modules of experts, by path, are given within the block while `keeps` is set; see `given`."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.given = {path: Given() for path in modules}
-        self.keeps = True
-        self._modules = modules
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Listener:
-        for path, module in self._modules.items():
-            self._hooks.append(module.register_forward_pre_hook(partial(self._keep, path)))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _keep(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.keeps:
-            given = self.given[path]
-            for parts, part in zip((given.hidden, given.ids, given.weights), args, strict=True):
-                parts.append(part.detach())
 
 
 def joined(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:

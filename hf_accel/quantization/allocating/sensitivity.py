@@ -28,8 +28,9 @@ from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.ops.affine import Affine, Scheme, dequantize
 from hf_accel.ops.gptq import Factor, loss, solve
 from hf_accel.quantization.allocating.allocation import Option
-from hf_accel.quantization.allocating.apart import Listener, costs_apart, joined
+from hf_accel.quantization.allocating.apart import costs_apart, joined
 from hf_accel.quantization.allocating.groups import Group
+from hf_accel.quantization.allocating.listening import Listener
 from hf_accel.quantization.calibrating.activations import Room, Stream
 from hf_accel.quantization.calibrating.layers import Layer, first_inputs, layers_of
 from hf_accel.quantization.calibrating.products import Product, products_of
