@@ -86,7 +86,7 @@ def build_packed(
             _initialised(model, module)
     model.tie_weights()  # what shares a weight was initialised apart
     model.hf_quantizer = Seal()
-    return without_end(model)
+    return without_end(model.eval())  # the packed modules, too
 
 
 def _in_mxfp4(target: Target, dtype: torch.dtype) -> QuantizedExperts:
