@@ -19,6 +19,7 @@ import hf_accel
 from hf_accel.core.model.anatomy import Anatomy, holds_experts
 from hf_accel.core.model.experts import RoutedExperts, described_experts
 from hf_accel.experts.implementation import STEPS
+from hf_accel.experts.router import NativeRouter
 from hf_accel.kernels import native
 
 pytestmark = pytest.mark.native
@@ -112,6 +113,52 @@ def test_a_token_reads_the_experts_that_it_is_sent_to() -> None:
     hf_accel.optimize(model, [hf_accel.WeightOnlyConfig(bits=8), *NATIVE])
     idle = sum(module.expert_bytes * 2 for module in model.modules() if isinstance(module, RoutedExperts))
     assert Anatomy.of(model).read_bytes == Anatomy.of(model).weight_bytes - 4 * table - idle
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "qwen2_moe", "deepseek_v2", "aria", "gpt_oss"]
+)
+def test_routers_return_what_they_returned(name: str) -> None:
+    def routed(model: PreTrainedModel) -> list[Any]:
+        found: list[Any] = []
+        for module in model.modules():
+            if hasattr(module, "top_k") and "weight" in module._parameters:
+                module.register_forward_hook(lambda module, args, output: found.append(output))
+        model.generate(prompt(), max_new_tokens=6, do_sample=False)
+        return found
+
+    expected = routed(mixture(name))
+    model = mixture(name)
+    hf_accel.optimize(model, NATIVE)
+    routers = [module for module in model.modules() if isinstance(module, NativeRouter)]
+    assert len(routers) == len(experts_of(model))
+    found = routed(model)
+    assert len(found) == len(expected) > 0
+    for ours, stocks in zip(found, expected, strict=True):
+        assert [x.dtype for x in ours] == [x.dtype for x in stocks]
+        assert torch.equal(ours[2], stocks[2])
+        torch.testing.assert_close(ours[:2], stocks[:2], rtol=1e-3, atol=1e-4)
+    hf_accel.restore(model)
+    assert not any(isinstance(module, NativeRouter) for module in model.modules())
+
+
+@pytest.mark.parametrize("change", ["weight", "top_k", "norm_topk_prob"])
+def test_a_changed_router_is_followed(change: str) -> None:
+    def changed(model: PreTrainedModel) -> list[Tensor]:
+        gate = model.model.layers[0].mlp.gate
+        if change == "weight":
+            with torch.no_grad():
+                gate.weight.neg_()
+        else:
+            setattr(gate, change, {"top_k": 3, "norm_topk_prob": not gate.norm_topk_prob}[change])
+        return texts(model)
+
+    before, expected = texts(mixture("qwen3_moe")), changed(mixture("qwen3_moe"))
+    model = mixture("qwen3_moe")
+    hf_accel.optimize(model, [*NATIVE, *LAYERS])
+    found = changed(model)
+    assert equal(found, expected)
+    assert not equal(found, before)
 
 
 def test_calls_of_our_own_are_not_counted() -> None:

@@ -11,8 +11,9 @@ from planting import Defect, Patch, Test, instead, is_red, nothing
 
 from hf_accel.core.model import experts as model_experts
 from hf_accel.experts import implementation, patcher, statistics, step
+from hf_accel.experts.router import RouterStep
 from hf_accel.experts.step import ExpertsStep
-from hf_accel.kernels.native import Gate, NativeExperts
+from hf_accel.kernels.native import Gate, NativeExperts, Routing
 from hf_accel.layers import block
 
 
@@ -77,6 +78,14 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "gates without bounds": (
         instead(model_experts, "_candidates", lambda module: [Gate("silu"), Gate("silu", 1.702)]),
         test_experts.test_forms_are_described,
+    ),
+    "weights of routers are not normed": (
+        instead(RouterStep, "_found", lambda self, module: Routing(True, False, torch.float32, torch.float32)),
+        test_experts.test_routers_return_what_they_returned,
+    ),
+    "a changed router is not seen": (
+        instead(RouterStep, "_is_current", lambda self: True),
+        test_experts.test_a_changed_router_is_followed,
     ),
     "a rank is an expert": (
         _called_with(lambda hidden, ids, weights: (hidden, ids.clamp(max=3), weights.clamp(min=0.1))),

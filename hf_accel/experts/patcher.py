@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
 from hf_accel.core.config import Config
+from hf_accel.core.journal import subclass
 from hf_accel.core.model.anatomy import holds_experts
 from hf_accel.core.model.experts import RoutedExperts, active_experts
 from hf_accel.core.model.hf_config import own_configs
@@ -19,6 +21,7 @@ from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import VerificationError
 from hf_accel.experts.implementation import KEY, STEPS, ImplementationName, stock_forward
+from hf_accel.experts.router import NativeRouter, RouterStep, router_forward
 from hf_accel.experts.statistics import ExpertsStatistics
 from hf_accel.experts.step import ExpertsStep
 from hf_accel.kernels import native
@@ -75,11 +78,13 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
                 steps[module] = step
                 counts[path], sizes[path] = step.counts, step.expert_bytes
         self._register(model, steps, host)
+        routers = _swap_routers(model, counts, host)
         host.report.sections[SECTION] = ExpertsStatistics(counts, sizes, active_experts(model))
         host.journal.did(lambda: host.report.sections.__delitem__(SECTION))
         number = sum(step.form.experts for step in steps.values())
         packed = f", {len(counts) - len(steps)} packed ones do by themselves" if len(counts) > len(steps) else ""
         summary = f"{number} experts of {len(steps)} layers run in one native call a layer{packed}"
+        summary += f"; {routers} routers run natively" if routers else ""
         return Change(summary, skipped=tuple(skipped))
 
     def _register(self, model: Any, steps: dict[Any, ExpertsStep], host: Host) -> None:
@@ -93,6 +98,21 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
         for module, step in steps.items():
             STEPS[module] = step
             host.journal.did(partial(STEPS.__delitem__, module))
+
+
+def _swap_routers(model: Any, paths: Iterable[str], host: Host) -> int:
+    """Let the routers that stand beside the experts at `paths` run natively for few tokens; return how many do."""
+    count = 0
+    for parent in {path.rpartition(".")[0]: None for path in paths}:
+        for module in model.get_submodule(parent).children():
+            try:
+                step = RouterStep(module)
+            except ValueError:  # another part of the layer, or a router of a kind that is not known
+                continue
+            made = subclass(NativeRouter, type(module), step=step, forward=router_forward(step))
+            host.journal.swap_class(module, made)
+            count += 1
+    return count
 
 
 def _put_back(config: Any, before: str) -> None:

@@ -17,6 +17,7 @@ import test_native_fp4
 import test_native_linear
 import test_native_packed
 import test_native_ragged
+import test_native_route
 import test_vendor
 import torch
 from planting import Defect, Patch, instead, is_red, result
@@ -61,6 +62,10 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
     "experts": (
         result(NativeExperts, "__call__", lambda y: y * 1.02),
         test_native_experts.test_experts_equal_their_twin,
+    ),
+    "routers": (
+        result(test_native_route, "route", lambda found: found and (found[0], found[1] * 1.01, found[2])),
+        test_native_route.test_routers_equal_their_twin,
     ),
     "products": (result(native, "linear", lambda y: y * 1.01), test_native_linear.test_no_less_exact_than_aten),
     "layers": (layer(lambda y: y * 1.02), test_native_block.test_equals_the_textbook_layer),

@@ -10,6 +10,7 @@
  *     packed.c      the same for weights of 8 to 2 bits and of MXFP4, and for any number of rows of x
  *     product.[ch]  products of several weights with one activation, cut into chunks for the threads
  *     block.c, block_attention.[ch], block_run.h   a whole pre-norm gated decoder layer in one call
+ *     experts.c, route.c   the routed experts of a layer; their router
  *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
  *     cached.[ch]   rows of a quantized cache
  *     stream.c      reads memory, to measure it
@@ -24,7 +25,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 9
+#define HFA_ABI_VERSION 10
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -123,6 +124,14 @@ typedef struct {
     int64_t tokens, choices, weights_are_f32, threads;
 } hfa_experts_call;
 
+/* logits [tokens, experts] = x W^T + bias, of the dtype; ids [tokens, choices] of the highest in falling order; weights: softmax over
+ * all logits (is_over_all), divided by the sum over the choices if is_normed, or softmax over the chosen ones; fp32 or of the dtype.
+ * tokens <= HFA_MAX_ROWS. */
+typedef struct {
+    const void *x, *weight, *bias; void *logits, *weights; int64_t *ids;
+    int64_t dtype, tokens, hidden, experts, stride, choices, is_over_all, is_normed, weights_are_f32, threads;
+} hfa_route_call;
+
 HFA_EXPORT int hfa_abi_version(void);
 HFA_EXPORT int hfa_isa_supported(int isa); /* compiled in, and this CPU and operating system have it */
 HFA_EXPORT int hfa_isa(void);
@@ -139,6 +148,8 @@ HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
 HFA_EXPORT int hfa_attend(const hfa_attend_call *call);
 HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
+/* 0; -1 for arguments out of range; 1: the last of the highest logits is equal to the one after it, or some are no numbers */
+HFA_EXPORT int hfa_route(const hfa_route_call *call);
 HFA_EXPORT int hfa_experts_forward(const hfa_experts *layer, const hfa_experts_call *call); /* 0, or -1 for arguments out of range */
 /* 0; -1 for arguments out of range; 1: a score of the attention is not finite, and there is no result. */
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
