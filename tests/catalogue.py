@@ -29,6 +29,7 @@ CATALOGUE: list[Config] = [
 ]
 # the others change the weights, and with them the text, copies and what is saved
 LOSSLESS = [config for config in CATALOGUE if Patcher.for_config(config).fidelity is not Fidelity.LOSSY]
+BY_NAME_ONLY = ("ExpertOffloadConfig",)  # no goal offers it: it saves memory, and takes time
 
 
 def example(name: str) -> Config:

@@ -232,7 +232,7 @@ def test_every_call_may_say_how_it_drafts(rows: int) -> None:
     model = hf_accel.optimize(build("llama"), PLAIN, draft_model=noisy("llama"))
     assert_stock(model, "llama", rows, own={"speculative": False}, suppress_tokens=FEW_TOKENS)
     assert hf_accel.report(model).speculation is None
-    ways = [True, "lookup", ["lookup", "self"], always("model"), always("self"), None]
+    ways = [True, "lookup", ["lookup", "self"], always("lookup"), always("model"), always("self"), None]
     for value in ways:
         for given in ({"suppress_tokens": FEW_TOKENS}, {"do_sample": True}):
             assert_stock(model, "llama", rows, own={"speculative": value}, **given)
@@ -240,7 +240,7 @@ def test_every_call_may_say_how_it_drafts(rows: int) -> None:
     assert set(counts(model)["proposed"]) >= {"lookup", "model", "self"}
     applied = [step.config for step in hf_accel.report(model).applied]
     built = [SpeculativeConfig(), SpeculativeConfig(drafter="lookup"), SpeculativeConfig(drafter=("lookup", "self"))]
-    assert applied[2:] == [*built, always("model"), always("self")], "built once each"
+    assert applied[2:] == [*built, always("lookup"), always("model"), always("self")], "built once each"
     assert not hf_accel.report(model).calls.delegated
     hf_accel.restore(model)
     with pytest.raises(ValueError, match="speculative"):
