@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from heads import model_of
 from mixtures import LAYERED, MIXTURES, UNREGISTERED, mixture
-from models import build, padded, prompt
+from models import Tiny, build, padded, prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -140,6 +141,25 @@ def test_routers_return_what_they_returned(name: str) -> None:
         torch.testing.assert_close(ours[:2], stocks[:2], rtol=1e-3, atol=1e-4)
     hf_accel.restore(model)
     assert not any(isinstance(module, NativeRouter) for module in model.modules())
+
+
+def test_a_router_that_chooses_within_groups_is_left_alone() -> None:
+    groups = {"topk_method": "group_limited_greedy", "n_routed_experts": 6, "n_group": 3, "topk_group": 1}
+    model = model_of(Tiny("deepseek_v2", MIXTURES["deepseek_v2"].config | groups))
+    before = texts(model)
+    hf_accel.optimize(model, NATIVE)
+    assert not any(isinstance(module, NativeRouter) for module in model.modules())
+    assert all(step.counts.sum() == 0 for step in steps_of(model))
+    assert equal(texts(model), before)
+
+
+def test_a_router_of_more_digits_than_its_weight_is_left_alone() -> None:
+    model = mixture("deepseek_v2").bfloat16()  # it multiplies in fp32
+    hf_accel.optimize(model, NATIVE)
+    assert not any(isinstance(module, NativeRouter) for module in model.modules())
+    model = mixture("granitemoe").bfloat16()  # it widens what was rounded
+    hf_accel.optimize(model, NATIVE)
+    assert sum(isinstance(module, NativeRouter) for module in model.modules()) == 2
 
 
 @pytest.mark.parametrize("change", ["weight", "top_k", "norm_topk_prob"])
