@@ -153,6 +153,17 @@ def test_a_router_that_chooses_within_groups_is_left_alone() -> None:
     assert equal(texts(model), before)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_router_of_large_weights_is_told_from_one_without_norm(norm: bool) -> None:
+    model = model_of(Tiny("qwen3_moe", MIXTURES["qwen3_moe"].config | {"norm_topk_prob": norm}))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.mul_(1e3)  # every random token goes to one expert
+    hf_accel.optimize(model, NATIVE)
+    routers = [module for module in model.modules() if isinstance(module, NativeRouter)]
+    assert [router.step.routing.is_normed for router in routers] == [norm, norm]
+
+
 def test_a_router_of_more_digits_than_its_weight_is_left_alone() -> None:
     model = mixture("deepseek_v2").bfloat16()  # it multiplies in fp32
     hf_accel.optimize(model, NATIVE)

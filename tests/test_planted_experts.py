@@ -32,6 +32,16 @@ def _called_with(change: Any) -> Defect:
     return plant
 
 
+def _on_tokens_that_agree(patch: Patch) -> None:
+    right = router._agree
+
+    def wrong(found: Any, expected: Any, dtype: Any) -> bool:
+        same = (found[2].sort(dim=1).values == expected[2].sort(dim=1).values).all(dim=1)
+        return bool(same.any()) and right([x[same] for x in found], [x[same] for x in expected], dtype)
+
+    patch.setattr(router, "_agree", wrong)
+
+
 def _without_residual_factor(patch: Patch) -> None:
     patch.setattr(block, "_with_feed_forward", lambda block, residual, normed: residual + block.feed_forward(normed))
 
@@ -80,16 +90,20 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_experts.test_forms_are_described,
     ),
     "weights of routers are not normed": (
-        instead(RouterStep, "_found", lambda self, module: Routing(True, False, torch.float32, torch.float32)),
+        instead(RouterStep, "_found", lambda self, module: Routing(False, torch.float32, torch.float32)),
         test_experts.test_routers_return_what_they_returned,
     ),
     "routers that agree on some tokens": (
-        instead(router, "_agree", lambda found, expected, _: bool((found[2] == expected[2]).all(dim=1).any())),
+        _on_tokens_that_agree,
         test_experts.test_a_router_that_chooses_within_groups_is_left_alone,
     ),
     "logits of fewer digits": (
         instead(router.torch, "equal", lambda *_: True),
         test_experts.test_a_router_of_more_digits_than_its_weight_is_left_alone,
+    ),
+    "probes that saturate softmax": (
+        instead(router, "_LARGEST_LOGIT", 1e5),
+        test_experts.test_a_router_of_large_weights_is_told_from_one_without_norm,
     ),
     "a changed router is not seen": (
         instead(RouterStep, "_is_current", lambda self: True),

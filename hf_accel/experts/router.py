@@ -7,7 +7,6 @@ found by running it: the native call must choose what it chooses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from hf_accel.kernels import native
 from hf_accel.ops import tolerances
 
 _PROBES = 64  # tokens
+_LARGEST_LOGIT = 4.0  # of theirs
 
 
 class RouterStep:
@@ -50,6 +50,8 @@ class RouterStep:
         """Return how the module makes weights, found on random tokens."""
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(_PROBES, self.weight.shape[1], generator=generator).to(self.weight.dtype)
+        largest = (hidden.float() @ self.weight.float().T).abs().amax()
+        hidden *= _LARGEST_LOGIT / largest.clamp_min(1e-30)  # where softmax is nearly one, norms of weights do not show
         try:
             expected = self._forward(module, hidden)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -62,16 +64,23 @@ class RouterStep:
             raise ValueError("it returns logits, weights or ids of other dtypes")
         if not torch.equal(logits, logits.to(self.weight.dtype).to(logits.dtype)):
             raise ValueError("its logits have more digits than its weight")
-        for over_all, normed in product((True, False), (False, True)):
-            routing = native.Routing(over_all, normed, logits.dtype, weights.dtype)
-            rows = [native.route(row, self.weight, self.bias, self.choices, routing) for row in hidden.split(1)]
-            decided = [place for place, row in enumerate(rows) if row is not None]  # the others have logits that tie
-            if len(decided) <= _PROBES // 2:
-                raise ValueError("its logits tie on random tokens")
-            found = [torch.cat(parts) for parts in zip(*(row for row in rows if row is not None), strict=True)]
-            if _agree(found, [logits[decided], weights[decided], ids[decided]], self.weight.dtype):
-                return routing
-        raise ValueError("it chooses or weighs in none of the ways known here")
+        agreeing = [
+            routing
+            for normed in (False, True)
+            if self._agrees(hidden, expected, routing := native.Routing(normed, logits.dtype, weights.dtype))
+        ]
+        if len(agreeing) != 1:
+            raise ValueError("it chooses or weighs in none of the ways known here, or cannot be told to do in one")
+        return agreeing[0]
+
+    def _agrees(self, hidden: Tensor, expected: Sequence[Tensor], routing: native.Routing) -> bool:
+        """Return whether the native call gives what the module gave for hidden [T, E], where logits do not tie."""
+        rows = [native.route(row, self.weight, self.bias, self.choices, routing) for row in hidden.split(1)]
+        decided = [place for place, row in enumerate(rows) if row is not None]
+        if 2 * len(decided) <= len(rows):
+            return False
+        found = [torch.cat(parts) for parts in zip(*(row for row in rows if row is not None), strict=True)]
+        return _agree(found, [part[decided] for part in expected], self.weight.dtype)
 
     def output(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return logits, weights and ids for hidden [..., E]; None if the native call does not cover this one."""

@@ -12,7 +12,7 @@ from hf_accel.kernels.native import library as _library
 from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
 
 MAX_EXPERTS = 512
-_CALL = struct.Struct("=6Q10q")
+_CALL = struct.Struct("=6Q9q")
 _UNDECIDED = 1  # see hfa_route
 _get_num_threads = torch.get_num_threads
 _function: Any = None
@@ -21,11 +21,10 @@ _function: Any = None
 class Routing(NamedTuple):
     """How a router makes weights of logits.
 
-    is_over_all: softmax over all experts, else over the chosen ones. is_normed: divided by the sum over the chosen.
-    logits_dtype, weights_dtype: of what it returns.
+    is_normed: softmax over the chosen experts, which is softmax over all divided by its sum over the chosen; else over
+    all. logits_dtype, weights_dtype: of what it returns.
     """
 
-    is_over_all: bool
     is_normed: bool
     logits_dtype: torch.dtype
     weights_dtype: torch.dtype
@@ -64,7 +63,6 @@ def route(
             experts,
             weight.stride(0),
             choices,
-            routing.is_over_all,
             routing.is_normed,
             routing.weights_dtype is torch.float32,
             _get_num_threads(),

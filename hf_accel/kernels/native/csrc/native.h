@@ -125,11 +125,11 @@ typedef struct {
 } hfa_experts_call;
 
 /* logits [tokens, experts] = x W^T + bias, of the dtype; ids [tokens, choices] of the highest in falling order; weights: softmax over
- * all logits (is_over_all), divided by the sum over the choices if is_normed, or softmax over the chosen ones; fp32 or of the dtype.
+ * all logits, or, is_normed, over the chosen ones, which is the same divided by its sum over them; fp32 or of the dtype.
  * tokens <= HFA_MAX_ROWS. */
 typedef struct {
     const void *x, *weight, *bias; void *logits, *weights; int64_t *ids;
-    int64_t dtype, tokens, hidden, experts, stride, choices, is_over_all, is_normed, weights_are_f32, threads;
+    int64_t dtype, tokens, hidden, experts, stride, choices, is_normed, weights_are_f32, threads;
 } hfa_route_call;
 
 HFA_EXPORT int hfa_abi_version(void);

@@ -37,14 +37,13 @@ int hfa_route(const hfa_route_call *call) {
             if (!isfinite(logits[i])) return 1;
             top = logits[i] > top ? logits[i] : top;
         }
-        for (int64_t i = 0; call->is_over_all && i < n; i++) all += expf(logits[i] - top);
+        for (int64_t i = 0; !call->is_normed && i < n; i++) all += expf(logits[i] - top);
         if (!highest(logits, n, k, call->ids + t * k, weights)) return 1;
         for (int64_t j = 0; j < k; j++) {
             weights[j] = expf(weights[j] - top);
-            if (call->is_over_all) weights[j] /= all;
             sum += weights[j];
         }
-        for (int64_t j = 0; j < k && (call->is_normed || !call->is_over_all); j++) weights[j] /= sum;
+        for (int64_t j = 0; j < k; j++) weights[j] /= call->is_normed ? sum : all;
         if (call->weights_are_f32)
             for (int64_t j = 0; j < k; j++) ((float *)call->weights)[t * k + j] = weights[j];
         else kernels->store(weights, (char *)call->weights + t * k * kernels->element, k);
