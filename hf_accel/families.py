@@ -2,6 +2,7 @@
 
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
+from hf_accel.compilation import CompilationConfig
 from hf_accel.decoding import DecodingConfig
 from hf_accel.experts import ExpertOffloadConfig, NativeExpertsConfig
 from hf_accel.gqa import GQAConfig
@@ -17,6 +18,7 @@ from hf_accel.speculative import SpeculativeConfig
 
 __all__ = [
     "AttentionConfig",
+    "CompilationConfig",
     "CompressedTensorsConfig",
     "DecoderBlockConfig",
     "DecodingConfig",

@@ -46,6 +46,13 @@ class CacheMaker(Protocol):
 
     def fill(self, new: NewCache) -> None: ...
 
+    def bits(self, new: NewCache) -> tuple[int | None, str | None]:
+        """Return in how many bits the cache would keep positions (None: as they are), and why others may not keep them.
+
+        The latter is None where it would keep every position on the device, and nothing beside.
+        """
+        ...
+
 
 class PromptReader(Protocol):
     """Wraps the forward pass over the prompt, for which it may know keys and values already."""

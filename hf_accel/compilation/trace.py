@@ -1,0 +1,53 @@
+"""Whether a step runs on fake tensors, which have shapes but no data: then nothing of it depends on data or the host."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from hf_accel.compilation.slots import Slot
+from hf_accel.compilation.step_layers import AskedForLength
+
+_log = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def trace_obstacle(model: Any, slot: Slot, tokens: int, make_step: Any) -> str | None:
+    """Return what in a step of `tokens` tokens asks the device or has a size that depends on data, None if nothing.
+
+    Kernels that cannot be run on fake tensors end the trace; what is behind them, a capture will show.
+    """
+    before = _log.level
+    _log.setLevel(logging.CRITICAL + 1)  # it logs what is raised, too
+    try:
+        run_on_fakes(model, slot, tokens, make_step)
+    except DataDependentOutputException as error:
+        return f"a step of it waits for the device ({error.func})"
+    except DynamicOutputShapeException as error:
+        return f"a size in a step of it depends on data ({error.func})"
+    except AskedForLength as error:
+        return str(error)
+    except Exception:  # kernels that take addresses, and whatever else is no torch operation
+        return None
+    finally:
+        _log.setLevel(before)
+    return None
+
+
+def run_on_fakes(model: Any, slot: Slot, tokens: int, make_step: Any) -> None:
+    """Run a step over fake buffers like those of `slot`. Raises: whatever keeps it from running so."""
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        fake = Slot(slot.rows, slot.capacity, slot.fill.bits, slot.device)
+        for index, layer in slot.layers.items():
+            shapes = [
+                torch.empty((slot.rows, kept.shape[1], 0, size), dtype=dtype, device=slot.device)
+                for kept, size, dtype in zip((layer.keys, layer.values), layer.sizes, layer.dtypes, strict=True)
+            ]
+            fake.layer(index, layer.sliding_window, *shapes)
+        make_step(model, fake, tokens).run_and_advance()
