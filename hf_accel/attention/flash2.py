@@ -1,4 +1,4 @@
-"""The attention kernel `flash2`: FlashAttention, the second generation (Dao 2023, arXiv:2307.08691), Ampere cards and later."""
+"""The attention kernel `flash2`: FlashAttention-2 (Dao 2023, arXiv:2307.08691), for Ampere cards and later."""
 
 from hf_accel.attention.flash import FlashAttention
 

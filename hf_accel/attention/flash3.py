@@ -1,4 +1,4 @@
-"""The attention kernel `flash3`: FlashAttention, the third generation (Shah et al. 2024, arXiv:2407.08608), Hopper cards."""
+"""The attention kernel `flash3`: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), for Hopper cards."""
 
 from hf_accel.attention.flash import FlashAttention
 

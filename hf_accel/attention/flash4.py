@@ -1,4 +1,4 @@
-"""The attention kernel `flash4`: FlashAttention, the fourth generation, written in CuTe, Hopper cards and later."""
+"""The attention kernel `flash4`: FlashAttention-4, written in CuTe, for Hopper cards and later."""
 
 from hf_accel.attention.flash import FlashAttention
 

@@ -63,14 +63,16 @@ class Ladder:
         for demand in demands:
             question, shape = demand.question, shape_of(demand.question)
             threads = torch.get_num_threads()
-            groups = min(question.groups, max(1, threads // shape.ratio)) if shape.device.type == "cpu" else question.groups
+            groups = question.groups
+            if shape.device.type == "cpu":  # as many heads as keep the threads busy
+                groups = min(groups, max(1, threads // shape.ratio))
             rest = (question.softcap, question.has_sinks)
             kinds = [Kind(mask, None, *rest) for mask in MASKS]
             if question.window is not None:
                 kinds += [Kind(mask, question.window, *rest) for mask in MASKS[:2]]
             for kind in kinds:
-                found = chosen(kind, shape, groups, passed, stock(demand), longest, threads)
-                self.statistics.chosen += [each for each in found if each not in self.statistics.chosen]
+                tried = chosen(kind, shape, groups, passed, stock(demand), longest, threads)
+                self.statistics.chosen += [each for each in tried if each not in self.statistics.chosen]
 
     def _is_candidate(self, name: str, demands: list[Demand]) -> bool:
         kernel = KERNELS[name]

@@ -1,4 +1,4 @@
-"""The step that gives a model attention of ours: a ladder of kernels for prompts, and grouped heads read as they are."""
+"""The step that gives a model attention of ours: a ladder of kernels for prompts, grouped heads as they are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_accel.attention.demands import Demand, demands_of
 from hf_accel.attention.grouped import MAX_QUERIES
 from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.ladder import AUTO, Ladder
-from hf_accel.attention.names import NAMES, BackEndName, name_in
+from hf_accel.attention.names import NAMES, name_in
 from hf_accel.attention.selftest import Case
 from hf_accel.attention.stock import eager_trial, sdpa_trial
 from hf_accel.attention.trials import STOCK
@@ -61,7 +61,7 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
         kernel = KERNELS[asked]
         if missing := kernel.missing():
             advice = f"Install hf-accel[{kernel.extra}]" if kernel.extra else "Choose another one"
-            raise MissingDependencyError(f'AttentionConfig(backend="{asked}"): {missing}. {advice}, or leave it to "auto".')
+            raise MissingDependencyError(f'backend="{asked}" of AttentionConfig: {missing}. {advice}, or use "auto".')
         demands = _demands(model, setting)
         if isinstance(demands, str):
             return [demands]
@@ -81,7 +81,7 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
             longest = getattr(config, "max_position_embeddings", None) or LONGEST
             ladder.prepare(demands, partial(_stock, stands_for), longest)
             if refused := ladder.statistics.refused.get(asked):
-                raise VerificationError(f'AttentionConfig(backend="{asked}"): {refused}. It was not used. Use "auto".')
+                raise VerificationError(f'backend="{asked}" is not right here: {refused}. Use "auto".')
         name: Any = NAMES[stands_for].with_ladder(ladder if not skipped else None)
         configs = own_configs(model, host.journal)
 
@@ -95,7 +95,7 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
         # the manager of continuous batching keeps reading the name after it is made, so the model stays with stock's
         host.stand(Door.CONTINUOUS_BATCHING, partial(select, stands_for))
         host.report.sections[SECTION] = ladder.statistics
-        host.journal.did(partial(host.report.sections.pop, SECTION, None))
+        host.journal.did(lambda: host.report.sections.__delitem__(SECTION))
         return Change(_summary(ladder), skipped=skipped)
 
 

@@ -1,4 +1,4 @@
-"""Stock's attention, which serves what is not ours to serve: in transformers' calling convention, or as trials call it."""
+"""Stock's attention, for what is not ours to serve: in transformers' calling convention, or as trials call it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The softmax is taken online (Milakov and Gimelshein 2018, arXiv:1805.02867, Algorithm 3): per query the largest score so
 far, the sum of exponentials and the weighted sum of values are kept, and rescaled when a tile brings a larger score
-(FlashAttention, Dao et al. 2022, arXiv:2205.14135, Algorithm 1). What remains of a query is its output and the logarithm
-of the sum of exponentials (log-sum-exp), from which results over different keys can be merged, or a sink be added.
+(FlashAttention, Dao et al. 2022, arXiv:2205.14135, Algorithm 1). What remains of a query is its output and the
+logarithm of the sum of exponentials (log-sum-exp), from which results over different keys are merged or a sink added.
 Tiles that no query of theirs sees are not computed. Cost: 4·B·H·D operations per visible pair, B·H·(query tile)·(key
 tile) scores at a time, in fp32 (float64 for float64 inputs).
 """
