@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.utils import output_capturing
 
 from hf_accel.attention.held import held_attention
-from hf_accel.attention.names import EAGER_NAME, NAME, BackEndName, name_in
+from hf_accel.attention.names import EAGER_NAME, NAME, name_in
 from hf_accel.attention.question import Visible
 from hf_accel.attention.registry import register
 from hf_accel.attention.stock import eager_attention, is_untouched, plain, stock_sdpa
@@ -24,8 +24,6 @@ from hf_accel.core.calls.bands import band_of, described
 from hf_accel.core.calls.held import CachedStates
 from hf_accel.core.model.back_ends import BackEnd
 from hf_accel.ops.attention import grouped_attention
-
-__all__ = ["MAX_QUERIES", "NAME", "BackEndName", "grouped_attention_forward"]
 
 MAX_QUERIES = 16
 PLAIN_QUERIES = 32  # as many rows as native layers take, to which masks are given as they are
