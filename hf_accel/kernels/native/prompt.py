@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
+from hf_accel.kernels.native import library as _library
 from hf_accel.kernels.native.attend import MAX_HEAD_DIM, _row
 from hf_accel.kernels.native.linear import DTYPE_CODES
-from hf_accel.ops.cached import decode
+from hf_accel.kernels.weights import FORMATS
+from hf_accel.ops.attention import AttentionState
 
-TILE = 512
+_PROMPT = struct.Struct("=8Q26q2d")
 
 
 def prompt_attention(
@@ -44,42 +48,71 @@ def prompt_attention(
     Raises:
         ValueError: sizes or types that do not fit one another.
     """
-    batch, heads, tokens, _ = query.shape
-    groups, positions = keys.shape[1:3]
     _check(query, keys, values, head_dims, window, starts, mask, sinks, bits)
-    if bits is not None:
-        keys = decode(keys, bits, head_dims[0], query.dtype, is_key=True)
-        values = decode(values, bits, head_dims[1], query.dtype, is_key=False)
-    past = positions - tokens
-    columns = torch.arange(positions)
+    batch, heads, tokens, _ = query.shape
     output = query.new_empty(batch, tokens, heads, head_dims[1])
-    for first in range(0, tokens, TILE):
-        stop = min(first + TILE, tokens)
-        own = torch.arange(past + first, past + stop)[:, None]
-        visible = torch.ones(1, 1, stop - first, positions, dtype=torch.bool)
-        if is_causal:
-            visible = visible & (columns <= own)
-        if window is not None:
-            visible = visible & (columns > own - window)
-        if starts is not None:
-            visible = visible & (columns >= starts[:, None, None, None])
-        if mask is not None:
-            visible = visible & mask[:, :, first:stop]
-        visible = visible.expand(batch, heads, -1, -1).unflatten(1, (groups, -1))
-        folded = query[:, :, first:stop].float().unflatten(1, (groups, heads // groups))
-        scores = folded @ keys[:, :, None].float().mT * scale
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~visible, -torch.inf)
-        if sinks is not None:
-            sink = sinks.view(1, groups, -1, 1, 1).expand(batch, -1, -1, stop - first, 1)
-            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
-        weights = weights.masked_fill(~visible, 0.0)
-        found = (weights @ values[:, :, None].float()).flatten(1, 2)
-        output[:, first:stop] = found.transpose(1, 2).to(query.dtype)
+    past = keys.shape[2] - tokens
+    _run(query, keys, values, head_dims, output, None, past, scale, softcap, is_causal, window, starts, mask, sinks, bits)
     return output
+
+
+def prompt_state(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    head_dims: tuple[int, int],
+    *,
+    past: int,
+    scale: float,
+    softcap: float | None = None,
+    is_causal: bool = True,
+    mask: Tensor | None = None,
+    bits: int | None = None,
+) -> AttentionState:
+    """Return attention as above over a part of a cache, to be merged with that over others.
+
+    past: the column of this part that query 0 stands at; it may lie outside.
+    """
+    _check(query, keys, values, head_dims, None, None, mask, None, bits)
+    batch, heads, tokens, _ = query.shape
+    output = query.new_empty(batch, tokens, heads, head_dims[1], dtype=torch.float32)
+    totals = query.new_empty(batch, tokens, heads, dtype=torch.float32)
+    _run(query, keys, values, head_dims, output, totals, past, scale, softcap, is_causal, None, None, mask, None, bits)
+    totals = totals.transpose(1, 2)
+    return AttentionState(output.transpose(1, 2), totals, (totals != -torch.inf).float())
+
+
+def _run(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    head_dims: tuple[int, int],
+    output: Tensor,
+    totals: Tensor | None,
+    past: int,
+    scale: float,
+    softcap: float | None,
+    is_causal: bool,
+    window: int | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    bits: int | None,
+) -> None:
+    batch, heads, tokens, _ = query.shape
+    mask_strides = [0, 0, 0]
+    if mask is not None:
+        mask_strides = [stride if n > 1 else 0 for stride, n in zip(mask.stride()[:3], mask.shape[:3], strict=True)]
+    starts, sinks = (None if given is None else given.contiguous() for given in (starts, sinks))
+    pointers = (query, keys, values, mask, output, totals, starts, sinks)
+    call = _PROMPT.pack(
+        *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
+        DTYPE_CODES[query.dtype], FORMATS[bits], batch, tokens, heads, keys.shape[1], *head_dims, keys.shape[2], past,
+        is_causal, window or 0, totals is not None, torch.get_num_threads(),
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *mask_strides, scale, softcap or 0.0,
+    )  # fmt: skip
+    if _library.library().hfa_prompt(call):
+        raise ValueError(f"native attention of {heads} heads over {keys.shape[1]} of sizes {head_dims} found no memory")
 
 
 def _check(
