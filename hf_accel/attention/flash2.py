@@ -1,0 +1,11 @@
+"""The attention kernel `flash2`: FlashAttention-2 (Dao 2023, arXiv:2307.08691), for Ampere cards and later."""
+
+from hf_accel.attention.flash import FlashAttention
+
+
+class Flash2(FlashAttention):
+    name = "flash2"
+    module = "flash_attn"
+    hub = "kernels-community/flash-attn2"
+    hub_version = 4
+    capability = (8, 0)
