@@ -21,6 +21,7 @@ typedef struct {
     const hfa_prompt_kernels *inner;
     int64_t group, rows;          /* of a task, at most; whole blocks */
     int64_t words, depth, columns; /* of a packed query; elements of a staged key; of sums, whole sixteens */
+    int64_t span;                 /* positions that a block meets together */
     float scale, sign;
     const task *tasks; int64_t count;
     hfa_range *next;
@@ -28,10 +29,10 @@ typedef struct {
 } run;
 
 /* What a thread works with. queries [blocks][words][block], sums [blocks][columns][block]; max, sum [rows];
- * first, last: limits of a block's queries; keys [stretch][depth], values: see hfa_prompt_kernels; scores [stretch][block]. */
+ * first, last: limits of a block's queries; keys [stretch][depth], values: see hfa_prompt_kernels; scores, weights [span][block]. */
 typedef struct {
     char *queries, *keys, *values;
-    float *sums, *max, *sum, *scores, *hidden, *line, *keep, *first, *last;
+    float *sums, *max, *sum, *scores, *weights, *hidden, *line, *keep, *first, *last;
 } room;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -40,14 +41,15 @@ static int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * s
 
 static size_t lay_out(const run *r, char *memory, room *m) {
     size_t at = 0, block = (size_t)r->inner->block, rows = (size_t)r->rows, widest = (size_t)most(r->call->key_dim, r->columns);
-    size_t line = block * (size_t)most((int64_t)widest, HFA_STRETCH);
+    size_t line = block * (size_t)most((int64_t)widest, HFA_SPAN);
 #define PLACE(field, size) do { if (m) m->field = (void *)(memory + at); at += ((size_t)(size) + 63) / 64 * 64; } while (0)
     PLACE(queries, rows * (size_t)r->words * 4);
     PLACE(sums, rows * (size_t)r->columns * 4);
     PLACE(max, rows * 4);
     PLACE(sum, rows * 4);
-    PLACE(scores, HFA_STRETCH * block * 4);
-    PLACE(hidden, HFA_STRETCH * block * 4);
+    PLACE(scores, HFA_SPAN * block * 4);
+    PLACE(weights, HFA_SPAN * block * 4);
+    PLACE(hidden, HFA_SPAN * block * 4);
     PLACE(keys, (size_t)(HFA_STRETCH * r->depth * 4));
     PLACE(values, (size_t)(HFA_STRETCH * r->columns * 4));
     PLACE(line, line * 4);
@@ -176,30 +178,67 @@ static int hide(const run *r, const task *t, int64_t first, int64_t count, int64
     return some;
 }
 
-/* a block of queries, rows `first`..: positions of the stretch at column `at` that are ready up to `ready` */
-static void attend_block(const run *r, const task *t, int64_t from, int64_t at, int64_t ready, const stage *s, const room *m) {
+/* Positions [low, high) of the stretch that the block of the task's row `row` meets together; `end`: where its last end. */
+typedef struct { int64_t row, low, high, end; } span;
+
+/* The next span of a block, or the first of the next block that sees some of the stretch at column `at`, of which positions below
+ * `ready` are ready. Returns 0: there is none. */
+static int next_span(const run *r, const task *t, int64_t at, int64_t ready, span *s) {
+    int64_t block = r->inner->block;
+    for (s->low = s->high; s->low >= s->end; ) {
+        int64_t low, high;
+        s->row += block;
+        if (s->row >= t->count) return 0;
+        reach(r, t->head, t->first + s->row, least(block, t->count - s->row), &low, &high);
+        s->low = most(low - at, 0) / HFA_STRIP * HFA_STRIP;
+        s->end = least(r->inner->pairs ? up_to(high - at, HFA_STRIP) : high - at, ready);
+    }
+    s->high = least((s->low / r->span + 1) * r->span, s->end);
+    return 1;
+}
+
+static hfa_scores_job scores_job(const run *r, const stage *ready, const span *s, const room *m) {
+    const char *queries = m->queries + s->row * r->words * 4;
+    return (hfa_scores_job){ready->keys + s->low * ready->key_stride, queries, ready->key_stride, s->high - s->low, r->words};
+}
+
+/* The span s, whose scores are there; next: whose scores come after it, or NULL. */
+static void attend_span(const run *r, const task *t, int64_t at, const span *s, const span *next, int is_masked, const stage *ready,
+                        const room *m) {
     const hfa_prompt_call *call = r->call;
     const hfa_prompt_kernels *inner = r->inner;
-    int64_t block = inner->block, first = t->first + from, count = least(block, t->count - from), low, high;
-    reach(r, t->head, first, count, &low, &high);
-    low = most(low - at, 0) / HFA_STRIP * HFA_STRIP;
-    high = least(high - at, HFA_STRETCH);
-    if (high <= low) return;
-    int64_t n = inner->pairs ? least(up_to(high - low, HFA_STRIP), ready - low) : high - low;
-    int is_cut = 0, is_masked = call->mask ? hide(r, t, first, count, at + low, n, m) : 0;
-    if (is_masked < 0) return;
-    for (int64_t i = 0; i < block; i++) {
-        int64_t from_column, to_column;
-        limits(call, t->head / call->kv_heads, (first + least(i, count - 1)) / r->group, &from_column, &to_column);
-        m->first[i] = (float)most(from_column - at - low, 0);
-        m->last[i] = (float)most(least(to_column - at - low, n) - 1, -1);
-        is_cut |= from_column > at + low || to_column < at + low + n;
+    int64_t first = t->first + s->row, count = least(inner->block, t->count - s->row), n = s->high - s->low, is_cut = 0;
+    for (int64_t i = 0; i < inner->block; i++) {
+        int64_t from, to;
+        limits(call, t->head / call->kv_heads, (first + least(i, count - 1)) / r->group, &from, &to);
+        m->first[i] = (float)most(from - at - s->low, 0);
+        m->last[i] = (float)most(least(to - at - s->low, n) - 1, -1);
+        is_cut |= from > at + s->low || to < at + s->high;
     }
-    inner->scores(s->keys + low * s->key_stride, s->key_stride, n, r->words, m->queries + from * r->words * 4, m->scores);
+    hfa_scores_job job = next ? scores_job(r, ready, next, m) : (hfa_scores_job){0};
     inner->softmax(m->scores, n, r->scale, (float)call->softcap, is_cut ? m->first : NULL, m->last, is_masked ? m->hidden : NULL,
-                   m->max + from, m->sum + from, m->keep);
-    const char *values = s->values + (inner->pairs ? low / HFA_STRIP * r->columns * 64 : low * s->value_stride);
-    inner->weigh(values, s->value_stride, n, inner->pairs ? r->columns : call->value_dim, m->scores, m->keep, m->sums + from * r->columns);
+                   next ? &job : NULL, m->max + s->row, m->sum + s->row, m->keep, m->weights);
+    const char *values = ready->values + (inner->pairs ? s->low / HFA_STRIP * r->columns * 64 : s->low * ready->value_stride);
+    inner->weigh(values, ready->value_stride, n, inner->pairs ? r->columns : call->value_dim, m->weights, m->keep,
+                 m->sums + s->row * r->columns);
+}
+
+/* All queries of a task over the stretch at column `at`, of which positions below `to` are ready. */
+static void attend_stretch(const run *r, const task *t, int64_t at, int64_t to, const stage *ready, const room *m) {
+    span s = {.row = -r->inner->block}, next;
+    int is_there = next_span(r, t, at, to, &s), is_scored = 0;
+    for (; is_there; s = next) {
+        int is_masked = 0;
+        next = s;
+        is_there = next_span(r, t, at, to, &next);
+        if (r->call->mask)
+            is_masked = hide(r, t, t->first + s.row, least(r->inner->block, t->count - s.row), at + s.low, s.high - s.low, m);
+        if (is_masked < 0) continue; /* it hides all */
+        hfa_scores_job job = scores_job(r, ready, &s, m);
+        if (!is_scored) r->inner->scores(job.keys, job.stride, job.n, job.words, job.queries, m->scores);
+        is_scored = is_there && !r->call->mask;
+        attend_span(r, t, at, &s, is_scored ? &next : NULL, is_masked, ready, m);
+    }
 }
 
 static void finish(const run *r, const task *t, const room *m) {
@@ -207,19 +246,26 @@ static void finish(const run *r, const task *t, const room *m) {
     int64_t b = t->head / call->kv_heads, g = t->head % call->kv_heads, block = r->inner->block, d = call->value_dim;
     float scale = call->softcap > 0.0 ? 1.0f : r->scale;
     for (int64_t from = 0; from < t->count; from += block) {
-        r->inner->transpose(m->sums + from * r->columns, block, r->columns, block, m->line, r->columns);
-        for (int64_t i = 0; i < least(block, t->count - from); i++) {
-            int64_t row = t->first + from + i, h = g * r->group + row % r->group, to = (b * call->tokens + row / r->group) * call->heads + h;
-            float *values = m->line + i * r->columns, top = m->max[from + i] * scale, sum = m->sum[from + i], by = 0.0f;
-            if (call->totals) call->totals[to] = sum == 0.0f ? -INFINITY : top + logf(sum);
-            if (sum != 0.0f) {
-                by = 1.0f / sum;
-                if (call->sinks) {
-                    float sink = call->sinks[h], highest = sink > top ? sink : top, own = expf(top - highest);
-                    by = own / (sum * own + expf(sink - highest));
-                }
+        int64_t count = least(block, t->count - from);
+        memset(m->keep, 0, (size_t)block * 4);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = t->first + from + i, h = g * r->group + row % r->group;
+            float top = m->max[from + i] * scale, sum = m->sum[from + i];
+            if (call->totals) call->totals[(b * call->tokens + row / r->group) * call->heads + h] = sum == 0.0f ? -INFINITY : top + logf(sum);
+            if (sum == 0.0f) continue; /* it saw nothing */
+            m->keep[i] = 1.0f / sum;
+            if (call->sinks) {
+                float sink = call->sinks[h], highest = sink > top ? sink : top, own = expf(top - highest);
+                m->keep[i] = own / (sum * own + expf(sink - highest));
             }
-            for (int64_t c = 0; c < d; c++) values[c] = sum == 0.0f ? 0.0f : values[c] * by;
+        }
+        float *sums = m->sums + from * r->columns;
+        r->inner->weigh(NULL, 0, 0, r->columns, NULL, m->keep, sums); /* nothing more: sums times 1 / sum of weights */
+        r->inner->transpose(sums, block, r->columns, block, m->line, r->columns);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = t->first + from + i, to = (b * call->tokens + row / r->group) * call->heads + g * r->group + row % r->group;
+            float *values = m->line + i * r->columns;
+            if (m->sum[from + i] == 0.0f) memset(values, 0, (size_t)d * 4); /* a hidden NaN times nothing */
             if (call->is_f32) memcpy((float *)call->out + to * d, values, (size_t)d * 4);
             else r->kernels->store(values, (char *)call->out + to * d * r->kernels->element, d);
         }
@@ -237,7 +283,7 @@ static void attend_rows(const run *r, const task *t, const room *m) {
         int64_t from = most(low - at, 0) / HFA_STRIP * HFA_STRIP, to = least(high - at, HFA_STRETCH);
         if (r->inner->pairs) to = up_to(to, HFA_STRIP);
         stage s = make_ready(r, t, at, from, to, m);
-        for (int64_t row = 0; row < t->count; row += block) attend_block(r, t, row, at, to, &s, m);
+        attend_stretch(r, t, at, to, &s, m);
     }
     finish(r, t, m);
 }
@@ -271,6 +317,7 @@ int hfa_prompt(const hfa_prompt_call *call) {
     r.depth = r.inner->pairs ? up_to(call->key_dim, 32) : call->key_dim;
     r.words = r.inner->pairs ? r.depth / 2 : r.depth;
     r.columns = r.inner->pairs ? up_to(call->value_dim, 16) : call->value_dim;
+    r.span = HFA_SPAN;
     int64_t threads = most(least(call->threads, HFA_MAX_THREADS), 1), block = r.inner->block;
     int64_t heads = call->batch * call->kv_heads, queries = r.group * call->tokens;
     int64_t widest = most(MOST_BYTES / ((r.words + r.columns) * 4) / block, 1);
