@@ -20,8 +20,6 @@
 #define HFA_STRETCH 1024 /* positions of K and V that are made ready for all queries of a task: they stay in L2 */
 #define HFA_SPAN 128  /* ... that a block of queries meets together, at most: with their scores they stay in L1 */
 #define HFA_STRIP 32  /* ... that lie together where operands are pairs: spans are whole strips */
-/* Scores to be computed: of n keys, with a stride in bytes, and packed queries of so many words. */
-typedef struct { const void *keys, *queries; int64_t stride, n, words; } hfa_scores_job;
 /* Attention of many queries, see prompt_body.h and drivers/prompt.c. */
 typedef struct {
     int block; /* queries that go together, one in a lane */
@@ -32,9 +30,8 @@ typedef struct {
     void (*read_codes)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, float *out, int64_t ldo);
     void (*pair_values)(const void *values, int64_t stride, int64_t n, int64_t d, void *out);
     void (*scores)(const void *keys, int64_t stride, int64_t n, int64_t words, const void *queries, float *scores);
-    /* leaves the scores of the job in the place of those it reads: kernels for which that is faster mix both */
     void (*softmax)(float *scores, int64_t n, float scale, float softcap, const float *first, const float *last, const float *hidden,
-                    const hfa_scores_job *job, float *max, float *sum, float *keep, void *weights);
+                    float *max, float *sum, float *keep, void *weights);
     void (*weigh)(const void *values, int64_t stride, int64_t n, int64_t d, const void *weights, const float *keep, float *out);
 } hfa_prompt_kernels;
 

@@ -1,5 +1,5 @@
-/* The softmax of attention of many queries, beside whose vectors the next scores may be computed; included by prompt_body.h, and
- * by isa_*.c whose scores come from elsewhere, which define SCORES_AHEAD(job, j, to): rows j..to - 1 of them. */
+/* The softmax of attention of many queries; included by prompt_body.h, and by isa_*.c with scores of their own, which may define
+ * BETWEEN(j), what is to happen beside the positions j. */
 #if PAIRS
 /* 2^x; bf16 weights have 8 bits, and this is within 9e-5: a minimax polynomial over [0, 1) that is 1 at 0, so that -inf gives 0 */
 HFA_INLINE vf rough_exp2(vf x) {
@@ -18,10 +18,9 @@ HFA_INLINE vf paired(vf even, vf odd) {
 
 /* Scores [n][BLOCK] to weights exp(score - max) (in pairs: [n / 2][BLOCK], n even) and, of every query, the new maximum, the
  * new sum of weights and `keep`, by which what was summed before is to be multiplied. Not visible are positions outside of
- * first[query] .. last[query] (NULL: all are visible) and those where hidden[n][BLOCK] (or NULL) is below zero. scale > 0.
- * job, or NULL: scores that are to stand in the place of these afterwards. */
+ * first[query] .. last[query] (NULL: all are visible) and those where hidden[n][BLOCK] (or NULL) is below zero. scale > 0. */
 static void ON(softmax)(float *scores, int64_t n, float scale, float softcap, const float *first, const float *last,
-                        const float *hidden, const hfa_scores_job *job, float *max, float *sum, float *keep, void *packed) {
+                        const float *hidden, float *max, float *sum, float *keep, void *packed) {
     float *weights = packed;
     vf none = vf_set1(-INFINITY), zero = vf_set1(0.0f);
     if (softcap > 0.0f) {
@@ -63,15 +62,11 @@ static void ON(softmax)(float *scores, int64_t n, float scale, float softcap, co
         shift[v] = vf_mul(shift[v], k);
         total[0][v] = total[1][v] = zero;
     }
-    int64_t done = 0; /* rows of the job */
 #if PAIRS
     vf k = vf_set1(scale * 1.44269504088896341f);
     for (int64_t j = 0; j < n; j += 2) {
-#ifdef SCORES_AHEAD
-        if (j % 16 == 0 && job && j && j <= job->n) {
-            SCORES_AHEAD(job, done, j);
-            done = j;
-        }
+#ifdef BETWEEN
+        BETWEEN(j);
 #endif
         UNROLL(4)
         for (int v = 0; v < PROMPT_VECTORS; v++) {
@@ -91,12 +86,6 @@ static void ON(softmax)(float *scores, int64_t n, float scale, float softcap, co
             total[j & 1][v] = vf_add(total[j & 1][v], e);
             vf_store(weights + j * BLOCK + v * VW, e);
         }
-#endif
-#ifdef SCORES_AHEAD
-    if (job) SCORES_AHEAD(job, done, job->n);
-#else
-    if (job) ON(scores)(job->keys, job->stride, job->n, job->words, job->queries, scores);
-    (void)done;
 #endif
     for (int v = 0; v < PROMPT_VECTORS; v++) {
         float *to = sum + v * VW;

@@ -21,7 +21,6 @@ typedef struct {
     const hfa_prompt_kernels *inner;
     int64_t group, rows;          /* of a task, at most; whole blocks */
     int64_t words, depth, columns; /* of a packed query; elements of a staged key; of sums, whole sixteens */
-    int64_t span;                 /* positions that a block meets together */
     float scale, sign;
     const task *tasks; int64_t count;
     hfa_range *next;
@@ -178,66 +177,36 @@ static int hide(const run *r, const task *t, int64_t first, int64_t count, int64
     return some;
 }
 
-/* Positions [low, high) of the stretch that the block of the task's row `row` meets together; `end`: where its last end. */
-typedef struct { int64_t row, low, high, end; } span;
-
-/* The next span of a block, or the first of the next block that sees some of the stretch at column `at`, of which positions below
- * `ready` are ready. Returns 0: there is none. */
-static int next_span(const run *r, const task *t, int64_t at, int64_t ready, span *s) {
-    int64_t block = r->inner->block;
-    for (s->low = s->high; s->low >= s->end; ) {
-        int64_t low, high;
-        s->row += block;
-        if (s->row >= t->count) return 0;
-        reach(r, t->head, t->first + s->row, least(block, t->count - s->row), &low, &high);
-        s->low = most(low - at, 0) / HFA_STRIP * HFA_STRIP;
-        s->end = least(r->inner->pairs ? up_to(high - at, HFA_STRIP) : high - at, ready);
-    }
-    s->high = least((s->low / r->span + 1) * r->span, s->end);
-    return 1;
-}
-
-static hfa_scores_job scores_job(const run *r, const stage *ready, const span *s, const room *m) {
-    const char *queries = m->queries + s->row * r->words * 4;
-    return (hfa_scores_job){ready->keys + s->low * ready->key_stride, queries, ready->key_stride, s->high - s->low, r->words};
-}
-
-/* The span s, whose scores are there; next: whose scores come after it, or NULL. */
-static void attend_span(const run *r, const task *t, int64_t at, const span *s, const span *next, int is_masked, const stage *ready,
-                        const room *m) {
+/* The block of the task's row `row`: positions [low, high) of the stretch at column `at`. */
+static void attend_span(const run *r, const task *t, int64_t row, int64_t at, int64_t low, int64_t high, const stage *ready, const room *m) {
     const hfa_prompt_call *call = r->call;
     const hfa_prompt_kernels *inner = r->inner;
-    int64_t first = t->first + s->row, count = least(inner->block, t->count - s->row), n = s->high - s->low, is_cut = 0;
+    int64_t first = t->first + row, count = least(inner->block, t->count - row), n = high - low;
+    int is_cut = 0, is_masked = call->mask ? hide(r, t, first, count, at + low, n, m) : 0;
+    if (is_masked < 0) return; /* it hides all */
     for (int64_t i = 0; i < inner->block; i++) {
         int64_t from, to;
         limits(call, t->head / call->kv_heads, (first + least(i, count - 1)) / r->group, &from, &to);
-        m->first[i] = (float)most(from - at - s->low, 0);
-        m->last[i] = (float)most(least(to - at - s->low, n) - 1, -1);
-        is_cut |= from > at + s->low || to < at + s->high;
+        m->first[i] = (float)most(from - at - low, 0);
+        m->last[i] = (float)most(least(to - at - low, n) - 1, -1);
+        is_cut |= from > at + low || to < at + high;
     }
-    hfa_scores_job job = next ? scores_job(r, ready, next, m) : (hfa_scores_job){0};
+    inner->scores(ready->keys + low * ready->key_stride, ready->key_stride, n, r->words, m->queries + row * r->words * 4, m->scores);
     inner->softmax(m->scores, n, r->scale, (float)call->softcap, is_cut ? m->first : NULL, m->last, is_masked ? m->hidden : NULL,
-                   next ? &job : NULL, m->max + s->row, m->sum + s->row, m->keep, m->weights);
-    const char *values = ready->values + (inner->pairs ? s->low / HFA_STRIP * r->columns * 64 : s->low * ready->value_stride);
-    inner->weigh(values, ready->value_stride, n, inner->pairs ? r->columns : call->value_dim, m->weights, m->keep,
-                 m->sums + s->row * r->columns);
+                   m->max + row, m->sum + row, m->keep, m->weights);
+    const char *values = ready->values + (inner->pairs ? low / HFA_STRIP * r->columns * 64 : low * ready->value_stride);
+    inner->weigh(values, ready->value_stride, n, inner->pairs ? r->columns : call->value_dim, m->weights, m->keep, m->sums + row * r->columns);
 }
 
-/* All queries of a task over the stretch at column `at`, of which positions below `to` are ready. */
-static void attend_stretch(const run *r, const task *t, int64_t at, int64_t to, const stage *ready, const room *m) {
-    span s = {.row = -r->inner->block}, next;
-    int is_there = next_span(r, t, at, to, &s), is_scored = 0;
-    for (; is_there; s = next) {
-        int is_masked = 0;
-        next = s;
-        is_there = next_span(r, t, at, to, &next);
-        if (r->call->mask)
-            is_masked = hide(r, t, t->first + s.row, least(r->inner->block, t->count - s.row), at + s.low, s.high - s.low, m);
-        if (is_masked < 0) continue; /* it hides all */
-        hfa_scores_job job = scores_job(r, ready, &s, m);
-        if (!is_scored) r->inner->scores(job.keys, job.stride, job.n, job.words, job.queries, m->scores);
-        is_scored = is_there && !r->call->mask;
-        attend_span(r, t, at, &s, is_scored ? &next : NULL, is_masked, ready, m);
+/* The same over all positions that a query of the block sees, of those below `to` of the stretch. */
+static void attend_block(const run *r, const task *t, int64_t row, int64_t at, int64_t to, const stage *ready, const room *m) {
+    int64_t low, high;
+    reach(r, t->head, t->first + row, least(r->inner->block, t->count - row), &low, &high);
+    low = most(low - at, 0) / HFA_STRIP * HFA_STRIP;
+    high = least(r->inner->pairs ? up_to(high - at, HFA_STRIP) : high - at, to);
+    for (int64_t next; low < high; low = next) {
+        next = least((low / HFA_SPAN + 1) * HFA_SPAN, high);
+        attend_span(r, t, row, at, low, next, ready, m);
     }
 }
 
@@ -283,7 +252,7 @@ static void attend_rows(const run *r, const task *t, const room *m) {
         int64_t from = most(low - at, 0) / HFA_STRIP * HFA_STRIP, to = least(high - at, HFA_STRETCH);
         if (r->inner->pairs) to = up_to(to, HFA_STRIP);
         stage s = make_ready(r, t, at, from, to, m);
-        attend_stretch(r, t, at, to, &s, m);
+        for (int64_t row = 0; row < t->count; row += block) attend_block(r, t, row, at, to, &s, m);
     }
     finish(r, t, m);
 }
@@ -317,7 +286,6 @@ int hfa_prompt(const hfa_prompt_call *call) {
     r.depth = r.inner->pairs ? up_to(call->key_dim, 32) : call->key_dim;
     r.words = r.inner->pairs ? r.depth / 2 : r.depth;
     r.columns = r.inner->pairs ? up_to(call->value_dim, 16) : call->value_dim;
-    r.span = HFA_SPAN;
     int64_t threads = most(least(call->threads, HFA_MAX_THREADS), 1), block = r.inner->block;
     int64_t heads = call->batch * call->kv_heads, queries = r.group * call->tokens;
     int64_t widest = most(MOST_BYTES / ((r.words + r.columns) * 4) / block, 1);
