@@ -43,23 +43,33 @@ size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, h
     return used;
 }
 
-void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stride, int64_t k, const hfa_activations *x) {
-    for (int m0 = 0; x->packed[HFA_DENSE] && m0 < p->m; m0 += HFA_DOT_ROWS)
-        p->kernels->pack_f32(rows + m0 * stride, stride, p->m - m0 < HFA_DOT_ROWS ? p->m - m0 : HFA_DOT_ROWS, k,
-                             (char *)x->packed[HFA_DENSE] + hfa_packed_bytes(p->kernels, m0, k));
-    for (int64_t format = HFA_DENSE + 1; format < HFA_FORMATS; format++)
-        if (x->packed[format]) p->kernels->round_for(format, rows, stride, p->m, k, x->packed[format]);
+/* Where rows m0.. of x begin. */
+static char *rows_from(const hfa_kernels *kernels, const hfa_activations *x, int64_t format, int64_t k, int m0) {
+    int64_t padded = hfa_padded(k);
+    if (format == HFA_DENSE) return (char *)x->packed[format] + hfa_packed_bytes(kernels, m0, k);
+    return (char *)x->packed[format] + m0 * padded * (format == HFA_INT8 ? 2 : 1) + m0 * padded / HFA_QUANTUM * 12;
 }
 
-void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m, float *acc) {
-    const void *packed = x->packed[w->format];
-    if (w->format != HFA_DENSE) kernels->dot_packed[w->format](w, row, rows, packed, m, acc, HFA_TILE);
-    else
-        for (int m0 = 0; m0 < m; m0 += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
-            kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,
-                         (const char *)packed + hfa_packed_bytes(kernels, m0, w->inner), m - m0 < HFA_DOT_ROWS ? m - m0 : HFA_DOT_ROWS,
-                         acc + m0 * HFA_TILE, HFA_TILE);
+void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stride, int64_t k, int m0, int m, const hfa_activations *x) {
+    for (int i = 0; x->packed[HFA_DENSE] && i < m; i += HFA_DOT_ROWS)
+        p->kernels->pack_f32(rows + i * stride, stride, m - i < HFA_DOT_ROWS ? m - i : HFA_DOT_ROWS, k,
+                             rows_from(p->kernels, x, HFA_DENSE, k, m0 + i));
+    for (int64_t format = HFA_DENSE + 1; format < HFA_FORMATS; format++)
+        if (x->packed[format]) p->kernels->round_for(format, rows, stride, m, k, rows_from(p->kernels, x, format, k, m0));
 }
+
+void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc) {
+    if (w->format != HFA_DENSE)
+        kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_TILE);
+    else
+        for (int i = 0; i < m; i += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
+            kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,
+                         rows_from(kernels, x, HFA_DENSE, w->inner, m0 + i), m - i < HFA_DOT_ROWS ? m - i : HFA_DOT_ROWS,
+                         acc + i * HFA_TILE, HFA_TILE);
+}
+
+/* Few rows of x: many of W per call; many: 16 packed ones, which stay in L1 while x passes. */
+int64_t hfa_tile_rows(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE ? HFA_LANES : HFA_TILE; }
 
 int64_t hfa_products_plan(hfa_products *p, int threads) {
     int64_t total = 0;
@@ -84,14 +94,17 @@ void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range
         const hfa_matrix *w = item->matrix;
         int64_t row = (chunk - p->first_chunk[i]) * p->chunk_rows[i], end = row + p->chunk_rows[i];
         if (end > w->rows) end = w->rows;
-        for (; row < end; row += HFA_TILE) {
-            int64_t n = end - row < HFA_TILE ? end - row : HFA_TILE;
+        for (int64_t step = hfa_tile_rows(w, p->m); row < end; row += step) {
+            int64_t n = end - row < step ? end - row : step;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
-            hfa_product_tile(kernels, w, row, n, x, p->m, acc);
-            for (int m = 0; m < p->m; m++) {
-                int64_t at = m * item->ldo + row;
-                if (p->keeps_f32) kernels->finish_f32(acc + m * HFA_TILE, bias, n, (float *)item->out + at);
-                else kernels->finish(acc + m * HFA_TILE, bias, n, (char *)item->out + at * kernels->element);
+            for (int m0 = 0; m0 < p->m; m0 += HFA_MAX_ROWS) {
+                int m = p->m - m0 < HFA_MAX_ROWS ? p->m - m0 : HFA_MAX_ROWS;
+                hfa_product_tile(kernels, w, row, n, x, m0, m, acc);
+                for (int i = 0; i < m; i++) {
+                    int64_t at = (m0 + i) * item->ldo + row;
+                    if (p->keeps_f32) kernels->finish_f32(acc + i * HFA_TILE, bias, n, (float *)item->out + at);
+                    else kernels->finish(acc + i * HFA_TILE, bias, n, (char *)item->out + at * kernels->element);
+                }
             }
         }
     }
