@@ -10,6 +10,7 @@ from hf_accel.kernels.native.experts import Gate, NativeExperts, best_expert_row
 from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
 from hf_accel.kernels.native.linear import DTYPES, FEW_ROWS, MAX_ROWS, best_rows, linear, linear_group
 from hf_accel.kernels.native.packed import packed_linear
+from hf_accel.kernels.native.prompt import prompt_attention, prompt_state
 from hf_accel.kernels.native.route import Routing, route
 from hf_accel.kernels.native.stream import stream
 
@@ -35,6 +36,8 @@ __all__ = [
     "linear",
     "linear_group",
     "packed_linear",
+    "prompt_attention",
+    "prompt_state",
     "route",
     "set_isa",
     "status",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets in the order of `enum hfa_isa`; later ones are preferred."""
 
@@ -85,6 +85,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.hfa_stream.argtypes = [pointer, integer, integer]
     library.hfa_stream.restype = ctypes.c_uint64
     library.hfa_attend.argtypes = [ctypes.c_char_p]
+    library.hfa_prompt.argtypes = [ctypes.c_char_p]
     library.hfa_encode.argtypes = [ctypes.c_char_p]
     library.hfa_block_forward.argtypes = [ctypes.c_char_p] * 2
     library.hfa_route.argtypes = [ctypes.c_char_p]

@@ -17,6 +17,23 @@
 #define HFA_PIECE 256 /* positions of K and V per attention task: 64 KB at D = 64 in 16 bits */
 #define HFA_PANEL_ROWS 60 /* rows of W that go over a panel of x: a multiple of 2, 3 and 4 */
 
+#define HFA_STRETCH 256  /* positions of K and V that a block of queries of a prompt meets together */
+#define HFA_STRIP 32  /* ... that lie together where operands are pairs: a tile is made of whole strips */
+/* Attention of many queries, see prompt_body.h and drivers/prompt.c. */
+typedef struct {
+    int block; /* queries that go together, one in a lane */
+    int pairs; /* operands: 1: bf16, two in a word; 0: fp32 */
+    void (*begin)(void); /* in a thread before the first, after the last of the others; NULL: nothing to do */
+    void (*end)(void);
+    void (*transpose)(const void *words, int64_t stride, int64_t rows, int64_t columns, void *out, int64_t to_stride);
+    void (*read_codes)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, float *out, int64_t ldo);
+    void (*pair_values)(const void *values, int64_t stride, int64_t n, int64_t d, void *out);
+    void (*scores)(const void *keys, int64_t stride, int64_t n, int64_t words, const void *queries, float *scores);
+    void (*softmax)(float *scores, int64_t n, float scale, float softcap, const float *first, const float *last, const float *hidden,
+                    float *max, float *sum, float *keep);
+    void (*weigh)(const void *values, int64_t stride, int64_t n, int64_t d, const void *weights, const float *keep, float *out);
+} hfa_prompt_kernels;
+
 typedef struct {
     int step;        /* K padding of packed activations, elements */
     int packed_size; /* bytes of a packed element */
@@ -57,6 +74,7 @@ typedef struct {
     void (*axpy_cached)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, const float *coef, int64_t ldc, int m,
                         float *out, int64_t ldo);
     float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
+    const hfa_prompt_kernels *prompt;
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

@@ -12,6 +12,7 @@
  *     block.c, block_attention.[ch], block_run.h   a whole pre-norm gated decoder layer in one call
  *     experts.c, route.c   the routed experts of a layer; their router
  *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
+ *     prompt.c      attention of many queries, tile by tile
  *     cached.[ch]   rows of a quantized cache
  *     stream.c      reads memory, to measure it
  *   bodies/         the inner kernels, written once over a vector type and included per instruction set
@@ -25,7 +26,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 10
+#define HFA_ABI_VERSION 11
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -95,6 +96,19 @@ typedef struct {
     double scale, softcap;
 } hfa_attend_call;
 
+/* Attention of many queries: out [B,T,H,Dv] of the dtype, or of fp32 where `is_f32`. Keys [B,G,S,...] and values as in
+ * hfa_attend_call. Query t stands at column past + t: with is_causal it sees nothing beyond, with window > 0 nothing at
+ * past + t - window and before; starts [B] or NULL: nothing before starts[b]; mask NULL or bool [Bm,Hm,T,S]. sinks [H] or NULL:
+ * a score more in each softmax, without a value. totals [B,T,H] or NULL: logarithms of the sums of exponentials without sinks,
+ * -inf for queries that see nothing, whose output is zero. */
+typedef struct {
+    const void *query, *keys, *values, *mask; void *out; float *totals; const int64_t *starts; const float *sinks;
+    int64_t dtype, format, batch, tokens, heads, kv_heads, key_dim, value_dim, positions, past, is_causal, window, is_f32, threads;
+    int64_t query_stride_b, query_stride_h, query_stride_t, key_stride_b, key_stride_g, key_stride_s;
+    int64_t value_stride_b, value_stride_g, value_stride_s, mask_stride_b, mask_stride_h, mask_stride_t;
+    double scale, softcap;
+} hfa_prompt_call;
+
 /* rows of x [outer, inner, d] with strides in elements to rows of a cache with strides in bytes; is_key as in cached.h */
 typedef struct {
     const void *x; void *rows; int64_t dtype, format, outer, inner, d, is_key, threads;
@@ -147,6 +161,7 @@ HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *
 /* Reads `bytes` (whole mebibytes, 64-byte aligned) with `threads` threads; for measuring the memory. */
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
 HFA_EXPORT int hfa_attend(const hfa_attend_call *call);
+HFA_EXPORT int hfa_prompt(const hfa_prompt_call *call); /* 0; -1 for arguments out of range or memory that is short */
 HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
 /* 0; -1 for arguments out of range; 1: the last of the highest logits is equal to the one after it, or some are no numbers */
 HFA_EXPORT int hfa_route(const hfa_route_call *call);

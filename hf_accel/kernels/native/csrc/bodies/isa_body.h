@@ -1,7 +1,7 @@
 /* All kernels of one instruction set: an isa_*.c file includes its vec_*.h, then this, between target pragmas,
  * having defined TABLE (the name of the table) and ROWS_FOR(M) (rows of W computed together for M rows of x). For panels
  * (see product_body.h) also PANELS_FROM, the least rows of x for them, and PANEL_ROWS_FOR(G), rows of W beside a group of
- * G rows of x. */
+ * G rows of x. PROMPT_VECTORS vectors of queries of a prompt go together, with PROMPT_ROWS keys or columns of values. */
 #include "bodies/float_body.h"
 #include "bodies/packed_body.h"
 #include "bodies/cached_body.h"
@@ -12,6 +12,18 @@
 #include "bodies/dtype_body.h"
 #define DTYPE 2
 #include "bodies/dtype_body.h"
+
+#define PAIRS 0
+#include "bodies/prompt_body.h"
+#ifdef HFA_DOT_BF16
+#define PAIRS 1
+#include "bodies/prompt_body.h"
+#define PROMPT_bf16 prompt_pairs
+#else
+#define PROMPT_bf16 prompt_words
+#endif
+#define PROMPT_f16 prompt_words
+#define PROMPT_f32 prompt_words
 
 #ifdef PANELS_FROM
 #define FROM PANELS_FROM
@@ -27,6 +39,6 @@
      .exponentials = exponentials, .round_for = round_for,                                                             \
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
                     [HFA_FP4] = dot_fp4},                                                                              \
-     .dot_cached = dot_cached, .axpy_cached = axpy_cached}
+     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

@@ -8,5 +8,7 @@
 #include "arch/portable/vec_int.h"
 #define TABLE hfa_kernels_neon
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
+#define PROMPT_VECTORS 3
+#define PROMPT_ROWS 8
 #include "bodies/isa_body.h"
 #endif

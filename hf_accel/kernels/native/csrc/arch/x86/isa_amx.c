@@ -150,7 +150,89 @@ static void pack_f32(const float *x, int64_t stride, int m, int64_t k, void *pac
     PACK(TRUNCATED)
 }
 
+/* Attention of prompts: blocks of 32 queries, two tiles wide. Tiles 0..3: sums; 4, 5: keys or values; 6, 7: queries or weights. */
+enum { BLOCK = 32, LINE = BLOCK * 4 };
+
+static void prompt_begin(void) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int tile = 0; tile < 8; tile++) {
+        config.rows[tile] = 16;
+        config.row_bytes[tile] = 64;
+    }
+    publish(&config);
+    _tile_loadconfig(&config);
+}
+
+static void prompt_end(void) { _tile_release(); }
+
+/* n whole strips of keys, whole steps of their words */
+static void prompt_scores(const void *keys, int64_t stride, int64_t n, int64_t words, const void *queries, float *scores) {
+    publish(keys);
+    for (int64_t j = 0; j < n; j += HFA_STRIP, scores += HFA_STRIP * BLOCK) {
+        const char *a = (const char *)keys + j * stride, *b = queries;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t w = 0; w < words; w += 16, a += 64, b += 16 * LINE) {
+            _tile_loadd(4, a, stride);
+            _tile_loadd(6, b, LINE);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b + 64, LINE);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + 16 * stride, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, scores, LINE);
+        _tile_stored(1, scores + 16, LINE);
+        _tile_stored(2, scores + 16 * BLOCK, LINE);
+        _tile_stored(3, scores + 16 * BLOCK + 16, LINE);
+    }
+    publish(scores);
+}
+
+static void prompt_weigh(const void *values, int64_t stride, int64_t n, int64_t d, const void *weights, const float *keep, float *out) {
+    vf by[2] = {vf_load(keep), vf_load(keep + 16)};
+    if (_mm512_cmp_ps_mask(_mm512_min_ps(by[0], by[1]), vf_set1(1.0f), _CMP_NEQ_UQ) || _mm512_cmp_ps_mask(_mm512_max_ps(by[0], by[1]), vf_set1(1.0f), _CMP_NEQ_UQ))
+        for (int64_t c = 0; c < d; c++)
+            for (int v = 0; v < 2; v++) vf_store(out + c * BLOCK + v * 16, vf_mul(vf_load(out + c * BLOCK + v * 16), by[v]));
+    publish(out);
+    for (int64_t c = 0; c < d; c += 32) {
+        float *to = out + c * BLOCK;
+        const char *a = (const char *)values + c * 64, *b = weights;
+        int is_whole = c + 16 < d; /* rows come in sixteens */
+        _tile_loadd(0, to, LINE);
+        _tile_loadd(1, to + 16, LINE);
+        if (is_whole) {
+            _tile_loadd(2, to + 16 * BLOCK, LINE);
+            _tile_loadd(3, to + 16 * BLOCK + 16, LINE);
+        }
+        for (int64_t j = 0; j < n; j += HFA_STRIP, a += stride * 64, b += 16 * LINE) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(6, b, LINE);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b + 64, LINE);
+            _tile_dpbf16ps(1, 4, 7);
+            if (!is_whole) continue;
+            _tile_loadd(5, a + 16 * 64, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, to, LINE);
+        _tile_stored(1, to + 16, LINE);
+        if (is_whole) {
+            _tile_stored(2, to + 16 * BLOCK, LINE);
+            _tile_stored(3, to + 16 * BLOCK + 16, LINE);
+        }
+    }
+    publish(out);
+}
+
 static hfa_kernels table[HFA_DTYPES];
+static hfa_prompt_kernels prompt;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void fill(void) {
@@ -163,6 +245,12 @@ static void fill(void) {
         table[dtype].dot_packed[HFA_INT2] = dot_int2;
         table[dtype].dot_packed[HFA_FP4] = dot_fp4;
     }
+    prompt = *table[HFA_BF16].prompt;
+    prompt.begin = prompt_begin;
+    prompt.end = prompt_end;
+    prompt.scores = prompt_scores;
+    prompt.weigh = prompt_weigh;
+    table[HFA_BF16].prompt = &prompt;
     table[HFA_BF16].dot = dot;
     table[HFA_BF16].pack = pack;
     table[HFA_BF16].pack_f32 = pack_f32;

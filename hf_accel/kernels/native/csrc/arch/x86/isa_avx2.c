@@ -15,6 +15,8 @@
 #define ROWS_FOR(M) ((M) <= 2 ? 4 : (M) <= 4 ? 3 : (M) <= 6 ? 2 : 1) /* 16 vector registers */
 #define PANELS_FROM 5
 #define PANEL_ROWS_FOR(G) ((G) <= 2 ? 4 : (G) == 5 || (G) == 6 ? 2 : 3)
+#define PROMPT_VECTORS 3
+#define PROMPT_ROWS 4
 #include "bodies/isa_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop

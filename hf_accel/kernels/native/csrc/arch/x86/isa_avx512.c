@@ -13,6 +13,8 @@
 #include "arch/x86/vec_avx512.h"
 #define TABLE hfa_kernels_avx512
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
+#define PROMPT_VECTORS 2
+#define PROMPT_ROWS 8
 #include "bodies/isa_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -37,6 +37,24 @@ HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
     vf t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
+#define HFA_OWN_TRANSPOSE
+HFA_INLINE void vf_transpose(vf *rows) {
+    vf b[8];
+    UNROLL(2)
+    for (int i = 0; i < 8; i += 4) {
+        vf p = _mm256_unpacklo_ps(rows[i], rows[i + 1]), q = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+        vf r = _mm256_unpacklo_ps(rows[i + 2], rows[i + 3]), s = _mm256_unpackhi_ps(rows[i + 2], rows[i + 3]);
+        b[i] = _mm256_shuffle_ps(p, r, 0x44);
+        b[i + 1] = _mm256_shuffle_ps(p, r, 0xee);
+        b[i + 2] = _mm256_shuffle_ps(q, s, 0x44);
+        b[i + 3] = _mm256_shuffle_ps(q, s, 0xee);
+    }
+    UNROLL(4)
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        rows[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
 HFA_INLINE vf vf_load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }

@@ -27,6 +27,32 @@ HFA_INLINE void vf_sum4(vf a, vf b, vf c, vf d, float *out) {
     __m256 h = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
+#define HFA_OWN_TRANSPOSE
+/* 16 x 16 words: pairs of rows, pairs of pairs, then quarters of 128 bits */
+HFA_INLINE void vf_transpose(vf *rows) {
+    vf a[16], b[16];
+    UNROLL(8)
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    UNROLL(4)
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    UNROLL(4)
+    for (int i = 0; i < 4; i++) {
+        vf p = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), q = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        vf r = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd), s = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        rows[i] = _mm512_shuffle_f32x4(p, q, 0x88);
+        rows[i + 8] = _mm512_shuffle_f32x4(p, q, 0xdd);
+        rows[i + 4] = _mm512_shuffle_f32x4(r, s, 0x88);
+        rows[i + 12] = _mm512_shuffle_f32x4(r, s, 0xdd);
+    }
+}
 HFA_INLINE vf vf_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
