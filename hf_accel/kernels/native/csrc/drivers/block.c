@@ -1,7 +1,8 @@
 /* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3), or its attention half where experts follow,
  * for any number of rows, up to PASS of them in one parallel region; a pass finds the keys and values of those before it in the
  * cache. Phases are separated by barriers. What is small (norms, residual sums, packing) every thread does for itself instead of
- * waiting for one that does; of more than HFA_DOT_ROWS rows each does its share. Intermediates are fp32 that hold values of the dtype, rounded at the same
+ * waiting for one that does; of more than HFA_MAX_ROWS rows each does its share, and
+ * their attention is a region of its own. Intermediates are fp32 that hold values of the dtype, rounded at the same
  * points as the eager PyTorch layer rounds them. What the PyTorch layer makes of scores that are not finite depends on which of
  * ATen's attentions runs and on their number, so such a call ends without a result. */
 #include <string.h>
@@ -38,17 +39,10 @@ static void lay_out_rows(const hfa_block_run *run, carver *c, float **residual, 
     *packed = carve(c, most);
 }
 
-static void lay_out_partials(const hfa_block_run *run, carver *c, int64_t count, float **partial, float **max, float **sum) {
-    *partial = carve_floats(c, count * run->block->head_dim);
-    *max = carve_floats(c, count);
-    *sum = carve_floats(c, count);
-}
-
 static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_private *mine) {
     carver c = {memory, 0};
     if (run->shares) {
         mine->residual = run->residual, mine->wide = run->wide, mine->packed = run->packed;
-        lay_out_partials(run, &c, run->pieces * HFA_QUERY_GROUP, &mine->partial, &mine->partial_max, &mine->partial_sum);
     } else {
         lay_out_rows(run, &c, &mine->residual, &mine->wide, &mine->packed);
     }
@@ -68,8 +62,17 @@ static size_t lay_out_shared(hfa_block_run *run, char *memory) {
     run->projected = carve_floats(&c, run->rows * run->projected_stride);
     run->summand = carve_floats(&c, run->rows * padded(block->hidden));
     run->inner = carve_floats(&c, run->rows * padded(block->inner));
-    if (run->shares) lay_out_rows(run, &c, &run->residual, &run->wide, &run->packed);
-    else lay_out_partials(run, &c, run->rows * block->heads * run->pieces, &run->partial, &run->partial_max, &run->partial_sum);
+    int64_t queries = run->rows * block->heads, partials = queries * run->pieces;
+    if (run->shares) {
+        lay_out_rows(run, &c, &run->residual, &run->wide, &run->packed);
+        run->query = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
+        run->attended = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
+        run->totals = carve_floats(&c, queries);
+    } else {
+        run->partial = carve_floats(&c, partials * block->head_dim);
+        run->partial_max = carve_floats(&c, partials);
+        run->partial_sum = carve_floats(&c, partials);
+    }
     return c.used;
 }
 
@@ -140,9 +143,9 @@ static int64_t row_of_call(const hfa_block_run *run, int r) {
     return (run->sequence + r / run->tokens) * run->call->tokens + run->token + r % run->tokens;
 }
 
-/* Rows m0..m0+m that this thread prepares. */
+/* Rows m0..m0+m that the thread prepares. */
 #define EACH_GROUP(m0, m)                                                                                             \
-    for (int m0 = mine.from, m; m0 < run->rows && (m = run->rows - m0 < HFA_DOT_ROWS ? run->rows - m0 : HFA_DOT_ROWS); m0 += mine.step)
+    for (int m0 = my->from, m; m0 < run->rows && (m = run->rows - m0 < HFA_DOT_ROWS ? run->rows - m0 : HFA_DOT_ROWS); m0 += my->step)
 
 static void pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, int m0, int m, hfa_block_private *mine) {
     hfa_activations_pack(products, rows + m0 * stride, stride, k, m0, m, &mine->x);
@@ -152,79 +155,113 @@ static void wait_for_rows(const hfa_block_run *run, int team) {
     if (run->shares) hfa_barrier_wait(run->barrier, team);
 }
 
-static void block_task(void *arg, int self, int team) {
-    hfa_block_run *run = arg;
-    const hfa_block *block = run->block;
-    const hfa_kernels *kernels = run->kernels;
-    int64_t hidden = padded(block->hidden), attention = block->heads * block->head_dim, wide = larger(hidden, padded(attention));
+static int64_t wide_of(const hfa_block *block) { return padded(larger(block->hidden, block->heads * block->head_dim)); }
+
+static hfa_block_private private_of(hfa_block_run *run, int self, int team) {
     hfa_block_private mine;
     lay_out_private(run, run->private_memory + run->private_bytes * (size_t)self, &mine);
     mine.from = run->shares ? self * HFA_DOT_ROWS : 0;
     mine.step = HFA_DOT_ROWS * (run->shares ? team : 1);
+    return mine;
+}
 
-    hfa_activations_lay_out(&run->qkv, block->hidden, mine.packed, &mine.x);
+/* Up to the projections. */
+static void run_before(hfa_block_run *run, hfa_block_private *my, int self, int team) {
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = run->kernels;
+    int64_t hidden = padded(block->hidden), wide = wide_of(block);
+    hfa_activations_lay_out(&run->qkv, block->hidden, my->packed, &my->x);
     EACH_GROUP(m0, m) {
         for (int r = m0; r < m0 + m; r++) {
-            float *residual = mine.residual + r * hidden;
+            float *residual = my->residual + r * hidden;
             kernels->load((const char *)run->call->hidden + row_of_call(run, r) * block->hidden * kernels->element, residual, block->hidden);
-            norm_row(run, residual, block->input_norm, mine.wide + r * wide);
+            norm_row(run, residual, block->input_norm, my->wide + r * wide);
         }
-        pack(&run->qkv, mine.wide, wide, block->hidden, m0, m, &mine);
+        pack(&run->qkv, my->wide, wide, block->hidden, m0, m, my);
     }
     wait_for_rows(run, team);
-    hfa_products_run(&run->qkv, &mine.x, run->ranges[0], run->threads, self);
+    hfa_products_run(&run->qkv, &my->x, run->ranges[0], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
     if (block->norms_rows) {
         norm_projected(run, self, team);
         hfa_barrier_wait(run->barrier, team);
     }
 
-    if (run->shares)
-        for (int r = self; r < run->rows; r += team) hfa_attention_write(run, &mine, r);
-    wait_for_rows(run, team);
-    hfa_attention_run(run, &mine, self, mine.wide, wide);
-    hfa_barrier_wait(run->barrier, team);
-    if (run->is_strange) return;
+}
 
-    if (!run->shares) hfa_attention_merge(run, mine.wide, wide);
-    hfa_activations_lay_out(&run->output, attention, mine.packed, &mine.x);
-    EACH_GROUP(m0, m) pack(&run->output, mine.wide, wide, attention, m0, m, &mine);
+/* From the output projection on. */
+static void run_after(hfa_block_run *run, hfa_block_private *my, int self, int team) {
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = run->kernels;
+    int64_t hidden = padded(block->hidden), attention = block->heads * block->head_dim, wide = wide_of(block);
+    hfa_activations_lay_out(&run->output, attention, my->packed, &my->x);
+    EACH_GROUP(m0, m) {
+        for (int r = m0; run->shares && r < m0 + m; r++)
+            kernels->load(run->attended + r * attention * kernels->element, my->wide + r * wide, attention);
+        pack(&run->output, my->wide, wide, attention, m0, m, my);
+    }
     wait_for_rows(run, team);
-    hfa_products_run(&run->output, &mine.x, run->ranges[2], run->threads, self);
+    hfa_products_run(&run->output, &my->x, run->ranges[2], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
 
-    hfa_activations_lay_out(&run->gate_up, block->hidden, mine.packed, &mine.x);
+    hfa_activations_lay_out(&run->gate_up, block->hidden, my->packed, &my->x);
     EACH_GROUP(m0, m) {
         for (int r = m0; r < m0 + m; r++) {
-            float *residual = mine.residual + r * hidden;
+            float *residual = my->residual + r * hidden;
             int64_t at = row_of_call(run, r) * block->hidden * kernels->element;
             if (run->is_half && !run->shares && r % team != self) continue;
-            add_summand(run, block->attention_out_norm, residual, mine.wide + r * wide, r);
-            norm_row(run, residual, block->mlp_norm, mine.wide + r * wide);
+            add_summand(run, block->attention_out_norm, residual, my->wide + r * wide, r);
+            norm_row(run, residual, block->mlp_norm, my->wide + r * wide);
             if (!run->is_half) continue;
             kernels->store(residual, (char *)run->call->out + at, block->hidden);
-            kernels->store(mine.wide + r * wide, (char *)run->call->normed + at, block->hidden);
+            kernels->store(my->wide + r * wide, (char *)run->call->normed + at, block->hidden);
         }
-        if (!run->is_half) pack(&run->gate_up, mine.wide, wide, block->hidden, m0, m, &mine);
+        if (!run->is_half) pack(&run->gate_up, my->wide, wide, block->hidden, m0, m, my);
     }
     if (run->is_half) return;
     wait_for_rows(run, team);
-    run_gate_up(run, &mine.x, self);
+    run_gate_up(run, &my->x, self);
     hfa_barrier_wait(run->barrier, team);
 
-    hfa_activations_lay_out(&run->down, block->inner, mine.packed, &mine.x);
-    EACH_GROUP(m0, m) pack(&run->down, run->inner, padded(block->inner), block->inner, m0, m, &mine);
+    hfa_activations_lay_out(&run->down, block->inner, my->packed, &my->x);
+    EACH_GROUP(m0, m) pack(&run->down, run->inner, padded(block->inner), block->inner, m0, m, my);
     wait_for_rows(run, team);
-    hfa_products_run(&run->down, &mine.x, run->ranges[4], run->threads, self);
+    hfa_products_run(&run->down, &my->x, run->ranges[4], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
 
     EACH_GROUP(m0, m)
         for (int r = m0; r < m0 + m; r++) {
-            float *residual = mine.residual + r * hidden;
+            float *residual = my->residual + r * hidden;
             if (!run->shares && r % team != self) continue;
-            add_summand(run, block->mlp_out_norm, residual, mine.wide + r * wide, r);
+            add_summand(run, block->mlp_out_norm, residual, my->wide + r * wide, r);
             kernels->store(residual, (char *)run->call->out + row_of_call(run, r) * block->hidden * kernels->element, block->hidden);
         }
+}
+
+/* A pass of few rows. */
+static void few_task(void *arg, int self, int team) {
+    hfa_block_run *run = arg;
+    hfa_block_private mine = private_of(run, self, team);
+    run_before(run, &mine, self, team);
+    hfa_attention_run(run, &mine, self);
+    hfa_barrier_wait(run->barrier, team);
+    if (run->is_strange) return;
+    hfa_attention_merge(run, mine.wide, wide_of(run->block));
+    run_after(run, &mine, self, team);
+}
+
+/* A pass of many rows, before and after its attention. */
+static void before_task(void *arg, int self, int team) {
+    hfa_block_run *run = arg;
+    hfa_block_private mine = private_of(run, self, team);
+    run_before(run, &mine, self, team);
+    for (int r = self; r < run->rows; r += team) hfa_attention_prepare(run, &mine, r);
+}
+
+static void after_task(void *arg, int self, int team) {
+    hfa_block_run *run = arg;
+    hfa_block_private mine = private_of(run, self, team);
+    run_after(run, &mine, self, team);
 }
 
 static int is_valid(const hfa_block *block, const hfa_block_call *call) {
@@ -248,8 +285,8 @@ static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t 
     const hfa_kernels *kernels = hfa_active_kernels((int)block->dtype);
     hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32), .sequence = sequence,
                          .batch = batch, .token = token, .tokens = tokens, .rows = (int)(batch * tokens), .is_half = !block->gate.weight};
-    run.shares = run.rows > HFA_DOT_ROWS;
-    if (hfa_attention_looks_ahead(&run)) return 1;
+    run.shares = run.rows > HFA_MAX_ROWS;
+    if (hfa_attention_refuses(&run)) return 1;
     run.attention = (hfa_attention){.kernels = kernels, .format = call->format, .key_dim = block->head_dim, .value_dim = block->head_dim,
                                     .scale = (float)block->scale, .softcap = (float)block->softcap};
     int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past + token - call->first;
@@ -290,8 +327,15 @@ static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t 
     hfa_ranges_deal(run.ranges[2], run.threads, hfa_products_plan(&run.output, run.threads));
     hfa_ranges_deal(run.ranges[3], run.threads, (inner + run.gate_rows - 1) / run.gate_rows);
     hfa_ranges_deal(run.ranges[4], run.threads, hfa_products_plan(&run.down, run.threads));
-    hfa_parallel(block_task, &run, run.threads);
-    return run.is_strange;
+    if (!run.shares) {
+        hfa_parallel(few_task, &run, run.threads);
+        return run.is_strange;
+    }
+    hfa_parallel(before_task, &run, run.threads);
+    int status = hfa_attention_of_prompt(&run);
+    if (status || run.is_strange) return status ? status : 1;
+    hfa_parallel(after_task, &run, run.threads);
+    return 0;
 }
 
 int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {

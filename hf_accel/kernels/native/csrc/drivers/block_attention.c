@@ -1,7 +1,7 @@
-/* Attention of a decoder layer: rotary, cache write, scores, softmax and values in one pass over K and V.
+/* Attention of a decoder layer: rotary, cache write, scores, softmax and values.
  * Of few rows a task is (sequence b, kv head g, piece of positions): it reads its piece of K and V once for all query heads of the
- * group and all query tokens. Of many it is (b, g, tile of queries), which goes over the pieces that one of the queries can see.
- * Softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) of the pieces are merged after. */
+ * group and all query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. Many rows are a
+ * prompt, see prompt.c. */
 #include <math.h>
 #include <string.h>
 #include "drivers/block_attention.h"
@@ -18,8 +18,7 @@ int64_t hfa_attention_plan(hfa_block_run *run) {
     run->first_piece = call->first / HFA_PIECE;
     run->pieces = (call->past + run->token + run->tokens - 1) / HFA_PIECE - run->first_piece + 1;
     run->queries = run->block->heads / run->block->kv_heads * run->tokens;
-    run->tiles = (run->queries + HFA_QUERY_GROUP - 1) / HFA_QUERY_GROUP;
-    return run->batch * run->block->kv_heads * (run->shares ? run->tiles : run->pieces);
+    return run->batch * run->block->kv_heads * run->pieces;
 }
 
 /* Norm over the head (where there is one) and rotary, in place. */
@@ -61,9 +60,15 @@ static void write_position(const hfa_block_run *run, hfa_block_private *mine, in
     hfa_attend_write(&run->attention, mine->queries, 0, values_at(run, b, g) + at * run->call->value_stride_s * size);
 }
 
-void hfa_attention_write(const hfa_block_run *run, hfa_block_private *mine, int64_t r) {
+void hfa_attention_prepare(const hfa_block_run *run, hfa_block_private *mine, int64_t r) {
+    int64_t d = run->block->head_dim, heads = run->block->heads, size = run->kernels->element;
     load_angles(run, r / run->tokens, r % run->tokens, mine->angles);
     for (int64_t g = 0; g < run->block->kv_heads; g++) write_position(run, mine, r / run->tokens, g, r % run->tokens);
+    for (int64_t h = 0; h < heads; h++) {
+        memcpy(mine->queries, run->projected + r * run->projected_stride + h * d, (size_t)d * sizeof(float));
+        prepare_head(run, mine->queries, run->block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+        run->kernels->store(mine->queries, run->query + (r * heads + h) * d * size, d);
+    }
 }
 
 /* Where the mask of token t begins, in elements. */
@@ -92,25 +97,36 @@ static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64
     }
 }
 
-int hfa_attention_looks_ahead(const hfa_block_run *run) {
+int hfa_attention_refuses(const hfa_block_run *run) {
     const hfa_block_call *call = run->call;
-    if (call->mask_kind == HFA_MASK_NONE || run->token + run->tokens == call->tokens) return 0;
-    if (call->mask_kind != HFA_MASK_BOOL || call->row_past) return 1;
-    int64_t columns = call->past + call->tokens - call->first, end = columns - call->tokens + run->token + run->tokens;
-    for (int64_t b = 0; b < run->batch; b++)
+    if (!run->shares) return 0;
+    if (call->row_past || call->mask_kind == HFA_MASK_ADD) return 1;
+    /* a pass that ends before the call's last token: what it would hide must be hidden by the mask, too */
+    int64_t columns = call->past + call->tokens - call->first, beyond = call->tokens - run->token - run->tokens;
+    for (int64_t b = 0; b < run->batch && beyond && call->mask_kind; b++)
         for (int64_t t = 0; t < run->tokens; t++)
-            if (memchr((const uint8_t *)call->mask + mask_at(run, b, t) + end, 1, (size_t)(columns - end))) return 1;
+            if (memchr((const uint8_t *)call->mask + mask_at(run, b, t) + columns - beyond, 1, (size_t)beyond)) return 1;
     return 0;
 }
 
-/* Whether a token of t..last may see one of the n positions from start on (counted from `first`). */
-static int sees(const hfa_block_run *run, int64_t n, int64_t start, int64_t b, int64_t t, int64_t last) {
+int hfa_attention_of_prompt(hfa_block_run *run) {
+    const hfa_block *block = run->block;
     const hfa_block_call *call = run->call;
-    if (call->mask_kind == HFA_MASK_NONE) return past_of(run, b) - call->first + last >= start;
-    if (call->mask_kind == HFA_MASK_ADD) return 1;
-    for (; t <= last; t++)
-        if (memchr((const uint8_t *)call->mask + mask_at(run, b, t) + start, 1, (size_t)n)) return 1;
-    return 0;
+    int64_t d = block->head_dim, width = block->heads * d, size = hfa_attend_element(&run->attention);
+    hfa_prompt_call prompt = {
+        .query = run->query, .out = run->attended, .totals = run->totals, .dtype = block->dtype, .format = call->format, .batch = run->batch,
+        .keys = keys_at(run, 0, 0) + call->first * call->key_stride_s * size, .tokens = run->tokens, .heads = block->heads,
+        .values = values_at(run, 0, 0) + call->first * call->value_stride_s * size, .kv_heads = block->kv_heads, .key_dim = d, .value_dim = d,
+        .mask = call->mask_kind ? (const uint8_t *)call->mask + mask_at(run, 0, 0) : NULL, .is_causal = !call->mask_kind,
+        .past = call->past + run->token - call->first, .positions = call->past + run->token - call->first + run->tokens,
+        .threads = run->threads, .query_stride_b = run->tokens * width, .query_stride_h = d, .query_stride_t = width,
+        .key_stride_b = call->key_stride_b, .key_stride_g = call->key_stride_g, .key_stride_s = call->key_stride_s,
+        .value_stride_b = call->value_stride_b, .value_stride_g = call->value_stride_g, .value_stride_s = call->value_stride_s,
+        .mask_stride_b = call->mask_stride_b, .mask_stride_t = call->mask_stride_t, .scale = block->scale, .softcap = block->softcap};
+    int status = hfa_prompt(&prompt);
+    for (int64_t i = 0; i < run->rows * block->heads; i++) /* -inf: it sees nothing, or its scores are not finite */
+        if (!(run->totals[i] < INFINITY) || (!call->mask_kind && run->totals[i] == -INFINITY)) run->is_strange = 1;
+    return status;
 }
 
 /* Queries q0.. of a sequence and kv head, normed, rotated and packed; query i is head i % group of token i / group. */
@@ -153,8 +169,7 @@ static void merge(const hfa_block_run *run, const float *partial, const float *m
     run->kernels->round(head, d);
 }
 
-/* Of few rows: one piece, for all queries. */
-static void attend_all(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
+static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
     const hfa_block *block = run->block;
     int64_t d = block->head_dim, queries = run->queries, piece = run->first_piece + task % run->pieces, head = task / run->pieces;
     int64_t b = head / block->kv_heads, g = head % block->kv_heads, past = past_of(run, b);
@@ -182,33 +197,8 @@ static void attend_all(hfa_block_run *run, hfa_block_private *mine, int64_t task
     }
 }
 
-/* Of many rows: one tile of queries, for all pieces, whose keys and values have been written. */
-static void attend_tile(hfa_block_run *run, hfa_block_private *mine, int64_t task, float *out, int64_t stride) {
-    const hfa_block *block = run->block;
-    int64_t d = block->head_dim, group = block->heads / block->kv_heads, head = task / run->tiles, q0 = task % run->tiles * HFA_QUERY_GROUP;
-    int64_t b = head / block->kv_heads, g = head % block->kv_heads, first = run->call->first, seen = 0;
-    int count = (int)(run->queries - q0 < HFA_QUERY_GROUP ? run->queries - q0 : HFA_QUERY_GROUP);
-    int64_t last = (q0 + count - 1) / group, end = past_of(run, b) + (run->call->mask_kind == HFA_MASK_NONE ? last + 1 : run->tokens);
-    prepare_queries(run, mine, b, g, q0, count);
-    for (int64_t piece = run->first_piece; piece < run->first_piece + run->pieces; piece++) {
-        int64_t from = piece * HFA_PIECE, to = from + HFA_PIECE, at = seen * HFA_QUERY_GROUP;
-        if (from < first) from = first;
-        if (to > end) to = end;
-        if (from >= to || !sees(run, to - from, from - first, b, q0 / group, last)) continue;
-        attend_piece(run, mine, b, g, from, to - from, q0, count, mine->partial + at * d, mine->partial_max + at, mine->partial_sum + at);
-        seen++;
-    }
-    for (int i = 0; i < count; i++) {
-        int64_t r = b * run->tokens + (q0 + i) / group, h = g * group + (q0 + i) % group;
-        merge(run, mine->partial + i * d, mine->partial_max + i, mine->partial_sum + i, HFA_QUERY_GROUP, seen, out + r * stride + h * d);
-    }
-}
-
-void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self, float *out, int64_t stride) {
-    for (int64_t task; (task = hfa_ranges_take(run->ranges[1], run->threads, self)) >= 0;) {
-        if (run->shares) attend_tile(run, mine, task, out, stride);
-        else attend_all(run, mine, task);
-    }
+void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self) {
+    for (int64_t task; (task = hfa_ranges_take(run->ranges[1], run->threads, self)) >= 0;) attend(run, mine, task);
 }
 
 void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride) {

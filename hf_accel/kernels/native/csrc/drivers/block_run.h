@@ -12,7 +12,7 @@ typedef struct {
     hfa_attention attention;
     int64_t sequence, batch, token, tokens;
     int rows, threads;                   /* R; ranges dealt out */
-    int shares;                          /* more than HFA_DOT_ROWS rows: each thread prepares some of them for all */
+    int shares;                          /* more than HFA_MAX_ROWS rows: each thread prepares some of them for all */
     int is_half;                         /* attention only */
     _Atomic int is_strange;              /* a score is not finite */
     hfa_barrier *barrier;
@@ -22,11 +22,11 @@ typedef struct {
     float *projected; int64_t projected_stride; /* [R, (H + 2G) D]: q, k, v of a row, rounded, before norm and rotary */
     float *summand;                      /* [R, E]: output of o, later of down, rounded */
     float *inner;                        /* [R, I]: activation(gate) * up, rounded */
-    int64_t first_piece, pieces;         /* of HFA_PIECE positions each */
-    int64_t queries, tiles;              /* of a kv head, and how many HFA_QUERY_GROUP of them; attention tasks of it: tiles or, not
-                                          * shares, pieces */
+    int64_t queries;                     /* of a kv head */
+    int64_t first_piece, pieces;         /* not shares: of HFA_PIECE positions each; attention tasks of a kv head */
     float *partial, *partial_max, *partial_sum; /* not shares; per piece and query: [D] weighted values, maximum score, sum */
-    float *residual, *wide; char *packed;       /* shares; as in hfa_block_private */
+    float *residual, *wide; char *packed; /* shares; as in hfa_block_private */
+    char *query, *attended; float *totals; /* shares; [R, H D] of the dtype, before and after attention; see hfa_prompt_call */
     char *private_memory; size_t private_bytes;
 } hfa_block_run;
 
@@ -36,7 +36,6 @@ typedef struct {
     float *wide;      /* [R, max(E, H D)]: what is packed next */
     char *packed; hfa_activations x; /* of the product at hand, laid out in `packed` */
     int from, step;   /* the rows this thread prepares: HFA_DOT_ROWS from every step-th on */
-    float *partial, *partial_max, *partial_sum; /* shares; as in hfa_block_run, of one tile of queries */
     float *queries;   /* [HFA_QUERY_GROUP, D] */
     hfa_attend_room room; /* packed queries, scores */
     int64_t ready;    /* which sequence and kv head the packed queries are for, -1: none */
