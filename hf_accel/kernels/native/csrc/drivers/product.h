@@ -6,8 +6,9 @@
 
 #define HFA_TILE 64 /* rows of W whose results wait in fp32 before bias and rounding */
 
-/* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. */
-typedef struct { void *packed[HFA_FORMATS]; } hfa_activations;
+/* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. lanes: for dense weights blocks of
+ * HFA_MAX_ROWS rows lie [words][HFA_MAX_ROWS], a row in a lane, as in the attention of prompts. */
+typedef struct { void *packed[HFA_FORMATS]; int lanes; } hfa_activations;
 
 /* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. */
 typedef struct { const hfa_matrix *matrix; void *out; int64_t ldo; } hfa_product;
