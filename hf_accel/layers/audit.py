@@ -1,8 +1,10 @@
-"""Audits a replacement of decoder layers: each layer's own forward is recorded once and compared with the replacement.
+"""Audits a replacement of decoder layers: each layer's own forward is recorded and compared with the replacement.
 
-One forward pass of two short rows, the first left-padded, so that masks, positions and grouped heads all matter. It is
-made on a copy that shares the tensors, where neither hooks of the user's nor other threads are met.
-Cost: one small prefill and the replacement of it, no memory beyond the recorded activations.
+One forward pass of two short rows, the first left-padded, so that masks, positions and grouped heads all matter; where
+the replacement is to serve prompts, a second one of two prompts, which the native library computes in other ways and in
+more than one pass. They are made on a copy that shares the tensors, where neither hooks of the user's nor other threads
+are met.
+Cost: one or two small prefills and the replacement of them, no memory beyond the recorded activations.
 """
 
 from __future__ import annotations
@@ -25,24 +27,27 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import VerificationError
 
 TOKENS = 4
+PROMPT_TOKENS = 67
 AUDITED = "audited as a decoder layer"
 Replacement = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor | None]
 
 
 @dataclass
 class RecordedLayer:
-    """What one layer was given and returned: hidden states [2, TOKENS, E] and the keyword arguments."""
+    """What one layer was given and returned: hidden states [2, T, E] and the keyword arguments.
+
+    layer: the layer itself, on the copy of the model.
+    """
 
     index: int
+    layer: Any
     given: torch.Tensor
     kwargs: dict[str, Any]
     returned: torch.Tensor
 
     def difference(self, replacement: Replacement) -> float:
         """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused."""
-        kwargs = self.kwargs | {CACHE: _ProbeCache(self.index + 1)}
-        with torch.no_grad():
-            output = replacement(self.given, kwargs)
+        output = self.replaced(replacement, self.given, self.kwargs)
         if output is None:
             return float("inf")
         valid = torch.ones(self.given.shape[:2], dtype=torch.bool)
@@ -50,24 +55,47 @@ class RecordedLayer:
         expected, found = self.returned[valid].double(), output[valid].double()
         return float((found - expected).norm() / expected.norm())
 
+    def replaced(self, replacement: Replacement, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Return what the replacement makes of hidden states [B, T, E] over an empty cache."""
+        with torch.no_grad():
+            return replacement(hidden, kwargs | {CACHE: _ProbeCache(self.index + 1)})
+
+    def prompt(self, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return hidden states [1, tokens, E] and keyword arguments of a prompt without padding, to time it."""
+        length = self.given.shape[1]
+
+        def longer(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(longer, value))
+            if not isinstance(value, torch.Tensor) or value.shape[1:2] != (length,):
+                return value
+            return value[:1].repeat(1, -(-tokens // length), *(1,) * (value.dim() - 2))[:, :tokens].contiguous()
+
+        kwargs = {name: longer(value) for name, value in self.kwargs.items() if name != CACHE}
+        return longer(self.given), kwargs | {"attention_mask": None}
+
 
 class Audit:
     """Compares replacements of layers with their own forward; what was compared is remembered in the setting."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.records: dict[int, RecordedLayer] | None = None
+        self.records: dict[int, dict[int, RecordedLayer]] = {}
 
-    def check(self, block: DecoderBlock, replacement: Replacement, bound: float) -> None:
+    def recorded(self, block: DecoderBlock, tokens: int = TOKENS) -> RecordedLayer:
+        """Return the record of a layer in a pass of so many tokens, which is made once for all of them."""
+        if tokens not in self.records:
+            self.records[tokens] = record(self.setting.anatomy, tokens)
+        if block.index not in self.records[tokens]:
+            raise VerificationError(f"Layer {block.index} was not reached by a forward pass of the decoder.")
+        return self.records[tokens][block.index]
+
+    def check(self, block: DecoderBlock, replacement: Replacement, bound: float, tokens: int = TOKENS) -> None:
         """Raise VerificationError if a replacement gives another result than the layer's own forward."""
         kept, parts = self.setting.prepared_for(block.layer), _parts(block)
-        if _is_same(kept.get(AUDITED), parts):
+        if _is_same(kept.get((AUDITED, tokens)), parts):
             return  # a copy with the same weights
-        if self.records is None:
-            self.records = record(self.setting.anatomy)
-        if block.index not in self.records:
-            raise VerificationError(f"Layer {block.index} was not reached by a forward pass of the decoder.")
-        difference = self.records[block.index].difference(replacement)
+        difference = self.recorded(block, tokens).difference(replacement)
         if not difference <= bound:
             raise VerificationError(
                 f"Layer {block.index} ({type(block.layer).__name__}) differs from its own forward by "
@@ -75,7 +103,7 @@ class Audit:
                 "It was not replaced. Leave DecoderBlockConfig out for this model."
             )
         # weak references, so that tensors which the model no longer has can be freed
-        kept[AUDITED] = [(name, [*map(weakref.ref, tensors)]) for name, tensors in parts]
+        kept[AUDITED, tokens] = [(name, [*map(weakref.ref, tensors)]) for name, tensors in parts]
 
 
 def _parts(block: DecoderBlock) -> list[tuple[str, list[torch.Tensor]]]:
@@ -94,8 +122,8 @@ def _is_same(kept: Any, parts: list[tuple[str, list[torch.Tensor]]]) -> bool:
     return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
-def record(anatomy: Anatomy) -> dict[int, RecordedLayer]:
-    """Run the decoder once on random tokens; return what each described layer was given and returned, by its index."""
+def record(anatomy: Anatomy, length: int = TOKENS) -> dict[int, RecordedLayer]:
+    """Run the decoder once on two rows of random tokens; return what each described layer was given and returned, by its index."""
     records: dict[int, RecordedLayer] = {}
     model = twin(anatomy.model)
     blocks = anatomy.blocks if model is anatomy.model else Anatomy.of(model).blocks
@@ -106,10 +134,10 @@ def record(anatomy: Anatomy) -> dict[int, RecordedLayer]:
             return
         given = args[0] if args else kwargs["hidden_states"]
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        records[index] = RecordedLayer(index, given.clone(), rest, output.clone())
+        records[index] = RecordedLayer(index, module, given.clone(), rest, output.clone())
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0)).to(anatomy.device)
+    tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(anatomy.device)
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
     hooks = [block.layer.register_forward_hook(partial(keep, block.index), with_kwargs=True) for block in blocks]

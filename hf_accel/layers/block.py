@@ -1,9 +1,9 @@
-"""A whole decoder layer in one native call, for steps of a few rows; of one with experts, its attention half.
+"""A whole decoder layer in one native call, for decoding steps and for prompts; of one with experts, its attention half.
 
 Stock spends about 160 µs of Python and dispatch per layer and token (twenty operators); one call spends one. The
 weights stay where they are. The call does what the layer's own forward does, operation by operation and rounding by
-rounding; a layer is only replaced after both gave the same result here (`audit`), and any call that is not a
-plain decoding step (hooks, gradients, adapters, foreign caches, more rows) goes to the layer's own forward.
+rounding; a layer is only replaced after both gave the same result here (`audit`), for as many rows as a `trial` shows
+to be faster, and any other call (hooks, gradients, adapters, foreign caches, more rows) goes to the layer's own forward.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
 from hf_accel.kernels.weights import PackedProduct
-from hf_accel.layers.audit import Audit
+from hf_accel.layers.audit import PROMPT_TOKENS, Audit, Replacement
 from hf_accel.layers.guard import BlockStep
 from hf_accel.layers.linear import native_obstacles
+from hf_accel.layers.trial import ROUNDS, Extent, tried_rows
 from hf_accel.ops import tolerances
 
 
@@ -36,15 +37,16 @@ from hf_accel.ops import tolerances
 class DecoderBlockConfig(Config):
     """Decoder layers in one native call each, where the architecture is described.
 
-    max_rows: steps of up to this many rows (batch x query tokens), 1 to 32; larger ones run the layer's own forward.
-        None: 16, or 32 where products of many rows are made natively, see `NativeLinearConfig`.
+    max_rows: calls of up to this many rows (batch x query tokens) run natively, larger ones by the layer's own forward.
+        None: at least 16, or 32 where products of many rows are made natively (see `NativeLinearConfig`), and as many
+        as a short trial on each shape of layer shows to be faster.
     """
 
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_rows is not None:
-            self.check_integer("max_rows", 1, native.MAX_ROWS)
+            self.check_integer("max_rows", 1)
 
 
 class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig):
@@ -62,25 +64,51 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
     def patch(self, setting: Setting, host: Host) -> Change:
         anatomy = setting.anatomy
         skipped = list(anatomy.odd_layers)
-        most = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
-        count = 0
+        few = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
+        steps: list[BlockStep] = []
         with evaluating(anatomy.model):
             audit = Audit(setting)
             surroundings = Surroundings(m for block in anatomy.blocks for m in (block.layer, *block.modules))
             for block in anatomy.blocks:
                 try:
-                    step = BlockStep(block, most, surroundings)
+                    step = BlockStep(block, Extent(few, few), surroundings)
                 except ValueError as error:  # packed weights cannot be taken apart everywhere
                     skipped.append(f"layer {block.index} runs as it is: {error}")
                     continue
-                audit.check(block, partial(native_step, step, is_audit=True), _bound(block, anatomy.dtype))
+                audit.check(block, _replacement(step), _bound(block, anatomy.dtype))
                 if step.watch.is_hooked():
                     skipped.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
-                made = subclass(NativeLayer, type(block.layer), step=step, forward=native_forward(step))
-                host.journal.swap_class(block.layer, made)
-                count += 1
-        summary = f"{count} decoder layers run in one native call for up to {most} rows"
+                steps.append(step)
+            if self.config.max_rows is None:
+                _try_more_rows(steps, audit)
+            for step in steps:
+                if step.extent.many > native.MAX_ROWS:
+                    bound = _bound(step.block, anatomy.dtype)
+                    audit.check(step.block, _replacement(step), bound, PROMPT_TOKENS)
+            for step in steps:
+                layer = step.block.layer
+                made = subclass(NativeLayer, type(layer), step=step, forward=native_forward(step))
+                host.journal.swap_class(layer, made)
+        extents = " or ".join(str(rows) for rows in sorted({step.extent.many for step in steps})) or str(few)
+        summary = f"{len(steps)} decoder layers run in one native call for up to {extents} rows"
         return Change(summary, skipped=tuple(skipped))
+
+
+def _replacement(step: BlockStep) -> Replacement:
+    return partial(native_step, step, is_audit=True)
+
+
+def _try_more_rows(steps: list[BlockStep], audit: Audit) -> None:
+    """Let layers of each shape serve as many rows as a trial shows to be faster natively."""
+    shapes: dict[Any, list[BlockStep]] = {}
+    for step in steps:
+        shapes.setdefault(step.shape, []).append(step)
+    for shape, members in shapes.items():
+        few = members[0].extent.few
+        pairs = [(partial(audit.recorded, step.block), _replacement(step)) for step in members[:ROUNDS]]
+        many = tried_rows(few, shape, pairs)
+        for step in members:
+            step.extent = Extent(few, many)
 
 
 def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
@@ -112,13 +140,14 @@ def native_step(
 ) -> torch.Tensor | None:
     """Return the layer's output [B, T, E], or None if the native call does not cover this step.
 
-    is_audit: the call has just been built; hooks on the layer do not matter.
+    is_audit: the call has just been built; hooks on the layer, and the number of rows, do not matter.
     """
     if type(hidden) is not torch.Tensor or len(shape := hidden.shape) != 3:
         return None
     batch, tokens, _ = shape
+    extent = step.extent
     if (
-        batch * tokens > step.max_rows
+        (batch * tokens > extent.many and not is_audit)
         or not hidden.is_cpu
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -148,6 +177,8 @@ def native_step(
     if reserved is None:
         return None
     keys, values, past, first, row_past = reserved
+    if not (is_audit or extent.covers(batch * tokens, past + tokens - first)):
+        return None
     if mask is None:
         if tokens > 1 and past != first:
             return None

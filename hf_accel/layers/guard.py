@@ -18,6 +18,7 @@ from hf_accel.core.model.blocks import DecoderBlock, LinearSlice
 from hf_accel.core.model.watching import Surroundings, Watch
 from hf_accel.kernels import native
 from hf_accel.kernels.weights import PackedProduct
+from hf_accel.layers.trial import Extent
 
 _NAME = "_attn_implementation_internal"  # the back end's name, in the values of a config
 # attributes that may change while the native call stays right: only training reads them, or they are read anew
@@ -31,8 +32,8 @@ OF_THE_LAYER = frozenset({"forward", "_hf_hook", "_old_forward"})
 class BlockStep:
     """The native call of one layer, and the check that it still stands for the layer."""
 
-    def __init__(self, block: DecoderBlock, max_rows: int, surroundings: Surroundings) -> None:
-        self.max_rows = max_rows
+    def __init__(self, block: DecoderBlock, extent: Extent, surroundings: Surroundings) -> None:
+        self.extent = extent
         self.surroundings = surroundings
         self.block = block
         self._build()
@@ -82,6 +83,15 @@ class BlockStep:
         self._config = self._attention.get("config")
         self._config_values: dict[str, Any] = {}
         self._attention_name: Any = None
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What the time of the layer depends on, natively and by its own forward."""
+        products = vars(self.kernel.weights).values()
+        schemes = [getattr(p.weight, "scheme", None) for p in products if isinstance(p, native.Projection)]
+        config = self._attention.get("config")
+        attention = getattr(config, _NAME, None)
+        return self.kernel.shape, self.dtype, type(self.block.layer), attention, *schemes
 
     def is_current(self) -> bool:
         """Return whether the call still stands for the layer, having followed what may change.

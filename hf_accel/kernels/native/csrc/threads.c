@@ -74,19 +74,19 @@ void hfa_barrier_wait(hfa_barrier *barrier, int team) {
     }
 }
 
-typedef struct { void *memory; size_t bytes; } scratch;
+typedef struct { void *memory[2]; size_t bytes[2]; } scratch;
 
 static pthread_key_t scratch_key;
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 
 static void release(void *p) {
-    free(((scratch *)p)->memory);
+    for (int i = 0; i < 2; i++) free(((scratch *)p)->memory[i]);
     free(p);
 }
 
 static void create_key(void) { pthread_key_create(&scratch_key, release); }
 
-void *hfa_scratch(size_t bytes) {
+static void *scratch_of(int kind, size_t bytes) {
     static _Thread_local scratch *mine;
     if (!mine) {
         pthread_once(&scratch_once, create_key);
@@ -94,11 +94,15 @@ void *hfa_scratch(size_t bytes) {
         if (!mine) return NULL;
         pthread_setspecific(scratch_key, mine);
     }
-    if (mine->bytes < bytes) {
+    if (mine->bytes[kind] < bytes) {
         size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-        free(mine->memory);
-        mine->memory = aligned_alloc(4096, rounded);
-        mine->bytes = mine->memory ? rounded : 0;
+        free(mine->memory[kind]);
+        mine->memory[kind] = aligned_alloc(4096, rounded);
+        mine->bytes[kind] = mine->memory[kind] ? rounded : 0;
     }
-    return mine->memory;
+    return mine->memory[kind];
 }
+
+void *hfa_scratch(size_t bytes) { return scratch_of(0, bytes); }
+
+void *hfa_more_scratch(size_t bytes) { return scratch_of(1, bytes); }

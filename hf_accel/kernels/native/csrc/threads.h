@@ -20,6 +20,8 @@ int64_t hfa_ranges_take(hfa_range *ranges, int threads, int self); /* -1: nothin
 typedef struct { _Alignas(64) atomic_int arrived; _Alignas(64) atomic_int phase; } hfa_barrier;
 void hfa_barrier_wait(hfa_barrier *barrier, int team);
 
-/* At least `bytes`, 64-byte aligned, valid until the calling thread's next call; NULL when memory is short. */
+/* At least `bytes`, 64-byte aligned, valid until the calling thread's next call; NULL when memory is short. The second kind is
+ * for what runs while the first is in use. */
 void *hfa_scratch(size_t bytes);
+void *hfa_more_scratch(size_t bytes);
 #endif

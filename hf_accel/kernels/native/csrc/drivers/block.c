@@ -1,10 +1,14 @@
 /* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3), or its attention half where experts follow,
- * for up to HFA_MAX_ROWS rows in one parallel region. Phases are separated by barriers; what is small (norms, residual sums, packing) every thread does for itself
- * instead of waiting for one that does. Intermediates are fp32 that hold values of the dtype, rounded at the same
+ * for any number of rows, up to PASS of them in one parallel region; a pass finds the keys and values of those before it in the
+ * cache. Phases are separated by barriers. What is small (norms, residual sums, packing) every thread does for itself instead of
+ * waiting for one that does; of more than HFA_MAX_ROWS rows each does its share, and
+ * their attention is a region of its own. Intermediates are fp32 that hold values of the dtype, rounded at the same
  * points as the eager PyTorch layer rounds them. What the PyTorch layer makes of scores that are not finite depends on which of
  * ATen's attentions runs and on their number, so such a call ends without a result. */
 #include <string.h>
 #include "drivers/block_attention.h"
+
+enum { PASS = 128 }; /* rows per read of the weights: scratch memory is proportional to it */
 
 static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -18,12 +22,12 @@ static void *carve(carver *c, size_t bytes) {
 }
 static float *carve_floats(carver *c, int64_t n) { return carve(c, (size_t)n * sizeof(float)); }
 
-static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_private *mine) {
+/* [R, E], [R, max(E, H D)] and the packed rows: of each thread, or shared. */
+static void lay_out_rows(const hfa_block_run *run, carver *c, float **residual, float **wide, char **packed) {
     const hfa_block *block = run->block;
-    carver c = {memory, 0};
-    int64_t attention = block->heads * block->head_dim, wide = padded(larger(block->hidden, attention));
-    mine->residual = carve_floats(&c, run->rows * padded(block->hidden));
-    mine->wide = carve_floats(&c, run->rows * wide);
+    int64_t attention = block->heads * block->head_dim;
+    *residual = carve_floats(c, run->rows * padded(block->hidden));
+    *wide = carve_floats(c, run->rows * padded(larger(block->hidden, attention)));
     hfa_activations any;
     size_t most = 0;
     const struct { const hfa_products *products; int64_t k; } packs[] = {{&run->qkv, block->hidden}, {&run->output, attention},
@@ -32,8 +36,17 @@ static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_
         size_t bytes = hfa_activations_lay_out(packs[i].products, packs[i].k, NULL, &any);
         if (bytes > most) most = bytes;
     }
-    mine->packed = carve(&c, most);
-    mine->queries = carve_floats(&c, HFA_QUERY_GROUP * block->head_dim);
+    *packed = carve(c, most);
+}
+
+static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_private *mine) {
+    carver c = {memory, 0};
+    if (run->shares) {
+        mine->residual = run->residual, mine->wide = run->wide, mine->packed = run->packed;
+    } else {
+        lay_out_rows(run, &c, &mine->residual, &mine->wide, &mine->packed);
+    }
+    mine->queries = carve_floats(&c, HFA_QUERY_GROUP * run->block->head_dim);
     hfa_attend_lay_out(&run->attention, carve(&c, hfa_attend_bytes(&run->attention)), &mine->room);
     mine->ready = -1;
     mine->angles = carve_floats(&c, 3 * HFA_MAX_HEAD_DIM);
@@ -43,24 +56,28 @@ static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_
 static size_t lay_out_shared(hfa_block_run *run, char *memory) {
     const hfa_block *block = run->block;
     carver c = {memory, 0};
-    int64_t partials = run->rows * block->heads * run->pieces;
     run->barrier = carve(&c, sizeof(hfa_barrier));
     for (int i = 0; i < 5; i++) run->ranges[i] = carve(&c, sizeof(hfa_range) * (size_t)run->threads);
     run->projected_stride = padded((block->heads + 2 * block->kv_heads) * block->head_dim);
     run->projected = carve_floats(&c, run->rows * run->projected_stride);
     run->summand = carve_floats(&c, run->rows * padded(block->hidden));
     run->inner = carve_floats(&c, run->rows * padded(block->inner));
-    run->partial = carve_floats(&c, partials * block->head_dim);
-    run->partial_max = carve_floats(&c, partials);
-    run->partial_sum = carve_floats(&c, partials);
+    int64_t queries = run->rows * block->heads, partials = queries * run->pieces;
+    if (run->shares) {
+        lay_out_rows(run, &c, &run->residual, &run->wide, &run->packed);
+        run->query = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
+        run->attended = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
+        run->totals = carve_floats(&c, queries);
+    } else {
+        run->partial = carve_floats(&c, partials * block->head_dim);
+        run->partial_max = carve_floats(&c, partials);
+        run->partial_sum = carve_floats(&c, partials);
+    }
     return c.used;
 }
 
-static void norm_rows(const hfa_block_run *run, const float *x, const void *weight, float *out, int64_t stride_out) {
-    const hfa_block *block = run->block;
-    for (int r = 0; r < run->rows; r++)
-        run->kernels->rms_norm(x + r * padded(block->hidden), weight, block->hidden, (float)block->norm_eps,
-                               (int)block->norm_style, out + r * stride_out);
+static void norm_row(const hfa_block_run *run, const float *x, const void *weight, float *out) {
+    run->kernels->rms_norm(x, weight, run->block->hidden, (float)run->block->norm_eps, (int)run->block->norm_style, out);
 }
 
 /* gate and up for the same rows, then activation(gate) * up */
@@ -69,22 +86,25 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
     const hfa_matrix *gate = &run->block->gate, *up = &run->block->up;
     int64_t size = kernels->element;
     float g[HFA_MAX_ROWS * HFA_TILE], u[HFA_MAX_ROWS * HFA_TILE];
+    int64_t step = hfa_tile_rows(gate, run->rows) < hfa_tile_rows(up, run->rows) ? hfa_tile_rows(gate, run->rows) : hfa_tile_rows(up, run->rows);
     for (int64_t chunk; (chunk = hfa_ranges_take(run->ranges[3], run->threads, self)) >= 0;) {
-        int64_t row = chunk * run->gate_rows, end = row + run->gate_rows < gate->rows ? row + run->gate_rows : gate->rows;
-        for (; row < end; row += HFA_TILE) {
-            int64_t n = end - row < HFA_TILE ? end - row : HFA_TILE;
-            hfa_product_tile(kernels, gate, row, n, x, run->rows, g);
-            hfa_product_tile(kernels, up, row, n, x, run->rows, u);
-            for (int m = 0; m < run->rows; m++) {
-                float *gm = g + m * HFA_TILE, *um = u + m * HFA_TILE;
-                kernels->finish_f32(gm, gate->bias ? (const char *)gate->bias + row * size : NULL, n, gm);
-                kernels->finish_f32(um, up->bias ? (const char *)up->bias + row * size : NULL, n, um);
-                memset(gm + n, 0, (size_t)(padded(n) - n) * sizeof(float)); /* whole vectors: no tail with other rounding */
-                memset(um + n, 0, (size_t)(padded(n) - n) * sizeof(float));
-                kernels->gate((int)run->block->activation, gm, um, padded(n), gm);
-                memcpy(run->inner + m * padded(run->block->inner) + row, gm, (size_t)n * sizeof(float));
+        int64_t first = chunk * run->gate_rows, end = first + run->gate_rows < gate->rows ? first + run->gate_rows : gate->rows;
+        for (int64_t row = first; row < end; row += step)
+            for (int m0 = 0; m0 < run->rows; m0 += HFA_MAX_ROWS) {
+                int m = run->rows - m0 < HFA_MAX_ROWS ? run->rows - m0 : HFA_MAX_ROWS;
+                int64_t n = end - row < step ? end - row : step;
+                hfa_product_tile(kernels, gate, row, n, x, m0, m, g);
+                hfa_product_tile(kernels, up, row, n, x, m0, m, u);
+                for (int i = 0; i < m; i++) {
+                    float *gi = g + i * HFA_TILE, *ui = u + i * HFA_TILE;
+                    kernels->finish_f32(gi, gate->bias ? (const char *)gate->bias + row * size : NULL, n, gi);
+                    kernels->finish_f32(ui, up->bias ? (const char *)up->bias + row * size : NULL, n, ui);
+                    memset(gi + n, 0, (size_t)(padded(n) - n) * sizeof(float)); /* whole vectors: no tail with other rounding */
+                    memset(ui + n, 0, (size_t)(padded(n) - n) * sizeof(float));
+                    kernels->gate((int)run->block->activation, gi, ui, padded(n), gi);
+                    memcpy(run->inner + (m0 + i) * padded(run->block->inner) + row, gi, (size_t)n * sizeof(float));
+                }
             }
-        }
     }
 }
 
@@ -102,11 +122,10 @@ static void norm_projected(const hfa_block_run *run, int self, int team) {
         }
 }
 
-/* residual += norm(summand) * residual_scale, rounded; `normed` is room for a row */
+/* residual of a row += norm(summand) * residual_scale, rounded; `normed` is room for a row */
 static void add_summand(const hfa_block_run *run, const void *norm, float *residual, float *normed, int row) {
     const hfa_block *block = run->block;
     const float *summand = run->summand + row * padded(block->hidden);
-    residual += row * padded(block->hidden);
     if (norm) {
         run->kernels->rms_norm(summand, norm, block->hidden, (float)block->norm_eps, (int)block->norm_style, normed);
         summand = normed;
@@ -119,64 +138,130 @@ static void add_summand(const hfa_block_run *run, const void *norm, float *resid
     run->kernels->add(residual, summand, block->hidden, residual);
 }
 
-static void pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, hfa_block_private *mine) {
-    hfa_activations_lay_out(products, k, mine->packed, &mine->x);
-    hfa_activations_pack(products, rows, stride, k, &mine->x);
+/* Row r of the pass in tensors [B, T, ...] of the call. */
+static int64_t row_of_call(const hfa_block_run *run, int r) {
+    return (run->sequence + r / run->tokens) * run->call->tokens + run->token + r % run->tokens;
 }
 
-static void block_task(void *arg, int self, int team) {
-    hfa_block_run *run = arg;
-    const hfa_block *block = run->block;
-    const hfa_kernels *kernels = run->kernels;
-    int64_t hidden = padded(block->hidden), attention = padded(block->heads * block->head_dim), wide = larger(hidden, attention);
+/* Rows m0..m0+m that the thread prepares. */
+#define EACH_GROUP(m0, m)                                                                                             \
+    for (int m0 = my->from, m; m0 < run->rows && (m = run->rows - m0 < HFA_DOT_ROWS ? run->rows - m0 : HFA_DOT_ROWS); m0 += my->step)
+
+static void pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, int m0, int m, hfa_block_private *mine) {
+    hfa_activations_pack(products, rows + m0 * stride, stride, k, m0, m, &mine->x);
+}
+
+static void wait_for_rows(const hfa_block_run *run, int team) {
+    if (run->shares) hfa_barrier_wait(run->barrier, team);
+}
+
+static int64_t wide_of(const hfa_block *block) { return padded(larger(block->hidden, block->heads * block->head_dim)); }
+
+static hfa_block_private private_of(hfa_block_run *run, int self, int team) {
     hfa_block_private mine;
     lay_out_private(run, run->private_memory + run->private_bytes * (size_t)self, &mine);
+    mine.from = run->shares ? self * HFA_DOT_ROWS : 0;
+    mine.step = HFA_DOT_ROWS * (run->shares ? team : 1);
+    return mine;
+}
 
-    for (int r = 0; r < run->rows; r++)
-        kernels->load((const char *)run->call->hidden + r * block->hidden * kernels->element, mine.residual + r * hidden, block->hidden);
-    norm_rows(run, mine.residual, block->input_norm, mine.wide, wide);
-    pack(&run->qkv, mine.wide, wide, block->hidden, &mine);
-    hfa_products_run(&run->qkv, &mine.x, run->ranges[0], run->threads, self);
+/* Up to the projections. */
+static void run_before(hfa_block_run *run, hfa_block_private *my, int self, int team) {
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = run->kernels;
+    int64_t hidden = padded(block->hidden), wide = wide_of(block);
+    hfa_activations_lay_out(&run->qkv, block->hidden, my->packed, &my->x);
+    EACH_GROUP(m0, m) {
+        for (int r = m0; r < m0 + m; r++) {
+            float *residual = my->residual + r * hidden;
+            kernels->load((const char *)run->call->hidden + row_of_call(run, r) * block->hidden * kernels->element, residual, block->hidden);
+            norm_row(run, residual, block->input_norm, my->wide + r * wide);
+        }
+        pack(&run->qkv, my->wide, wide, block->hidden, m0, m, my);
+    }
+    wait_for_rows(run, team);
+    hfa_products_run(&run->qkv, &my->x, run->ranges[0], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
     if (block->norms_rows) {
         norm_projected(run, self, team);
         hfa_barrier_wait(run->barrier, team);
     }
 
+}
+
+/* From the output projection on. */
+static void run_after(hfa_block_run *run, hfa_block_private *my, int self, int team) {
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = run->kernels;
+    int64_t hidden = padded(block->hidden), attention = block->heads * block->head_dim, wide = wide_of(block);
+    hfa_activations_lay_out(&run->output, attention, my->packed, &my->x);
+    EACH_GROUP(m0, m) {
+        for (int r = m0; run->shares && r < m0 + m; r++)
+            kernels->load(run->attended + r * attention * kernels->element, my->wide + r * wide, attention);
+        pack(&run->output, my->wide, wide, attention, m0, m, my);
+    }
+    wait_for_rows(run, team);
+    hfa_products_run(&run->output, &my->x, run->ranges[2], run->threads, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    hfa_activations_lay_out(&run->gate_up, block->hidden, my->packed, &my->x);
+    EACH_GROUP(m0, m) {
+        for (int r = m0; r < m0 + m; r++) {
+            float *residual = my->residual + r * hidden;
+            int64_t at = row_of_call(run, r) * block->hidden * kernels->element;
+            if (run->is_half && !run->shares && r % team != self) continue;
+            add_summand(run, block->attention_out_norm, residual, my->wide + r * wide, r);
+            norm_row(run, residual, block->mlp_norm, my->wide + r * wide);
+            if (!run->is_half) continue;
+            kernels->store(residual, (char *)run->call->out + at, block->hidden);
+            kernels->store(my->wide + r * wide, (char *)run->call->normed + at, block->hidden);
+        }
+        if (!run->is_half) pack(&run->gate_up, my->wide, wide, block->hidden, m0, m, my);
+    }
+    if (run->is_half) return;
+    wait_for_rows(run, team);
+    run_gate_up(run, &my->x, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    hfa_activations_lay_out(&run->down, block->inner, my->packed, &my->x);
+    EACH_GROUP(m0, m) pack(&run->down, run->inner, padded(block->inner), block->inner, m0, m, my);
+    wait_for_rows(run, team);
+    hfa_products_run(&run->down, &my->x, run->ranges[4], run->threads, self);
+    hfa_barrier_wait(run->barrier, team);
+
+    EACH_GROUP(m0, m)
+        for (int r = m0; r < m0 + m; r++) {
+            float *residual = my->residual + r * hidden;
+            if (!run->shares && r % team != self) continue;
+            add_summand(run, block->mlp_out_norm, residual, my->wide + r * wide, r);
+            kernels->store(residual, (char *)run->call->out + row_of_call(run, r) * block->hidden * kernels->element, block->hidden);
+        }
+}
+
+/* A pass of few rows. */
+static void few_task(void *arg, int self, int team) {
+    hfa_block_run *run = arg;
+    hfa_block_private mine = private_of(run, self, team);
+    run_before(run, &mine, self, team);
     hfa_attention_run(run, &mine, self);
     hfa_barrier_wait(run->barrier, team);
     if (run->is_strange) return;
+    hfa_attention_merge(run, mine.wide, wide_of(run->block));
+    run_after(run, &mine, self, team);
+}
 
-    hfa_attention_merge(run, mine.wide, wide);
-    pack(&run->output, mine.wide, wide, block->heads * block->head_dim, &mine);
-    hfa_products_run(&run->output, &mine.x, run->ranges[2], run->threads, self);
-    hfa_barrier_wait(run->barrier, team);
+/* A pass of many rows, before and after its attention. */
+static void before_task(void *arg, int self, int team) {
+    hfa_block_run *run = arg;
+    hfa_block_private mine = private_of(run, self, team);
+    run_before(run, &mine, self, team);
+    for (int r = self; r < run->rows; r += team) hfa_attention_prepare(run, &mine, r);
+}
 
-    if (run->is_half) {
-        for (int r = self; r < run->rows; r += team) {
-            float *residual = mine.residual + r * hidden;
-            int64_t at = r * block->hidden * kernels->element;
-            add_summand(run, block->attention_out_norm, mine.residual, mine.wide, r);
-            kernels->rms_norm(residual, block->mlp_norm, block->hidden, (float)block->norm_eps, (int)block->norm_style, mine.wide);
-            kernels->store(residual, (char *)run->call->out + at, block->hidden);
-            kernels->store(mine.wide, (char *)run->call->normed + at, block->hidden);
-        }
-        return;
-    }
-    for (int r = 0; r < run->rows; r++) add_summand(run, block->attention_out_norm, mine.residual, mine.wide, r);
-    norm_rows(run, mine.residual, block->mlp_norm, mine.wide, wide);
-    pack(&run->gate_up, mine.wide, wide, block->hidden, &mine);
-    run_gate_up(run, &mine.x, self);
-    hfa_barrier_wait(run->barrier, team);
-
-    pack(&run->down, run->inner, padded(block->inner), block->inner, &mine);
-    hfa_products_run(&run->down, &mine.x, run->ranges[4], run->threads, self);
-    hfa_barrier_wait(run->barrier, team);
-
-    for (int r = self; r < run->rows; r += team) {
-        add_summand(run, block->mlp_out_norm, mine.residual, mine.wide, r);
-        kernels->store(mine.residual + r * hidden, (char *)run->call->out + r * block->hidden * kernels->element, block->hidden);
-    }
+static void after_task(void *arg, int self, int team) {
+    hfa_block_run *run = arg;
+    hfa_block_private mine = private_of(run, self, team);
+    run_after(run, &mine, self, team);
 }
 
 static int is_valid(const hfa_block *block, const hfa_block_call *call) {
@@ -186,23 +271,25 @@ static int is_valid(const hfa_block *block, const hfa_block_call *call) {
         if (!needed[i]) return 0;
     if (block->gate.weight ? !block->up.weight || !block->down.weight : !call->normed) return 0;
     if (call->rotary && (!call->cos || !call->sin)) return 0;
-    if (call->row_past && call->batch <= HFA_MAX_ROWS)
+    if (call->row_past)
         for (int64_t b = 0; b < call->batch; b++)
             if (call->row_past[b] < call->first || call->row_past[b] > call->past) return 0;
-    return call->batch >= 1 && call->tokens >= 1 && call->batch * call->tokens <= HFA_MAX_ROWS && call->first >= 0
+    return call->batch >= 1 && call->tokens >= 1 && call->first >= 0
         && call->first <= call->past && (uint64_t)block->dtype < HFA_DTYPES && block->head_dim <= HFA_MAX_HEAD_DIM
         && call->rotary <= block->head_dim && call->rotary % 2 == 0 && block->kv_heads >= 1
         && block->heads % block->kv_heads == 0 && (uint64_t)call->format < HFA_CACHE_FORMATS;
 }
 
-int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
-    if (!is_valid(block, call)) return -1;
+/* As hfa_block_forward, of `tokens` tokens from `token` on of `batch` sequences from `sequence` on. */
+static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t sequence, int64_t batch, int64_t token, int64_t tokens) {
     const hfa_kernels *kernels = hfa_active_kernels((int)block->dtype);
-    hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32),
-                         .rows = (int)(call->batch * call->tokens), .is_half = !block->gate.weight};
+    hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32), .sequence = sequence,
+                         .batch = batch, .token = token, .tokens = tokens, .rows = (int)(batch * tokens), .is_half = !block->gate.weight};
+    run.shares = run.rows > HFA_MAX_ROWS;
+    if (hfa_attention_refuses(&run)) return 1;
     run.attention = (hfa_attention){.kernels = kernels, .format = call->format, .key_dim = block->head_dim, .value_dim = block->head_dim,
                                     .scale = (float)block->scale, .softcap = (float)block->softcap};
-    int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past - call->first;
+    int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past + token - call->first;
     run.qkv = (hfa_products){.kernels = kernels, .count = 3, .m = run.rows, .keeps_f32 = 1,
                              .item = {{.matrix = &block->q}, {.matrix = &block->k}, {.matrix = &block->v}}};
     run.output = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->o}}};
@@ -212,9 +299,9 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
     int64_t gate_row_bytes = run.is_half ? 1 : hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
     int64_t bytes = q_size * hfa_row_bytes(kernels, &block->q) + 2 * kv_size * hfa_row_bytes(kernels, &block->k)
                     + block->hidden * (hfa_row_bytes(kernels, &block->o) + (run.is_half ? 0 : hfa_row_bytes(kernels, &block->down)))
-                    + inner * gate_row_bytes + call->batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
-    run.threads = hfa_useful_threads(bytes, call->threads);
-    hfa_attention_plan(&run);
+                    + inner * gate_row_bytes + batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
+    run.threads = hfa_useful_threads(bytes * (run.shares ? run.rows / HFA_DOT_ROWS : 1), call->threads);
+    int64_t attention_tasks = hfa_attention_plan(&run);
     size_t shared_bytes = lay_out_shared(&run, NULL);
     hfa_block_private unused;
     run.private_bytes = (lay_out_private(&run, NULL, &unused) + 4095) / 4096 * 4096;
@@ -236,10 +323,31 @@ int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
                             hfa_rows_wanted(kernels, &block->up, run.rows));
     run.gate_rows = hfa_chunk_rows(together, wanted, gate_row_bytes, inner * gate_row_bytes, run.threads);
     hfa_ranges_deal(run.ranges[0], run.threads, hfa_products_plan(&run.qkv, run.threads));
-    hfa_ranges_deal(run.ranges[1], run.threads, call->batch * block->kv_heads * run.pieces);
+    hfa_ranges_deal(run.ranges[1], run.threads, attention_tasks);
     hfa_ranges_deal(run.ranges[2], run.threads, hfa_products_plan(&run.output, run.threads));
     hfa_ranges_deal(run.ranges[3], run.threads, (inner + run.gate_rows - 1) / run.gate_rows);
     hfa_ranges_deal(run.ranges[4], run.threads, hfa_products_plan(&run.down, run.threads));
-    hfa_parallel(block_task, &run, run.threads);
-    return run.is_strange;
+    if (!run.shares) {
+        hfa_parallel(few_task, &run, run.threads);
+        return run.is_strange;
+    }
+    hfa_parallel(before_task, &run, run.threads);
+    int status = hfa_attention_of_prompt(&run);
+    if (status || run.is_strange) return status ? status : 1;
+    hfa_parallel(after_task, &run, run.threads);
+    return 0;
+}
+
+int hfa_block_forward(const hfa_block *block, const hfa_block_call *call) {
+    if (!is_valid(block, call)) return -1;
+    int64_t batch = call->batch < PASS ? call->batch : PASS, passes = (call->tokens + PASS / batch - 1) / (PASS / batch);
+    int64_t tokens = (call->tokens + passes - 1) / passes; /* of a pass: all about as many */
+    if (batch == 1 && passes > 1) tokens = padded(tokens);
+    for (int64_t sequence = 0; sequence < call->batch; sequence += batch)
+        for (int64_t token = 0; token < call->tokens; token += tokens) {
+            int64_t some = call->batch - sequence < batch ? call->batch - sequence : batch;
+            int status = run_pass(block, call, sequence, some, token, call->tokens - token < tokens ? call->tokens - token : tokens);
+            if (status) return status;
+        }
+    return 0;
 }

@@ -1,19 +1,24 @@
-/* Attention of a decoder layer: rotary, cache write, scores, softmax and values in one pass over K and V.
- * A task is (sequence b, kv head g, piece of positions): it reads its piece of K and V once for all query heads of the
- * group and all T query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. */
+/* Attention of a decoder layer: rotary, cache write, scores, softmax and values.
+ * Of few rows a task is (sequence b, kv head g, piece of positions): it reads its piece of K and V once for all query heads of the
+ * group and all query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. Many rows are a
+ * prompt, see prompt.c. */
 #include <math.h>
 #include <string.h>
 #include "drivers/block_attention.h"
 
-/* Positions that sequence b has already. */
-static inline int64_t past_of(const hfa_block_call *call, int64_t b) { return call->row_past ? call->row_past[b] : call->past; }
+/* Positions that sequence b has before this pass. */
+static inline int64_t past_of(const hfa_block_run *run, int64_t b) {
+    return (run->call->row_past ? run->call->row_past[run->sequence + b] : run->call->past) + run->token;
+}
 
 /* Pieces end at fixed positions and not where threads or tokens would have them, so that a token's result does not
  * depend, to the last bit, on how many others are computed with it. */
-void hfa_attention_plan(hfa_block_run *run) {
+int64_t hfa_attention_plan(hfa_block_run *run) {
     const hfa_block_call *call = run->call;
     run->first_piece = call->first / HFA_PIECE;
-    run->pieces = (call->past + call->tokens - 1) / HFA_PIECE - run->first_piece + 1;
+    run->pieces = (call->past + run->token + run->tokens - 1) / HFA_PIECE - run->first_piece + 1;
+    run->queries = run->block->heads / run->block->kv_heads * run->tokens;
+    return run->batch * run->block->kv_heads * run->pieces;
 }
 
 /* Norm over the head (where there is one) and rotary, in place. */
@@ -27,37 +32,56 @@ static void prepare_head(const hfa_block_run *run, float *x, const void *norm, c
 static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *angles) {
     const hfa_block_call *call = run->call;
     int64_t size = run->kernels->element;
+    b += run->sequence, t += run->token;
     run->kernels->load((const char *)call->cos + (b * call->cos_stride_b + t * call->cos_stride_t) * size, angles, call->rotary);
     run->kernels->load((const char *)call->sin + (b * call->sin_stride_b + t * call->sin_stride_t) * size,
                        angles + HFA_MAX_HEAD_DIM, call->rotary);
 }
 
-/* Keys and values of the new positions within [from, to) of sequence b, kv head g. */
-static void write_cache(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t from, int64_t to) {
-    const hfa_block *block = run->block;
+/* Where keys (values) of sequence b and kv head g begin. */
+static char *keys_at(const hfa_block_run *run, int64_t b, int64_t g) {
     const hfa_block_call *call = run->call;
-    int64_t d = block->head_dim, size = hfa_attend_element(&run->attention);
-    char *keys = (char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g) * size;
-    char *values = (char *)call->values + (b * call->value_stride_b + g * call->value_stride_g) * size;
-    int64_t past = past_of(call, b);
-    for (int64_t at = from > past ? from : past; at < to; at++) {
-        int64_t t = at - past;
-        const float *row = run->projected + (b * call->tokens + t) * run->projected_stride;
-        memcpy(mine->queries, row + (block->heads + g) * d, (size_t)d * sizeof(float));
-        load_angles(run, b, t, mine->angles);
-        prepare_head(run, mine->queries, block->k_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
-        hfa_attend_write(&run->attention, mine->queries, 1, keys + at * call->key_stride_s * size);
-        memcpy(mine->queries, row + (block->heads + block->kv_heads + g) * d, (size_t)d * sizeof(float));
-        hfa_attend_write(&run->attention, mine->queries, 0, values + at * call->value_stride_s * size);
+    return (char *)call->keys + ((run->sequence + b) * call->key_stride_b + g * call->key_stride_g) * hfa_attend_element(&run->attention);
+}
+static char *values_at(const hfa_block_run *run, int64_t b, int64_t g) {
+    const hfa_block_call *call = run->call;
+    return (char *)call->values + ((run->sequence + b) * call->value_stride_b + g * call->value_stride_g) * hfa_attend_element(&run->attention);
+}
+
+/* The key and value of token t, kv head g; mine->angles are the token's. */
+static void write_position(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t t) {
+    const hfa_block *block = run->block;
+    int64_t d = block->head_dim, size = hfa_attend_element(&run->attention), at = past_of(run, b) + t;
+    const float *row = run->projected + (b * run->tokens + t) * run->projected_stride;
+    memcpy(mine->queries, row + (block->heads + g) * d, (size_t)d * sizeof(float));
+    prepare_head(run, mine->queries, block->k_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+    hfa_attend_write(&run->attention, mine->queries, 1, keys_at(run, b, g) + at * run->call->key_stride_s * size);
+    memcpy(mine->queries, row + (block->heads + block->kv_heads + g) * d, (size_t)d * sizeof(float));
+    hfa_attend_write(&run->attention, mine->queries, 0, values_at(run, b, g) + at * run->call->value_stride_s * size);
+}
+
+void hfa_attention_prepare(const hfa_block_run *run, hfa_block_private *mine, int64_t r) {
+    int64_t d = run->block->head_dim, heads = run->block->heads, size = run->kernels->element;
+    load_angles(run, r / run->tokens, r % run->tokens, mine->angles);
+    for (int64_t g = 0; g < run->block->kv_heads; g++) write_position(run, mine, r / run->tokens, g, r % run->tokens);
+    for (int64_t h = 0; h < heads; h++) {
+        memcpy(mine->queries, run->projected + r * run->projected_stride + h * d, (size_t)d * sizeof(float));
+        prepare_head(run, mine->queries, run->block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+        run->kernels->store(mine->queries, run->query + (r * heads + h) * d * size, d);
     }
+}
+
+/* Where the mask of token t begins, in elements. */
+static int64_t mask_at(const hfa_block_run *run, int64_t b, int64_t t) {
+    return (run->sequence + b) * run->call->mask_stride_b + (run->token + t) * run->call->mask_stride_t;
 }
 
 /* scores [n] of query token t against positions start.. (counted from `first`): hide what the mask or causality hides */
 static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64_t start, int64_t b, int64_t t) {
     const hfa_block_call *call = run->call;
-    int64_t at = b * call->mask_stride_b + t * call->mask_stride_t + start;
+    int64_t at = mask_at(run, b, t) + start;
     if (call->mask_kind == HFA_MASK_NONE) {
-        int64_t visible = past_of(call, b) - call->first + t + 1 - start;
+        int64_t visible = past_of(run, b) - call->first + t + 1 - start;
         for (int64_t i = visible < 0 ? 0 : visible; i < n; i++) scores[i] = -INFINITY;
     } else if (call->mask_kind == HFA_MASK_BOOL) {
         const uint8_t *mask = (const uint8_t *)call->mask + at;
@@ -73,6 +97,38 @@ static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64
     }
 }
 
+int hfa_attention_refuses(const hfa_block_run *run) {
+    const hfa_block_call *call = run->call;
+    if (!run->shares) return 0;
+    if (call->row_past || call->mask_kind == HFA_MASK_ADD) return 1;
+    /* a pass that ends before the call's last token: what it would hide must be hidden by the mask, too */
+    int64_t columns = call->past + call->tokens - call->first, beyond = call->tokens - run->token - run->tokens;
+    for (int64_t b = 0; b < run->batch && beyond && call->mask_kind; b++)
+        for (int64_t t = 0; t < run->tokens; t++)
+            if (memchr((const uint8_t *)call->mask + mask_at(run, b, t) + columns - beyond, 1, (size_t)beyond)) return 1;
+    return 0;
+}
+
+int hfa_attention_of_prompt(hfa_block_run *run) {
+    const hfa_block *block = run->block;
+    const hfa_block_call *call = run->call;
+    int64_t d = block->head_dim, width = block->heads * d, size = hfa_attend_element(&run->attention);
+    hfa_prompt_call prompt = {
+        .query = run->query, .out = run->attended, .totals = run->totals, .dtype = block->dtype, .format = call->format, .batch = run->batch,
+        .keys = keys_at(run, 0, 0) + call->first * call->key_stride_s * size, .tokens = run->tokens, .heads = block->heads,
+        .values = values_at(run, 0, 0) + call->first * call->value_stride_s * size, .kv_heads = block->kv_heads, .key_dim = d, .value_dim = d,
+        .mask = call->mask_kind ? (const uint8_t *)call->mask + mask_at(run, 0, 0) : NULL, .is_causal = !call->mask_kind,
+        .past = call->past + run->token - call->first, .positions = call->past + run->token - call->first + run->tokens,
+        .threads = run->threads, .query_stride_b = run->tokens * width, .query_stride_h = d, .query_stride_t = width,
+        .key_stride_b = call->key_stride_b, .key_stride_g = call->key_stride_g, .key_stride_s = call->key_stride_s,
+        .value_stride_b = call->value_stride_b, .value_stride_g = call->value_stride_g, .value_stride_s = call->value_stride_s,
+        .mask_stride_b = call->mask_stride_b, .mask_stride_t = call->mask_stride_t, .scale = block->scale, .softcap = block->softcap};
+    int status = hfa_prompt(&prompt);
+    for (int64_t i = 0; i < run->rows * block->heads; i++) /* -inf: it sees nothing, or its scores are not finite */
+        if (!(run->totals[i] < INFINITY) || (!call->mask_kind && run->totals[i] == -INFINITY)) run->is_strange = 1;
+    return status;
+}
+
 /* Queries q0.. of a sequence and kv head, normed, rotated and packed; query i is head i % group of token i / group. */
 static void prepare_queries(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t q0, int count) {
     int64_t d = run->block->head_dim, group = run->block->heads / run->block->kv_heads, loaded = -1;
@@ -80,21 +136,46 @@ static void prepare_queries(const hfa_block_run *run, hfa_block_private *mine, i
         int64_t t = (q0 + i) / group, h = g * group + (q0 + i) % group;
         float *query = mine->queries + i * d;
         if (t != loaded) load_angles(run, b, loaded = t, mine->angles);
-        memcpy(query, run->projected + (b * run->call->tokens + t) * run->projected_stride + h * d, (size_t)d * sizeof(float));
+        memcpy(query, run->projected + (b * run->tokens + t) * run->projected_stride + h * d, (size_t)d * sizeof(float));
         prepare_head(run, query, run->block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
     }
     hfa_attend_pack(&run->attention, mine->queries, count, &mine->room);
 }
 
+/* The n positions from `from` on for queries q0..q0+count, which are packed: partials as hfa_attend_weigh leaves them. */
+static void attend_piece(hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t from, int64_t n, int64_t q0, int count,
+                         float *partial, float *max, float *sum) {
+    const hfa_block_call *call = run->call;
+    int64_t group = run->block->heads / run->block->kv_heads, size = hfa_attend_element(&run->attention);
+    if (!hfa_attend_score(&run->attention, keys_at(run, b, g) + from * call->key_stride_s * size, call->key_stride_s, n, count, &mine->room))
+        run->is_strange = 1;
+    for (int i = 0; i < count; i++) apply_mask(run, mine->room.scores + i * HFA_PIECE, n, from - call->first, b, (q0 + i) / group);
+    hfa_attend_weigh(&run->attention, values_at(run, b, g) + from * call->value_stride_s * size, call->value_stride_s, n, count, &mine->room,
+                     partial, max, sum);
+}
+
+/* One query over all pieces, whose partials lie `step` queries apart. A query that sees nothing gives zero, as torch's sdpa does. */
+static void merge(const hfa_block_run *run, const float *partial, const float *max, const float *sum, int64_t step, int64_t pieces, float *head) {
+    int64_t d = run->block->head_dim;
+    float top = -INFINITY, total = 0.0f;
+    memset(head, 0, (size_t)d * sizeof(float));
+    for (int64_t p = 0; p < pieces; p++) top = max[p * step] > top || max[p * step] != max[p * step] ? max[p * step] : top;
+    if (top == -INFINITY) return;
+    for (int64_t p = 0; p < pieces; p++) total += sum[p * step] * expf(max[p * step] - top);
+    for (int64_t p = 0; p < pieces; p++) {
+        float weight = expf(max[p * step] - top) / total;
+        run->single->axpy(partial + p * step * d, d, 1, d, &weight, 1, 1, head, d);
+    }
+    run->kernels->round(head, d);
+}
+
 static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
     const hfa_block *block = run->block;
-    const hfa_block_call *call = run->call;
-    int64_t d = block->head_dim, group = block->heads / block->kv_heads, queries = group * call->tokens;
-    int64_t piece = run->first_piece + task % run->pieces, head = task / run->pieces, b = head / block->kv_heads,
-            g = head % block->kv_heads, size = hfa_attend_element(&run->attention);
+    int64_t d = block->head_dim, queries = run->queries, piece = run->first_piece + task % run->pieces, head = task / run->pieces;
+    int64_t b = head / block->kv_heads, g = head % block->kv_heads, past = past_of(run, b);
     int64_t from = piece * HFA_PIECE, to = from + HFA_PIECE;
-    if (from < call->first) from = call->first;
-    if (to > past_of(call, b) + call->tokens) to = past_of(call, b) + call->tokens;
+    if (from < run->call->first) from = run->call->first;
+    if (to > past + run->tokens) to = past + run->tokens;
     if (from >= to) { /* a shorter sequence: what lies here is not its own, so that even reading it could do harm */
         for (int64_t i = task * queries; i < (task + 1) * queries; i++) {
             run->partial_max[i] = -INFINITY;
@@ -103,20 +184,16 @@ static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
         memset(run->partial + task * queries * d, 0, (size_t)(queries * d) * sizeof(float));
         return;
     }
-    int64_t n = to - from;
-    write_cache(run, mine, b, g, from, to);
-    const char *keys = (const char *)call->keys + (b * call->key_stride_b + g * call->key_stride_g + from * call->key_stride_s) * size;
-    const char *values = (const char *)call->values
-        + (b * call->value_stride_b + g * call->value_stride_g + from * call->value_stride_s) * size;
+    for (int64_t at = from > past ? from : past; at < to; at++) {
+        load_angles(run, b, at - past, mine->angles);
+        write_position(run, mine, b, g, at - past);
+    }
     for (int64_t q0 = 0; q0 < queries; q0 += HFA_QUERY_GROUP) {
         int count = (int)(queries - q0 < HFA_QUERY_GROUP ? queries - q0 : HFA_QUERY_GROUP);
         if (mine->ready != head || queries > HFA_QUERY_GROUP) prepare_queries(run, mine, b, g, q0, count);
         mine->ready = head;
-        if (!hfa_attend_score(&run->attention, keys, call->key_stride_s, n, count, &mine->room)) run->is_strange = 1;
-        for (int i = 0; i < count; i++) apply_mask(run, mine->room.scores + i * HFA_PIECE, n, from - call->first, b, (q0 + i) / group);
         int64_t first = task * queries + q0;
-        hfa_attend_weigh(&run->attention, values, call->value_stride_s, n, count, &mine->room, run->partial + first * d,
-                         run->partial_max + first, run->partial_sum + first);
+        attend_piece(run, mine, b, g, from, to - from, q0, count, run->partial + first * d, run->partial_max + first, run->partial_sum + first);
     }
 }
 
@@ -126,24 +203,11 @@ void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self) {
 
 void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride) {
     const hfa_block *block = run->block;
-    const hfa_block_call *call = run->call;
-    int64_t d = block->head_dim, group = block->heads / block->kv_heads, queries = group * call->tokens;
+    int64_t d = block->head_dim, group = block->heads / block->kv_heads;
     for (int64_t r = 0; r < run->rows; r++)
         for (int64_t h = 0; h < block->heads; h++) {
-            int64_t b = r / call->tokens, t = r % call->tokens, g = h / group;
-            int64_t first = (b * block->kv_heads + g) * run->pieces * queries + t * group + h % group;
-            float top = -INFINITY, sum = 0.0f, *head = out + r * stride + h * d;
-            memset(head, 0, (size_t)d * sizeof(float));
-            for (int64_t p = 0; p < run->pieces; p++) {
-                float m = run->partial_max[first + p * queries];
-                top = m > top || m != m ? m : top;
-            }
-            if (top == -INFINITY) continue; /* a row that sees nothing gives zero, as torch's sdpa does */
-            for (int64_t p = 0; p < run->pieces; p++) sum += run->partial_sum[first + p * queries] * expf(run->partial_max[first + p * queries] - top);
-            for (int64_t p = 0; p < run->pieces; p++) {
-                float weight = expf(run->partial_max[first + p * queries] - top) / sum;
-                run->single->axpy(run->partial + (first + p * queries) * d, d, 1, d, &weight, 1, 1, head, d);
-            }
-            run->kernels->round(head, d);
+            int64_t first = (r / run->tokens * block->kv_heads + h / group) * run->pieces * run->queries + r % run->tokens * group + h % group;
+            merge(run, run->partial + first * d, run->partial_max + first, run->partial_sum + first, run->queries, run->pieces,
+                  out + r * stride + h * d);
         }
 }

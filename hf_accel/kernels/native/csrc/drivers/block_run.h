@@ -1,4 +1,5 @@
-/* State of one decoder layer call, shared by block.c and block_attention.c. Row r = b * T + t. */
+/* State of a pass of a decoder layer call, shared by block.c and block_attention.c. A pass is `tokens` tokens from `token` on of
+ * `batch` sequences from `sequence` on; b and t count within it, and row r = b * tokens + t. */
 #ifndef HFA_BLOCK_RUN_H
 #define HFA_BLOCK_RUN_H
 #include "drivers/attend.h"
@@ -9,7 +10,9 @@ typedef struct {
     const hfa_block_call *call;
     const hfa_kernels *kernels, *single; /* of the dtype; of fp32 */
     hfa_attention attention;
-    int rows, threads;                   /* R = B * T; ranges dealt out */
+    int64_t sequence, batch, token, tokens;
+    int rows, threads;                   /* R; ranges dealt out */
+    int shares;                          /* more than HFA_MAX_ROWS rows: each thread prepares some of them for all */
     int is_half;                         /* attention only */
     _Atomic int is_strange;              /* a score is not finite */
     hfa_barrier *barrier;
@@ -19,15 +22,20 @@ typedef struct {
     float *projected; int64_t projected_stride; /* [R, (H + 2G) D]: q, k, v of a row, rounded, before norm and rotary */
     float *summand;                      /* [R, E]: output of o, later of down, rounded */
     float *inner;                        /* [R, I]: activation(gate) * up, rounded */
-    int64_t first_piece, pieces;         /* of HFA_PIECE positions each: attention tasks of a kv head */
-    float *partial, *partial_max, *partial_sum; /* per task and query: [D] weighted values, maximum score, sum */
+    int64_t queries;                     /* of a kv head */
+    int64_t first_piece, pieces;         /* not shares: of HFA_PIECE positions each; attention tasks of a kv head */
+    float *partial, *partial_max, *partial_sum; /* not shares; per piece and query: [D] weighted values, maximum score, sum */
+    float *residual, *wide; char *packed; /* shares; as in hfa_block_private */
+    char *query, *attended; float *totals; /* shares; [R, H D] of the dtype, before and after attention; see hfa_prompt_call */
     char *private_memory; size_t private_bytes;
 } hfa_block_run;
 
+/* The first three are the thread's own or, shares, those of all. */
 typedef struct {
     float *residual;  /* [R, E] */
     float *wide;      /* [R, max(E, H D)]: what is packed next */
     char *packed; hfa_activations x; /* of the product at hand, laid out in `packed` */
+    int from, step;   /* the rows this thread prepares: HFA_DOT_ROWS from every step-th on */
     float *queries;   /* [HFA_QUERY_GROUP, D] */
     hfa_attend_room room; /* packed queries, scores */
     int64_t ready;    /* which sequence and kv head the packed queries are for, -1: none */

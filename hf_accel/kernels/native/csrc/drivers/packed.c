@@ -62,9 +62,7 @@ static void packed_task(void *arg, int thread, int team) {
     hfa_barrier_wait(call->barrier, team);
     for (int64_t chunk; (chunk = hfa_ranges_take(call->ranges, call->threads, thread)) >= 0;) {
         int64_t row = chunk * call->chunk_rows, end = row + call->chunk_rows < w->rows ? row + call->chunk_rows : w->rows;
-        /* few rows of x: many of W per call; many: 16 packed ones, which stay in L1 while x passes */
-        int64_t step = call->m > HFA_DOT_ROWS && w->format != HFA_DENSE ? HFA_LANES : HFA_TILE;
-        for (; row < end; row += step) {
+        for (int64_t step = hfa_tile_rows(w, call->m); row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
             int widens = call->widened && call->m > MANY;
@@ -74,7 +72,7 @@ static void packed_task(void *arg, int thread, int team) {
                 int m = call->m - m0 < HFA_DOT_ROWS ? call->m - m0 : HFA_DOT_ROWS;
                 hfa_activations x = {{NULL}};
                 x.packed[widens ? wide.format : w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
-                hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, m, acc);
+                hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, acc);
                 for (int i = 0; i < m; i++)
                     kernels->finish(acc + i * HFA_TILE, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
             }

@@ -1,6 +1,8 @@
 /* See product.h. Chunks lie in address order and each thread takes a run of them: one sequential stream per thread. */
 #include "drivers/product.h"
 
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
     int64_t padded = hfa_padded(w->inner), scale = hfa_scale_bytes(w->format, w->stride);
     if (w->format == HFA_DENSE) return w->inner * kernels->element;
@@ -31,35 +33,100 @@ int hfa_useful_threads(int64_t bytes, int64_t threads) {
     return threads < 1 ? 1 : (int)threads;
 }
 
+/* More than HFA_MAX_ROWS rows meet a number of W at a time, all lanes together: no sums across lanes, and every number of x and of W
+ * is loaded for many products. The kernels read whole words and, of pairs, 32 columns of 16 rows. */
+static int takes_lanes(const hfa_products *p, int64_t k) {
+    const hfa_prompt_kernels *inner = p->kernels->prompt;
+    int fits = p->m > HFA_MAX_ROWS && inner->block == HFA_MAX_ROWS && p->kernels->element == (inner->pairs ? 2 : 4);
+    for (int i = 0; i < p->count && inner->pairs; i++)
+        if (p->item[i].matrix->rows < HFA_LANES || k % HFA_STRIP) fits = 0;
+    return fits;
+}
+
+enum { SECTION = 256 }; /* words that are multiplied before the next: of a block of rows they stay in L1, and short chains of additions err less */
+
+static void pack_lanes(const hfa_kernels *kernels, const float *rows, int64_t stride, int64_t k, int m, char *to) {
+    const hfa_prompt_kernels *inner = kernels->prompt;
+    uint16_t pairs[HFA_DOT_ROWS * 2 * SECTION];
+    if (!inner->pairs) {
+        inner->transpose(rows, stride, m, k, to, HFA_MAX_ROWS);
+        return;
+    }
+    for (int64_t i = 0; i < k; i += 2 * SECTION, to += SECTION * HFA_MAX_ROWS * 4) {
+        int64_t columns = k - i < 2 * SECTION ? k - i : 2 * SECTION;
+        for (int r = 0; r < m; r++) kernels->store(rows + r * stride + i, pairs + r * 2 * SECTION, columns);
+        inner->transpose(pairs, SECTION, m, columns / 2, to, HFA_MAX_ROWS);
+    }
+}
+
+/* acc[m * HFA_TILE + n] as hfa_product_tile, for all HFA_MAX_ROWS lanes */
+static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const char *x, float *acc) {
+    const hfa_prompt_kernels *inner = kernels->prompt;
+    float sums[HFA_TILE * HFA_MAX_ROWS], part[HFA_TILE * HFA_MAX_ROWS];
+    int64_t words = inner->pairs ? w->inner / 2 : w->inner, stride = w->stride * kernels->element;
+    /* of pairs whole sixteens: the last of them may begin among the rows before */
+    int64_t whole = inner->pairs ? rows / HFA_LANES * HFA_LANES : rows, total = larger(rows, inner->pairs ? HFA_LANES : 0), last = total - HFA_LANES;
+    const char *from = (const char *)w->weight + (row + rows - total) * stride;
+    if (inner->begin) inner->begin();
+    for (int64_t i = 0; i < words; i += SECTION) {
+        const char *columns = from + i * 4, *lanes = x + i * HFA_MAX_ROWS * 4;
+        int64_t some = words - i < SECTION ? words - i : SECTION;
+        float *to = i ? part : sums;
+        if (whole) inner->scores(columns, stride, whole, some, lanes, to);
+        if (whole < rows) inner->scores(columns + last * stride, stride, HFA_LANES, some, lanes, to + last * HFA_MAX_ROWS);
+        if (i) hfa_active_kernels(HFA_F32)->add(sums, part, total * HFA_MAX_ROWS, sums);
+    }
+    if (inner->end) inner->end();
+    inner->transpose(sums + (total - rows) * HFA_MAX_ROWS, HFA_MAX_ROWS, rows, HFA_MAX_ROWS, acc, HFA_TILE);
+}
+
 size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, hfa_activations *x) {
     size_t used = 0;
+    x->lanes = takes_lanes(p, k);
     for (int f = 0; f < HFA_FORMATS; f++) x->packed[f] = NULL;
     for (int i = 0; i < p->count; i++) {
         int64_t format = p->item[i].matrix->format;
         if (x->packed[format]) continue;
         x->packed[format] = memory ? memory + used : (char *)64; /* only counting: any address marks it as seen */
-        used += format == HFA_DENSE ? hfa_packed_bytes(p->kernels, p->m, k) : hfa_rounded_bytes(format, p->m, k);
+        int rows = x->lanes ? (p->m + HFA_MAX_ROWS - 1) / HFA_MAX_ROWS * HFA_MAX_ROWS : p->m;
+        used += format == HFA_DENSE ? hfa_packed_bytes(p->kernels, rows, k) : hfa_rounded_bytes(format, p->m, k);
     }
     return used;
 }
 
-void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stride, int64_t k, const hfa_activations *x) {
-    for (int m0 = 0; x->packed[HFA_DENSE] && m0 < p->m; m0 += HFA_DOT_ROWS)
-        p->kernels->pack_f32(rows + m0 * stride, stride, p->m - m0 < HFA_DOT_ROWS ? p->m - m0 : HFA_DOT_ROWS, k,
-                             (char *)x->packed[HFA_DENSE] + hfa_packed_bytes(p->kernels, m0, k));
-    for (int64_t format = HFA_DENSE + 1; format < HFA_FORMATS; format++)
-        if (x->packed[format]) p->kernels->round_for(format, rows, stride, p->m, k, x->packed[format]);
+/* Where rows m0.. of x begin. */
+static char *rows_from(const hfa_kernels *kernels, const hfa_activations *x, int64_t format, int64_t k, int m0) {
+    int64_t padded = hfa_padded(k);
+    if (format == HFA_DENSE) return (char *)x->packed[format] + hfa_packed_bytes(kernels, m0, k);
+    return (char *)x->packed[format] + m0 * padded * (format == HFA_INT8 ? 2 : 1) + m0 * padded / HFA_QUANTUM * 12;
 }
 
-void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m, float *acc) {
-    const void *packed = x->packed[w->format];
-    if (w->format != HFA_DENSE) kernels->dot_packed[w->format](w, row, rows, packed, m, acc, HFA_TILE);
-    else
-        for (int m0 = 0; m0 < m; m0 += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
-            kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,
-                         (const char *)packed + hfa_packed_bytes(kernels, m0, w->inner), m - m0 < HFA_DOT_ROWS ? m - m0 : HFA_DOT_ROWS,
-                         acc + m0 * HFA_TILE, HFA_TILE);
+void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stride, int64_t k, int m0, int m, const hfa_activations *x) {
+    if (x->packed[HFA_DENSE] && x->lanes) {
+        int lane = m0 % HFA_MAX_ROWS;
+        pack_lanes(p->kernels, rows, stride, k, m, rows_from(p->kernels, x, HFA_DENSE, k, m0 - lane) + lane * 4);
+    }
+    for (int i = 0; x->packed[HFA_DENSE] && !x->lanes && i < m; i += HFA_DOT_ROWS)
+        p->kernels->pack_f32(rows + i * stride, stride, m - i < HFA_DOT_ROWS ? m - i : HFA_DOT_ROWS, k,
+                             rows_from(p->kernels, x, HFA_DENSE, k, m0 + i));
+    for (int64_t format = HFA_DENSE + 1; format < HFA_FORMATS; format++)
+        if (x->packed[format]) p->kernels->round_for(format, rows, stride, m, k, rows_from(p->kernels, x, format, k, m0));
 }
+
+void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc) {
+    if (w->format != HFA_DENSE)
+        kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_TILE);
+    else if (x->lanes)
+        dot_lanes(kernels, w, row, rows, rows_from(kernels, x, HFA_DENSE, w->inner, m0), acc);
+    else
+        for (int i = 0; i < m; i += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
+            kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,
+                         rows_from(kernels, x, HFA_DENSE, w->inner, m0 + i), m - i < HFA_DOT_ROWS ? m - i : HFA_DOT_ROWS,
+                         acc + i * HFA_TILE, HFA_TILE);
+}
+
+/* Few rows of x: many of W per call; many: 16 packed ones, which stay in L1 while x passes. */
+int64_t hfa_tile_rows(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE ? HFA_LANES : HFA_TILE; }
 
 int64_t hfa_products_plan(hfa_products *p, int threads) {
     int64_t total = 0;
@@ -84,14 +151,17 @@ void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range
         const hfa_matrix *w = item->matrix;
         int64_t row = (chunk - p->first_chunk[i]) * p->chunk_rows[i], end = row + p->chunk_rows[i];
         if (end > w->rows) end = w->rows;
-        for (; row < end; row += HFA_TILE) {
-            int64_t n = end - row < HFA_TILE ? end - row : HFA_TILE;
+        for (int64_t step = hfa_tile_rows(w, p->m); row < end; row += step) {
+            int64_t n = end - row < step ? end - row : step;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
-            hfa_product_tile(kernels, w, row, n, x, p->m, acc);
-            for (int m = 0; m < p->m; m++) {
-                int64_t at = m * item->ldo + row;
-                if (p->keeps_f32) kernels->finish_f32(acc + m * HFA_TILE, bias, n, (float *)item->out + at);
-                else kernels->finish(acc + m * HFA_TILE, bias, n, (char *)item->out + at * kernels->element);
+            for (int m0 = 0; m0 < p->m; m0 += HFA_MAX_ROWS) {
+                int m = p->m - m0 < HFA_MAX_ROWS ? p->m - m0 : HFA_MAX_ROWS;
+                hfa_product_tile(kernels, w, row, n, x, m0, m, acc);
+                for (int i = 0; i < m; i++) {
+                    int64_t at = (m0 + i) * item->ldo + row;
+                    if (p->keeps_f32) kernels->finish_f32(acc + i * HFA_TILE, bias, n, (float *)item->out + at);
+                    else kernels->finish(acc + i * HFA_TILE, bias, n, (char *)item->out + at * kernels->element);
+                }
             }
         }
     }

@@ -6,8 +6,9 @@
 
 #define HFA_TILE 64 /* rows of W whose results wait in fp32 before bias and rounding */
 
-/* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. */
-typedef struct { void *packed[HFA_FORMATS]; } hfa_activations;
+/* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. lanes: for dense weights blocks of
+ * HFA_MAX_ROWS rows lie [words][HFA_MAX_ROWS], a row in a lane, as in the attention of prompts. */
+typedef struct { void *packed[HFA_FORMATS]; int lanes; } hfa_activations;
 
 /* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. */
 typedef struct { const hfa_matrix *matrix; void *out; int64_t ldo; } hfa_product;
@@ -23,10 +24,12 @@ int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w);
 int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w);
 /* Bytes of the activations for m rows of x and all weights; lays them out in `memory` when it is not NULL. */
 size_t hfa_activations_lay_out(const hfa_products *products, int64_t k, char *memory, hfa_activations *x);
-/* Packs fp32 rows that hold values of the dtype. */
-void hfa_activations_pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, const hfa_activations *x);
-/* acc[m * HFA_TILE + n] for n < rows <= HFA_TILE rows of W from `row` on */
-void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m, float *acc);
+/* Packs fp32 rows m0..m0+m that hold values of the dtype; m0 is a multiple of HFA_DOT_ROWS, and so is m but at the end. */
+void hfa_activations_pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, int m0, int m, const hfa_activations *x);
+/* acc[m * HFA_TILE + n] for n < rows <= HFA_TILE rows of W from `row` on and the rows of x from m0 on, m <= HFA_MAX_ROWS */
+void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
+/* Rows of W that meet all m rows of x before the next ones. */
+int64_t hfa_tile_rows(const hfa_matrix *w, int m);
 
 /* Chooses the chunks; returns their number. */
 int64_t hfa_products_plan(hfa_products *products, int threads);

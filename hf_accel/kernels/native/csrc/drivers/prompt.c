@@ -296,7 +296,7 @@ int hfa_prompt(const hfa_prompt_call *call) {
     r.count = heads * pieces;
     threads = least(threads, r.count);
     size_t shared = 64 + ((size_t)r.count * sizeof(task) + sizeof(hfa_range) + 4095) / 4096 * 4096;
-    char *memory = hfa_scratch(shared + r.bytes * (size_t)threads + 4096);
+    char *memory = hfa_more_scratch(shared + r.bytes * (size_t)threads + 4096);
     if (!memory) return -1;
     r.next = (hfa_range *)(void *)memory;
     task *tasks = (task *)(void *)(memory + sizeof(hfa_range));

@@ -1,0 +1,91 @@
+"""Up to how many rows a decoder layer is faster natively than by its own forward: a short trial per shape of layer.
+
+Of few rows it always is. Of many, ATen's products read weights as well as ours do, and the arithmetic decides: it is
+our kernels against oneDNN's and MKL's on this machine, on what is around them in a layer, and on its size. Cost: at most
+about half a second per shape of layer, once per process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from hf_accel.core.drift import CACHE
+from hf_accel.kernels import native
+from hf_accel.layers.audit import RecordedLayer, Replacement
+
+SIZES = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+ROUNDS = 4
+BUDGET_S = 0.5
+MARGIN = 0.95  # of the time of the layer's own forward: less is a gain that noise cannot have made
+_known: dict[Any, int] = {}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Which calls of a layer run natively: of up to `few` rows all, of up to `many` rows those that were tried.
+
+    A trial has as many columns as rows, so that its attention takes rows x columns operations.
+    """
+
+    few: int
+    many: int
+
+    def covers(self, rows: int, columns: int) -> bool:
+        """Return whether a call with so many rows (batch x tokens) that see up to so many columns is one of them."""
+        return rows <= self.few or (rows <= self.many and rows * columns <= self.many * self.many)
+
+
+def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> int:
+    """Return up to how many rows a layer runs faster natively, at least `few`.
+
+    seconds: returns, for a number of rows, the least of ROUNDS times of the layer's own forward and of the native call.
+    Sizes are tried in rising order, up to the first loss, or until BUDGET_S is spent.
+    """
+    most, spent = few, 0.0
+    for rows in SIZES:
+        if rows <= few:
+            continue
+        own, ours = seconds(rows)
+        if ours > MARGIN * own:
+            break
+        most = rows
+        spent += ROUNDS * (own + ours)
+        if 3 * spent > BUDGET_S:  # the next size takes up to twice as long
+            break
+    return most
+
+
+def tried_rows(few: int, key: Any, pairs: Sequence[tuple[Callable[[], RecordedLayer], Replacement]]) -> int:
+    """Return `rows_that_pay` for layers of one shape, remembered under `key`.
+
+    pairs: what returns the record of a layer of the shape, and its native call. They take turns, so that weights come from where they do in a model.
+    """
+    key = (few, key, native.status().isa, torch.get_num_threads())
+    if key not in _known:
+        _known[key] = rows_that_pay(few, lambda rows: _seconds(rows, pairs))
+    return _known[key]
+
+
+@torch.no_grad()
+def _seconds(rows: int, pairs: Sequence[tuple[Callable[[], RecordedLayer], Replacement]]) -> tuple[float, float]:
+    own = ours = float("inf")
+    for turn in range(ROUNDS + 1):
+        record, replacement = pairs[turn % len(pairs)]
+        recorded = record()
+        hidden, kwargs = recorded.prompt(rows)
+        start = time.perf_counter()
+        recorded.layer(hidden, **kwargs, **{CACHE: DynamicCache()})
+        middle = time.perf_counter()
+        served = recorded.replaced(replacement, hidden, kwargs) is not None
+        stop = time.perf_counter()
+        if not served:
+            return 0.0, float("inf")
+        if turn:  # the first one prepares
+            own, ours = min(own, middle - start), min(ours, stop - middle)
+    return own, ours
