@@ -5,7 +5,7 @@ from hf_accel.cache import KVCacheConfig
 from hf_accel.decoding import DecodingConfig
 from hf_accel.experts import ExpertOffloadConfig, NativeExpertsConfig
 from hf_accel.gqa import GQAConfig
-from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.layers import DecoderBlockConfig, DeviceBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.quantization import (
     CompressedTensorsConfig,
     GPTQConfig,
@@ -20,6 +20,7 @@ __all__ = [
     "CompressedTensorsConfig",
     "DecoderBlockConfig",
     "DecodingConfig",
+    "DeviceBlockConfig",
     "ExpertOffloadConfig",
     "GPTQConfig",
     "GQAConfig",

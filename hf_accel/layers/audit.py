@@ -38,9 +38,12 @@ class RecordedLayer:
     kwargs: dict[str, Any]
     returned: torch.Tensor
 
-    def difference(self, replacement: Replacement) -> float:
-        """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused."""
-        kwargs = self.kwargs | {CACHE: _ProbeCache(self.index + 1)}
+    def difference(self, replacement: Replacement, cache: Any) -> float:
+        """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused.
+
+        cache: an empty one, which the replacement writes into.
+        """
+        kwargs = self.kwargs | {CACHE: cache}
         with torch.no_grad():
             output = replacement(self.given, kwargs)
         if output is None:
@@ -52,10 +55,15 @@ class RecordedLayer:
 
 
 class Audit:
-    """Compares replacements of layers with their own forward; what was compared is remembered in the setting."""
+    """Compares replacements of layers with their own forward; what was compared is remembered in the setting.
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    config: the name of the config that replaces them; probe: makes the empty cache that the replacement of a layer writes TOKENS tokens into.
+    """
+
+    def __init__(
+        self, setting: Setting, config: str, probe: Callable[[DecoderBlock, int], Any] | None = None
+    ) -> None:
+        self.setting, self.config, self.probe = setting, config, probe or _ProbeCache
         self.records: dict[int, RecordedLayer] | None = None
 
     def check(self, block: DecoderBlock, replacement: Replacement, bound: float) -> None:
@@ -67,12 +75,12 @@ class Audit:
             self.records = record(self.setting.anatomy)
         if block.index not in self.records:
             raise VerificationError(f"Layer {block.index} was not reached by a forward pass of the decoder.")
-        difference = self.records[block.index].difference(replacement)
+        difference = self.records[block.index].difference(replacement, self.probe(block, TOKENS))
         if not difference <= bound:
             raise VerificationError(
                 f"Layer {block.index} ({type(block.layer).__name__}) differs from its own forward by "
-                f"{difference:.1e} when run natively; rounding explains {bound:.0e}. "
-                "It was not replaced. Leave DecoderBlockConfig out for this model."
+                f"{difference:.1e} when run by kernels of hf_accel; rounding explains {bound:.0e}. "
+                f"It was not replaced. Leave {self.config} out for this model."
             )
         # weak references, so that tensors which the model no longer has can be freed
         kept[AUDITED] = [(name, [*map(weakref.ref, tensors)]) for name, tensors in parts]
@@ -139,5 +147,5 @@ class _ProbeCache:
     offloading = False
     layer_class_to_replicate = None
 
-    def __init__(self, layers: int) -> None:
-        self.layers = [_ProbeLayer() for _ in range(layers)]
+    def __init__(self, block: DecoderBlock, tokens: int) -> None:
+        self.layers = [_ProbeLayer() for _ in range(block.index + 1)]
