@@ -292,7 +292,7 @@ def candidates(tiles: int, size: int, query: Tensor) -> list[tuning.Config]:
     return [
         {"BLOCK_N": block, "SPLITS": split, "num_warps": warps, "num_stages": stages}
         for split in splits
-        for block, warps, stages in ((32, 2, 3), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (128, 8, 3))
+        for block, warps, stages in ((32, 2, 4), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 3))
     ]
 
 
