@@ -6,7 +6,7 @@ from hf_accel.compilation import CompilationConfig
 from hf_accel.decoding import DecodingConfig
 from hf_accel.experts import ExpertOffloadConfig, NativeExpertsConfig
 from hf_accel.gqa import GQAConfig
-from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.layers import DecoderBlockConfig, DeviceBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.quantization import (
     CompressedTensorsConfig,
     GPTQConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "CompressedTensorsConfig",
     "DecoderBlockConfig",
     "DecodingConfig",
+    "DeviceBlockConfig",
     "ExpertOffloadConfig",
     "GPTQConfig",
     "GQAConfig",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -9,7 +11,7 @@ KINDS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
 """The activation of a gate -> its number in kernels."""
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether kernels run in Triton's interpreter, whose `dot` takes the bits of bf16 values for numbers."""
 
 

@@ -79,9 +79,9 @@ def _split(
         q_low = _turned(q, 0, SIZE, 2 * BLOCK_D, BLOCK_D, POWER, ROOT)
         q_high = _turned(q, SIZE // 2, SIZE, 2 * BLOCK_D, BLOCK_D, POWER, ROOT)
         q_low = tl.where(dims[None, :] < SIZE // 2, q_low, 0.0)
-        q_sum = tl.sum(q_low, axis=1) + tl.sum(q_high, axis=1)
         q_low = q_low.to(q.dtype)
         q_high = q_high.to(q.dtype)
+        q_sum = tl.sum(q_low.to(tl.float32), axis=1) + tl.sum(q_high.to(tl.float32), axis=1)
         total_high = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         lows = tl.zeros((BLOCK_M,), tl.float32)
     else:
@@ -109,9 +109,11 @@ def _split(
             k_scale = tl.load(key_halves + columns.to(tl.int64) * (ROW // 2) + KEY_BYTES // 2, mask=is_column, other=0.0)
             k_low = tl.load(key_halves + columns.to(tl.int64) * (ROW // 2) + KEY_BYTES // 2 + 1, mask=is_column,
                             other=0.0)  # fmt: skip
-            scores = product(q_low, (k & 15).to(tl.float32).to(q.dtype), zero, PRECISION)
-            scores = product(q_high, (k >> 4).to(tl.float32).to(q.dtype), scores, PRECISION)
-            scores = scores * k_scale.to(tl.float32)[None, :] + q_sum[:, None] * k_low.to(tl.float32)[None, :]
+            k_scale = k_scale.to(tl.float32)
+            k_low = k_low.to(tl.float32) + 8.0 * k_scale  # codes are taken from their middle: less to cancel
+            scores = product(q_low, ((k & 15).to(tl.float32) - 8.0).to(q.dtype), zero, PRECISION)
+            scores = product(q_high, ((k >> 4).to(tl.float32) - 8.0).to(q.dtype), scores, PRECISION)
+            scores = scores * k_scale[None, :] + q_sum[:, None] * k_low[None, :]
         elif BITS == 8:
             k_scale = tl.load(key_halves + columns.to(tl.int64) * (ROW // 2) + SIZE // 2, mask=is_column, other=0.0)
             scores = product(q, k.to(tl.float32).to(q.dtype), zero, PRECISION) * k_scale.to(tl.float32)[None, :]
@@ -141,10 +143,12 @@ def _split(
                               other=0.0)  # fmt: skip
             v_low = tl.load(value_halves + columns.to(tl.int64) * (ROW_V // 2) + VALUE_BYTES // 2 + 1, mask=is_column,
                             other=0.0)  # fmt: skip
-            lows = lows * factor + tl.sum(weights * v_low.to(tl.float32)[None, :], axis=1)
-            scaled = (weights * v_scale.to(tl.float32)[None, :]).to(q.dtype)
-            total = product(scaled, (v & 15).to(tl.float32).to(q.dtype), total, PRECISION)
-            total_high = product(scaled, (v >> 4).to(tl.float32).to(q.dtype), total_high * factor[:, None], PRECISION)
+            v_scale = v_scale.to(tl.float32)
+            v_low = v_low.to(tl.float32) + 8.0 * v_scale
+            lows = lows * factor + tl.sum(weights * v_low[None, :], axis=1)
+            scaled = (weights * v_scale[None, :]).to(q.dtype)
+            total = product(scaled, ((v & 15).to(tl.float32) - 8.0).to(q.dtype), total, PRECISION)
+            total_high = product(scaled, ((v >> 4).to(tl.float32) - 8.0).to(q.dtype), total_high * factor[:, None], PRECISION)
         elif BITS == 8:
             v_scale = tl.load(value_halves + columns.to(tl.int64) * (ROW_V // 2) + SIZE_V // 2, mask=is_column,
                               other=0.0)  # fmt: skip
@@ -288,7 +292,7 @@ def candidates(tiles: int, size: int, query: Tensor) -> list[tuning.Config]:
     return [
         {"BLOCK_N": block, "SPLITS": split, "num_warps": warps, "num_stages": stages}
         for split in splits
-        for block, warps, stages in ((32, 2, 3), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 4, 2), (128, 8, 3))
+        for block, warps, stages in ((32, 2, 4), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 3))
     ]
 
 

@@ -375,8 +375,8 @@ def candidates(rows: int, inner: int, group: int, number: int) -> list[tuning.Co
     if rows == 1:
         found += [
             {"BLOCK_N": LANES, "BLOCK_J": j, "STAGES": stages, "num_warps": warps}
-            for j, warps in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 4), (256, 8), (512, 8), (512, 16))
-            for stages in (1, 3)
+            for j, warps, stages in ((64, 4, 1), (64, 2, 4), (128, 4, 1), (128, 4, 3), (128, 8, 1), (256, 4, 1), (256, 8, 1),
+                                     (256, 8, 3), (512, 8, 1), (512, 16, 1))
             if j <= words
         ]
     found += [

@@ -42,7 +42,7 @@ def folder() -> Path:
 def chosen(kernel: str, device: torch.device, dtype: Any, shape: Sequence[Any], default: Config) -> Config:
     """Return the configuration of a kernel for a shape: the one found on this kind of device, else the default."""
     found = _findings(file_of(device)).get(_key(kernel, dtype, shape))
-    return default if found is None or found.keys() != default.keys() and not _is_whole(found) else found
+    return default if found is None or "num_warps" not in found else found
 
 
 def tune(
@@ -90,10 +90,6 @@ def forget() -> None:
 
 def _key(kernel: str, dtype: Any, shape: Sequence[Any]) -> str:
     return "/".join([kernel, str(dtype).removeprefix("torch."), *map(str, shape)])
-
-
-def _is_whole(config: Config) -> bool:
-    return "num_warps" in config
 
 
 def _findings(path: Path) -> dict[str, Config]:
