@@ -159,8 +159,7 @@ class StaticRunner:
             step.ids[:, tokens:].copy_(ids[:, -1:])
             torch.add(positions[:, -1:], step.ahead - (tokens - 1), out=step.positions)
         recorded.replay()
-        assert slot.on_device is not None
-        slot.on_device = [length + step.tokens for length in slot.on_device]
+        slot.advanced(step.tokens)
         for layer in self._layers_of(cache):
             layer.advance(tokens)
         self.statistics.replayed()

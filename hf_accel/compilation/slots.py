@@ -68,7 +68,9 @@ class Slot:
             found = self.layers[index] = StepLayer(self.fill, *buffers, sizes, dtypes, window)
         kept: Any = found.keys
         is_alike = kept.shape[1] == keys.shape[1] == values.shape[1]
-        return found if is_alike and (found.sizes, found.dtypes, found.sliding_window) == (sizes, dtypes, window) else None
+        return (
+            found if is_alike and (found.sizes, found.dtypes, found.sliding_window) == (sizes, dtypes, window) else None
+        )
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
         heads, size, bits = like.shape[1], like.shape[3], self.fill.bits
