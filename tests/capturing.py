@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on the CPU: what is captured is run again at every replay, and nothing else may help it."""
+"""A stand-in for CUDA graphs on the CPU: what is captured is run again at every replay, and nothing else helps it."""
 
 from __future__ import annotations
 

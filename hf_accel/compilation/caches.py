@@ -63,6 +63,7 @@ def cache_obstacle(cache: Any) -> str | None:
     """Return why the layers of a cache that is still empty cannot be replaced by ours, None if they can."""
     if type(cache) is not DynamicCache or cache.offloading:
         return f"the cache is a {type(cache).__name__}"
+    layer: Any
     for layer in cache.layers:
         # the type first: layers of linear attention have no `is_initialized`
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

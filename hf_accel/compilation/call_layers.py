@@ -53,7 +53,7 @@ class CallLayer(DynamicLayer):
         """Return keys (part 0) or values (1) as they are kept, without what lies behind the longest row."""
         if self.step_layer is None:
             return self._kept[part]
-        buffer: Any = self.step_layer.values if part else self.step_layer.keys
+        buffer = self.step_layer.values if part else self.step_layer.keys
         return buffer.narrow(2, 0, self.length)
 
     def _dense(self, part: int) -> Any:
@@ -106,7 +106,7 @@ class CallLayer(DynamicLayer):
             self._kept = [torch.cat([kept, states], dim=2) for kept, states in zip(self._kept, new, strict=True)]
         else:
             for buffer, states in zip((self.step_layer.keys, self.step_layer.values), new, strict=True):
-                buffer.narrow(2, self.length, tokens).copy_(states)  # type: ignore[union-attr]
+                buffer.narrow(2, self.length, tokens).copy_(states)
         self.length = stop
         keys, values = self._used(0), self._used(1)
         if self.bits is None:
@@ -131,6 +131,7 @@ class CallLayer(DynamicLayer):
         device, tokens = new[0].device, new[0].shape[2]
         columns = (torch.tensor(rows)[:, None] + torch.arange(tokens)).to(device)
         at = torch.arange(len(rows), device=device)[:, None], columns
+        whole: Any
         for part, states in enumerate(new):
             if self.step_layer is None:
                 room = states.new_zeros((*states.shape[:2], stop - self._kept[part].shape[2], states.shape[3]))

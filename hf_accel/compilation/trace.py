@@ -1,4 +1,4 @@
-"""Whether a step runs on fake tensors, which have shapes but no data: then nothing of it depends on data or the host."""
+"""Whether a step runs on fake tensors, which have shapes but no data: then nothing depends on data or the host."""
 
 from __future__ import annotations
 
