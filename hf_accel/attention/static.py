@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_accel.core.calls.cache_layers import StaticLayer
 from hf_accel.ops.static_attention import static_attention
@@ -35,7 +36,7 @@ def attend_static(
 
     Masks are not asked for: what is visible follows from the layer's lengths, starts and window.
     """
-    attend = _kernel() if query.is_cuda else None
+    attend = _kernel() if query.is_cuda and not isinstance(query, FakeTensor) else None
     return (attend or static_attention)(
         query,
         layer.keys,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_accel.compilation.slots import Slot
 from hf_accel.compilation.step_layers import StepLayer
@@ -18,17 +18,19 @@ class CallLayer(DynamicLayer):
     """Meets transformers' contract of a cache layer: lengths are the host's, and only what is filled is seen.
 
     Where the buffers do not fit (another shape, more tokens than columns, gradients, rows exchanged), the layer leaves
-    its slot and goes on by concatenation, as stock's does. A layer with a window keeps all positions; masks hide them.
+    its slot and goes on by concatenation, as stock's does.
     """
 
-    def __init__(self, slot: Slot, index: int, window: int | None) -> None:
-        self.index, self.sliding_window, self.is_sliding = index, window, window is not None
+    is_sliding = False
+
+    def __init__(self, slot: Slot, index: int, window: int | None = None) -> None:
+        self.index, self.sliding_window = index, window
         self.bits, self.length = slot.fill.bits, 0
         self.rows: list[int] | None = None  # where rows have different lengths, the length of each
         self.sizes, self.dtypes = (0, 0), (torch.float32, torch.float32)
         self._kept: list[Any] = [None, None]  # keys and values as they are kept, once the slot is left
         self.step_layer: StepLayer | None = None
-        super().__init__()  # which assigns keys and values
+        CacheLayerMixin.__init__(self)  # which assigns keys and values
         self.slot: Slot | None = slot
 
     # ---- what transformers' own methods read and assign
@@ -203,3 +205,18 @@ class CallLayer(DynamicLayer):
         if self.length:
             self.leave()
             self._kept, self.rows = [choose(kept) for kept in self._kept], None
+
+
+class WindowCallLayer(CallLayer, DynamicSlidingWindowLayer):
+    """A layer with a sliding window: it keeps all positions, masks hide them, and who asks is shown those in it."""
+
+    is_sliding = True
+
+    def __init__(self, slot: Slot, index: int, window: int) -> None:
+        super().__init__(slot, index, window)
+        self.record_past = False
+        self._sliding_window_tensor = torch.tensor(window)
+
+    def _dense(self, part: int) -> Any:
+        found = super()._dense(part)
+        return found if found is None or self.record_past else found[:, :, -self.sliding_window + 1 :]

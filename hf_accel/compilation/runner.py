@@ -118,7 +118,7 @@ class StaticRunner:
         found = getattr(cache, "layers", [])
         if self.layers is not None:
             found = [found[index] for index in self.layers]
-        return found if all(type(layer) is CallLayer for layer in found) else []
+        return found if all(isinstance(layer, CallLayer) for layer in found) else []
 
     def _recorded(self, model: Any, slot: Slot, tokens: int, lengths: list[int]) -> Recorded | str:
         key = self._key, tokens
