@@ -65,7 +65,7 @@ def test_calls_equal_stock(title: str, name: str) -> None:
     before = counts(model)["replays"]
     assert_gives(outcome_of_stock(title, name), model, CALLS[title][0])
     replays = counts(model)["replays"] - before
-    call, kind = CALLS[title]
+    kind = CALLS[title][1]
     if title in WITHOUT_BUFFERS or kind == BEAMS or title == "no time left" or title == "one token":
         return
     assert replays or counts(model)["calls_without_buffers"], "nothing was replayed, and no reason given"

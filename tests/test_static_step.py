@@ -67,7 +67,7 @@ def begun(name: str, rows: int, tokens: int, bits: int | None = None) -> StaticS
 def test_a_step_runs_without_data(name: str, tokens: int) -> None:
     """On fake tensors, and with real ones without an operation that waits for the device."""
     step = begun(name, 2, tokens)
-    trace.run_on_fakes(step.model, step.slot, tokens, StaticStep)
+    trace.run_on_fakes(step.model, step.slot, tokens)
     with torch.no_grad(), NothingAsked() as mode:
         step.run_and_advance()
     assert mode.count > 30
@@ -91,7 +91,7 @@ def test_a_step_is_one_graph() -> None:
 
 def asks_for_a_value(model: Any) -> None:
     forward = model.model.norm.forward
-    model.model.norm.forward = lambda x: forward(x) if x.sum() > 1e30 else forward(x)
+    model.model.norm.forward = lambda x: forward(x) if x.sum() < 1e30 else x
 
 
 def has_a_size_of_data(model: Any) -> None:
@@ -145,8 +145,8 @@ def test_a_step_that_gives_other_logits_is_refused() -> None:
 
 
 def addresses(slot: Slot, recorded: Any) -> list[int]:
-    tensors = [*slot.buffers(), slot.fill.lengths, slot.fill.starts, recorded.step.ids, recorded.step.positions,
-               *recorded.results]  # fmt: skip
+    step = recorded.step
+    tensors = [*slot.buffers(), slot.fill.lengths, slot.fill.starts, step.ids, step.positions, step.ahead]
     return [tensor.data_ptr() for tensor in tensors]
 
 

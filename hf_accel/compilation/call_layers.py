@@ -24,7 +24,7 @@ class CallLayer(DynamicLayer):
     is_sliding = False
 
     def __init__(self, slot: Slot, index: int, window: int | None = None) -> None:
-        self.index, self.sliding_window = index, window
+        self.index, self.window = index, window
         self.bits, self.length = slot.fill.bits, 0
         self.rows: list[int] | None = None  # where rows have different lengths, the length of each
         self.sizes, self.dtypes = (0, 0), (torch.float32, torch.float32)
@@ -80,7 +80,7 @@ class CallLayer(DynamicLayer):
         self.dtypes = key_states.dtype, value_states.dtype
         self.length, self.rows = 0, None
         if self.slot is not None:
-            self.step_layer = self.slot.layer(self.index, self.sliding_window, key_states, value_states)
+            self.step_layer = self.slot.layer(self.index, self.window, key_states, value_states)
         if self.step_layer is None:
             self.slot, self._kept = None, [self._empty(key_states, 0), self._empty(value_states, 1)]
 
@@ -214,6 +214,7 @@ class WindowCallLayer(CallLayer, DynamicSlidingWindowLayer):
 
     def __init__(self, slot: Slot, index: int, window: int) -> None:
         super().__init__(slot, index, window)
+        self.sliding_window = window
         self.record_past = False
         self._sliding_window_tensor = torch.tensor(window)
 
