@@ -20,8 +20,9 @@ def register(back_end: BackEnd, forward: Callable[..., Any], make_mask: Callable
     forward: attention in transformers' calling convention. make_mask: makes its masks; without an entry of its own in
     that registry, transformers would drop the mask of padded batches.
     """
-    AttentionInterface.register(back_end.name, forward)
-    AttentionMaskInterface.register(back_end.name, make_mask)
+    name = str(back_end.name)  # a plain text: torch.compile traces lookups in these registries, of any model
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, make_mask)
     add_back_end(back_end)
 
 

@@ -5,10 +5,24 @@ On CUDA devices by a kernel that reads what is filled; elsewhere by torch, over 
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_accel.core.calls.cache_layers import StaticLayer
 from hf_accel.ops.static_attention import static_attention
+
+
+@functools.cache
+def _kernel() -> Callable[..., torch.Tensor] | None:
+    """Return the kernel of CUDA devices; None where Triton is not installed."""
+    try:
+        return importlib.import_module("hf_accel.kernels.triton.attention").decode_attention  # type: ignore[no-any-return]
+    except ImportError:
+        return None
 
 
 def attend_static(
@@ -22,8 +36,8 @@ def attend_static(
 
     Masks are not asked for: what is visible follows from the layer's lengths, starts and window.
     """
-    attend = static_attention
-    return attend(
+    attend = _kernel() if query.is_cuda and not isinstance(query, FakeTensor) else None
+    return (attend or static_attention)(
         query,
         layer.keys,
         layer.values,

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from hf_accel.compilation.call_layers import CallLayer
+from hf_accel.compilation.call_layers import CallLayer, WindowCallLayer
 from hf_accel.compilation.guard import ModelGuard
 from hf_accel.compilation.slots import Slot, Slots
 from hf_accel.compilation.statistics import CompilationStatistics
@@ -63,6 +63,7 @@ def cache_obstacle(cache: Any) -> str | None:
     """Return why the layers of a cache that is still empty cannot be replaced by ours, None if they can."""
     if type(cache) is not DynamicCache or cache.offloading:
         return f"the cache is a {type(cache).__name__}"
+    layer: Any
     for layer in cache.layers:
         # the type first: layers of linear attention have no `is_initialized`
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -77,14 +78,15 @@ def cache_obstacle(cache: Any) -> str | None:
 def use_slot(cache: Any, slot: Slot) -> None:
     """Replace the layers of a cache, for which there is no `cache_obstacle`, by layers over a slot."""
     cache.layers = [
-        CallLayer(slot, index, getattr(layer, "sliding_window", None)) for index, layer in enumerate(cache.layers)
+        WindowCallLayer(slot, index, layer.sliding_window) if layer.is_sliding else CallLayer(slot, index)
+        for index, layer in enumerate(cache.layers)
     ]
     if cache.layer_class_to_replicate is not None:
         cache.layer_class_to_replicate = partial(_next_layer, cache.layers, slot)
 
 
 def _next_layer(layers: list[Any], slot: Slot) -> CallLayer:
-    return CallLayer(slot, len(layers), None)
+    return CallLayer(slot, len(layers))
 
 
 def starts_of(mask: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, str | None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_accel.compilation.slots import Slot
 from hf_accel.compilation.step_layers import StepLayer
@@ -18,17 +18,19 @@ class CallLayer(DynamicLayer):
     """Meets transformers' contract of a cache layer: lengths are the host's, and only what is filled is seen.
 
     Where the buffers do not fit (another shape, more tokens than columns, gradients, rows exchanged), the layer leaves
-    its slot and goes on by concatenation, as stock's does. A layer with a window keeps all positions; masks hide them.
+    its slot and goes on by concatenation, as stock's does.
     """
 
-    def __init__(self, slot: Slot, index: int, window: int | None) -> None:
-        self.index, self.sliding_window, self.is_sliding = index, window, window is not None
+    is_sliding = False
+
+    def __init__(self, slot: Slot, index: int, window: int | None = None) -> None:
+        self.index, self.window = index, window
         self.bits, self.length = slot.fill.bits, 0
         self.rows: list[int] | None = None  # where rows have different lengths, the length of each
         self.sizes, self.dtypes = (0, 0), (torch.float32, torch.float32)
         self._kept: list[Any] = [None, None]  # keys and values as they are kept, once the slot is left
         self.step_layer: StepLayer | None = None
-        super().__init__()  # which assigns keys and values
+        CacheLayerMixin.__init__(self)  # which assigns keys and values
         self.slot: Slot | None = slot
 
     # ---- what transformers' own methods read and assign
@@ -53,7 +55,7 @@ class CallLayer(DynamicLayer):
         """Return keys (part 0) or values (1) as they are kept, without what lies behind the longest row."""
         if self.step_layer is None:
             return self._kept[part]
-        buffer: Any = self.step_layer.values if part else self.step_layer.keys
+        buffer = self.step_layer.values if part else self.step_layer.keys
         return buffer.narrow(2, 0, self.length)
 
     def _dense(self, part: int) -> Any:
@@ -78,7 +80,7 @@ class CallLayer(DynamicLayer):
         self.dtypes = key_states.dtype, value_states.dtype
         self.length, self.rows = 0, None
         if self.slot is not None:
-            self.step_layer = self.slot.layer(self.index, self.sliding_window, key_states, value_states)
+            self.step_layer = self.slot.layer(self.index, self.window, key_states, value_states)
         if self.step_layer is None:
             self.slot, self._kept = None, [self._empty(key_states, 0), self._empty(value_states, 1)]
 
@@ -106,7 +108,7 @@ class CallLayer(DynamicLayer):
             self._kept = [torch.cat([kept, states], dim=2) for kept, states in zip(self._kept, new, strict=True)]
         else:
             for buffer, states in zip((self.step_layer.keys, self.step_layer.values), new, strict=True):
-                buffer.narrow(2, self.length, tokens).copy_(states)  # type: ignore[union-attr]
+                buffer.narrow(2, self.length, tokens).copy_(states)
         self.length = stop
         keys, values = self._used(0), self._used(1)
         if self.bits is None:
@@ -131,6 +133,7 @@ class CallLayer(DynamicLayer):
         device, tokens = new[0].device, new[0].shape[2]
         columns = (torch.tensor(rows)[:, None] + torch.arange(tokens)).to(device)
         at = torch.arange(len(rows), device=device)[:, None], columns
+        whole: Any
         for part, states in enumerate(new):
             if self.step_layer is None:
                 room = states.new_zeros((*states.shape[:2], stop - self._kept[part].shape[2], states.shape[3]))
@@ -202,3 +205,19 @@ class CallLayer(DynamicLayer):
         if self.length:
             self.leave()
             self._kept, self.rows = [choose(kept) for kept in self._kept], None
+
+
+class WindowCallLayer(CallLayer, DynamicSlidingWindowLayer):
+    """A layer with a sliding window: it keeps all positions, masks hide them, and who asks is shown those in it."""
+
+    is_sliding = True
+
+    def __init__(self, slot: Slot, index: int, window: int) -> None:
+        super().__init__(slot, index, window)
+        self.sliding_window = window
+        self.record_past = False
+        self._sliding_window_tensor = torch.tensor(window)
+
+    def _dense(self, part: int) -> Any:
+        found = super()._dense(part)
+        return found if found is None or self.record_past else found[:, :, -self.sliding_window + 1 :]

@@ -15,8 +15,8 @@ WARM_UPS = 2  # before a capture: libraries choose and compile their kernels in 
 class Capture(Protocol):
     """Captures what functions do on the device."""
 
-    def capture(self, warm_up: Callable[[], Any], run: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Capture `run` and return what replays it, and its results, which every replay writes anew.
+    def capture(self, warm_up: Callable[[], Any], run: Callable[[], T]) -> Callable[[], T]:
+        """Capture `run` and return what replays it and returns its results, which are valid until the next replay.
 
         warm_up: does what `run` does, and may be run any number of times before.
 
@@ -34,7 +34,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def capture(self, warm_up: Callable[[], Any], run: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    def capture(self, warm_up: Callable[[], Any], run: Callable[[], T]) -> Callable[[], T]:
         """See `Capture`."""
         current, side = torch.cuda.current_stream(self.device), self._stream
         side.wait_stream(current)
@@ -46,7 +46,29 @@ class CudaGraphs:
         # other threads may use the device meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             results = run()
-        return graph.replay, results
+
+        def replay() -> T:
+            graph.replay()
+            return results
+
+        return replay
+
+
+class Direct:
+    """Runs what it is given, for devices on which compiled steps cost few launches, or none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def capture(self, warm_up: Callable[[], Any], run: Callable[[], T]) -> Callable[[], T]:
+        """See `Capture`."""
+        warm_up()
+        return run
+
+
+def capture_for(device: torch.device) -> Capture:
+    """Return what captures on `device`; where nothing does, what runs steps as they are."""
+    return CAPTURES.get(device.type, Direct)(device)
 
 
 def graph_obstacle(device: torch.device) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ class ModelGuard:
     """Watches one model: what was captured is given up where its modules or tensors are no longer the same."""
 
     def __init__(self, model: nn.Module, slots: Slots) -> None:
-        self._model, self.slots = weakref.ref(model), slots
+        self._model = weakref.ref(model)
         self._watch: Watch | None = None
         self._modes: Any = None
         self._changes = -1  # the first look is none
+        self.on_change: list[Callable[[], None]] = [slots.forget_captures]
 
     def obstacle(self) -> str | None:
         """Return why steps of this call cannot be replayed, None if they can."""
@@ -48,7 +50,8 @@ class ModelGuard:
         modes = (model.config._attn_implementation, *_process_modes())
         if self._watch is None or not self._watch.is_in_place() or modes != self._modes:
             self._changes += 1
-            self.slots.forget_captures()
+            for forget in self.on_change:
+                forget()
             self._watch, self._modes = Watch(model, list(model.modules())[1:]), modes
             if self._watch.is_hooked():
                 return "modules of the model have hooks"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_accel.compilation.artefacts import Artefacts, compiler_obstacle
+from hf_accel.compilation.blocks import CompiledSteps
 from hf_accel.compilation.caches import StaticCaches
-from hf_accel.compilation.capture import CAPTURES, graph_obstacle
+from hf_accel.compilation.capture import Capture, Direct, capture_for, graph_obstacle
 from hf_accel.compilation.config import CompilationConfig
 from hf_accel.compilation.guard import ModelGuard
+from hf_accel.compilation.payoff import step_seconds
 from hf_accel.compilation.runner import StaticRunner
 from hf_accel.compilation.slots import BUCKETS, Slots
 from hf_accel.compilation.statistics import CompilationStatistics
@@ -15,10 +18,9 @@ from hf_accel.compilation.step import StaticStep
 from hf_accel.compilation.trial import step_obstacle
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host
-from hf_accel.core.calls.report import SECTIONS, Skip
+from hf_accel.core.calls.report import SECTIONS
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.model.undisturbed import undisturbed
-from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import UnsupportedModelError
@@ -36,44 +38,53 @@ class CompilationPatcher(Patcher[CompilationConfig], config=CompilationConfig):
         # steps are the token loop's, and only attention of ours reads buffers as far as they are filled
         self.needs = () if config.mode == "off" else ("DecodingConfig", "AttentionConfig")
 
-    @classmethod
-    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
-        device = setting.model.device
-        if reason := graph_obstacle(device):
-            return Offer(skipped=[Skip("CompilationConfig", reason)] if device.type == "cuda" else [])
-        return Offer([CompilationConfig()])
-
     def obstacles(self, setting: Setting) -> list[str]:
-        model = setting.model
-        if self.config.mode == "off":
+        model, mode = setting.model, self.config.mode
+        if mode == "off":
             return []
-        if reason := graph_obstacle(model.device):
+        if reason := graph_obstacle(model.device) if mode == "graphs" else compiler_obstacle(model.device):
             return [reason]
         if not model._supports_default_dynamic_cache():
             return [f"{setting.anatomy.architecture} does not use transformers' DynamicCache."]
         return []
 
     def patch(self, setting: Setting, host: Host) -> Change:
-        if self.config.mode == "off":
+        model, config = setting.model, self.config
+        if config.mode == "off":
             return Change("steps run as they are")
-        model = setting.model
-        slots = Slots(model.device)
-        statistics = CompilationStatistics(lambda: slots.bytes)
-        capture = CAPTURES[model.device.type](model.device)
+        capture, make_step = capture_for(model.device), StaticStep if config.mode == "graphs" else CompiledSteps()
+        kept = None if config.folder is None else Artefacts(config.folder, model)
+        if kept is not None:
+            kept.load()
         tried: Any = twin(model)
         with undisturbed(tried), tried._optimize_model_for_decode():
-            if reason := step_obstacle(tried, capture, StaticStep):
+            if reason := step_obstacle(tried, capture, make_step):
                 raise UnsupportedModelError(
                     f"Steps of this {type(model).__name__} cannot be captured: {reason}. Leave CompilationConfig out."
                 )
-        runner = StaticRunner(model, slots, capture, statistics)
+            seconds = step_seconds(tried, make_step) if isinstance(capture, Direct) else None
+        if kept is not None:
+            kept.save()
+        if seconds is not None and seconds[1] >= seconds[0]:
+            took = f"{1e3 * seconds[1]:.2f} ms instead of {1e3 * seconds[0]:.2f} ms"
+            return Change(f"steps run as they are: compiled, they take {took} here")
+        self._stand(model, host, capture, make_step)
+        what = "decoder layers are compiled, " if config.mode == "compile" else ""
+        how = "run" if isinstance(capture, Direct) else "captured as graphs and replayed"
+        gain = "" if seconds is None else f" ({1e3 * seconds[0]:.2f} ms -> {1e3 * seconds[1]:.2f} ms)"
+        buckets = ", ".join(f"{bucket:,}" for bucket in BUCKETS)
+        return Change(f"{what}steps are {how} over buffers of {buckets} and more columns{gain}")
+
+    def _stand(self, model: Any, host: Host, capture: Capture, make_step: Any) -> None:
+        slots = Slots(model.device)
+        statistics = CompilationStatistics(lambda: slots.bytes)
         guard = ModelGuard(model, slots)
+        if isinstance(make_step, CompiledSteps):
+            guard.on_change.append(make_step.forget)
         host.stand(Door.NEW_CACHE, StaticCaches(slots, guard, statistics, host.doors.get(Door.NEW_CACHE)))
-        host.stand(Door.FORWARD, runner)
+        host.stand(Door.FORWARD, StaticRunner(model, slots, capture, statistics, make_step=make_step))
         host.report.sections[SECTION] = statistics
         host.journal.did(slots.forget_captures)
-        buckets = ", ".join(f"{bucket:,}" for bucket in BUCKETS)
-        return Change(f"steps are captured as graphs over buffers of {buckets} and further columns, and replayed")
 
 
 SECTIONS[SECTION] = "compiled steps"

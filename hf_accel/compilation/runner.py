@@ -35,18 +35,16 @@ _number = itertools.count()
 
 @dataclass
 class Recorded:
-    """A captured step: what to write before, what replays it, and its results."""
+    """A captured step, and what replays it."""
 
     step: StaticStep
-    replay: Callable[[], None]
-    results: StepResults
+    replay: Callable[[], StepResults]
 
 
 def record(model: Any, slot: Slot, tokens: int, capture: Capture, make_step: Callable[..., StaticStep]) -> Recorded:
     """Capture the step of `tokens` tokens at the lengths that the slot has now. Raises: as `Capture.capture`."""
     step = make_step(model, slot, tokens)
-    replay, results = capture.capture(step.run, step.run_and_advance)
-    return Recorded(step, replay, results)
+    return Recorded(step, capture.capture(step.run, step.run_and_advance))
 
 
 class StaticRunner:
@@ -118,7 +116,7 @@ class StaticRunner:
         found = getattr(cache, "layers", [])
         if self.layers is not None:
             found = [found[index] for index in self.layers]
-        return found if all(type(layer) is CallLayer for layer in found) else []
+        return found if all(isinstance(layer, CallLayer) for layer in found) else []
 
     def _recorded(self, model: Any, slot: Slot, tokens: int, lengths: list[int]) -> Recorded | str:
         key = self._key, tokens
@@ -158,13 +156,12 @@ class StaticRunner:
             step.ids[:, :tokens].copy_(ids)
             step.ids[:, tokens:].copy_(ids[:, -1:])
             torch.add(positions[:, -1:], step.ahead - (tokens - 1), out=step.positions)
-        recorded.replay()
-        assert slot.on_device is not None
-        slot.on_device = [length + step.tokens for length in slot.on_device]
+        results = recorded.replay()
+        slot.advanced(step.tokens)
         for layer in self._layers_of(cache):
             layer.advance(tokens)
         self.statistics.replayed()
         # copies: the next replay writes over them
-        outputs: Any = CausalLMOutputWithPast(logits=recorded.results.logits[:, :tokens].clone(), **{CACHE: cache})
-        outputs.choices = recorded.results.choices[:, :tokens].clone()
+        outputs: Any = CausalLMOutputWithPast(logits=results.logits[:, :tokens].clone(), **{CACHE: cache})
+        outputs.choices = results.choices[:, :tokens].clone()
         return outputs

@@ -55,7 +55,11 @@ class Slot:
 
     @property
     def bytes(self) -> int:
-        return sum(layer.bytes for layer in self.layers.values())
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def buffers(self) -> list[Any]:
+        """Return all buffers."""
+        return [buffer for layer in self.layers.values() for buffer in (layer.keys, layer.values)]
 
     def layer(self, index: int, window: int | None, keys: torch.Tensor, values: torch.Tensor) -> StepLayer | None:
         """Return layer `index` with buffers for states like `keys` and `values`; None if it has others already."""
@@ -67,8 +71,9 @@ class Slot:
             buffers = self._buffer(keys), self._buffer(values)
             found = self.layers[index] = StepLayer(self.fill, *buffers, sizes, dtypes, window)
         kept: Any = found.keys
-        is_alike = kept.shape[1] == keys.shape[1] == values.shape[1]
-        return found if is_alike and (found.sizes, found.dtypes, found.sliding_window) == (sizes, dtypes, window) else None
+        if not kept.shape[1] == keys.shape[1] == values.shape[1]:
+            return None
+        return found if (found.sizes, found.dtypes, found.sliding_window) == (sizes, dtypes, window) else None
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
         heads, size, bits = like.shape[1], like.shape[3], self.fill.bits
@@ -86,14 +91,18 @@ class Slot:
             self.fill.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
         self.on_device = list(lengths)
 
+    def advanced(self, tokens: int) -> None:
+        """Note that a step has advanced the lengths on the device."""
+        if self.on_device is not None:
+            self.on_device = [length + tokens for length in self.on_device]
+
     def prepare(self, cache: Any, request: Any, expected: int, starts: torch.Tensor | None) -> None:
         """Give the slot to a cache of the call `request`; starts: [B], the first column of each row that counts."""
         self.evict()
         self.owner, self.request, self.expected = weakref.ref(cache), weakref.ref(request), expected
-        for layer in self.layers.values():
+        for buffer in self.buffers():
             # what was written before might be no numbers, and hidden columns are read where no kernel runs
-            layer.keys.zero_()  # type: ignore[union-attr]
-            layer.values.zero_()  # type: ignore[union-attr]
+            buffer.zero_()
         self.on_device = None
         if starts is None:
             self.fill.starts.zero_()

@@ -65,7 +65,9 @@ class StepLayer(CacheLayerMixin):
         dtypes: tuple[torch.dtype, torch.dtype],
         window: int | None,
     ) -> None:
-        self.fill, self.keys, self.values = fill, keys, values
+        self.fill, self.lengths, self.starts = fill, fill.lengths, fill.starts
+        self.keys: Any = keys
+        self.values: Any = values
         self.sizes, self.dtypes = sizes, dtypes
         self.sliding_window, self.is_sliding = window, window is not None
         self.gives_handles = True
@@ -75,24 +77,11 @@ class StepLayer(CacheLayerMixin):
     def bits(self) -> int | None:
         return self.fill.bits
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        return self.fill.lengths
-
-    @property
-    def starts(self) -> torch.Tensor:
-        return self.fill.starts
-
-    @property
-    def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.keys, self.values))  # type: ignore[union-attr]
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `hf_accel.core.calls.cache_layers.StaticLayer`."""
-        keys: Any = self.keys
-        values: Any = self.values
+        keys, values = self.keys, self.values
         self.fill.write(keys, key_states, is_key=True)
         self.fill.write(values, value_states, is_key=False)
         if not self.gives_handles and self.bits is None:
@@ -104,15 +93,13 @@ class StepLayer(CacheLayerMixin):
 
     def visible(self, tokens: int) -> torch.Tensor:
         """Return bool [B, 1, T, C]: the columns that the tokens of a step see."""
-        keys: Any = self.keys
-        return visible_columns(self.lengths, self.starts, tokens, keys.shape[2], self.sliding_window)
+        return visible_columns(self.lengths, self.starts, tokens, self.keys.shape[2], self.sliding_window)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing is left to do."""
 
     def get_max_length(self) -> int:
-        keys: Any = self.keys
-        return int(keys.shape[2])
+        return int(self.keys.shape[2])
 
     def get_seq_length(self) -> NoReturn:
         raise AskedForLength("its code asks the cache for its length")

@@ -1,4 +1,4 @@
-"""Whether a step runs on fake tensors, which have shapes but no data: then nothing of it depends on data or the host."""
+"""Whether a step runs on fake tensors, which have shapes but no data: then nothing depends on data or the host."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch._subclasses.fake_tensor import (
 )
 
 from hf_accel.compilation.slots import Slot
+from hf_accel.compilation.step import StaticStep
 from hf_accel.compilation.step_layers import AskedForLength
 
 _log = logging.getLogger("torch._subclasses.fake_tensor")
 
 
-def trace_obstacle(model: Any, slot: Slot, tokens: int, make_step: Any) -> str | None:
+def trace_obstacle(model: Any, slot: Slot, tokens: int) -> str | None:
     """Return what in a step of `tokens` tokens asks the device or has a size that depends on data, None if nothing.
 
     Kernels that cannot be run on fake tensors end the trace; what is behind them, a capture will show.
@@ -26,21 +27,29 @@ def trace_obstacle(model: Any, slot: Slot, tokens: int, make_step: Any) -> str |
     before = _log.level
     _log.setLevel(logging.CRITICAL + 1)  # it logs what is raised, too
     try:
-        run_on_fakes(model, slot, tokens, make_step)
+        run_on_fakes(model, slot, tokens)
     except DataDependentOutputException as error:
         return f"a step of it waits for the device ({error.func})"
     except DynamicOutputShapeException as error:
         return f"a size in a step of it depends on data ({error.func})"
     except AskedForLength as error:
         return str(error)
-    except Exception:  # kernels that take addresses, and whatever else is no torch operation
+    except Exception:  # operations that are not defined on fake tensors
         return None
     finally:
         _log.setLevel(before)
     return None
 
 
-def run_on_fakes(model: Any, slot: Slot, tokens: int, make_step: Any) -> None:
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Return whether the code of a module is torch's and transformers', or put in place by neither them nor us."""
+    own = getattr(vars(module).get("forward"), "__module__", "")
+    return own.partition(".")[0] != "hf_accel" and all(
+        kind.__module__.partition(".")[0] in ("torch", "transformers", "builtins") for kind in type(module).__mro__
+    )
+
+
+def run_on_fakes(model: Any, slot: Slot, tokens: int) -> None:
     """Run a step over fake buffers like those of `slot`. Raises: whatever keeps it from running so."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = Slot(slot.rows, slot.capacity, slot.fill.bits, slot.device)
@@ -50,4 +59,4 @@ def run_on_fakes(model: Any, slot: Slot, tokens: int, make_step: Any) -> None:
                 for kept, size, dtype in zip((layer.keys, layer.values), layer.sizes, layer.dtypes, strict=True)
             ]
             fake.layer(index, layer.sliding_window, *shapes)
-        make_step(model, fake, tokens).run_and_advance()
+        StaticStep(model, fake, tokens).run_and_advance()

@@ -72,16 +72,16 @@ def _tried(model: Any, rows: int, capture: Capture, make_step: Any) -> str | Non
     layers: list[Any] = caches[1].layers
     if any(layer.step_layer is None or layer.length != PROMPT for layer in layers):
         return "some of its layers keep nothing in the cache"
-    if reason := trace_obstacle(model, slot, tokens, make_step):
+    if reason := trace_obstacle(model, slot, tokens):
         return reason
     slot.set_lengths([PROMPT] * rows)
     recorded = record(model, slot, tokens, capture, make_step)
     for first in range(PROMPT, total, tokens):
         recorded.step.ids.copy_(ids[:, first : first + tokens])
         recorded.step.positions.copy_(positions[:, first : first + tokens])
-        recorded.replay()
+        found = recorded.replay().logits
         expected = model(**given(caches[0], first, first + tokens)).logits
-        if not _is_close(model, recorded.results.logits, expected):
+        if not _is_close(model, found, expected):
             return "replayed steps give other logits than the model"
     return None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_accel.core.calls.call import Call
 from hf_accel.core.drift import CACHE
+from hf_accel.decoding.arrival import Arrival
 from hf_accel.decoding.choosing import NextTokens
 from hf_accel.decoding.collected import Collected
 
@@ -17,6 +20,8 @@ class Writing:
     """One call's text, to which tokens are given until it is done; whoever drives it keeps nothing of its own.
 
     input_ids: [B, S], prompt and tokens so far. unfinished: [B], 1 for the rows that still count.
+    lag: how many steps are taken in before it is known whether the text was done before them: a device that runs behind
+    the host is asked late, and what turns out to be surplus is taken back.
     """
 
     def __init__(self, call: Call) -> None:
@@ -30,9 +35,34 @@ class Writing:
         self._collected = Collected.for_config(config)
         self._collects = any(self._collected.wanted.values())
         self._returns_dict = config.return_dict_in_generate
+        self.lag = 0
+        self._arrivals: deque[Arrival] = deque()
+        lengths = [criterion.max_length for criterion in self._criteria if type(criterion) is MaxLengthCriteria]
+        positions = getattr(call.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._certain = min([*lengths, *([positions] if positions else [])], default=0)  # from here on, never late
 
-    def take(self, step: NextTokens) -> bool:
-        """Append the next token of every row, and return whether the text is done."""
+    def goes_on(self) -> bool:
+        """Return whether to make another step; streamers are given what is known to belong to the text."""
+        while len(self._arrivals) > self.lag or (self._arrivals and self.input_ids.shape[1] >= self._certain):
+            arrival = self._arrivals.popleft()
+            tokens, is_done = arrival.get()
+            if self._streamer is not None:
+                self._streamer.put(tokens)
+            if is_done:
+                return False
+        return True
+
+    def take_back(self) -> int:
+        """Drop the steps that were made after the text was done, and return how many there were."""
+        surplus = len(self._arrivals)
+        if surplus:
+            self._arrivals.clear()
+            self.input_ids = self.input_ids[:, :-surplus]
+            self._collected.drop(surplus)
+        return surplus
+
+    def take(self, step: NextTokens) -> None:
+        """Append the next token of every row."""
         if self._collects:
             self._collected.add(step)
         tokens = step.tokens
@@ -40,9 +70,7 @@ class Writing:
             tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self._criteria(self.input_ids, self._collected.scores)
-        if self._streamer is not None:
-            self._streamer.put(tokens.cpu())
-        return not self.unfinished.any()
+        self._arrivals.append(Arrival(None if self._streamer is None else tokens, ~self.unfinished.any()))
 
     def result(self, cache: Any) -> Any:
         """End the stream and return what stock's `_sample` would: ids [B, S], or a GenerateDecoderOnlyOutput."""
