@@ -18,7 +18,7 @@ from hf_accel.kernels import native
 from hf_accel.ops import tolerances
 
 CPU = torch.device("cpu")
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(not native.is_available(), reason="no native library"))
+NATIVE = pytest.param("native", marks=pytest.mark.native)
 HERE = ["sdpa", NATIVE, "tiled"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(8, 8), (10, 10), (24, 16), (64, 64), (33, 47), (16, 40)]

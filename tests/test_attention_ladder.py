@@ -1,4 +1,4 @@
-"""The ladder of a model: what is chosen, what goes down and is counted, what is refused at `optimize`; text is stock's."""
+"""The ladder of a model: what is chosen, what goes down and is counted, what is refused; text is stock's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.kernels.native import prompt
 
-NAMED = ["sdpa", "tiled", pytest.param("native", marks=pytest.mark.skipif(not native.is_available(), reason="none"))]
+NAMED = ["sdpa", "tiled", pytest.param("native", marks=pytest.mark.native)]
 LENGTHS = [34, 51, 40]  # longer than what is left to plain masks
 
 
@@ -96,21 +96,20 @@ def test_sinks(backend: str) -> None:
         assert not torch.allclose(stock(**batch).logits[:, -1], second[-1], atol=1e-2), "sinks make no difference"
 
 
+@pytest.mark.native
 def test_what_a_kernel_cannot_do_goes_down_and_is_counted() -> None:
     """Summands of the user's are not for the native kernel; its caller gets stock's result all the same."""
-    stock, model = build("llama"), optimised("llama", "native" if native.is_available() else "sdpa")
+    stock, model = build("llama"), optimised("llama", "native")
     ids = padded([40])["input_ids"]
     summand = torch.zeros(1, 1, 40, 40).masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -1e9)
     summand[..., 3:] -= 0.5
-    assert_equal_calls(stock, model, lambda m: m(ids, attention_mask=summand).logits.detach())
     with torch.no_grad():
         logits = [m(ids, attention_mask=summand).logits for m in (stock, model)]
     torch.testing.assert_close(logits[1], logits[0], atol=2e-4, rtol=2e-4)
-    found = calls(model)
-    if native.is_available():
-        assert found["calls"] == {"tiled": 3}
-        assert found["falls"] == [{"kernel": "native", "reason": "it takes masks that hide, not summands", "calls": 3}]
-        assert "3 calls past native: it takes masks" in str(hf_accel.report(model))
+    assert calls(model)["calls"] == {"tiled": 3}
+    fall = {"kernel": "native", "reason": "it takes masks that hide, not summands", "calls": 3}
+    assert calls(model)["falls"] == [fall]
+    assert "3 calls past native: it takes masks" in str(hf_accel.report(model))
 
 
 def test_a_kernel_that_fails_in_a_call_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +232,7 @@ def test_a_models_own_attention_that_computes_something_else_is_kept(monkeypatch
         optimised("gemma2", "tiled")
 
 
-@pytest.mark.skipif(not native.is_available(), reason="no native library")
+@pytest.mark.native
 @pytest.mark.parametrize("bits", [8, 4, None])
 def test_prompts_over_codes_are_read_natively(bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_accel.attention import held
