@@ -13,6 +13,8 @@ MAX_HEAD_DIM = 128
 
 
 class Cudnn(AttentionKernel):
+    """cuDNN through torch, for whole prompts in half precision."""
+
     name = "cudnn"
     devices: tuple[str, ...] = ("cuda",)
 

@@ -35,6 +35,7 @@ class Probe:
 
     is_probe = True
     takes_bands = True
+    reads_grouped = False
 
     def __init__(self) -> None:
         self.demands: dict[Demand, None] = {}

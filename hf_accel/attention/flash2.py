@@ -4,6 +4,8 @@ from hf_accel.attention.flash import FlashAttention
 
 
 class Flash2(FlashAttention):
+    """FlashAttention-2, from its package or from the hub."""
+
     name = "flash2"
     module = "flash_attn"
     hub = "kernels-community/flash-attn2"

@@ -4,6 +4,8 @@ from hf_accel.attention.flash import FlashAttention
 
 
 class Flash3(FlashAttention):
+    """FlashAttention-3, from its package or from the hub."""
+
     name = "flash3"
     module = "flash_attn_interface"
     hub = "kernels-community/vllm-flash-attn3"

@@ -4,6 +4,8 @@ from hf_accel.attention.flash import FlashAttention
 
 
 class Flash4(FlashAttention):
+    """FlashAttention-4, from its package or from the hub."""
+
     name = "flash4"
     module = "flash_attn.cute"
     hub = "kernels-community/flash-attn4"

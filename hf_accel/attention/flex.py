@@ -19,6 +19,8 @@ from hf_accel.ops.tiled import with_sinks
 
 
 class Flex(AttentionKernel):
+    """FlexAttention: causal masks with padding, windows, soft caps and sinks."""
+
     name = "flex"
 
     def is_tried(self, device: torch.device) -> bool:

@@ -12,21 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.utils import output_capturing
 
 from hf_accel.attention.held import held_attention
+from hf_accel.attention.masks import is_bias, make_mask, seen
 from hf_accel.attention.names import EAGER_NAME, NAME, name_in
-from hf_accel.attention.question import Visible
 from hf_accel.attention.registry import register
 from hf_accel.attention.stock import eager_attention, is_untouched, plain, stock_sdpa
-from hf_accel.core.calls.bands import band_of, described
 from hf_accel.core.calls.held import CachedStates
 from hf_accel.core.model.back_ends import BackEnd
 from hf_accel.ops.attention import grouped_attention
 
 MAX_QUERIES = 16
-PLAIN_QUERIES = 32  # as many rows as native layers take, to which masks are given as they are
 FOREIGN = ("position_bias", "s_aux", "cache")  # what some architectures hand to attention, and only stock's understands
 
 
@@ -45,7 +42,7 @@ def grouped_attention_forward(
     if isinstance(key, CachedStates):
         if isinstance(value, CachedStates) and value.held is key.held:
             unknown = {name for name in FOREIGN if kwargs.get(name) is not None}
-            if not dropout and not unknown and not _is_bias(attention_mask):
+            if not dropout and not unknown and not is_bias(attention_mask):
                 is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
                 output = held_attention(query, key.held, attention_mask, scaling, kwargs.get("softcap"), is_causal)
                 return output.transpose(1, 2).contiguous(), None
@@ -68,7 +65,8 @@ def grouped_attention_forward(
     causal = tokens > 1 and attention_mask is None and (is_causal if is_causal is not None else True)
     if tokens <= MAX_QUERIES and (ladder is None or not ladder.is_probe):
         groups = getattr(module, "num_key_value_groups", 1)
-        if is_eager or causal or groups == 1 or query.shape[1] != groups * key.shape[1]:
+        is_stocks = is_eager or causal or groups == 1 or (ladder is not None and not ladder.reads_grouped)
+        if is_stocks or query.shape[1] != groups * key.shape[1]:
             return stock()
         return grouped_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
     if ladder is None or is_special(query, key, value):
@@ -96,35 +94,6 @@ def is_special(*states: torch.Tensor) -> bool:
         or not all(x.numel() for x in states)
         or bool(states[0].shape[1] % states[1].shape[1])
     )
-
-
-def seen(mask: torch.Tensor | None, tokens: int, positions: int, is_causal: bool) -> Visible | None:
-    """Return what the queries of a call see, None where the mask has a form that is not known."""
-    if mask is None:
-        return Visible(is_causal and tokens > 1)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[2:] != (tokens, positions):
-        return None
-    band = band_of(mask)
-    return Visible(mask=mask) if band is None else Visible(True, band if band.has_effect else None)
-
-
-def _is_bias(mask: torch.Tensor | None) -> bool:
-    """Return whether a mask does more than hide: attention over codes knows only visible or not."""
-    if mask is None or mask.dtype is torch.bool:
-        return False
-    return not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all())
-
-
-def make_mask(*args: Any, **kwargs: Any) -> Any:
-    """Return the mask that transformers asks for: a band for prompts, else sdpa's."""
-    make = ALL_MASK_ATTENTION_FUNCTIONS.get("sdpa", sdpa_mask)
-    name = name_in(kwargs.get("config"))
-    if name is not None and name.ladder is not None and name.ladder.takes_bands and make is sdpa_mask and not args:
-        tokens = kwargs.get("q_length")
-        is_long = name.ladder.is_probe or (type(tokens) is int and tokens > PLAIN_QUERIES)
-        if is_long and not torch.is_grad_enabled() and (band := described(kwargs)) is not None:
-            return band.mask() if band.has_effect or name.ladder.is_probe else None
-    return make(*args, **kwargs)
 
 
 # as sdpa does, it leaves out soft caps where keys and values are tensors

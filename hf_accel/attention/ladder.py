@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_accel.attention.cases import Shape
 from hf_accel.attention.demands import Demand
 from hf_accel.attention.kernel import AttentionKernel
 from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.question import Question, Visible, question_of
-from hf_accel.attention.selftest import Shape, verdict
+from hf_accel.attention.selftest import verdict
 from hf_accel.attention.statistics import AttentionStatistics
-from hf_accel.attention.trials import STOCK, Kind, Stock, chosen
+from hf_accel.attention.trials import GAIN, STOCK, Kind, Stock, chosen, grouped_gain
 from hf_accel.errors import described
 
 AUTO = "auto"
@@ -40,6 +41,7 @@ class Ladder:
     def __init__(self, asked: str) -> None:
         self.asked = asked
         self.statistics = AttentionStatistics(asked)
+        self.reads_grouped = True  # few queries read grouped keys and values as they are
         self._plans: dict[Question, Plan] = {}
         self._failed: dict[tuple[Question, str], str] = {}
 
@@ -47,6 +49,11 @@ class Ladder:
     def takes_bands(self) -> bool:
         """Whether a kernel may be asked that takes bands as they are: else masks are made as stock makes them."""
         return self.asked != AUTO or any(each.kernel != STOCK for each in self.statistics.chosen)
+
+    @property
+    def pays(self) -> bool:
+        """Whether anything was faster than stock's attention."""
+        return self.reads_grouped or self.takes_bands
 
     def prepare(self, demands: list[Demand], stock: Callable[[Demand], Stock], longest: int) -> None:
         """Test the kernels on what a model demands and, for `auto`, time those that pass.
@@ -60,12 +67,15 @@ class Ladder:
         if self.asked != AUTO:
             return
         passed = tuple(name for name in names if name not in self.statistics.refused)
+        self.reads_grouped = False
         for demand in demands:
             question, shape = demand.question, shape_of(demand.question)
             threads = torch.get_num_threads()
             groups = question.groups
             if shape.device.type == "cpu":  # as many heads as keep the threads busy
                 groups = min(groups, max(1, threads // shape.ratio))
+            if shape.ratio > 1 and question.softcap is None and not question.has_sinks:
+                self.reads_grouped |= grouped_gain(shape, groups, stock(demand), threads) > GAIN
             rest = (question.softcap, question.has_sinks)
             kinds = [Kind(mask, None, *rest) for mask in MASKS]
             if question.window is not None:

@@ -11,6 +11,8 @@ from hf_accel.kernels.native.prompt import prompt_attention
 
 
 class Native(AttentionKernel):
+    """The C library: all but summands, on CPUs."""
+
     name = "native"
 
     def missing(self) -> str | None:

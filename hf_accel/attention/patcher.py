@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hf_accel.attention.cases import Case
 from hf_accel.attention.demands import Demand, demands_of
 from hf_accel.attention.grouped import MAX_QUERIES
 from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.ladder import AUTO, Ladder
 from hf_accel.attention.names import NAMES, name_in
-from hf_accel.attention.selftest import Case
 from hf_accel.attention.stock import eager_trial, sdpa_trial
 from hf_accel.attention.trials import STOCK
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host
-from hf_accel.core.calls.report import SECTIONS
+from hf_accel.core.calls.report import SECTIONS, Skip
 from hf_accel.core.config import Config
 from hf_accel.core.model.hf_config import own_configs
-from hf_accel.core.steps.goal import Gain
+from hf_accel.core.steps.goal import Gain, Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, MissingDependencyError, VerificationError
@@ -53,6 +53,16 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
     occupies = "attention back end"
     gain = Gain.OWN_ACCOUNT
 
+    @classmethod
+    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
+        if _unreplaceable(setting):
+            return Offer([AttentionConfig()])  # its obstacles are told
+        ladder = Ladder(AUTO)
+        demands = _prepare(ladder, setting)
+        if isinstance(demands, str) or ladder.pays:
+            return Offer([AttentionConfig()])
+        return Offer([], [Skip(AttentionConfig.__name__, "no attention kernel here is faster than stock's")])
+
     def obstacles(self, setting: Setting) -> list[str]:
         model, asked = setting.anatomy.model, self.config.backend
         found = _unreplaceable(setting)
@@ -71,18 +81,13 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
     def patch(self, setting: Setting, host: Host) -> Change:
         model, asked = setting.model, self.config.backend
         ladder = Ladder(asked)
-        stands_for = str(name_in(model.config) or model.config._attn_implementation)
-        demands = _demands(model, setting)
-        skipped: tuple[str, ...] = ()
-        if isinstance(demands, str):  # few queries are served all the same
-            skipped = (f"prompts run as they are: {demands}",)
-        else:
-            config = model.config.get_text_config(decoder=True)
-            longest = getattr(config, "max_position_embeddings", None) or LONGEST
-            ladder.prepare(demands, partial(_stock, stands_for), longest)
-            if refused := ladder.statistics.refused.get(asked):
-                raise VerificationError(f'backend="{asked}" is not right here: {refused}. Use "auto".')
-        name: Any = NAMES[stands_for].with_ladder(ladder if not skipped else None)
+        stands_for = _stands_for(model)
+        demands = _prepare(ladder, setting)
+        # few queries are served all the same
+        skipped = (f"prompts run as they are: {demands}",) if isinstance(demands, str) else ()
+        if refused := ladder.statistics.refused.get(asked):
+            raise VerificationError(f'backend="{asked}" is not right here: {refused}. Use "auto".')
+        name: Any = NAMES[stands_for].with_ladder(None if skipped else ladder)
         configs = own_configs(model, host.journal)
 
         def select(chosen: str) -> None:
@@ -114,13 +119,29 @@ def _unreplaceable(setting: Setting) -> list[str]:
     return []
 
 
+def _prepare(ladder: Ladder, setting: Setting) -> list[Demand] | str:
+    """Test and time the kernels of a ladder for the model; return what it demands, or why its prompts stay stock's."""
+    model = setting.anatomy.model
+    demands = _demands(model, setting)
+    if not isinstance(demands, str):
+        config = model.config.get_text_config(decoder=True)
+        longest = getattr(config, "max_position_embeddings", None) or LONGEST
+        ladder.prepare(demands, partial(_stock, _stands_for(model)), longest)
+    return demands
+
+
+def _stands_for(model: Any) -> str:
+    """Return the stock attention that the model has, or that its own stands for."""
+    name = name_in(model.config)
+    return str(model.config._attn_implementation) if name is None else name.stands_for
+
+
 def _demands(model: Any, setting: Setting) -> list[Demand] | str:
     """Return what the model asks of attention; found out once for weights that are tried again and again."""
     kept = setting.prepared_for(model)
     key = (DEMANDS, model.dtype, model.device)
     if key not in kept:
-        stands_for = str(name_in(model.config) or model.config._attn_implementation)
-        kept[key] = demands_of(model, NAMES[stands_for].with_ladder)
+        kept[key] = demands_of(model, NAMES[_stands_for(model)].with_ladder)
     found: list[Demand] | str = kept[key]
     return found
 

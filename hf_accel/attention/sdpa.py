@@ -18,6 +18,8 @@ BLOCK = 512  # queries that share a mask, where a window is no longer than that
 
 
 class Sdpa(AttentionKernel):
+    """torch's own: all masks, neither soft caps nor sinks."""
+
     name = "sdpa"
 
     def obstacle(self, question: Question) -> str | None:

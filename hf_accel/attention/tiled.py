@@ -10,6 +10,8 @@ from hf_accel.ops.tiled import tiled_attention
 
 
 class Tiled(AttentionKernel):
+    """The reference: everything, and slowly."""
+
     name = "tiled"
 
     def is_tried(self, device: torch.device) -> bool:

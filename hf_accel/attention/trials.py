@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 import torch
 
+from hf_accel.attention.cases import Case, Shape, case
 from hf_accel.attention.registry import KERNELS
-from hf_accel.attention.selftest import Case, Shape, case
 from hf_accel.attention.statistics import Chosen
+from hf_accel.attention.stock import mask_of
+from hf_accel.ops.attention import grouped_attention
 
 LENGTHS = (32, 128, 512, 2048)
 BUDGET_S = 0.3  # of one length: a longer one is left out that would take more
 ROUNDS = 3
+FEW, PAST = 8, 504  # queries of a step of several tokens, and what came before
 GAIN = 1.03  # less cannot be told from noise
 STOCK = "stock"
 Stock = Callable[[Case], object]
@@ -72,6 +75,20 @@ def chosen(
         gain = least[STOCK] / least[best]
         found.append(Chosen(str(kind), tokens, best, gain) if gain > GAIN else Chosen(str(kind), tokens, STOCK, 1.0))
     return tuple(found)
+
+
+@functools.lru_cache(256)
+def grouped_gain(shape: Shape, groups: int, stock: Stock, threads: int) -> float:
+    """Return how many times as fast as stock's a step of a few queries is that reads grouped keys and values as they
+    are; arguments as of `chosen`."""
+    call = case("past", shape, FEW, past=PAST, starts=(0, PAST // 4), groups=groups)
+    mask = mask_of(call.visible)
+    ways: dict[str, Callable[[], object]] = {
+        STOCK: functools.partial(stock, call),
+        "grouped": functools.partial(grouped_attention, call.query, call.key, call.value, mask),
+    }
+    least = _least_times(ways, shape.device)
+    return least[STOCK] / least["grouped"]
 
 
 @torch.no_grad()
