@@ -24,6 +24,7 @@ from hf_accel.core.model.shadow import shadow
 from hf_accel.ops.attention import grouped_attention
 
 NAME = "hfaccel_folded"
+BACK_END = "inductor"
 MOST_SHAPES = 64  # of rows, tokens and columns, each with kernels of its own
 
 
@@ -51,7 +52,7 @@ class Numberless(nn.Module):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = 0  # type: ignore[assignment]
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False, backend=BACK_END)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         def own(value: Any) -> Any:
