@@ -133,6 +133,6 @@ def folded_attention_forward(
 
 @functools.cache
 def _register() -> None:
-    """Let transformers find the attention of compiled copies; in no list of ours, as models themselves never have it."""
+    """Let transformers find the attention of compiled copies; in no list of ours: models never have it."""
     AttentionInterface.register(NAME, folded_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
