@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from hf_accel.attention.static import attend_static
 from hf_accel.core.calls.held import Held
 from hf_accel.kernels import native
 from hf_accel.ops.attention import AttentionState, partial_attention
@@ -29,8 +28,6 @@ def held_attention(
 
     mask: as transformers gives it, bool (true: visible) or a summand [B, 1, T, S]; None: causal over the last T.
     """
-    if held.static is not None:
-        return attend_static(query, held.static, scale, softcap)
     tokens, size = query.shape[2], query.shape[3]
     scale = size**-0.5 if scale is None else scale
     if held.visible is not None:
