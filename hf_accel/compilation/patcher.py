@@ -19,8 +19,9 @@ from hf_accel.compilation.trial import step_obstacle
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
-from hf_accel.core.model.shadow import twin
+from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.undisturbed import undisturbed
+from hf_accel.core.model.watching import Watch
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import UnsupportedModelError
@@ -44,6 +45,8 @@ class CompilationPatcher(Patcher[CompilationConfig], config=CompilationConfig):
             return []
         if reason := graph_obstacle(model.device) if mode == "graphs" else compiler_obstacle(model.device):
             return [reason]
+        if Watch(model, list(model.modules())[1:]).is_hooked():
+            return ["modules of the model have hooks, which a replay would not call; remove them first."]
         if not model._supports_default_dynamic_cache():
             return [f"{setting.anatomy.architecture} does not use transformers' DynamicCache."]
         return []
@@ -56,13 +59,13 @@ class CompilationPatcher(Patcher[CompilationConfig], config=CompilationConfig):
         kept = None if config.folder is None else Artefacts(config.folder, model)
         if kept is not None:
             kept.load()
-        tried: Any = twin(model)
-        with undisturbed(tried), tried._optimize_model_for_decode():
-            if reason := step_obstacle(tried, capture, make_step):
+        # not on a copy: it would have neither the attention nor the layers that this one was given
+        with evaluating(model), undisturbed(model), model._optimize_model_for_decode():
+            if reason := step_obstacle(model, capture, make_step):
                 raise UnsupportedModelError(
                     f"Steps of this {type(model).__name__} cannot be captured: {reason}. Leave CompilationConfig out."
                 )
-            seconds = step_seconds(tried, make_step) if isinstance(capture, Direct) else None
+            seconds = step_seconds(model, make_step) if isinstance(capture, Direct) else None
         if kept is not None:
             kept.save()
         if seconds is not None and seconds[1] >= seconds[0]:
