@@ -101,7 +101,9 @@ def test_verification_is_replayed(drafter: str) -> None:
         batch(do_sample=False, suppress_tokens=FEW_TOKENS, max_new_tokens=30),  # which repeats itself
     ):
         assert_equal_calls(stock("llama"), model, call)
-    assert counts(model)["replays"] >= 10
+    found = counts(model)
+    assert found["replays"] >= 10
+    assert (found["eager_steps"], found["calls_without_buffers"]) == ({}, {}), "drafts are replayed, too"
     assert sum(hf_accel.report(model).to_dict()["speculation"]["accepted"].values()) > 0
 
 

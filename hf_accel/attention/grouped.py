@@ -18,6 +18,7 @@ from hf_accel.attention.held import held_attention
 from hf_accel.attention.masks import is_bias, make_mask, seen
 from hf_accel.attention.names import EAGER_NAME, NAME, name_in
 from hf_accel.attention.registry import register
+from hf_accel.attention.static import attend_static
 from hf_accel.attention.stock import eager_attention, is_untouched, plain, stock_sdpa
 from hf_accel.core.calls.held import CachedStates
 from hf_accel.core.model.back_ends import BackEnd
@@ -41,6 +42,10 @@ def grouped_attention_forward(
     """Attention in transformers' calling convention: query [B, H, T, D] -> ([B, T, H, D], None)."""
     if isinstance(key, CachedStates):
         if isinstance(value, CachedStates) and value.held is key.held:
+            static, softcap = key.held.static, kwargs.get("softcap")
+            if static is not None and not dropout and kwargs.get("position_bias") is None:
+                output = attend_static(query, static, scaling, softcap, kwargs.get("s_aux"))
+                return output.transpose(1, 2).contiguous(), None
             unknown = {name for name in FOREIGN if kwargs.get(name) is not None}
             if not dropout and not unknown and not is_bias(attention_mask):
                 is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

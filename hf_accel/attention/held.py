@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from hf_accel.attention.static import attend_static
 from hf_accel.core.calls.bands import band_of
 from hf_accel.core.calls.held import Held
 from hf_accel.kernels import native
@@ -31,8 +30,6 @@ def held_attention(
 
     mask: as transformers gives it, bool (true: visible) or a summand [B, 1, T, S]; None: causal over the last T.
     """
-    if held.static is not None:
-        return attend_static(query, held.static, scale, softcap)
     tokens, size = query.shape[2], query.shape[3]
     scale = size**-0.5 if scale is None else scale
     if (output := _at_once(query, held, mask, scale, softcap, is_causal)) is not None:

@@ -7,6 +7,7 @@ plain torch over the whole buffers, so that it can be compiled with the rest.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -18,12 +19,12 @@ from transformers.masking_utils import sdpa_mask
 from hf_accel.compilation.slots import Slot
 from hf_accel.compilation.step import StaticStep, StepResults
 from hf_accel.compilation.step_layers import AskedForLength, StepLayer
-from hf_accel.core.model.back_ends import BackEnd, add_back_end
 from hf_accel.core.model.layer_list import layer_list
 from hf_accel.core.model.shadow import shadow
 from hf_accel.ops.attention import grouped_attention
 
 NAME = "hfaccel_folded"
+BACK_END = "inductor"
 MOST_SHAPES = 64  # of rows, tokens and columns, each with kernels of its own
 
 
@@ -51,7 +52,7 @@ class Numberless(nn.Module):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = 0  # type: ignore[assignment]
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False, backend=BACK_END)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         def own(value: Any) -> Any:
@@ -88,6 +89,7 @@ def compiled_copy(model: Any) -> tuple[Any, nn.ModuleList]:
     Raises:
         LookupError: it has no list of decoder layers.
     """
+    _register()
     copy = shadow(model)
     for module in copy.modules():
         if (config := vars(module).get("config")) is not None:
@@ -129,6 +131,8 @@ def folded_attention_forward(
     return grouped_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, folded_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-add_back_end(BackEnd(name=NAME, masks="boolean"))
+@functools.cache
+def _register() -> None:
+    """Let transformers find the attention of compiled copies; in no list of ours: models never have it."""
+    AttentionInterface.register(NAME, folded_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

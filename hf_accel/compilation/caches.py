@@ -24,9 +24,16 @@ class StaticCaches:
     """See `hf_accel.core.calls.doors.CacheMaker`. before: who made caches before, and makes those that are declined."""
 
     def __init__(
-        self, slots: Slots, guard: ModelGuard, statistics: CompilationStatistics, before: CacheMaker | None
+        self,
+        slots: Slots,
+        guard: ModelGuard,
+        statistics: CompilationStatistics,
+        before: CacheMaker | None,
+        model: int = 0,
     ) -> None:
+        """model: which of the models that run in one call they are for, by a number."""
         self.slots, self.guard, self.statistics, self.before = slots, guard, statistics, before
+        self.model = model
 
     def fill(self, new: NewCache) -> None:
         """Give a cache that `generate` has just made its layers. Raises: as who made caches before."""
@@ -52,7 +59,7 @@ class StaticCaches:
             starts, reason = starts_of(new.mask, new.rows)
         if reason is not None:
             return reason
-        slot = self.slots.take(new.cache, request, new.rows, new.expected_tokens, bits, starts)
+        slot = self.slots.take(new.cache, request, new.rows, new.expected_tokens, bits, starts, self.model)
         if slot is None:
             return "another call has the buffers"
         use_slot(new.cache, slot)

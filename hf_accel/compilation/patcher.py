@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hf_accel.compilation.artefacts import Artefacts, compiler_obstacle
 from hf_accel.compilation.blocks import CompiledSteps
-from hf_accel.compilation.caches import StaticCaches
-from hf_accel.compilation.capture import Capture, Direct, capture_for, graph_obstacle
+from hf_accel.compilation.capture import Direct, capture_for, graph_obstacle
 from hf_accel.compilation.config import CompilationConfig
-from hf_accel.compilation.guard import ModelGuard
 from hf_accel.compilation.payoff import step_seconds
-from hf_accel.compilation.runner import StaticRunner
-from hf_accel.compilation.slots import BUCKETS, Slots
-from hf_accel.compilation.statistics import CompilationStatistics
+from hf_accel.compilation.slots import BUCKETS
+from hf_accel.compilation.standing import Standing
 from hf_accel.compilation.step import StaticStep
 from hf_accel.compilation.trial import step_obstacle
-from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.calls.report import SECTIONS
-from hf_accel.core.model.shadow import twin
+from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.undisturbed import undisturbed
+from hf_accel.core.model.watching import Watch
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import UnsupportedModelError
@@ -44,6 +39,8 @@ class CompilationPatcher(Patcher[CompilationConfig], config=CompilationConfig):
             return []
         if reason := graph_obstacle(model.device) if mode == "graphs" else compiler_obstacle(model.device):
             return [reason]
+        if Watch(model, list(model.modules())[1:]).is_hooked():
+            return ["modules of the model have hooks, which a replay would not call; remove them first."]
         if not model._supports_default_dynamic_cache():
             return [f"{setting.anatomy.architecture} does not use transformers' DynamicCache."]
         return []
@@ -56,35 +53,26 @@ class CompilationPatcher(Patcher[CompilationConfig], config=CompilationConfig):
         kept = None if config.folder is None else Artefacts(config.folder, model)
         if kept is not None:
             kept.load()
-        tried: Any = twin(model)
-        with undisturbed(tried), tried._optimize_model_for_decode():
-            if reason := step_obstacle(tried, capture, make_step):
+        # not on a copy: it would have neither the attention nor the layers that this one was given
+        with evaluating(model), undisturbed(model), model._optimize_model_for_decode():
+            if reason := step_obstacle(model, capture, make_step):
                 raise UnsupportedModelError(
                     f"Steps of this {type(model).__name__} cannot be captured: {reason}. Leave CompilationConfig out."
                 )
-            seconds = step_seconds(tried, make_step) if isinstance(capture, Direct) else None
+            seconds = step_seconds(model, make_step) if isinstance(capture, Direct) else None
         if kept is not None:
             kept.save()
         if seconds is not None and seconds[1] >= seconds[0]:
             took = f"{1e3 * seconds[1]:.2f} ms instead of {1e3 * seconds[0]:.2f} ms"
             return Change(f"steps run as they are: compiled, they take {took} here")
-        self._stand(model, host, capture, make_step)
+        standing = Standing(model, host, capture, make_step)
+        host.report.sections[SECTION] = standing.statistics
+        skipped = standing.over_drafts()
         what = "decoder layers are compiled, " if config.mode == "compile" else ""
         how = "run" if isinstance(capture, Direct) else "captured as graphs and replayed"
         gain = "" if seconds is None else f" ({1e3 * seconds[0]:.2f} ms -> {1e3 * seconds[1]:.2f} ms)"
         buckets = ", ".join(f"{bucket:,}" for bucket in BUCKETS)
-        return Change(f"{what}steps are {how} over buffers of {buckets} and more columns{gain}")
-
-    def _stand(self, model: Any, host: Host, capture: Capture, make_step: Any) -> None:
-        slots = Slots(model.device)
-        statistics = CompilationStatistics(lambda: slots.bytes)
-        guard = ModelGuard(model, slots)
-        if isinstance(make_step, CompiledSteps):
-            guard.on_change.append(make_step.forget)
-        host.stand(Door.NEW_CACHE, StaticCaches(slots, guard, statistics, host.doors.get(Door.NEW_CACHE)))
-        host.stand(Door.FORWARD, StaticRunner(model, slots, capture, statistics, make_step=make_step))
-        host.report.sections[SECTION] = statistics
-        host.journal.did(slots.forget_captures)
+        return Change(f"{what}steps are {how} over buffers of {buckets} and more columns{gain}", skipped=skipped)
 
 
 SECTIONS[SECTION] = "compiled steps"

@@ -1,4 +1,4 @@
-"""Buffers of fixed addresses for the caches of one model, kept from call to call, one owner at a time.
+"""Buffers of fixed addresses for the caches of one model and of those that draft for it, one call at a time.
 
 What is captured reads and writes these addresses, so buffers outlive the caches that fill them: a call's cache borrows
 a slot, and what it still holds when another call takes the slot is moved out for whoever kept that cache.
@@ -122,11 +122,11 @@ class Slot:
 
 
 class Slots:
-    """The slots of one model."""
+    """The slots of one model, and of those that draft for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._slots: OrderedDict[tuple[int, int, int | None], Slot] = OrderedDict()
+        self._slots: OrderedDict[tuple[int, int, int, int | None], Slot] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -134,14 +134,27 @@ class Slots:
         return sum(slot.bytes for slot in list(self._slots.values()))
 
     def take(
-        self, cache: Any, request: Any, rows: int, expected: int, bits: int | None, starts: torch.Tensor | None
+        self,
+        cache: Any,
+        request: Any,
+        rows: int,
+        expected: int,
+        bits: int | None = None,
+        starts: torch.Tensor | None = None,
+        model: int = 0,
     ) -> Slot | None:
-        """Return the slot for a new cache; None while another call has one: what is captured shares its memory."""
-        key = rows, capacity_for(expected), bits
+        """Return the slot for a new cache; None while another call has one: what is captured shares its memory.
+
+        model: which of the models that run in one call the cache is for.
+        """
+        key = model, rows, capacity_for(expected), bits
         with self._lock:
-            if any(slot.is_in_use() for slot in self._slots.values()):
+            if any(
+                slot.is_in_use() and (other == key or slot.request() is not request)
+                for other, slot in self._slots.items()
+            ):
                 return None
-            slot = self._slots.pop(key, None) or Slot(rows, key[1], bits, self.device)
+            slot = self._slots.pop(key, None) or Slot(rows, key[2], bits, self.device)
             slot.prepare(cache, request, expected, starts)
             self._slots[key] = slot
             while len(self._slots) > MOST:

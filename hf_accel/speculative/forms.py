@@ -86,6 +86,12 @@ def without_layers(model: Any, skipped: list[int]) -> DraftForm:
     return DraftForm("layer_skip", form, summary, layers=kept, skipped=skipped)
 
 
+def hosted(form: Any, original: Setting) -> Any:
+    """Give a copy of a model, to which nothing is applied, a host at whose doors somebody may stand."""
+    _apply(form, [], original)
+    return form
+
+
 def _speedups(applied: list[Config]) -> list[Config]:
     stages = (Stage.PRODUCTS, Stage.ATTENTION)
     return [config for config in applied if Patcher.for_config(config).stage in stages]
