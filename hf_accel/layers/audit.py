@@ -57,12 +57,11 @@ class RecordedLayer:
 class Audit:
     """Compares replacements of layers with their own forward; what was compared is remembered in the setting.
 
-    config: the name of the config that replaces them; probe: makes the empty cache that the replacement of a layer writes TOKENS tokens into.
+    config: the name of the config that replaces them. probe: makes the empty cache that the replacement of a layer
+        writes TOKENS tokens into.
     """
 
-    def __init__(
-        self, setting: Setting, config: str, probe: Callable[[DecoderBlock, int], Any] | None = None
-    ) -> None:
+    def __init__(self, setting: Setting, config: str, probe: Callable[[DecoderBlock, int], Any] | None = None) -> None:
         self.setting, self.config, self.probe = setting, config, probe or _ProbeCache
         self.records: dict[int, RecordedLayer] | None = None
 

@@ -72,7 +72,7 @@ def test_equals_its_twin(name: str, bits: int | None) -> None:
 def test_splits_beyond_the_length_are_left_out(splits: int) -> None:
     """What lies behind a row's length, or before its start, is not read: it may be anything."""
     *arguments, options = made("gqa, one token", torch.float32, None)
-    query, keys, values, lengths, starts = arguments
+    _, keys, values, lengths, starts = arguments
     lengths.copy_(torch.tensor([3, 89]))
     starts.copy_(torch.tensor([0, 60]))
     wanted = expected(*arguments, options)
@@ -102,14 +102,14 @@ def test_the_grid_follows_from_the_size_of_buffers_alone(monkeypatch: pytest.Mon
     """A captured graph has one grid for all lengths."""
     grids = []
     *arguments, options = made("gqa, one token", torch.float32, None)
-    kernel = attention._split
+    kernel = attention.split_keys
 
     class Seen:
         def __getitem__(self, grid: Any) -> Any:
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(attention, "_split", Seen())
+    monkeypatch.setattr(attention, "split_keys", Seen())
     for length in (0, 40, 89):
         arguments[3].fill_(length)
         arguments[4].zero_()
