@@ -113,13 +113,13 @@ def native_step(
 ) -> torch.Tensor | None:
     """Return the layer's output [B, T, E], or None if the native call does not cover this step.
 
-    is_audit: the call has just been built; hooks on the layer do not matter.
+    is_audit: the call has just been built; hooks on the layer do not matter, nor how many rows it is to serve.
     """
     if type(hidden) is not torch.Tensor or len(shape := hidden.shape) != 3:
         return None
     batch, tokens, _ = shape
     if (
-        batch * tokens > step.max_rows
+        batch * tokens > (native.MAX_ROWS if is_audit else step.max_rows)
         or not hidden.is_cpu
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()

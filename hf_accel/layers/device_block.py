@@ -109,7 +109,7 @@ def device_step(
     batch, tokens, _ = shape
     block, kernel = step.block, step.kernel
     if (
-        batch * tokens > step.max_rows
+        batch * tokens > (device.MAX_ROWS if is_audit else step.max_rows)
         or tokens > device.MAX_TOKENS
         or hidden.device != kernel.device
         or hidden.dtype is not step.dtype
