@@ -103,7 +103,9 @@ class DeviceBlock:
             if weight.device != self.device:
                 raise ValueError(f"{field.name} lies on {weight.device}, the other weights on {self.device}")
             bias = value.bias if isinstance(value, Projection) else None
-            if bias is not None and (bias.dtype != self.dtype or bias.device != self.device or not bias.is_contiguous()):
+            if bias is not None and (
+                bias.dtype != self.dtype or bias.device != self.device or not bias.is_contiguous()
+            ):
                 raise ValueError(f"the bias of {field.name} has another dtype, device or layout than the weights")
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -132,9 +134,7 @@ class DeviceBlock:
             head_dims=(size, size), window=layer.sliding_window, softcap=shape.softcap,
         )  # fmt: skip
         mixed = mixed.transpose(1, 2).flatten(2)
-        hidden, normed = self._joined(
-            mixed, weights.o, hidden, weights.attention_out_norm, weights.mlp_norm, style
-        )
+        hidden, normed = self._joined(mixed, weights.o, hidden, weights.attention_out_norm, weights.mlp_norm, style)
         if weights.gate is None or weights.up is None or weights.down is None:
             return hidden, normed
         inner = self._gated(normed, weights.gate, weights.up)

@@ -110,7 +110,7 @@ def device_step(
     batch, tokens, _ = shape
     block, kernel = step.block, step.kernel
     if (
-        batch * tokens > step.extent.few
+        batch * tokens > (device.MAX_ROWS if is_audit else step.extent.few)
         or tokens > device.MAX_TOKENS
         or hidden.device != kernel.device
         or hidden.dtype is not step.dtype

@@ -24,7 +24,9 @@ _POINTERS = {
     torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
-_SEEN = re.compile(r"(ld\.global\.v\d\.b\d+|ld\.global\.b\d+|cp\.async\.c[ag]|mma\.sync\.aligned\.m\d+n\d+k\d+|bar\.sync)")
+_SEEN = re.compile(
+    r"(ld\.global\.v\d\.b\d+|ld\.global\.b\d+|cp\.async\.c[ag]|mma\.sync\.aligned\.m\d+n\d+k\d+|bar\.sync)"
+)
 
 
 def compiled(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

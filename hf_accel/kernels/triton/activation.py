@@ -16,7 +16,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def product(a, b, total, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def product(a, b, total, PRECISION: tl.constexpr):
     """Return total + a b by tensor cores; total fp32."""
     if INTERPRETED:
         a = a.to(tl.float32)
@@ -25,7 +25,7 @@ def product(a, b, total, PRECISION: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def activated(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def activated(x, KIND: tl.constexpr):
     """Return the activation of x, fp32."""
     if KIND == 1:
         x = x / (1.0 + tl.exp(-x))
@@ -39,14 +39,14 @@ def activated(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def rounded(x, like):  # type: ignore[no-untyped-def]
+def rounded(x, like):
     """Return x rounded to the dtype that `like` points to, as fp32: where eager code would store it."""
     return x.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def finished(total, bias, residual, residual_scale, rows, at, mask, HAS_BIAS: tl.constexpr,
-             HAS_RESIDUAL: tl.constexpr, y):  # type: ignore[no-untyped-def]  # fmt: skip
+             HAS_RESIDUAL: tl.constexpr, y):  # fmt: skip
     """Return a product from its sum, fp32: bias [rows] added, rounded, then scaled and added to the residual."""
     if HAS_BIAS:
         total += tl.load(bias + rows).to(tl.float32)

@@ -1,213 +1,26 @@
-"""Attention of up to 16 new tokens over a static cache, on a GPU: keys and values are read once, up to each row's length.
+"""Attention of up to 16 new tokens over a static cache, on a GPU: keys and values are read once, as far as rows are.
 
 Flash-decoding (Dao et al. 2023): the visible columns of a row are shared out over a fixed number of splits, so that the
 grid depends on the size of the buffers alone and a captured graph serves all lengths: each program reads its row's
 length and start on the device, takes an equal share of what lies between, in whole tiles, and leaves at once where none
 is left for it. The queries of all heads of a group and of all tokens are the rows of one tile (at least 16, for tensor
-cores). A second launch merges the splits. Codes of 8 and 4 bits (`hf_accel.ops.cached`) are multiplied as whole numbers;
-scales multiply scores and weights. Twin: `hf_accel.ops.static_attention`.
+cores). A second launch merges the splits. Codes of 8 and 4 bits (`hf_accel.ops.cached`) are multiplied as they are, as
+whole numbers; scales multiply scores and weights. Twin: `hf_accel.ops.static_attention`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from hf_accel.kernels.triton import tuning
-from hf_accel.kernels.triton.activation import product
+from hf_accel.kernels.triton.attention_splits import merge, split_keys
 
 MAX_TOKENS = 16
-_NEVER = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _turned(query, first, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, POWER: tl.constexpr,
-            ROOT: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Return columns [first, first + WIDTH) of query [M, BLOCK_D] times the Hadamard matrix of `cached.rotate`, fp32."""
-    i = tl.arange(0, BLOCK_D)[:, None]
-    j = first + tl.arange(0, WIDTH)[None, :]
-    common = i & j & (POWER - 1)
-    common = common ^ (common >> 4)
-    common = common ^ (common >> 2)
-    common = common ^ (common >> 1)
-    sign = tl.where((common & 1) == 1, -1.0, 1.0)
-    sign = tl.where((i // POWER == j // POWER) & (i < SIZE) & (j < SIZE), sign, 0.0)
-    zero = tl.zeros((query.shape[0], WIDTH), tl.float32)
-    return product(query, sign.to(query.dtype), zero, "ieee") * ROOT
-
-
-@triton.jit
-def _split(
-    query, keys, values, key_halves, value_halves, lengths, starts, out, partial, tops, sums,
-    query_b, query_h, query_t, key_b, key_g, value_b, value_g, ratio, tokens, groups, scale, softcap, window,
-    SIZE: tl.constexpr, SIZE_V: tl.constexpr, ROW: tl.constexpr, ROW_V: tl.constexpr, BITS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, POWER: tl.constexpr, ROOT: tl.constexpr,
-    PRECISION: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    split = tl.program_id(0)
-    group = tl.program_id(1) // TILES
-    batch = tl.program_id(2)
-    rows = (tl.program_id(1) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)  # (head of the group, token)
-    is_row = rows < ratio * tokens
-    head = group * ratio + rows // tokens
-    token = rows % tokens
-    length = tl.load(lengths + batch)
-    start = tl.load(starts + batch)
-    first = start
-    if HAS_WINDOW:
-        first = tl.maximum(start, length - window + 1)
-    stop = length + tokens
-    share = tl.cdiv(tl.cdiv(stop - first, SPLITS), BLOCK_N) * BLOCK_N
-    low = first + split * share
-    high = tl.minimum(low + share, stop)
-    query_heads = groups * ratio
-    place = (batch * query_heads + head) * tokens + token
-    if SPLITS > 1 and low >= high:
-        tl.store(tops + place * SPLITS + split, tl.full((BLOCK_M,), _NEVER, tl.float32), mask=is_row)
-        return
-    dims = tl.arange(0, BLOCK_D)
-    dims_v = tl.arange(0, BLOCK_V)
-    at = query + batch * query_b + head[:, None] * query_h + token[:, None] * query_t
-    if BITS == 4:  # BLOCK_D and BLOCK_V are halves of a row
-        wide = tl.arange(0, 2 * BLOCK_D)
-        q = tl.load(at + wide[None, :], mask=is_row[:, None] & (wide[None, :] < SIZE), other=0.0)
-        q_low = _turned(q, 0, SIZE, 2 * BLOCK_D, BLOCK_D, POWER, ROOT)
-        q_high = _turned(q, SIZE // 2, SIZE, 2 * BLOCK_D, BLOCK_D, POWER, ROOT)
-        q_low = tl.where(dims[None, :] < SIZE // 2, q_low, 0.0)
-        q_low = q_low.to(q.dtype)
-        q_high = q_high.to(q.dtype)
-        q_sum = tl.sum(q_low.to(tl.float32), axis=1) + tl.sum(q_high.to(tl.float32), axis=1)
-        total_high = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        lows = tl.zeros((BLOCK_M,), tl.float32)
-    else:
-        q = tl.load(at + dims[None, :], mask=is_row[:, None] & (dims[None, :] < SIZE), other=0.0)
-    top = tl.full((BLOCK_M,), _NEVER, tl.float32)
-    mass = tl.zeros((BLOCK_M,), tl.float32)
-    total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    keys += batch.to(tl.int64) * key_b + group.to(tl.int64) * key_g
-    values += batch.to(tl.int64) * value_b + group.to(tl.int64) * value_g
-    if BITS > 0:
-        key_halves += (batch.to(tl.int64) * key_b + group.to(tl.int64) * key_g) // 2
-        value_halves += (batch.to(tl.int64) * value_b + group.to(tl.int64) * value_g) // 2
-    KEY_BYTES: tl.constexpr = SIZE // 2 if BITS == 4 else SIZE
-    VALUE_BYTES: tl.constexpr = SIZE_V // 2 if BITS == 4 else SIZE_V
-    for n in range(low, high, BLOCK_N):
-        columns = n + tl.arange(0, BLOCK_N)
-        is_column = columns < high
-        if KEY_BYTES == BLOCK_D:
-            k = tl.load(keys + columns[None, :].to(tl.int64) * ROW + dims[:, None], mask=is_column[None, :], other=0)
-        else:
-            k = tl.load(keys + columns[None, :].to(tl.int64) * ROW + dims[:, None],
-                        mask=is_column[None, :] & (dims[:, None] < KEY_BYTES), other=0)  # fmt: skip
-        zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if BITS == 4:
-            k_scale = tl.load(key_halves + columns.to(tl.int64) * (ROW // 2) + KEY_BYTES // 2, mask=is_column, other=0.0)
-            k_low = tl.load(key_halves + columns.to(tl.int64) * (ROW // 2) + KEY_BYTES // 2 + 1, mask=is_column,
-                            other=0.0)  # fmt: skip
-            k_scale = k_scale.to(tl.float32)
-            k_low = k_low.to(tl.float32) + 8.0 * k_scale  # codes are taken from their middle: less to cancel
-            scores = product(q_low, ((k & 15).to(tl.float32) - 8.0).to(q.dtype), zero, PRECISION)
-            scores = product(q_high, ((k >> 4).to(tl.float32) - 8.0).to(q.dtype), scores, PRECISION)
-            scores = scores * k_scale[None, :] + q_sum[:, None] * k_low[None, :]
-        elif BITS == 8:
-            k_scale = tl.load(key_halves + columns.to(tl.int64) * (ROW // 2) + SIZE // 2, mask=is_column, other=0.0)
-            scores = product(q, k.to(tl.float32).to(q.dtype), zero, PRECISION) * k_scale.to(tl.float32)[None, :]
-        else:
-            scores = product(q, k, zero, PRECISION)
-        scores = scores * scale
-        if HAS_SOFTCAP:  # tanh u = 2 sigmoid(2 u) - 1
-            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
-        visible = is_column[None, :] & (columns[None, :] <= length + token[:, None])
-        if HAS_WINDOW:
-            visible = visible & (columns[None, :] > length + token[:, None] - window)
-        scores = tl.where(visible, scores, _NEVER)
-        new = tl.maximum(top, tl.max(scores, axis=1))
-        shown = tl.where(new == _NEVER, 0.0, new)
-        factor = tl.exp(top - shown)
-        weights = tl.exp(scores - shown[:, None])
-        mass = mass * factor + tl.sum(weights, axis=1)
-        total = total * factor[:, None]
-        if VALUE_BYTES == BLOCK_V:
-            v = tl.load(values + columns[:, None].to(tl.int64) * ROW_V + dims_v[None, :], mask=is_column[:, None],
-                        other=0)  # fmt: skip
-        else:
-            v = tl.load(values + columns[:, None].to(tl.int64) * ROW_V + dims_v[None, :],
-                        mask=is_column[:, None] & (dims_v[None, :] < VALUE_BYTES), other=0)  # fmt: skip
-        if BITS == 4:
-            v_scale = tl.load(value_halves + columns.to(tl.int64) * (ROW_V // 2) + VALUE_BYTES // 2, mask=is_column,
-                              other=0.0)  # fmt: skip
-            v_low = tl.load(value_halves + columns.to(tl.int64) * (ROW_V // 2) + VALUE_BYTES // 2 + 1, mask=is_column,
-                            other=0.0)  # fmt: skip
-            v_scale = v_scale.to(tl.float32)
-            v_low = v_low.to(tl.float32) + 8.0 * v_scale
-            lows = lows * factor + tl.sum(weights * v_low[None, :], axis=1)
-            scaled = (weights * v_scale[None, :]).to(q.dtype)
-            total = product(scaled, ((v & 15).to(tl.float32) - 8.0).to(q.dtype), total, PRECISION)
-            total_high = product(scaled, ((v >> 4).to(tl.float32) - 8.0).to(q.dtype), total_high * factor[:, None], PRECISION)
-        elif BITS == 8:
-            v_scale = tl.load(value_halves + columns.to(tl.int64) * (ROW_V // 2) + SIZE_V // 2, mask=is_column,
-                              other=0.0)  # fmt: skip
-            scaled = (weights * v_scale.to(tl.float32)[None, :]).to(q.dtype)
-            total = product(scaled, v.to(tl.float32).to(q.dtype), total, PRECISION)
-        else:
-            total = product(weights.to(v.dtype), v, total, PRECISION)
-        top = new
-    if BITS == 4:
-        total += lows[:, None]
-        total_high += lows[:, None]
-    if SPLITS == 1:
-        safe = tl.where(mass == 0.0, 1.0, mass)[:, None]
-        at = out + ((batch * tokens + token) * query_heads + head)[:, None].to(tl.int64) * SIZE_V + dims_v[None, :]
-        mask = is_row[:, None] & (dims_v[None, :] < VALUE_BYTES)
-        tl.store(at, (total / safe).to(out.dtype.element_ty), mask=mask)
-        if BITS == 4:
-            tl.store(at + VALUE_BYTES, (total_high / safe).to(out.dtype.element_ty), mask=mask)
-        tl.store(tops + place, top, mask=is_row)
-        tl.store(sums + place, mass, mask=is_row)
-    else:
-        at = partial + (place[:, None].to(tl.int64) * SPLITS + split) * SIZE_V + dims_v[None, :]
-        mask = is_row[:, None] & (dims_v[None, :] < VALUE_BYTES)
-        tl.store(at, total, mask=mask)
-        if BITS == 4:
-            tl.store(at + VALUE_BYTES, total_high, mask=mask)
-        tl.store(tops + place * SPLITS + split, top, mask=is_row)
-        tl.store(sums + place * SPLITS + split, mass, mask=is_row)
-
-
-@triton.jit
-def _merge(
-    partial, tops, sums, sinks, out, tokens, query_heads,
-    SIZE_V: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_SINKS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    place = tl.program_id(0)  # (row, head, token)
-    token = place % tokens
-    head = place // tokens % query_heads
-    batch = place // (tokens * query_heads)
-    splits = tl.arange(0, BLOCK_S)
-    dims = tl.arange(0, BLOCK_V)
-    top = tl.load(tops + place * SPLITS + splits, mask=splits < SPLITS, other=_NEVER)
-    was = top > _NEVER
-    was = was | (top != top)
-    mass = tl.load(sums + place * SPLITS + splits, mask=was & (splits < SPLITS), other=0.0)
-    most = tl.max(top, axis=0)
-    if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32)
-        most = tl.maximum(most, sink)
-    shown = tl.where(most == _NEVER, 0.0, most)
-    factor = tl.where(was, tl.exp(top - shown), 0.0)
-    whole = tl.sum(mass * factor, axis=0)
-    if HAS_SINKS:
-        whole += tl.exp(sink - shown)
-    at = partial + (place.to(tl.int64) * SPLITS + splits[:, None]) * SIZE_V + dims[None, :]
-    parts = tl.load(at, mask=was[:, None] & (splits[:, None] < SPLITS) & (dims[None, :] < SIZE_V), other=0.0)
-    total = tl.sum(parts * factor[:, None], axis=0) / tl.where(whole == 0.0, 1.0, whole)
-    places = ((batch * tokens + token) * query_heads + head).to(tl.int64) * SIZE_V + dims
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=dims < SIZE_V)
 
 
 def decode_attention(
@@ -237,27 +50,26 @@ def decode_attention(
     groups, capacity = keys.shape[1:3]
     size_v = values.shape[3] if head_dims is None else head_dims[1]
     ratio = query_heads // groups
-    rows = ratio * tokens
-    block_m = max(16, min(64, triton.next_power_of_2(rows)))
-    tiles = -(-rows // block_m)
+    block_m, tiles = _tiles(query, groups)
     if config is None:
-        key = (batch, groups, block_m, size, bits or 0, capacity.bit_length())
+        key = _key(query, keys, bits)
         default = defaults(batch * groups * tiles, capacity, size, bits, query)
         config = tuning.chosen("attention", query.device, query.dtype, key, default)
     splits = max(1, min(config["SPLITS"], -(-capacity // config["BLOCK_N"])))
     splits = max(splits, 2) if sinks is not None else splits
     out = torch.empty(batch, tokens, query_heads, size_v, dtype=query.dtype, device=query.device)
     places = batch * query_heads * tokens
-    kept = torch.empty(places * splits * ((size_v if splits > 1 else 0) + 2), dtype=torch.float32, device=query.device)
-    tops, sums, partial = kept[: places * splits], kept[places * splits : 2 * places * splits], kept[2 * places * splits :]
+    parts = places * splits
+    kept = torch.empty(parts * (2 + size_v if splits > 1 else 2), dtype=torch.float32, device=query.device)
+    partial, tops, sums = kept[: -2 * parts], kept[-2 * parts : -parts], kept[-parts:]
     key_halves, value_halves = keys, values
     if bits is not None:
         key_halves, value_halves = keys.view(torch.bfloat16), values.view(torch.bfloat16)
         if bits == 8:
             keys, values = keys.view(torch.int8), values.view(torch.int8)
-    parts = 2 if bits == 4 else 1
+    divided = 2 if bits == 4 else 1
     power = size & -size
-    _split[(splits, groups * tiles, batch)](
+    split_keys[(splits, groups * tiles, batch)](
         query, keys, values, key_halves, value_halves, lengths, starts, out, partial, tops, sums,
         query.stride(0), query.stride(1), query.stride(2),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
@@ -265,16 +77,49 @@ def decode_attention(
         SIZE=size, SIZE_V=size_v, ROW=keys.stride(2), ROW_V=values.stride(2), BITS=bits or 0,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, POWER=power, ROOT=1.0 / math.sqrt(power),
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32", SPLITS=splits, TILES=tiles, BLOCK_M=block_m,
-        BLOCK_D=max(16, triton.next_power_of_2(size // parts)), BLOCK_V=max(16, triton.next_power_of_2(size_v // parts)),
+        BLOCK_D=max(16, triton.next_power_of_2(size // divided)),
+        BLOCK_V=max(16, triton.next_power_of_2(size_v // divided)),
         BLOCK_N=config["BLOCK_N"], num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     if splits > 1:
-        _merge[(places,)](
+        merge[(places,)](
             partial, tops, sums, query if sinks is None else sinks, out, tokens, query_heads,
             SIZE_V=size_v, BLOCK_V=triton.next_power_of_2(size_v), SPLITS=splits,
             BLOCK_S=triton.next_power_of_2(splits), HAS_SINKS=sinks is not None, num_warps=4,
         )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def _tiles(query: Tensor, groups: int) -> tuple[int, int]:
+    """Return the rows of a tile of queries, and the tiles of a group."""
+    rows = query.shape[1] // groups * query.shape[2]
+    block = max(16, min(64, triton.next_power_of_2(rows)))
+    return block, -(-rows // block)
+
+
+def _key(query: Tensor, keys: Tensor, bits: int | None) -> tuple[Any, ...]:
+    batch, groups, capacity = keys.shape[:3]
+    return batch, groups, _tiles(query, groups)[0], query.shape[3], bits or 0, capacity.bit_length()
+
+
+def tune(
+    query: Tensor, keys: Tensor, values: Tensor, bits: int | None, head_dims: tuple[int, int]
+) -> tuning.Config | None:
+    """Return the fastest configuration for buffers that are filled by half, and keep it for this device."""
+    batch, groups, capacity = keys.shape[:3]
+    lengths = torch.full((batch,), (capacity - query.shape[2]) // 2, dtype=torch.int32, device=query.device)
+    starts = torch.zeros_like(lengths)
+
+    def seconds(config: tuning.Config) -> float:
+        def call() -> None:
+            decode_attention(
+                query, keys, values, lengths, starts, scale=1.0, bits=bits, head_dims=head_dims, config=config
+            )
+
+        return tuning.seconds_of(call, query.device)
+
+    tried = candidates(batch * groups * _tiles(query, groups)[1], query.shape[3], query)
+    return tuning.tune("attention", query.device, query.dtype, _key(query, keys, bits), tried, seconds)
 
 
 def defaults(tiles: int, capacity: int, size: int, bits: int | None, query: Tensor) -> tuning.Config:

@@ -16,7 +16,7 @@ CHUNK = 4096
 
 
 @triton.jit
-def _chunks(logits, best, vocabulary, stride, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _chunks(logits, best, vocabulary, stride, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     row = tl.program_id(1)
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     mask = at < vocabulary
@@ -30,14 +30,14 @@ def _chunks(logits, best, vocabulary, stride, CHUNK: tl.constexpr, CHUNKS: tl.co
 
 
 @triton.jit
-def _final(best, tokens, ids, positions, ids_stride, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, APPENDS: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _final(best, tokens, ids, positions, stride, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, APPENDS: tl.constexpr):
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     joined = tl.load(best + row * CHUNKS + at, mask=at < CHUNKS, other=-0x7FFFFFFFFFFFFFFF)
     token = 0x7FFFFFFF - (tl.max(joined, axis=0) & 0xFFFFFFFF)
     tl.store(tokens + row, token)
     if APPENDS:
-        tl.store(ids + row.to(tl.int64) * ids_stride + tl.load(positions + row), token)
+        tl.store(ids + row.to(tl.int64) * stride + tl.load(positions + row), token)
 
 
 def choose(logits: Tensor, ids: Tensor | None = None, positions: Tensor | None = None) -> Tensor:

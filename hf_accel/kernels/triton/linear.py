@@ -9,6 +9,7 @@ Twins: `hf_accel.ops.products`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +28,7 @@ def _one_row(
     x, w0, w1, w2, b0, b1, b2, residual, y, n0, n1, n2, s0, s1, s2, residual_scale,
     K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KIND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     program = tl.program_id(0)
     w, bias, n, stride, base, row = w0, b0, n0, s0, 0, program * BLOCK_N
     if PARTS > 1 and KIND == 0:
@@ -72,7 +73,7 @@ def _few_rows(
     x, w0, w1, w2, b0, b1, b2, residual, y, n0, n1, n2, s0, s1, s2, residual_scale, m, width,
     K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     program = tl.program_id(0)
     w, bias, n, stride, base, row = w0, b0, n0, s0, 0, program * BLOCK_N
     if PARTS > 1 and KIND == 0:
@@ -158,11 +159,11 @@ def _launched(
     sizes = [weight.shape[0] for weight in weights]
     parts, width = len(weights), sizes[0] if activation else sum(sizes)
     if config is None:
-        key = (rows, width, inner, parts, activation is not None)
+        key = _key(x, weights, activation)
         config = tuning.chosen("linear", x.device, x.dtype, key, defaults(rows, width, inner, parts, activation, x))
     kept = [*weights, *[weights[0]] * (MAX_PARTS - parts)]
     has_bias = biases is not None and biases[0] is not None
-    added = [*biases, *[biases[0]] * (MAX_PARTS - parts)] if has_bias else [x] * MAX_PARTS  # type: ignore[misc]
+    added = [x] * MAX_PARTS if biases is None or not has_bias else [*biases, *[biases[0]] * (MAX_PARTS - parts)]
     counts = [*sizes, *[0] * (MAX_PARTS - parts)]
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     per_program = config["BLOCK_N"]
@@ -184,6 +185,23 @@ def _launched(
             *arguments, rows, width, **constants, PRECISION=precision, BLOCK_M=16 if rows <= 16 else 32, **config
         )
     return y
+
+
+def _key(x: Tensor, weights: Sequence[Tensor], activation: str | None) -> tuple[Any, ...]:
+    inner = x.shape[-1]
+    width = sum(weight.shape[0] for weight in weights)
+    return x.numel() // inner, width, inner, len(weights), activation is not None
+
+
+def tune(x: Tensor, weights: Sequence[Tensor], activation: str | None = None) -> tuning.Config | None:
+    """Return the fastest configuration of `linear`, or with an activation of `gated`, and keep it for this device."""
+
+    def seconds(config: tuning.Config) -> float:
+        return tuning.seconds_of(lambda: _launched(x, weights, None, None, 1.0, activation, config), x.device)
+
+    inner = x.shape[-1]
+    tried = candidates(x.numel() // inner, inner)
+    return tuning.tune("linear", x.device, x.dtype, _key(x, weights, activation), tried, seconds)
 
 
 def defaults(rows: int, width: int, inner: int, parts: int, activation: str | None, x: Tensor) -> tuning.Config:

@@ -11,7 +11,7 @@ from hf_accel.kernels.triton.activation import rounded
 
 
 @triton.jit
-def _normed(x, weight, at, eps, SIZE: tl.constexpr, IS_GEMMA: tl.constexpr, y):  # type: ignore[no-untyped-def]
+def _normed(x, weight, at, eps, SIZE: tl.constexpr, IS_GEMMA: tl.constexpr, y):
     """Return the RMS norm of a row x, fp32, zero beyond SIZE; multiplied by the weight as the style says."""
     x = x / tl.sqrt(tl.sum(x * x, axis=0) / SIZE + eps)
     factor = tl.load(weight + at, mask=at < SIZE, other=0.0).to(tl.float32)
@@ -23,7 +23,7 @@ def _add_norm(
     hidden, added, inner_weight, weight, total, y, stride, eps, residual_scale,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_GEMMA: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_INNER: tl.constexpr,
     HAS_NORM: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     mask = at < SIZE

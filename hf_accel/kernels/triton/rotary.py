@@ -19,14 +19,14 @@ _HALF = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it round
 
 
 @triton.jit
-def _whole(x, low, high):  # type: ignore[no-untyped-def]
+def _whole(x, low, high):
     """Return x rounded to a whole number within bounds; NaN becomes 0."""
     x = tl.where(x == x, x, 0.0)
     return tl.minimum(tl.maximum((tl.minimum(tl.maximum(x, -1e6), 1e6) + _HALF) - _HALF, low), high).to(tl.int32)
 
 
 @triton.jit
-def _bits_away(x, UP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _bits_away(x, UP: tl.constexpr):
     """Return the bits of x rounded to bf16, away from zero where positive (UP) or else where negative."""
     bits = x.to(tl.int32, bitcast=True)
     moved = tl.where(x > 0.0 if UP else x < 0.0, 0xFFFF, 0)
@@ -34,13 +34,13 @@ def _bits_away(x, UP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse(scale):  # type: ignore[no-untyped-def]
+def _inverse(scale):
     inverse = tl.div_rn(1.0, scale)
     return tl.where((scale > 0.0) & (inverse <= 3.0e38), inverse, 0.0)
 
 
 @triton.jit
-def _write_8(x, at, dims, row, row_halves, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _write_8(x, at, dims, row, row_halves, SIZE: tl.constexpr):
     strange = tl.sum(x * 0.0, axis=0)  # NaN where a value is not finite
     bits = _bits_away(tl.div_rn(tl.max(tl.abs(x), axis=0) + strange, 127.0), True)
     codes = _whole(x * _inverse(bits.to(tl.float32, bitcast=True)), -127.0, 127.0)
@@ -49,7 +49,7 @@ def _write_8(x, at, dims, row, row_halves, SIZE: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _write_4(low_half, high_half, dims, row, row_halves, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _write_4(low_half, high_half, dims, row, row_halves, SIZE: tl.constexpr):
     strange = tl.sum(low_half * 0.0 + high_half * 0.0, axis=0)
     inside = dims < SIZE // 2
     least = tl.min(tl.where(inside, tl.minimum(low_half, high_half), float("inf")), axis=0)
@@ -66,7 +66,7 @@ def _write_4(low_half, high_half, dims, row, row_halves, SIZE: tl.constexpr):  #
 
 
 @triton.jit
-def _turned(x, dims, first, SIZE: tl.constexpr, HALF: tl.constexpr, POWER: tl.constexpr, ROOT: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _turned(x, dims, first, SIZE: tl.constexpr, HALF: tl.constexpr, POWER: tl.constexpr, ROOT: tl.constexpr):
     """Return half a row of x times the Hadamard matrix of `cached.rotate`."""
     i = dims[:, None]
     j = first + tl.arange(0, HALF)[None, :]
@@ -85,7 +85,7 @@ def _rotary(
     SIZE: tl.constexpr, ROTARY: tl.constexpr, ROW: tl.constexpr, ROW_V: tl.constexpr, BITS: tl.constexpr,
     HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, IS_GEMMA: tl.constexpr, POWER: tl.constexpr,
     ROOT: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     place = tl.program_id(0)  # (row, token)
     head = tl.program_id(1)
     batch = place // tokens
@@ -120,7 +120,9 @@ def _rotary(
         partner = tl.where(dims < ROTARY // 2, -partner, partner)
         x = tl.where(turns, rounded(rounded(x * c, query) + rounded(partner * s, query), query), x)
         if head < heads:
-            tl.store(query + (place.to(tl.int64) * heads + head) * SIZE + dims, x.to(query.dtype.element_ty), mask=inside)
+            tl.store(
+                query + (place.to(tl.int64) * heads + head) * SIZE + dims, x.to(query.dtype.element_ty), mask=inside
+            )
         else:
             group = head - heads
             column = (tl.load(lengths + batch) + token).to(tl.int64)

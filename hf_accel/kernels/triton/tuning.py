@@ -24,6 +24,7 @@ Config = dict[str, int]
 VERSION = 1
 """Of what the names in a file mean; findings of another version are not read."""
 _ROUNDS = 3
+_FLUSHED = 128 << 20  # bytes that are written to leave nothing else in the cache of any GPU
 
 _lock = threading.Lock()
 _found: dict[Path, dict[str, Config]] = {}
@@ -74,6 +75,19 @@ def tune(
     if best is not None:
         _keep(path, key, best)
     return best
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Return how long a launch takes on a CUDA device, with what it reads in no cache; it is compiled before."""
+    call()
+    flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flushed.zero_()
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def file_of(device: torch.device) -> Path:
