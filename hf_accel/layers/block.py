@@ -105,6 +105,8 @@ def _try_more_rows(steps: list[BlockStep], audit: Audit) -> None:
         shapes.setdefault(step.shape, []).append(step)
     for shape, members in shapes.items():
         few = members[0].extent.few
+        if members[0].masks != "boolean":  # other masks are served for few rows only
+            continue
         pairs = [(partial(audit.recorded, step.block), _replacement(step)) for step in members[:ROUNDS]]
         many = tried_rows(few, shape, pairs)
         for step in members:

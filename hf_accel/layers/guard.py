@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_accel.core.calls.call import request_in_progress
-from hf_accel.core.model.back_ends import BACK_ENDS
+from hf_accel.core.model.back_ends import BACK_ENDS, Masks, masks_of
 from hf_accel.core.model.blocks import DecoderBlock, LinearSlice
 from hf_accel.core.model.watching import Surroundings, Watch
 from hf_accel.kernels import native
@@ -99,9 +99,13 @@ class BlockStep:
         """What the time of the layer depends on, natively and by its own forward."""
         products = vars(self.kernel.weights).values()
         schemes = [getattr(p.weight, "scheme", None) for p in products if isinstance(p, native.Projection)]
-        config = self._attention.get("config")
-        attention = getattr(config, _NAME, None)
+        attention = getattr(self._attention.get("config"), _NAME, None)
         return self.kernel.shape, self.dtype, type(self.block.layer), attention, *schemes
+
+    @property
+    def masks(self) -> Masks | None:
+        """The form of the masks that the layer is given, None if its attention is not known."""
+        return masks_of(getattr(self._attention.get("config"), _NAME, ""))
 
     def is_current(self) -> bool:
         """Return whether the call still stands for the layer, having followed what may change.

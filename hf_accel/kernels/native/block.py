@@ -1,4 +1,4 @@
-"""A whole pre-norm gated decoder layer in one native call, for at most 32 rows; cost: its weights and cache read once.
+"""A whole pre-norm gated decoder layer in one native call; cost: its weights read once per 128 rows.
 
 Serves the layers of Llama, Mistral, Qwen2, Qwen3, Phi3, Gemma2 and Gemma3: norm, q/k/v, rotary, cache write,
 attention, output, residual, norm, gated feed-forward, residual. Every tensor the eager PyTorch layer materialises is
@@ -23,14 +23,14 @@ from hf_accel.kernels.native.block_weights import (
     Projection,
     checked_dtype,
 )
-from hf_accel.kernels.native.linear import DTYPE_CODES, MAX_ROWS
+from hf_accel.kernels.native.linear import DTYPE_CODES
 from hf_accel.kernels.weights import FORMATS, MATRIX, dense_matrix
 
 _HEAD = struct.Struct("=9q4d")
 _NORMS = struct.Struct("=6Q")
 _CALL = struct.Struct("=7Q19qQqQ")
 _NO_MATRIX = bytes(MATRIX.size)
-_NOT_FINITE = 1  # see hfa_block_forward
+_NO_RESULT = 1  # see hfa_block_forward
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
@@ -108,7 +108,7 @@ class NativeBlock:
         row_past: Tensor | None = None,
         bits: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | None:
-        """The layer's output [B, T, E] for hidden [B, T, E] contiguous, B * T <= MAX_ROWS.
+        """The layer's output [B, T, E] for hidden [B, T, E] contiguous; memory for at most 128 rows at a time.
 
         cos, sin [1 or B, T, rotary] in the dtype of the weights; keys, values: the buffers [B, G, C, D] with the last
         dimension contiguous and C >= past + T; positions past..past+T-1 are written, first..past+T-1 attended to
@@ -117,10 +117,12 @@ class NativeBlock:
         row_past: int64 [B] on the CPU, contiguous; sequence b is then at position row_past[b] instead of `past`, with
         first <= row_past[b] <= past. It writes and attends to nothing from row_past[b]+T on, whatever the mask says.
         bits: None, or 8 or 4 where keys and values are rows of codes, uint8, see `hf_accel.ops.cached`.
-        No sequence changes another's result: to the last bit it is the one of that sequence alone, save on AMX, where
-        a single row has its products summed in another order.
+        No sequence changes another's result: to the last bit it is the one of that sequence alone, save that more than
+        MAX_ROWS rows and, on AMX, a single one have their products summed in other orders.
         Of an attention half: the residual and what the feed-forward part reads, [B, T, E] each.
-        None: a score of the attention is not finite, so that PyTorch's result depends on which attention runs.
+        None: a score of the attention is not finite, so that PyTorch's result depends on which attention runs; or there
+        are more than MAX_ROWS rows with an additive mask, with row_past, or with a mask that shows a row what comes more
+        than a pass later.
         Raises: ValueError when sizes are out of range.
         """
         batch, tokens, _ = hidden.shape
@@ -174,11 +176,11 @@ class NativeBlock:
         ):
             raise ValueError(f"row_past must be contiguous int64 [{batch}], got {row_past.dtype} {[*row_past.shape]}")
         status = -1 if past + tokens > keys.shape[2] else self._function(self._packed, call)
-        if status == _NOT_FINITE:
+        if status == _NO_RESULT:
             return None
         if status:
             raise ValueError(
-                f"native block takes 1 to {MAX_ROWS} rows and a buffer that holds them, got {batch} x {tokens} rows "
+                f"native block takes 1 row or more and a buffer that holds them, got {batch} x {tokens} rows "
                 f"at position {past} of a buffer of {keys.shape[2]} positions (first visible: {first}"
                 f"{'' if row_past is None else f'; by row: {row_past.tolist()}, each from {first} to {past}'})"
             )

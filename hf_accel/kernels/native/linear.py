@@ -21,7 +21,8 @@ from hf_accel.kernels.native import library as _library
 FEW_ROWS = 16
 """Up to so many activation rows a product takes about as long as reading the weight."""
 MAX_ROWS = 32
-"""Activation rows of one call of `linear_group`, of a transposed weight, or of a decoder layer."""
+"""Activation rows of one call of `linear_group`, or of a transposed weight; up to so many a decoder layer has a way of
+its own, which serves every kind of mask."""
 MAX_GROUP = 4
 """Weights that can share one activation in `linear_group`."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -15,6 +15,7 @@
 #define HFA_PACK_ROWS 8
 #define HFA_DOT_ROWS 16 /* rows of x that meet a dense weight together */
 #define HFA_PIECE 256 /* positions of K and V per attention task: 64 KB at D = 64 in 16 bits */
+#define HFA_SECTION 256 /* words of x that lanes meet before the next: a block of them stays in L1, and short chains of additions err less */
 #define HFA_PANEL_ROWS 60 /* rows of W that go over a panel of x: a multiple of 2, 3 and 4 */
 
 #define HFA_STRETCH 1024 /* positions of K and V that are made ready for all queries of a task: they stay in L2 */
@@ -76,6 +77,9 @@ typedef struct {
                         float *out, int64_t ldo);
     float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
     const hfa_prompt_kernels *prompt;
+    /* NULL, or for dense weights and blocks of HFA_MAX_ROWS rows of x, see lanes_body.h: out[n][HFA_MAX_ROWS] for n < rows of W, whose
+     * stride is in words, as many as prompt->pairs says. is_first: the block is the first that these rows of W meet. */
+    void (*lanes)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int is_first, float *out);
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

@@ -166,6 +166,7 @@ HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
 /* 0; -1 for arguments out of range; 1: the last of the highest logits is equal to the one after it, or some are no numbers */
 HFA_EXPORT int hfa_route(const hfa_route_call *call);
 HFA_EXPORT int hfa_experts_forward(const hfa_experts *layer, const hfa_experts_call *call); /* 0, or -1 for arguments out of range */
-/* 0; -1 for arguments out of range; 1: a score of the attention is not finite, and there is no result. */
+/* 0; -1 for arguments out of range; 1: there is no result, as a score of the attention is not finite, or as a mask or row_past asks
+ * of more than HFA_MAX_ROWS rows what only as many can do: row_past, a summand, or to see beyond what a pass computes. */
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
 #endif

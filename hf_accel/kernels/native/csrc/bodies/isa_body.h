@@ -25,6 +25,23 @@
 #define PROMPT_f16 prompt_words
 #define PROMPT_f32 prompt_words
 
+#if VW == 16
+#define PAIRS 0
+#include "bodies/lanes_body.h"
+#ifdef HFA_DOT_BF16
+#define PAIRS 1
+#include "bodies/lanes_body.h"
+#define LANES_bf16 lanes_pairs
+#else
+#define LANES_bf16 NULL
+#endif
+#define LANES_f32 lanes_words
+#else
+#define LANES_bf16 NULL
+#define LANES_f32 NULL
+#endif
+#define LANES_f16 NULL
+
 #ifdef PANELS_FROM
 #define FROM PANELS_FROM
 #else
@@ -39,6 +56,6 @@
      .exponentials = exponentials, .round_for = round_for,                                                             \
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
                     [HFA_FP4] = dot_fp4},                                                                              \
-     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N}
+     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

@@ -1,8 +1,6 @@
 /* See product.h. Chunks lie in address order and each thread takes a run of them: one sequential stream per thread. */
 #include "drivers/product.h"
 
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
     int64_t padded = hfa_padded(w->inner), scale = hfa_scale_bytes(w->format, w->stride);
     if (w->format == HFA_DENSE) return w->inner * kernels->element;
@@ -33,51 +31,33 @@ int hfa_useful_threads(int64_t bytes, int64_t threads) {
     return threads < 1 ? 1 : (int)threads;
 }
 
-/* More than HFA_MAX_ROWS rows meet a number of W at a time, all lanes together: no sums across lanes, and every number of x and of W
- * is loaded for many products. The kernels read whole words and, of pairs, 32 columns of 16 rows. */
+/* Words of 32 columns, where they are pairs. */
 static int takes_lanes(const hfa_products *p, int64_t k) {
-    const hfa_prompt_kernels *inner = p->kernels->prompt;
-    int fits = p->m > HFA_MAX_ROWS && inner->block == HFA_MAX_ROWS && p->kernels->element == (inner->pairs ? 2 : 4);
-    for (int i = 0; i < p->count && inner->pairs; i++)
-        if (p->item[i].matrix->rows < HFA_LANES || k % HFA_STRIP) fits = 0;
+    int fits = p->m > HFA_MAX_ROWS && p->kernels->lanes;
+    for (int i = 0; fits && i < p->count && p->kernels->prompt->pairs; i++) fits = k % HFA_STRIP == 0 && p->item[i].matrix->stride % 2 == 0;
     return fits;
 }
 
-enum { SECTION = 256 }; /* words that are multiplied before the next: of a block of rows they stay in L1, and short chains of additions err less */
-
 static void pack_lanes(const hfa_kernels *kernels, const float *rows, int64_t stride, int64_t k, int m, char *to) {
     const hfa_prompt_kernels *inner = kernels->prompt;
-    uint16_t pairs[HFA_DOT_ROWS * 2 * SECTION];
+    uint16_t pairs[HFA_DOT_ROWS * 2 * HFA_SECTION];
     if (!inner->pairs) {
         inner->transpose(rows, stride, m, k, to, HFA_MAX_ROWS);
         return;
     }
-    for (int64_t i = 0; i < k; i += 2 * SECTION, to += SECTION * HFA_MAX_ROWS * 4) {
-        int64_t columns = k - i < 2 * SECTION ? k - i : 2 * SECTION;
-        for (int r = 0; r < m; r++) kernels->store(rows + r * stride + i, pairs + r * 2 * SECTION, columns);
-        inner->transpose(pairs, SECTION, m, columns / 2, to, HFA_MAX_ROWS);
+    for (int64_t i = 0; i < k; i += 2 * HFA_SECTION, to += HFA_SECTION * HFA_MAX_ROWS * 4) {
+        int64_t columns = k - i < 2 * HFA_SECTION ? k - i : 2 * HFA_SECTION;
+        for (int r = 0; r < m; r++) kernels->store(rows + r * stride + i, pairs + r * 2 * HFA_SECTION, columns);
+        inner->transpose(pairs, HFA_SECTION, m, columns / 2, to, HFA_MAX_ROWS);
     }
 }
 
 /* acc[m * HFA_TILE + n] as hfa_product_tile, for all HFA_MAX_ROWS lanes */
-static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const char *x, float *acc) {
-    const hfa_prompt_kernels *inner = kernels->prompt;
-    float sums[HFA_TILE * HFA_MAX_ROWS], part[HFA_TILE * HFA_MAX_ROWS];
-    int64_t words = inner->pairs ? w->inner / 2 : w->inner, stride = w->stride * kernels->element;
-    /* of pairs whole sixteens: the last of them may begin among the rows before */
-    int64_t whole = inner->pairs ? rows / HFA_LANES * HFA_LANES : rows, total = larger(rows, inner->pairs ? HFA_LANES : 0), last = total - HFA_LANES;
-    const char *from = (const char *)w->weight + (row + rows - total) * stride;
-    if (inner->begin) inner->begin();
-    for (int64_t i = 0; i < words; i += SECTION) {
-        const char *columns = from + i * 4, *lanes = x + i * HFA_MAX_ROWS * 4;
-        int64_t some = words - i < SECTION ? words - i : SECTION;
-        float *to = i ? part : sums;
-        if (whole) inner->scores(columns, stride, whole, some, lanes, to);
-        if (whole < rows) inner->scores(columns + last * stride, stride, HFA_LANES, some, lanes, to + last * HFA_MAX_ROWS);
-        if (i) hfa_active_kernels(HFA_F32)->add(sums, part, total * HFA_MAX_ROWS, sums);
-    }
-    if (inner->end) inner->end();
-    inner->transpose(sums + (total - rows) * HFA_MAX_ROWS, HFA_MAX_ROWS, rows, HFA_MAX_ROWS, acc, HFA_TILE);
+static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const void *x, int is_first, float *acc) {
+    float sums[HFA_TILE * HFA_MAX_ROWS];
+    int64_t each = kernels->prompt->pairs ? 2 : 1;
+    kernels->lanes((const char *)w->weight + row * w->stride * kernels->element, w->stride / each, rows, w->inner / each, x, is_first, sums);
+    kernels->prompt->transpose(sums, HFA_MAX_ROWS, rows, HFA_MAX_ROWS, acc, HFA_TILE);
 }
 
 size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, hfa_activations *x) {
@@ -117,7 +97,7 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
     if (w->format != HFA_DENSE)
         kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_TILE);
     else if (x->lanes)
-        dot_lanes(kernels, w, row, rows, rows_from(kernels, x, HFA_DENSE, w->inner, m0), acc);
+        dot_lanes(kernels, w, row, rows, rows_from(kernels, x, HFA_DENSE, w->inner, m0), !m0, acc);
     else
         for (int i = 0; i < m; i += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
             kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,

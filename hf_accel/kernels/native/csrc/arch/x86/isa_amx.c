@@ -263,6 +263,73 @@ static void prompt_weigh(const void *values, int64_t stride, int64_t n, int64_t 
     publish(out);
 }
 
+/* Products of blocks of 32 rows of x, see lanes_body.h: two tiles of W against two of x, so that each load serves two products. */
+HFA_INLINE void lanes_tiles(const uint32_t *w, int64_t stride, int rows, int64_t words, const uint32_t *x, int64_t ahead, int adds, float *out) {
+    const int two = rows > 16;
+    if (adds) {
+        publish(out);
+        _tile_loadd(0, out, LINE);
+        _tile_loadd(1, out + 16, LINE);
+        if (two) {
+            _tile_loadd(2, out + 16 * BLOCK, LINE);
+            _tile_loadd(3, out + 16 * BLOCK + 16, LINE);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t i = 0; i < words; i += 16, w += 16, x += 16 * BLOCK) {
+        for (int r = 0; ahead && r < rows; r++) __builtin_prefetch(w + r * stride + ahead, 0, HFA_PREFETCH_LEVEL);
+        _tile_loadd(4, w, stride * 4);
+        _tile_loadd(6, x, LINE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, x + 16, LINE);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!two) continue;
+        _tile_loadd(5, w + 16 * stride, stride * 4);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, LINE);
+    _tile_stored(1, out + 16, LINE);
+    if (two) {
+        _tile_stored(2, out + 16 * BLOCK, LINE);
+        _tile_stored(3, out + 16 * BLOCK + 16, LINE);
+    }
+    publish(out);
+}
+
+static void lanes(const void *weight, int64_t stride, int64_t rows, int64_t words, const void *packed, int is_first, float *out) {
+    int64_t whole = rows / 16 * 16;
+    publish(weight);
+    for (int part = 0; part < 2; part++) { /* whole tiles, then the rest of the rows */
+        int64_t from = part ? whole : 0, to = part ? rows : whole;
+        if (from == to) continue;
+        struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
+        memset(&config, 0, sizeof config);
+        config.palette = 1;
+        for (int tile = 0; tile < 8; tile++) {
+            config.rows[tile] = (uint8_t)(tile < 6 && part ? rows - whole : 16);
+            config.row_bytes[tile] = 64;
+        }
+        publish(&config);
+        _tile_loadconfig(&config);
+        for (int64_t i = 0; i < words; i += HFA_SECTION) {
+            int64_t some = words - i < HFA_SECTION ? words - i : HFA_SECTION, ahead = is_first ? rows * stride : 0;
+            const uint32_t *w = (const uint32_t *)weight + i, *x = (const uint32_t *)packed + i * BLOCK;
+            for (int64_t n = from; n < to;) {
+                int both = to - n >= 32;
+                if (both) lanes_tiles(w + n * stride, stride, 32, some, x, ahead, i > 0, out + n * BLOCK);
+                else lanes_tiles(w + n * stride, stride, (int)(part ? to - n : 16), some, x, ahead, i > 0, out + n * BLOCK);
+                n += both ? 32 : 16;
+            }
+        }
+    }
+    _tile_release();
+}
+
 static hfa_kernels table[HFA_DTYPES];
 static hfa_prompt_kernels prompt;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -288,6 +355,7 @@ static void fill(void) {
     table[HFA_BF16].pack = pack;
     table[HFA_BF16].pack_f32 = pack_f32;
     table[HFA_BF16].rows_together = ROWS;
+    table[HFA_BF16].lanes = lanes;
 }
 
 const hfa_kernels *hfa_kernels_amx(void) {

@@ -1,0 +1,190 @@
+"""Prompts through native layers: up to how many rows, what the audit sees of them, and that results are the layers' own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import build, padded, prompt
+from planting import Patch
+
+import hf_accel
+from hf_accel import DecoderBlockConfig, KVCacheConfig, NativeLinearConfig
+from hf_accel.errors import VerificationError
+from hf_accel.kernels.native import NativeBlock
+from hf_accel.layers import block as blocks
+from hf_accel.layers import trial
+from hf_accel.layers.trial import BUDGET_S, ROUNDS, SIZES, Extent, rows_that_pay
+
+pytestmark = pytest.mark.native
+STEPS = [NativeLinearConfig(max_rows=16), DecoderBlockConfig(), KVCacheConfig()]
+
+
+@pytest.fixture
+def pays(monkeypatch: Patch) -> None:
+    """Every trial says that 256 rows pay."""
+    monkeypatch.setattr(blocks, "tried_rows", lambda few, key, pairs: 256)
+
+
+def timed(most: int, seconds: float = 1e-6) -> Any:
+    """Times as a trial finds them where up to `most` rows pay, and the sizes that were tried."""
+    tried: list[int] = []
+
+    def times(rows: int) -> tuple[float, float]:
+        tried.append(rows)
+        return seconds, seconds * (0.5 if rows <= most else 0.99)
+
+    return times, tried
+
+
+@pytest.mark.parametrize("most", [0, *SIZES])
+def test_the_limit_is_the_last_size_that_paid(most: int) -> None:
+    times, tried = timed(most)
+    assert rows_that_pay(16, times) == max(16, most)
+    assert tried == [rows for rows in SIZES if rows <= most or rows == min((r for r in SIZES if r > most), default=0)]
+
+
+def test_sizes_that_are_served_anyway_are_not_tried() -> None:
+    times, tried = timed(64)
+    assert rows_that_pay(32, times) == 64
+    assert min(tried) == 48
+
+
+def test_a_trial_ends_with_its_budget() -> None:
+    times, tried = timed(SIZES[-1], BUDGET_S / ROUNDS / 6)
+    assert rows_that_pay(16, times) == max(tried) < SIZES[3]
+    assert sum(1.5 * ROUNDS * BUDGET_S / ROUNDS / 6 for _ in tried) <= BUDGET_S
+
+
+def test_many_rows_run_natively_as_far_as_the_trial_went() -> None:
+    extent = Extent(16, 64)
+    assert extent.covers(16, 10**9)
+    assert extent.covers(64, 64)
+    assert extent.covers(32, 128)
+    assert not extent.covers(32, 129)
+    assert not extent.covers(65, 1)
+
+
+def logits(model: Any, inputs: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
+    """Return logits [B, 1 + len(tokens), V] after a prompt and after each of these tokens."""
+
+    def forced(scores_of: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = torch.full_like(scores, -torch.inf)
+        wanted[:, [*tokens, 9][scores_of.shape[1] - inputs["input_ids"].shape[1]]] = 0
+        return wanted
+
+    found = model.generate(
+        **inputs,
+        max_new_tokens=1 + len(tokens),
+        do_sample=False,
+        logits_processor=[forced],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(found.logits, 1).double()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral"])
+def test_prompts_are_as_exact_as_stocks(name: str, dtype: torch.dtype, pays: None, monkeypatch: Patch) -> None:
+    """Logits after the prompt and after two steps more, padded and not, over windows of 8 tokens; measured in fp64."""
+    model = build(name, dtype)
+    exact = copy.deepcopy(model).double()
+    served: list[int] = []
+    call = NativeBlock.__call__
+
+    def counted(self: Any, hidden: Any, *args: Any) -> Any:
+        found = call(self, hidden, *args)
+        served.append(0 if found is None else hidden.shape[0] * hidden.shape[1])
+        return found
+
+    for lengths in ([33], [150], [54, 65]):
+        inputs = padded(lengths)
+        expected = logits(exact, inputs, [11, 5])
+        bound = distance(logits(model, inputs, [11, 5]), expected)
+        with monkeypatch.context() as patch, hf_accel.optimized(model, STEPS):
+            assert "up to 256 rows" in str(hf_accel.report(model))
+            patch.setattr(NativeBlock, "__call__", counted)
+            served.clear()
+            found = logits(model, inputs, [11, 5])
+        assert len(lengths) * max(lengths) in served
+        assert 0 not in served
+        assert distance(found, expected) < 1.3 * bound + 1e-6
+
+
+def test_rows_beyond_the_limit_run_the_layers_own_forward(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(blocks, "tried_rows", lambda few, key, pairs: 64)
+    model = build("llama")
+    served: list[int] = []
+    call = NativeBlock.__call__
+
+    def counted(self: Any, hidden: Any, *args: Any) -> Any:
+        served.append(hidden.shape[0] * hidden.shape[1])
+        return call(self, hidden, *args)
+
+    with hf_accel.optimized(model, STEPS):
+        monkeypatch.setattr(NativeBlock, "__call__", counted)
+        for tokens in (64, 65):
+            served.clear()
+            model.generate(prompt(tokens=tokens), max_new_tokens=2, do_sample=False)
+            assert (tokens in served) is (tokens == 64)
+            assert 1 in served
+
+
+def wrong_of_many(patch: Patch) -> None:
+    """Native layers are wrong in the second pass of a prompt alone."""
+    call = NativeBlock.__call__
+
+    def wrong(self: Any, hidden: Any, *args: Any) -> Any:
+        found = call(self, hidden, *args)
+        if hidden.shape[0] * hidden.shape[1] > 128:
+            found[:, -1] *= 1.2
+        return found
+
+    patch.setattr(NativeBlock, "__call__", wrong)
+
+
+def test_the_audit_sees_prompts(pays: None, monkeypatch: Patch) -> None:
+    model = build("llama")
+    wrong_of_many(monkeypatch)
+    with pytest.raises(VerificationError, match="Layer 0 .* differs from its own forward"):
+        hf_accel.optimize(model, STEPS)
+    hf_accel.optimize(model, [NativeLinearConfig(max_rows=16), DecoderBlockConfig(max_rows=16), KVCacheConfig()])
+
+
+def test_layers_with_masks_of_another_form_serve_few_rows(pays: None) -> None:
+    model = build("llama", attention="eager")
+    with hf_accel.optimized(model, STEPS):
+        assert "up to 16 rows" in str(hf_accel.report(model))
+
+
+def test_a_trial_times_both_ways_and_leaves_the_model_alone(monkeypatch: Patch) -> None:
+    """The clock is not asked: of what is timed, the number of calls and of rows."""
+    calls: dict[str, list[int]] = {"own": [], "native": []}
+    model = build("llama")
+    forward, call = type(model.model.layers[0]).forward, NativeBlock.__call__
+
+    def own(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        calls["own"].append(hidden_states.shape[1])
+        return forward(self, hidden_states, *args, **kwargs)
+
+    def ours(self: Any, hidden: Any, *args: Any) -> Any:
+        calls["native"].append(hidden.shape[1])
+        return call(self, hidden, *args)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", own)
+    monkeypatch.setattr(NativeBlock, "__call__", ours)
+    monkeypatch.setattr(trial, "_known", {})
+    monkeypatch.setattr(trial, "SIZES", (24, 40))
+    monkeypatch.setattr(trial, "MARGIN", 1e9)
+    hf_accel.optimize(model, STEPS)
+    assert "up to 40 rows" in str(hf_accel.report(model))
+    for rows in (24, 40):
+        assert calls["own"].count(rows) == calls["native"].count(rows) == ROUNDS + 1
+    assert len(trial._known) == 1
