@@ -14,7 +14,6 @@ from hf_accel.attention import cases as making
 from hf_accel.attention.cases import Case, Shape, case, cases
 from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.selftest import difference, verdict
-from hf_accel.kernels import native
 from hf_accel.ops import tolerances
 
 CPU = torch.device("cpu")
