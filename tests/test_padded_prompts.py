@@ -137,7 +137,4 @@ def test_holes_and_padding_on_the_right_are_read_whole(monkeypatch: pytest.Monke
     batch["attention_mask"][1, 20:30] = 0
     assert_equal_calls(stock, model, lambda m: m.generate(**batch, max_new_tokens=4))
     assert count(model) == 0
-    again = copy.deepcopy(model)
-    assert torch.equal(
-        again.generate(**padded(LENGTHS), max_new_tokens=4), stock.generate(**padded(LENGTHS), max_new_tokens=4)
-    )
+    assert_equal_calls(stock, copy.deepcopy(model), lambda m: m.generate(**padded(LENGTHS), max_new_tokens=4))

@@ -8,11 +8,25 @@ import pytest
 import test_attention_kernels
 import test_attention_ladder
 import test_bands
+import test_padded_prompts
 import test_tiled
 import torch
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
-from hf_accel.attention import flash, grouped, held, ladder, masks, native, patcher, sdpa, selftest, trials
+from hf_accel.attention import (
+    flash,
+    grouped,
+    held,
+    ladder,
+    masks,
+    native,
+    padded_prompts,
+    patcher,
+    sdpa,
+    selftest,
+    torch_flash,
+    trials,
+)
 from hf_accel.attention.ladder import Ladder
 from hf_accel.attention.names import BackEndName
 from hf_accel.attention.question import Visible
@@ -51,6 +65,11 @@ def _windows_one_too_long(patch: Patch) -> None:
     patch.setattr(sdpa, "_row", lambda q, k, v, window, scale: right(q, k, v, window and window + 1, scale))
 
 
+def _rows_before_their_padding(patch: Patch) -> None:
+    right = padded_prompts._joined
+    patch.setattr(padded_prompts, "_joined", lambda *args: tuple(x.roll(1, 2) for x in right(*args)))
+
+
 KERNELS, LADDER = test_attention_kernels, test_attention_ladder
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "tiles do not rescale": (_tiles_that_do_not_rescale, test_tiled.test_equal_to_the_definition),
@@ -76,6 +95,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "self-tests look at the mean": (
         instead(selftest, "difference", lambda found, right: float((found - right).norm() / right.norm())),
         KERNELS.test_self_tests_name_the_mask_and_the_figure,
+    ),
+    "the operator is not compared": (
+        instead(torch_flash, "tolerances", type("Any", (), {"of_attention": staticmethod(lambda dtype: 1e9)})),
+        KERNELS.test_torchs_own_flash_attention_is_called_as_its_operator_asks,
     ),
     "soft caps are left out": (_without(native, "prompt_attention", "softcap"), LADDER.test_soft_caps),
     "copies name attention of ours": (
@@ -146,6 +169,23 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "masks of the user's are not asked": (
         instead(masks, "ALL_MASK_ATTENTION_FUNCTIONS", {}),
         test_bands.test_masks_of_the_users_own_making,
+    ),
+    "rows lie before their padding": (
+        _rows_before_their_padding,
+        test_padded_prompts.test_text_logits_and_later_steps_are_stocks,
+    ),
+    "rows are not as alone": (
+        result(padded_prompts, "_joined", lambda found: (found[0] + 1e-7, found[1])),
+        test_padded_prompts.test_rows_are_as_alone,
+    ),
+    "codes are not read": (
+        instead(padded_prompts, "takes_states", lambda layer: True),
+        test_padded_prompts.test_codes_are_read_by_the_pass_itself,
+    ),
+    "nothing is handed on": (instead(padded_prompts, "_obstacle", nothing), test_padded_prompts.test_handed_on),
+    "rows apart in any case": (
+        instead(padded_prompts, "LEAST_SAVED", -9.0),
+        test_padded_prompts.test_batches_that_gain_nothing_are_read_whole,
     ),
 }
 
