@@ -118,3 +118,14 @@ def install(patch: pytest.MonkeyPatch, name: str) -> Any:
     patch.setattr(KERNELS[name], "devices", ("cpu",))
     flash_packages.parameters.cache_clear()
     return standin
+
+
+def operator(q, k, v, ends_q, ends_k, most_q, most_k, dropout, causal, debug, *, scale=None, window_size_left=None,
+             window_size_right=None):  # fmt: skip
+    """torch's `aten::_flash_attention_forward`: returns the output first."""
+    window = (window_size_left, window_size_right)
+    if ends_q is None:
+        assert (most_q, most_k) == (q.shape[1], k.shape[1])
+        return [_batched(q, k, v, scale, causal, window, None, None)[0]]
+    assert (most_q, most_k) == (int(ends_q.diff().max()), int(ends_k.diff().max()))
+    return [_ragged(q, k, v, ends_q, ends_k, scale, causal, window, None, None)]

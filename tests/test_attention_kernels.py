@@ -14,7 +14,6 @@ from hf_accel.attention import cases as making
 from hf_accel.attention.cases import Case, Shape, case, cases
 from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.selftest import difference, verdict
-from hf_accel.kernels import native
 from hf_accel.ops import tolerances
 
 CPU = torch.device("cpu")
@@ -161,3 +160,23 @@ def test_self_tests_see_every_kind_that_models_ask_for() -> None:
     kinds = {each.name for each in cases(Shape(CPU, torch.float32, (8, 8), 2), 20)}
     assert kinds >= {"causal", "past", "padded", "padded past", "window", "soft cap", "sinks", "boolean", "additive"}
     assert making.TOKENS > 128  # the tiles of the kernels that are known have up to 128 queries
+
+
+def test_torchs_own_flash_attention_is_called_as_its_operator_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the operator of CUDA: batches [B, T, H, D], rows one after the other, windows to the left."""
+    from flash_standins import operator
+
+    from hf_accel.attention import torch_flash
+
+    monkeypatch.setattr(torch_flash, "_operator", operator)
+    torch_flash._is_right.cache_clear()
+    assert torch_flash._is_right(CPU, torch.bfloat16, 16)
+    shape = Shape(CPU, torch.bfloat16, (16, 16), 3)
+    for options in ({}, {"past": 9}, {"starts": (9, 20), "past": 9}, {"window": 7, "starts": (0, 12)}):
+        call = case("padded", shape, 33, **options)
+        found = torch_flash.flash_attention(call.query, call.key, call.value, call.visible, 0.25)
+        assert difference(found, call.expected()) <= 4e-2
+    monkeypatch.setattr(torch_flash, "_operator", lambda *args, **options: [operator(*args, **options)[0] * 1.1])
+    torch_flash._is_right.cache_clear()
+    assert not torch_flash._is_right(CPU, torch.bfloat16, 16)
+    torch_flash._is_right.cache_clear()

@@ -21,7 +21,6 @@ from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.statistics import Chosen
 from hf_accel.core.calls.bands import BandMask, band_of
 from hf_accel.core.drift import CACHE
-from hf_accel.kernels import native
 from hf_accel.kernels.native import prompt
 
 NAMED = ["sdpa", "tiled", pytest.param("native", marks=pytest.mark.native)]

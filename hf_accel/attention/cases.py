@@ -44,21 +44,26 @@ class Case:
         return question_of(self.query, self.key, self.value, self.visible, self.softcap, self.sinks)
 
     def expected(self) -> torch.Tensor:
-        """Return the attention [B, T, H, Dv] of the reference, in float64 on the CPU."""
+        """Return the attention [B, T, H, Dv] of the reference, in float64, on CUDA there, else on the CPU."""
         band, mask = self.visible.band, self.visible.mask
         output, _ = tiled_attention(
-            *(x.cpu().double() for x in (self.query, self.key, self.value)),
+            *(_exact(x) for x in (self.query, self.key, self.value)),
             is_causal=self.visible.is_causal, window=self.visible.window,
             starts=None if band is None else band.starts_tensor,
-            mask=None if mask is None else mask.cpu() if mask.dtype is torch.bool else mask.cpu().double(),
-            softcap=self.softcap, sinks=None if self.sinks is None else self.sinks.cpu().double(),
+            mask=None if mask is None else _exact(mask), softcap=self.softcap,
+            sinks=None if self.sinks is None else _exact(self.sinks),
         )  # fmt: skip
-        return output.transpose(1, 2)
+        return output.transpose(1, 2).cpu()
 
     def found(self, kernel: AttentionKernel) -> torch.Tensor:
         """Return the attention [B, T, H, Dv] of a kernel."""
         scale = self.query.shape[3] ** -0.5
         return kernel.attend(self.query, self.key, self.value, self.visible, scale, self.softcap, self.sinks)
+
+
+def _exact(states: torch.Tensor) -> torch.Tensor:
+    states = states if states.is_cuda else states.cpu()
+    return states if states.dtype is torch.bool else states.double()
 
 
 def cases(shape: Shape, tokens: int = TOKENS) -> Iterator[Case]:

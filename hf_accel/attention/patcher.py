@@ -13,6 +13,7 @@ from hf_accel.attention.grouped import MAX_QUERIES
 from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.ladder import AUTO, Ladder
 from hf_accel.attention.names import NAMES, name_in
+from hf_accel.attention.padded_prompts import PaddedPrompts
 from hf_accel.attention.stock import eager_trial, sdpa_trial
 from hf_accel.attention.trials import STOCK
 from hf_accel.core.calls.doors import Door
@@ -99,6 +100,7 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
         host.journal.did(partial(select, stands_for))  # models that were made from one of these configs share it
         # the manager of continuous batching keeps reading the name after it is made, so the model stays with stock's
         host.stand(Door.CONTINUOUS_BATCHING, partial(select, stands_for))
+        host.stand(Door.PADDED_PROMPT, PaddedPrompts(ladder.statistics))
         host.report.sections[SECTION] = ladder.statistics
         host.journal.did(lambda: host.report.sections.__delitem__(SECTION))
         return Change(_summary(ladder), skipped=skipped)

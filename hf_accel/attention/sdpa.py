@@ -1,8 +1,9 @@
 """The attention kernel `sdpa`: torch's scaled_dot_product_attention, without expanding heads, padding or windows.
 
 Rows of a padded batch run one after the other, each from its first token on; queries with a window or with a past run
-in blocks, over the columns that a block sees. Grouped heads are folded into queries (`hf_accel.ops.attention`) where a
-mask would make torch expand them. Memory: the masks of a block, and for masks of the user's what they take themselves.
+in blocks, over the columns that a block sees. On CUDA the FlashAttention beneath it does all that in one call. Grouped
+heads are folded into queries (`hf_accel.ops.attention`) where a mask would make torch expand them. Memory: the masks of
+a block, and for masks of the user's what they take themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from hf_accel.attention.kernel import AttentionKernel
 from hf_accel.attention.question import Question, Visible
+from hf_accel.attention.torch_flash import flash_attention, is_usable
 from hf_accel.ops.attention import grouped_attention
 
 BLOCK = 512  # queries that share a mask, where a window is no longer than that
@@ -41,6 +43,8 @@ class Sdpa(AttentionKernel):
             return grouped_attention(query, key, value, visible.mask, scale).transpose(1, 2).contiguous()
         if not visible.is_causal:
             return grouped_attention(query, key, value, None, scale).transpose(1, 2).contiguous()
+        if is_usable(query, value):
+            return flash_attention(query, key, value, visible, scale)
         return by_rows(query, key, value, visible, scale)
 
 

@@ -28,6 +28,7 @@ class AttentionStatistics:
         self.chosen: list[Chosen] = []
         self.calls: Counter[str] = Counter()
         self.falls: Counter[tuple[str, str]] = Counter()
+        self.padded_prompts = 0  # batches whose rows were read one by one
         self._lock = threading.Lock()
 
     def count(self, kernel: str, falls: tuple[tuple[str, str], ...] = ()) -> None:
@@ -43,12 +44,15 @@ class AttentionStatistics:
             "back_end": self.asked,
             "calls": dict(self.calls),
             "falls": [{"kernel": name, "reason": why, "calls": n} for (name, why), n in self.falls.items()],
+            "padded_prompts": self.padded_prompts,
             "refused": dict(self.refused),
             "chosen": [each._asdict() for each in self.chosen],
         }
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {count}" for name, count in self.calls.most_common()) or "no calls yet"]
+        if self.padded_prompts:
+            lines.append(f"{self.padded_prompts} padded prompts read row by row")
         lines += [f"{each.kernel} for {each.kind} from {each.positions} ({each.gain:.2f} x)" for each in self.chosen]
         lines += [f"{count} calls past {name}: {why}" for (name, why), count in self.falls.items()]
         lines += [f"{name} refused: {found}" for name, found in self.refused.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class Reserved(NamedTuple):
@@ -88,6 +89,15 @@ class StaticLayer(Protocol):
         Returns what attention reads: `CachedStates` whose `held.static` is this layer.
         """
         ...
+
+
+def takes_states(layer: Any) -> bool:
+    """Return whether keys and values may be given to a cache layer after the pass that made them.
+
+    Layers of transformers keep what they are given as it is, and say nothing; ours say so by `takes_states`.
+    """
+    own = getattr(layer, "takes_states", None)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) if own is None else bool(own)
 
 
 def rows_apart_obstacle(layer: Any) -> str | None:
