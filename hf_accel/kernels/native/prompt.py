@@ -52,7 +52,9 @@ def prompt_attention(
     batch, heads, tokens, _ = query.shape
     output = query.new_empty(batch, tokens, heads, head_dims[1])
     past = keys.shape[2] - tokens
-    _run(query, keys, values, head_dims, output, None, past, scale, softcap, is_causal, window, starts, mask, sinks, bits)
+    _run(
+        query, keys, values, head_dims, output, None, past, scale, softcap, is_causal, window, starts, mask, sinks, bits
+    )
     return output
 
 
