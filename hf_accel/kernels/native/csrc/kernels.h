@@ -29,6 +29,7 @@ typedef struct {
     void (*end)(void);
     void (*transpose)(const void *words, int64_t stride, int64_t rows, int64_t columns, void *out, int64_t to_stride);
     void (*read_codes)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, float *out, int64_t ldo);
+    void (*read_codes_bf16)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, uint16_t *out, int64_t ldo);
     void (*pair_values)(const void *values, int64_t stride, int64_t n, int64_t d, void *out);
     void (*scores)(const void *keys, int64_t stride, int64_t n, int64_t words, const void *queries, float *scores);
     void (*softmax)(float *scores, int64_t n, float scale, float softcap, const float *first, const float *last, const float *hidden,

@@ -127,6 +127,39 @@ static void ON(scores)(const void *keys, int64_t stride, int64_t n, int64_t word
 #undef SCORES
 
 #if PAIRS
+/* n rows of a quantized cache as bf16 [n][ldo], keys as they are turned; elements beyond d are zero. Codes of four bits are looked
+ * up in a table of what they stand for. */
+static void read_codes_bf16(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, uint16_t *out, int64_t ldo) {
+    const uint8_t *row = rows;
+    __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t j = 0; j < n; j++, row += stride, out += ldo) {
+        uint16_t ends[2];
+        int64_t bytes = hfa_code_bytes(format, d);
+        memcpy(ends, row + bytes, format == HFA_INT8 ? 2 : 4);
+        __m512 scale = _mm512_set1_ps(bf16_to_f32(ends[0]));
+        __m512i table = _mm512_setzero_si512();
+        if (format == HFA_INT4) {
+            __m512 values = _mm512_add_ps(_mm512_mul_ps(numbers, scale), _mm512_set1_ps(bf16_to_f32(ends[1])));
+            table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
+        }
+        for (int64_t i = 0; i < bytes; i += 32) {
+            __mmask32 inside = bytes - i < 32 ? ((__mmask32)1 << (bytes - i)) - 1 : 0xffffffffu;
+            __m256i codes = _mm256_maskz_loadu_epi8(inside, row + i);
+            if (format == HFA_INT8) {
+                __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+                __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+                _mm512_mask_storeu_epi16(out + i, inside, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, scale), _mm512_mul_ps(a, scale)));
+            } else {
+                __m512i wide = _mm512_cvtepu8_epi16(codes); /* of an index, five bits count */
+                __m512i low = _mm512_and_si512(wide, _mm512_set1_epi16(15)), high = _mm512_srli_epi16(wide, 4);
+                _mm512_mask_storeu_epi16(out + i, inside, _mm512_permutexvar_epi16(low, table));
+                _mm512_mask_storeu_epi16(out + d / 2 + i, inside, _mm512_permutexvar_epi16(high, table));
+            }
+        }
+        if (ldo > d) memset(out + d, 0, (size_t)(ldo - d) * 2);
+    }
+}
+
 /* n <= HFA_STRIP values [n][d] with a stride in bytes to [d][pairs of positions]; what is missing is zero */
 static void pair_values(const void *values, int64_t stride, int64_t n, int64_t d, void *out) {
     const char *from = values;
@@ -189,7 +222,7 @@ static void ON(weigh)(const void *values, int64_t stride, int64_t n, int64_t d, 
 static const hfa_prompt_kernels ON(prompt) = {.block = BLOCK, .pairs = PAIRS, .scores = ON(scores), .softmax = ON(softmax), .weigh = ON(weigh),
                                               .transpose = transpose_words, .read_codes = read_codes,
 #if PAIRS
-                                              .pair_values = pair_values,
+                                              .pair_values = pair_values, .read_codes_bf16 = read_codes_bf16,
 #endif
 };
 #undef PAIRS

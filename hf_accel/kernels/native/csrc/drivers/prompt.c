@@ -101,17 +101,15 @@ typedef struct { const char *keys, *values; int64_t key_stride, value_stride; } 
 /* n positions from `rows` on as operands with `depth` elements a row, as they are or decoded; missing elements are zero */
 static void stage_rows(const run *r, const char *rows, int64_t stride, int64_t n, int64_t d, int64_t depth, char *to) {
     int64_t size = r->inner->pairs ? 2 : 4;
-    float x[HFA_MAX_HEAD_DIM];
+    if (r->call->format != HFA_DENSE) {
+        if (r->inner->pairs) r->inner->read_codes_bf16(r->call->format, rows, stride, n, d, (uint16_t *)(void *)to, depth);
+        else r->inner->read_codes(r->call->format, rows, stride, n, d, (float *)(void *)to, depth);
+        return;
+    }
     for (int64_t j = 0; j < n; j++, rows += stride, to += depth * size) {
-        if (r->call->format != HFA_DENSE) {
-            r->inner->read_codes(r->call->format, rows, stride, 1, d, r->inner->pairs ? x : (float *)(void *)to, d);
-            if (r->inner->pairs) r->kernels->store(x, to, d);
-        } else if (r->inner->pairs) {
-            memcpy(to, rows, (size_t)d * 2);
-        } else {
-            r->kernels->load(rows, (float *)(void *)to, d);
-        }
-        memset(to + d * size, 0, (size_t)((depth - d) * size));
+        if (r->inner->pairs) memcpy(to, rows, (size_t)d * 2);
+        else r->kernels->load(rows, (float *)(void *)to, d);
+        if (depth > d) memset(to + d * size, 0, (size_t)((depth - d) * size));
     }
 }
 
@@ -273,6 +271,14 @@ static int longest_first(const void *one, const void *other) {
     return a->head != b->head ? (a->head < b->head ? -1 : 1) : a->first < b->first ? -1 : 1;
 }
 
+/* Whether so many tasks are too few: each makes ready what it reads, so that they are as large as they can be. */
+static int is_uneven(const hfa_prompt_call *call, int64_t tasks, int64_t threads) {
+    int64_t rounds = (tasks + threads - 1) / threads;
+    int is_triangle = call->is_causal && call->tokens * 4 > call->positions; /* then tasks differ, and the last ones even them out */
+    if (threads == 1) return 0;
+    return rounds * threads * 8 > tasks * 9 || (is_triangle && rounds < 4);
+}
+
 int hfa_prompt(const hfa_prompt_call *call) {
     if (!call->query || !call->keys || !call->values || !call->out) return -1;
     if (call->batch < 1 || call->tokens < 1 || call->positions < 1 || (uint64_t)call->dtype >= HFA_DTYPES
@@ -289,9 +295,10 @@ int hfa_prompt(const hfa_prompt_call *call) {
     int64_t threads = most(least(call->threads, HFA_MAX_THREADS), 1), block = r.inner->block;
     int64_t heads = call->batch * call->kv_heads, queries = r.group * call->tokens;
     int64_t widest = most(MOST_BYTES / ((r.words + r.columns) * 4) / block, 1);
-    int64_t wanted = most(queries * heads / (threads * 6) / block, 1); /* six tasks for each thread, where there is enough to do */
-    r.rows = most(least(threads > 1 ? least(widest, wanted) : widest, up_to(queries, block) / block), 1) * block;
-    int64_t pieces = (queries + r.rows - 1) / r.rows;
+    int64_t blocks = up_to(queries, block) / block, pieces = (blocks + widest - 1) / widest;
+    while (pieces < blocks && is_uneven(call, heads * pieces, threads)) pieces++;
+    r.rows = (blocks + pieces - 1) / pieces * block;
+    pieces = (queries + r.rows - 1) / r.rows;
     r.bytes = (lay_out(&r, NULL, NULL) + 4095) / 4096 * 4096;
     r.count = heads * pieces;
     threads = least(threads, r.count);
