@@ -69,6 +69,7 @@ class StaticRunner:
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._positions = int(positions or 2**62)
         self.obstacle: str | None = None  # found in a capture, for good
+        self._latest: tuple[Recorded, list[CallLayer]] | None = None  # a step of one token, and the layers of its cache
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the outputs of the model for these inputs."""
@@ -78,6 +79,34 @@ class StaticRunner:
             self.statistics.ran_eagerly(found)
             return model(**inputs)
         return self._replayed(found, inputs)
+
+    def follow(self, cache: Any) -> torch.Tensor | None:
+        """Run the step that takes in what the latest one chose, and return what it chooses, int64 [B, 1].
+
+        None where something came between, or a step of another kind is next. Costs the host one launch and one copy.
+        """
+        recorded, layers = self._latest or (None, [])
+        if recorded is None or cache.layers is not recorded.step.follows:
+            return None
+        slot, length = recorded.step.slot, layers[0].length
+        if (
+            slot.request() is not request_in_progress()
+            or slot.on_device != [length] * slot.rows
+            or slot.graphs.get((self._key, 1)) is not recorded
+            or length + 1 > slot.capacity
+            or any(layer.slot is not slot or layer.length != length or layer.rows is not None for layer in layers)
+        ):
+            self._latest = None
+            return None
+        choices = recorded.replay().choices.clone()
+        self._count(recorded, layers, 1)
+        return choices
+
+    def _count(self, recorded: Recorded, layers: list[CallLayer], tokens: int) -> None:
+        recorded.step.slot.advanced(recorded.step.tokens)
+        for layer in layers:
+            layer.advance(tokens)
+        self.statistics.replayed()
 
     def _step_for(self, model: Any, inputs: dict[str, Any]) -> Recorded | str:
         """Return the captured step that serves these inputs, or why there is none."""
@@ -147,7 +176,7 @@ class StaticRunner:
 
     def _replayed(self, recorded: Recorded, inputs: dict[str, Any]) -> Any:
         step, cache = recorded.step, inputs[CACHE]
-        ids, positions, slot = inputs["input_ids"], inputs["position_ids"], step.slot
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
         tokens = ids.shape[1]
         if tokens == step.tokens:
             step.ids.copy_(ids)
@@ -157,10 +186,10 @@ class StaticRunner:
             step.ids[:, tokens:].copy_(ids[:, -1:])
             torch.add(positions[:, -1:], step.ahead - (tokens - 1), out=step.positions)
         results = recorded.replay()
-        slot.advanced(step.tokens)
-        for layer in self._layers_of(cache):
-            layer.advance(tokens)
-        self.statistics.replayed()
+        layers = self._layers_of(cache)
+        self._count(recorded, layers, tokens)
+        self._latest = (recorded, layers) if step.tokens == 1 and layers[0].rows is None else None
+        step.follows = cache.layers if self.layers is None else None
         # copies: the next replay writes over them
         outputs: Any = CausalLMOutputWithPast(logits=results.logits[:, :tokens].clone(), **{CACHE: cache})
         outputs.choices = results.choices[:, :tokens].clone()

@@ -35,6 +35,7 @@ class StaticStep:
             self.ids = torch.zeros((slot.rows, tokens), dtype=torch.int64, device=slot.device)
             self.positions = torch.zeros_like(self.ids)
             self.ahead = torch.arange(tokens, device=slot.device)
+        self.follows: Any = None  # the layers of the cache that its latest replay has written to
         back_end = BACK_ENDS.get(model.config._attn_implementation)
         self._gives_handles = back_end is not None and back_end.reads_held
         self.cache: Any = DynamicCache()
@@ -52,9 +53,12 @@ class StaticStep:
         return StepResults(logits, logits.float().argmax(dim=-1))
 
     def run_and_advance(self) -> StepResults:
-        """Run the model, and let the device know of T more tokens."""
+        """Run the model, and let the device know of T more tokens; of one token, be ready for the one it chose."""
         results = self.run()
         self.slot.fill.lengths.add_(self.tokens)
+        if self.tokens == 1:
+            self.ids.copy_(results.choices)
+            self.positions.add_(1)
         return results
 
     def _masks(self) -> Any:

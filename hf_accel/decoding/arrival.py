@@ -17,12 +17,16 @@ REPEATABLE = frozenset({MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 
 
 class Arrival:
-    """The tokens [B] of a step, where somebody wants them, and whether the text is done: on their way to the host."""
+    """The tokens [B] of a step, where somebody wants them, and whether the text is done: on their way to the host.
 
-    def __init__(self, tokens: torch.Tensor | None, is_done: torch.Tensor) -> None:
+    device: where the step runs. is_done: on the device, or known to the host.
+    """
+
+    def __init__(self, device: torch.device, tokens: torch.Tensor | None, is_done: torch.Tensor | bool) -> None:
         self._tokens, self._is_done, self._event = tokens, is_done, None
-        if is_done.is_cuda:
-            self._is_done = _sent(is_done)
+        if device.type == "cuda":
+            if isinstance(is_done, torch.Tensor):
+                self._is_done = _sent(is_done)
             self._tokens = None if tokens is None else _sent(tokens)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -54,6 +58,16 @@ def lag_of(call: Call) -> int:
     ):
         return 0
     return 1
+
+
+def is_plainly_greedy(call: Call) -> bool:
+    """Return whether each token is the best of the logits as they are, and is what the model is given next.
+
+    Not so where scores are kept, or rows that have ended are given padding.
+    """
+    config = call.generation_config
+    pads = call.input_ids.shape[0] > 1 and any(hasattr(each, "eos_token_id") for each in call.stopping_criteria)
+    return not (config.do_sample or config.return_dict_in_generate or call.logits_processor or pads)
 
 
 def can_drop_tokens(cache: Any) -> bool:

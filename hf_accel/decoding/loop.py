@@ -43,7 +43,7 @@ class TokenLoop:
             writing.lag = steps.lag
             with model._optimize_model_for_decode():
                 while writing.goes_on():
-                    writing.take(steps.next(writing.input_ids, writing.unfinished))
+                    writing.take(steps.follow() or steps.next(writing.input_ids, writing.unfinished))
             if surplus := writing.take_back():
                 steps.take_back(surplus)
             steps.close(writing.input_ids)

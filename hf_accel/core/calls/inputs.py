@@ -81,13 +81,13 @@ class LeanInputs:
         inputs["input_ids"] = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
         return inputs
 
-    def absorb(self, outputs: Any) -> None:
-        """Grow positions and mask by the token that the next forward takes in."""
+    def absorb(self, outputs: Any, tokens: int = 1) -> None:
+        """Grow positions and mask by the tokens, one per forward, that the next one takes in as the last of."""
         positions, mask = self.inputs.get("position_ids"), self.inputs.get("attention_mask")
         if positions is not None:
-            self.inputs["position_ids"] = positions[..., -1:] + 1
+            self.inputs["position_ids"] = positions[..., -1:] + tokens
         if mask is not None:
-            self.inputs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=-1)
+            self.inputs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], tokens))], dim=-1)
 
     @property
     def cache(self) -> Any:
