@@ -283,7 +283,7 @@ def test_stop_strings() -> None:
 
 def test_all_of_a_plan_together() -> None:
     with captures_here():
-        model = optimised(stock("llama"), [*exact(stock("llama")), CompilationConfig()])
+        model = optimised(stock("llama"))
     assert_equal_calls(stock("llama"), model, batch(do_sample=False))
     hf_accel.restore(model)
     assert_equal_calls(stock("llama"), model, batch(do_sample=False))
