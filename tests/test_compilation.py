@@ -10,7 +10,6 @@ import pytest
 import torch
 from cached_calls import TOLERANCE
 from capturing import captures_here
-from catalogue import exact
 from comparison import assert_equal_calls, assert_gives, optimised, run
 from models import build, on_models, prompt, stock
 from speculating import FEW_TOKENS, noisy

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_accel.compilation.call_layers import CallLayer
 from hf_accel.compilation.capture import Capture
@@ -22,6 +21,7 @@ from hf_accel.compilation.slots import Slot, Slots
 from hf_accel.compilation.statistics import CompilationStatistics
 from hf_accel.compilation.step import StaticStep, StepResults
 from hf_accel.core.calls.call import request_in_progress
+from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.drift import CACHE
 from hf_accel.errors import described
 
@@ -161,7 +161,5 @@ class StaticRunner:
         for layer in self._layers_of(cache):
             layer.advance(tokens)
         self.statistics.replayed()
-        # copies: the next replay writes over them
-        outputs: Any = CausalLMOutputWithPast(logits=results.logits[:, :tokens].clone(), **{CACHE: cache})
-        outputs.choices = results.choices[:, :tokens].clone()
-        return outputs
+        given: dict[str, Any] = {CACHE: cache}
+        return StepOutputs(logits=results.logits[:, :tokens], choices=results.choices[:, :tokens], **given)
