@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,9 +11,8 @@ import pytest
 import torch
 from cached_calls import TOLERANCE
 from capturing import captures_here
-from catalogue import exact
 from comparison import assert_equal_calls, assert_gives, optimised, run
-from models import build, on_models, prompt, stock
+from models import build, prompt, stock
 from speculating import FEW_TOKENS, noisy
 from test_generate import BEAMS, CALLS, batch, plain
 from texts import tokenizer
@@ -59,7 +59,9 @@ def outcome_of_stock(title: str, name: str) -> Any:
     return run(CALLS[title][0], stock(name))
 
 
-@pytest.mark.parametrize("title,name", [case for case in on_models(CALLS, EVERYWHERE) if case.values[1] in MODELS])
+@pytest.mark.parametrize(
+    "title,name", [*((title, MODELS[0]) for title in CALLS), *itertools.product(EVERYWHERE, MODELS[1:])]
+)
 def test_calls_equal_stock(title: str, name: str) -> None:
     model = shared(name)
     before = counts(model)["replays"]
@@ -68,7 +70,8 @@ def test_calls_equal_stock(title: str, name: str) -> None:
     kind = CALLS[title][1]
     if title in WITHOUT_BUFFERS or kind == BEAMS or title == "no time left" or title == "one token":
         return
-    assert replays or counts(model)["calls_without_buffers"], "nothing was replayed, and no reason given"
+    found = counts(model)
+    assert replays or found["calls_without_buffers"] or found["eager_steps"], "nothing was replayed, for no reason"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -283,7 +286,7 @@ def test_stop_strings() -> None:
 
 def test_all_of_a_plan_together() -> None:
     with captures_here():
-        model = optimised(stock("llama"), [*exact(stock("llama")), CompilationConfig()])
+        model = optimised(stock("llama"))
     assert_equal_calls(stock("llama"), model, batch(do_sample=False))
     hf_accel.restore(model)
     assert_equal_calls(stock("llama"), model, batch(do_sample=False))

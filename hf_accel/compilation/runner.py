@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_accel.compilation.call_layers import CallLayer
 from hf_accel.compilation.capture import Capture
@@ -22,6 +21,7 @@ from hf_accel.compilation.slots import Slot, Slots
 from hf_accel.compilation.statistics import CompilationStatistics
 from hf_accel.compilation.step import StaticStep, StepResults
 from hf_accel.core.calls.call import request_in_progress
+from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.drift import CACHE
 from hf_accel.errors import described
 
@@ -190,7 +190,5 @@ class StaticRunner:
         self._count(recorded, layers, tokens)
         self._latest = (recorded, layers) if step.tokens == 1 and layers[0].rows is None else None
         step.follows = cache.layers if self.layers is None else None
-        # copies: the next replay writes over them
-        outputs: Any = CausalLMOutputWithPast(logits=results.logits[:, :tokens].clone(), **{CACHE: cache})
-        outputs.choices = results.choices[:, :tokens].clone()
-        return outputs
+        given: dict[str, Any] = {CACHE: cache}
+        return StepOutputs(logits=results.logits[:, :tokens], choices=results.choices[:, :tokens], **given)

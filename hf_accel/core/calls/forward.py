@@ -9,15 +9,27 @@ Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
+
+
+@dataclass
+class StepOutputs(CausalLMOutputWithPast):
+    """Outputs of a pass that lie where those of the next one will: who keeps them copies them.
+
+    choices: int64 [B, T], the argmax of the logits in fp32.
+    """
+
+    choices: torch.Tensor | None = None
 
 
 def runner_of(model: Any) -> Callable[..., Any]:
