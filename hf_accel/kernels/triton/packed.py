@@ -27,6 +27,7 @@ MAX_ROWS = 32
 MAX_PARTS = 3
 BITS = (8, 4, 2)
 _WORDS = {8: torch.int16, 4: torch.int32, 2: torch.int32}
+_TOP = 0x3F000000  # see `packed_codes.read_codes`
 _FP4 = 4 + 16  # the number that stands for MXFP4 in kernels, beside bits
 # activations that one load brings, as integers, by whether they are to be read one by one, and are two per word
 _TOGETHER = {(True, True): (1, None), (True, False): (1, None), (False, True): (2, torch.int32),
@@ -91,7 +92,7 @@ def _launched(
     per_program = config["BLOCK_N"]
     programs = -(-width // per_program) if activation else sum(-(-size // per_program) for size in sizes)
     arguments = (x, *codes, *(weight.scales for weight in kept), *offsets, *added,
-                 x if residual is None else residual, y, *counts, residual_scale)  # fmt: skip
+                 x if residual is None else residual, y, *counts, residual_scale, _TOP)  # fmt: skip
     constants: dict[str, Any] = {
         "K": inner,
         "GROUP": group,

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 from hf_accel.kernels.triton.activation import activated, finished, product, rounded
-from hf_accel.kernels.triton.packed_codes import read_codes, read_scales, tile
+from hf_accel.kernels.triton.packed_codes import prepared, read_codes, read_scales, tile
 
 
 @triton.jit
 def _part(
-    x, codes, scales, offsets, row,
+    x, codes, scales, offsets, row, top,
     K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, IN_GROUP: tl.constexpr, TOGETHER: tl.constexpr,
     DTYPE: tl.constexpr, STAGES: tl.constexpr,
@@ -22,7 +22,6 @@ def _part(
     """
     EACH: tl.constexpr = 2 if FORMAT == 8 else 4  # columns that lie side by side in a word
     PER: tl.constexpr = 2 if FORMAT == 8 else (8 if FORMAT == 20 else 32 // FORMAT)  # columns of a word
-    STEP: tl.constexpr = 4 if FORMAT == 20 else FORMAT
     WORDS: tl.constexpr = (K + 31) // 32 * 32 // PER
     TILE: tl.constexpr = BLOCK_J // IN_GROUP
     rows = row + tl.arange(0, BLOCK_N)
@@ -42,21 +41,21 @@ def _part(
         scale = read_scales(scales, group[:, None] * 16 + scale_rows[None, :], True, FORMAT)
         dots = tl.zeros((TILE, IN_GROUP, BLOCK_N), tl.float32)
         sums = tl.zeros((TILE, IN_GROUP), tl.float32)
-        for several in tl.static_range(PER // TOGETHER):
-            if K % (PER * BLOCK_J) == 0:
-                found = tl.load(x + j * (PER // TOGETHER) + several)
-            else:
-                inside = j * PER + several * TOGETHER < K
-                found = tl.load(x + j * (PER // TOGETHER) + several, mask=inside, other=0)
-            for one in tl.static_range(TOGETHER):
-                column = several * TOGETHER + one
-                if TOGETHER == 1:
-                    some = found.to(tl.float32)
+        for part in tl.static_range(PER // EACH):
+            ready = prepared(words, part, FORMAT)
+            for several in tl.static_range(EACH // TOGETHER):
+                first = j * PER + (part * EACH + several * TOGETHER)
+                if K % (PER * BLOCK_J) == 0:
+                    found = tl.load(x + first // TOGETHER)
                 else:
-                    some = (found >> (16 * one)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-                sums += some
-                values = read_codes(words, 8 * (column % EACH) + STEP * (column // EACH), FORMAT)
-                dots += values * some[:, :, None]
+                    found = tl.load(x + first // TOGETHER, mask=first < K, other=0)
+                for one in tl.static_range(TOGETHER):
+                    if TOGETHER == 1:
+                        some = found.to(tl.float32)
+                    else:
+                        some = (found >> (16 * one)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+                    sums += some
+                    dots += read_codes(ready, top, several * TOGETHER + one, FORMAT) * some[:, :, None]
         if FORMAT == 4 or FORMAT == 2:  # 1.5 is taken off the sum, not off every value
             dots = (dots - 1.5 * sums[:, :, None]) * (1 << FORMAT)
         total += dots * scale[:, None, :]
@@ -68,7 +67,7 @@ def _part(
 
 @triton.jit
 def one_row(
-    x, c0, c1, c2, s0, s1, s2, o0, o1, o2, b0, b1, b2, residual, y, n0, n1, n2, residual_scale,
+    x, c0, c1, c2, s0, s1, s2, o0, o1, o2, b0, b1, b2, residual, y, n0, n1, n2, residual_scale, top,
     K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KIND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, IN_GROUP: tl.constexpr, TOGETHER: tl.constexpr,
@@ -85,7 +84,7 @@ def one_row(
             if program >= second:
                 c, s, o, bias, n, base, row = c2, s2, o2, b2, n2, n0 + n1, (program - second) * BLOCK_N
     total = _part(
-        x, c, s, o, row, K, GROUP, GROUPS, FORMAT, HAS_OFFSETS, BLOCK_N, BLOCK_J, IN_GROUP, TOGETHER, DTYPE, STAGES
+        x, c, s, o, row, top, K, GROUP, GROUPS, FORMAT, HAS_OFFSETS, BLOCK_N, BLOCK_J, IN_GROUP, TOGETHER, DTYPE, STAGES
     )
     rows = row + tl.arange(0, BLOCK_N)
     mask = rows < n
@@ -117,7 +116,7 @@ def one_row(
 
 @triton.jit
 def _sums(
-    x, codes, scales, offsets, row, n, m,
+    x, codes, scales, offsets, row, n, m, top,
     K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +144,7 @@ def _sums(
             some = tl.load(at_x + k, mask=inputs[:, None] < m, other=0.0)
         else:
             some = tl.load(at_x + k, mask=(inputs[:, None] < m) & (k + columns[None, :] < K), other=0.0)
-        codes_tile = tile(words, FORMAT, BLOCK_J, BLOCK_N, x.dtype.element_ty)
+        codes_tile = tile(words, top, FORMAT, BLOCK_J, BLOCK_N, x.dtype.element_ty)
         zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         group = tl.minimum(k // GROUP, GROUPS - 1)
         scale = read_scales(scales, group * 16 + scale_rows, rows < stop, FORMAT)
@@ -158,7 +157,7 @@ def _sums(
 
 @triton.jit
 def few_rows(
-    x, c0, c1, c2, s0, s1, s2, o0, o1, o2, b0, b1, b2, residual, y, n0, n1, n2, residual_scale, m, width,
+    x, c0, c1, c2, s0, s1, s2, o0, o1, o2, b0, b1, b2, residual, y, n0, n1, n2, residual_scale, top, m, width,
     K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -173,7 +172,7 @@ def few_rows(
             second = first + tl.cdiv(n1, BLOCK_N)
             if program >= second:
                 c, s, o, bias, n, base, row = c2, s2, o2, b2, n2, n0 + n1, (program - second) * BLOCK_N
-    total = _sums(x, c, s, o, row, n, m, K, GROUP, GROUPS, FORMAT, HAS_OFFSETS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    total = _sums(x, c, s, o, row, n, m, top, K, GROUP, GROUPS, FORMAT, HAS_OFFSETS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     rows = row + tl.arange(0, BLOCK_N)
     inputs = tl.arange(0, BLOCK_M)
     mask = (inputs[:, None] < m) & (rows[None, :] < n)
@@ -182,7 +181,7 @@ def few_rows(
     result = finished(total, bias, residual, residual_scale, columns, places, mask, HAS_BIAS, HAS_RESIDUAL, y)
     if KIND > 0:
         total = _sums(
-            x, c1, s1, o1, row, n, m, K, GROUP, GROUPS, FORMAT, HAS_OFFSETS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            x, c1, s1, o1, row, n, m, top, K, GROUP, GROUPS, FORMAT, HAS_OFFSETS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
         )
         up = finished(total, b1, residual, residual_scale, columns, places, mask, HAS_BIAS, False, y)
         result = rounded(activated(result, KIND), y) * up
