@@ -42,9 +42,13 @@ def _codes(rows, magic, HIGH: tl.constexpr, BITS: tl.constexpr, dtype: tl.conste
         whole = rows.to(tl.float32) if BITS == 8 else (rows & 15).to(tl.float32) - 8.0
         return whole.to(dtype)
     elif BITS == 8:
-        return tl.inline_asm_elementwise(_EIGHT, "=r,=r,r,r,r,r,r", [rows, magic], dtype=tl.bfloat16, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            _EIGHT, "=r,=r,r,r,r,r,r", [rows, magic], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
     else:
-        return tl.inline_asm_elementwise(_FOUR, "=r,=r,r,r,r,r,r", [rows, magic], dtype=tl.bfloat16, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            _FOUR, "=r,=r,r,r,r,r,r", [rows, magic], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
 
 
 @triton.jit
@@ -173,9 +177,7 @@ def split_keys(
             lows = lows * factor + tl.sum(weights * v_low[None, :], axis=1)
             scaled = (weights * v_scale[None, :]).to(q.dtype)
             total = product(scaled, _codes(v, magic, False, 4, q.dtype), total, PRECISION)
-            total_high = product(
-                scaled, _codes(v, magic, True, 4, q.dtype), total_high * factor[:, None], PRECISION
-            )
+            total_high = product(scaled, _codes(v, magic, True, 4, q.dtype), total_high * factor[:, None], PRECISION)
         elif BITS == 8:
             v_scale = tl.load(value_halves + columns.to(tl.int64) * (ROW_V // 2) + SIZE_V // 2, mask=is_column,
                               other=0.0)  # fmt: skip

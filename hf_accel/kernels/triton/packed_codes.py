@@ -72,7 +72,7 @@ def code(words, top, BYTE: tl.constexpr, PART: tl.constexpr, FORMAT: tl.constexp
 
 
 @triton.jit
-def tile(words, top, FORMAT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+def tile(words, top, FORMAT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
     """Return the codes of words [BLOCK_J, BLOCK_N] in the order of their columns, [columns, BLOCK_N]."""
     if FORMAT == 8:
         tile = tl.join(code(words, top, 0, 0, 8, dtype), code(words, top, 1, 0, 8, dtype))  # [J, N, 2]
