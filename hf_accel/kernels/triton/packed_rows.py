@@ -147,15 +147,16 @@ def one_row(
     mask = rows < n
     rows = tl.minimum(rows, n - 1)
     at = base + rows + input * width
+    number = rows * 0 + input
     _stored(t0, u0, bias, b1, residual, residual_scale, y, rows, at, mask, HAS_BIAS, HAS_RESIDUAL, KIND)
     if ROWS > 1:
-        mask1 = mask & (input + 1 < m)
+        mask1 = mask & (number + 1 < m)
         _stored(t1, u1, bias, b1, residual, residual_scale, y, rows, at + width, mask1, HAS_BIAS, HAS_RESIDUAL, KIND)
     if ROWS > 2:
-        mask2 = mask & (input + 2 < m)
+        mask2 = mask & (number + 2 < m)
         at += 2 * width
         _stored(t2, u2, bias, b1, residual, residual_scale, y, rows, at, mask2, HAS_BIAS, HAS_RESIDUAL, KIND)
-        mask3 = mask & (input + 3 < m)
+        mask3 = mask & (number + 3 < m)
         _stored(t3, u3, bias, b1, residual, residual_scale, y, rows, at + width, mask3, HAS_BIAS, HAS_RESIDUAL, KIND)
 
 
