@@ -21,6 +21,7 @@ from hf_accel.kernels.triton import tuning
 from hf_accel.kernels.triton.attention_splits import merge, split_keys
 
 MAX_TOKENS = 16
+_MAGIC = {None: 0, 8: 0x4B000000, 4: 0x43434343}  # see `attention_splits`
 
 
 def decode_attention(
@@ -73,7 +74,7 @@ def decode_attention(
         query, keys, values, key_halves, value_halves, lengths, starts, out, partial, tops, sums,
         query.stride(0), query.stride(1), query.stride(2),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        ratio, tokens, groups, scale, softcap or 1.0, window or 0,
+        ratio, tokens, groups, scale, softcap or 1.0, window or 0, _MAGIC[bits],
         SIZE=size, SIZE_V=size_v, ROW=keys.stride(2), ROW_V=values.stride(2), BITS=bits or 0,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, POWER=power, ROOT=1.0 / math.sqrt(power),
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32", SPLITS=splits, TILES=tiles, BLOCK_M=block_m,
@@ -125,7 +126,8 @@ def tune(
 def defaults(tiles: int, capacity: int, size: int, bits: int | None, query: Tensor) -> tuning.Config:
     """Return the configuration that runs untuned, for `tiles` tiles of queries: two programs per processor."""
     block = 64 if size <= 128 and query.element_size() < 4 else 32
-    wanted = max(1, 2 * _processors(query.device) // tiles)
+    # programs over codes do more for every byte, and take less memory: more of them hide each other's waiting
+    wanted = max(1, (2 if bits is None else 6) * _processors(query.device) // tiles)
     return {"BLOCK_N": block, "SPLITS": 1 << (wanted.bit_length() - 1), "num_warps": 4,
             "num_stages": 3 if size <= 128 else 2}  # fmt: skip
 

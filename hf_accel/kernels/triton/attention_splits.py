@@ -5,9 +5,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_accel.kernels.triton.activation import product
+from hf_accel.kernels.triton.activation import INTERPRETED, product
 
 _NEVER = tl.constexpr(float("-inf"))
+# four signed bytes -> bf16: each, made unsigned, is the end of the fraction of a float from 2^23 on
+_EIGHT = tl.constexpr("""{
+.reg .b32 bytes, a, b, c, d; .reg .f32 e, f, g, h;
+xor.b32 bytes, $2, 0x80808080;
+prmt.b32 a, bytes, $3, 0x7440; prmt.b32 b, bytes, $3, 0x7441;
+prmt.b32 c, bytes, $3, 0x7442; prmt.b32 d, bytes, $3, 0x7443;
+mov.b32 e, a; mov.b32 f, b; mov.b32 g, c; mov.b32 h, d;
+sub.f32 e, e, 0f4B000080; sub.f32 f, f, 0f4B000080; sub.f32 g, g, 0f4B000080; sub.f32 h, h, 0f4B000080;
+cvt.rn.bf16x2.f32 $0, f, e; cvt.rn.bf16x2.f32 $1, h, g;
+}""")
+# the lower halves of four bytes, less 8, -> bf16: each is the end of the fraction of 128 to 143
+_FOUR = tl.constexpr("""{
+.reg .b32 bytes, a, b, middle;
+and.b32 bytes, $2, 0x0F0F0F0F;
+prmt.b32 a, bytes, $3, 0x7150; prmt.b32 b, bytes, $3, 0x7352;
+mov.b32 middle, 0x43084308;
+sub.rn.bf16x2 $0, a, middle; sub.rn.bf16x2 $1, b, middle;
+}""")
+
+
+@triton.jit
+def _codes(rows, magic, HIGH: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the codes of bytes in the dtype of the query: of 8 bits, or the lower or HIGH halves, less 8.
+
+    magic: 0x4b000000 or 0x43434343, as a value that the compiler does not know, see `packed_codes.read_codes`. The
+    conversion is written out so that it is done where bytes lie as they were loaded, not one by one in the order in
+    which tensor cores take them.
+    """
+    if BITS == 4 and HIGH:
+        rows = rows >> 4
+    if INTERPRETED or dtype != tl.bfloat16:
+        whole = rows.to(tl.float32) if BITS == 8 else (rows & 15).to(tl.float32) - 8.0
+        return whole.to(dtype)
+    elif BITS == 8:
+        return tl.inline_asm_elementwise(
+            _EIGHT, "=r,=r,r,r,r,r,r", [rows, magic], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _FOUR, "=r,=r,r,r,r,r,r", [rows, magic], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
 
 
 @triton.jit
@@ -29,7 +70,7 @@ def _turned(query, first, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.c
 @triton.jit
 def split_keys(
     query, keys, values, key_halves, value_halves, lengths, starts, out, partial, tops, sums,
-    query_b, query_h, query_t, key_b, key_g, value_b, value_g, ratio, tokens, groups, scale, softcap, window,
+    query_b, query_h, query_t, key_b, key_g, value_b, value_g, ratio, tokens, groups, scale, softcap, window, magic,
     SIZE: tl.constexpr, SIZE_V: tl.constexpr, ROW: tl.constexpr, ROW_V: tl.constexpr, BITS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, POWER: tl.constexpr, ROOT: tl.constexpr,
     PRECISION: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -99,12 +140,12 @@ def split_keys(
                             other=0.0)  # fmt: skip
             k_scale = k_scale.to(tl.float32)
             k_low = k_low.to(tl.float32) + 8.0 * k_scale  # codes are taken from their middle: less to cancel
-            scores = product(q_low, ((k & 15).to(tl.float32) - 8.0).to(q.dtype), zero, PRECISION)
-            scores = product(q_high, ((k >> 4).to(tl.float32) - 8.0).to(q.dtype), scores, PRECISION)
+            scores = product(q_low, _codes(k, magic, False, 4, q.dtype), zero, PRECISION)
+            scores = product(q_high, _codes(k, magic, True, 4, q.dtype), scores, PRECISION)
             scores = scores * k_scale[None, :] + q_sum[:, None] * k_low[None, :]
         elif BITS == 8:
             k_scale = tl.load(key_halves + columns.to(tl.int64) * (ROW // 2) + SIZE // 2, mask=is_column, other=0.0)
-            scores = product(q, k.to(tl.float32).to(q.dtype), zero, PRECISION) * k_scale.to(tl.float32)[None, :]
+            scores = product(q, _codes(k, magic, False, 8, q.dtype), zero, PRECISION) * k_scale.to(tl.float32)[None, :]
         else:
             scores = product(q, k, zero, PRECISION)
         scores = scores * scale
@@ -135,15 +176,13 @@ def split_keys(
             v_low = v_low.to(tl.float32) + 8.0 * v_scale
             lows = lows * factor + tl.sum(weights * v_low[None, :], axis=1)
             scaled = (weights * v_scale[None, :]).to(q.dtype)
-            total = product(scaled, ((v & 15).to(tl.float32) - 8.0).to(q.dtype), total, PRECISION)
-            total_high = product(
-                scaled, ((v >> 4).to(tl.float32) - 8.0).to(q.dtype), total_high * factor[:, None], PRECISION
-            )
+            total = product(scaled, _codes(v, magic, False, 4, q.dtype), total, PRECISION)
+            total_high = product(scaled, _codes(v, magic, True, 4, q.dtype), total_high * factor[:, None], PRECISION)
         elif BITS == 8:
             v_scale = tl.load(value_halves + columns.to(tl.int64) * (ROW_V // 2) + SIZE_V // 2, mask=is_column,
                               other=0.0)  # fmt: skip
             scaled = (weights * v_scale.to(tl.float32)[None, :]).to(q.dtype)
-            total = product(scaled, v.to(tl.float32).to(q.dtype), total, PRECISION)
+            total = product(scaled, _codes(v, magic, False, 8, q.dtype), total, PRECISION)
         else:
             total = product(weights.to(v.dtype), v, total, PRECISION)
         top = new

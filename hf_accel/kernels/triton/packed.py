@@ -27,6 +27,7 @@ MAX_ROWS = 32
 MAX_PARTS = 3
 BITS = (8, 4, 2)
 _WORDS = {8: torch.int16, 4: torch.int32, 2: torch.int32}
+_TOP = 0x3F000000  # see `packed_codes.read_codes`
 _FP4 = 4 + 16  # the number that stands for MXFP4 in kernels, beside bits
 # activations that one load brings, as integers, by whether they are to be read one by one, and are two per word
 _TOGETHER = {(True, True): (1, None), (True, False): (1, None), (False, True): (2, torch.int32),
@@ -91,7 +92,7 @@ def _launched(
     per_program = config["BLOCK_N"]
     programs = -(-width // per_program) if activation else sum(-(-size // per_program) for size in sizes)
     arguments = (x, *codes, *(weight.scales for weight in kept), *offsets, *added,
-                 x if residual is None else residual, y, *counts, residual_scale)  # fmt: skip
+                 x if residual is None else residual, y, *counts, residual_scale, _TOP)  # fmt: skip
     constants: dict[str, Any] = {
         "K": inner,
         "GROUP": group,
@@ -109,7 +110,8 @@ def _launched(
         if integers is not None:
             arguments = (x.view(-1).view(integers), *arguments[1:])
         constants["IN_GROUP"] = min(config["BLOCK_J"], max(1, (group & -group) // _columns(number)))
-        one_row[(programs,)](*arguments, **constants, **config)
+        at_once = min(4, triton.next_power_of_2(rows))
+        one_row[(-(-rows // at_once), programs)](*arguments, rows, width, **constants, ROWS=at_once, **config)
     else:
         precision = "ieee" if x.dtype is torch.float32 else "tf32"
         few_rows[(programs,)](
@@ -152,7 +154,15 @@ def defaults(rows: int, width: int, inner: int, group: int, number: int) -> tuni
     """Return the configuration that runs untuned."""
     words = triton.next_power_of_2(-(-inner // QUANTUM) * QUANTUM // _columns(number))
     if rows == 1:
-        return {"BLOCK_N": LANES, "BLOCK_J": min(256, words), "STAGES": 1, "num_warps": 8}
+        warps = 8 if width < 8192 else 4
+        return {
+            "BLOCK_N": LANES,
+            "BLOCK_J": min((64 if number == 8 else 32) * warps, words),
+            "STAGES": 3,
+            "num_warps": warps,
+        }
+    if rows <= 8:
+        return {"BLOCK_N": LANES, "BLOCK_J": min(64, words), "STAGES": 3, "num_warps": 4}
     return {"BLOCK_N": 32, "BLOCK_K": _block(group, 128), "num_warps": 4, "num_stages": 5}
 
 
@@ -165,21 +175,13 @@ def candidates(rows: int, inner: int, group: int, number: int) -> list[tuning.Co
     """Return the configurations that tuning tries."""
     words = triton.next_power_of_2(-(-inner // QUANTUM) * QUANTUM // _columns(number))
     found: list[tuning.Config] = []
-    if rows == 1:
+    few = [(32, 2, 3), (32, 4, 3), (64, 4, 1), (64, 4, 3), (128, 8, 3)]
+    one = [(64, 4, 1), (64, 2, 4), (128, 4, 1), (128, 4, 3), (128, 8, 1), (256, 4, 1), (256, 8, 1), (256, 8, 3),
+           (512, 8, 1), (512, 16, 1)]  # fmt: skip
+    if rows <= 16:
         found += [
             {"BLOCK_N": LANES, "BLOCK_J": j, "STAGES": stages, "num_warps": warps}
-            for j, warps, stages in (
-                (64, 4, 1),
-                (64, 2, 4),
-                (128, 4, 1),
-                (128, 4, 3),
-                (128, 8, 1),
-                (256, 4, 1),
-                (256, 8, 1),
-                (256, 8, 3),
-                (512, 8, 1),
-                (512, 16, 1),
-            )
+            for j, warps, stages in (one if rows == 1 else few)
             if j <= words
         ]
     found += [
