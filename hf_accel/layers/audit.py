@@ -123,7 +123,7 @@ def _is_same(kept: Any, parts: list[tuple[str, list[torch.Tensor]]]) -> bool:
 
 
 def record(anatomy: Anatomy, length: int = TOKENS) -> dict[int, RecordedLayer]:
-    """Run the decoder once on two rows of random tokens; return what each described layer was given and returned, by its index."""
+    """Run the decoder once on two rows of random tokens; return what each layer was given and returned, by index."""
     records: dict[int, RecordedLayer] = {}
     model = twin(anatomy.model)
     blocks = anatomy.blocks if model is anatomy.model else Anatomy.of(model).blocks

@@ -1,7 +1,7 @@
 """Up to how many rows a decoder layer is faster natively than by its own forward: a short trial per shape of layer.
 
 Of few rows it always is. Of many, ATen's products read weights as well as ours do, and the arithmetic decides: it is
-our kernels against oneDNN's and MKL's on this machine, on what is around them in a layer, and on its size. Cost: at most
+our kernels against oneDNN's and MKL's on this machine, with what is around them in a layer of this size. Cost: at most
 about half a second per shape of layer, once per process.
 """
 
@@ -64,7 +64,8 @@ def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> in
 def tried_rows(few: int, key: Any, pairs: Sequence[tuple[Callable[[], RecordedLayer], Replacement]]) -> int:
     """Return `rows_that_pay` for layers of one shape, remembered under `key`.
 
-    pairs: what returns the record of a layer of the shape, and its native call. They take turns, so that weights come from where they do in a model.
+    pairs: what returns the record of a layer of the shape, and its native call. Layers take turns, so that weights
+        come from where they do in a model.
     """
     key = (few, key, native.status().isa, torch.get_num_threads())
     if key not in _known:
