@@ -2,7 +2,7 @@
 
 Of few rows it always is. Of many, ATen's products read weights as well as ours do, and the arithmetic decides: it is
 our kernels against oneDNN's and MKL's on this machine, with what is around them in a layer of this size. Cost: at most
-about half a second per shape of layer, once per process.
+about a second and a half per shape of layer, once per process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.layers.audit import RecordedLayer, Replacement
 
-SIZES = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-ROUNDS = 4
-BUDGET_S = 0.5
+SIZES = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+ROUNDS = 3
+BUDGET_S = 1.5
 MARGIN = 0.95  # of the time of the layer's own forward: less is a gain that noise cannot have made
 _known: dict[Any, int] = {}
 
@@ -55,8 +55,9 @@ def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> in
         if ours > MARGIN * own:
             break
         most = rows
-        spent += ROUNDS * (own + ours)
-        if 3 * spent > BUDGET_S:  # the next size takes up to twice as long
+        took = (ROUNDS + 1) * (own + ours)
+        spent += took
+        if spent + 1.5 * took > BUDGET_S:  # of the next size
             break
     return most
 
