@@ -46,6 +46,8 @@ def steps_of(call: Call, speculation: Speculation | None, outputs: Any) -> Steps
 def obstacle_before_prompt(call: Call) -> str | None:
     """Return why a call is decoded one token at a time, None if drafts can be verified as far as is known yet."""
     config, cache, batch = call.generation_config, call.model_kwargs.get(CACHE), call.input_ids.shape[0]
+    if config.max_length is not None and config.max_length <= call.input_ids.shape[1] + 1:
+        return "a single token is asked for"
     if config.is_assistant:
         return "the model drafts for another one"
     if call.model.training:

@@ -1,9 +1,10 @@
-"""A whole decoder layer in one native call, for decoding steps and for prompts; of one with experts, its attention half.
+"""A whole decoder layer in one native call, for decoding steps and prompts; of one with experts, its attention half.
 
 Stock spends about 160 µs of Python and dispatch per layer and token (twenty operators); one call spends one. The
 weights stay where they are. The call does what the layer's own forward does, operation by operation and rounding by
 rounding; a layer is only replaced after both gave the same result here (`audit`), for as many rows as a `trial` shows
-to be faster, and any other call (hooks, gradients, adapters, foreign caches, more rows) goes to the layer's own forward.
+to be faster, and any other call (hooks, gradients, adapters, foreign caches, more rows) goes to the layer's own
+forward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Up to how many rows a decoder layer is faster natively than by its own forward: a short trial per shape of layer.
 
 Of few rows it always is. Of many, ATen's products read weights as well as ours do, and the arithmetic decides: it is
-our kernels against oneDNN's and MKL's on this machine, on what is around them in a layer, and on its size. Cost: at most
-about half a second per shape of layer, once per process.
+our kernels against oneDNN's and MKL's on this machine, with what is around them in a layer of this size. Cost: at most
+about a second and a half per shape of layer, once per process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.layers.audit import RecordedLayer, Replacement
 
-SIZES = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-ROUNDS = 4
-BUDGET_S = 0.5
+SIZES = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+ROUNDS = 3
+BUDGET_S = 1.5
 MARGIN = 0.95  # of the time of the layer's own forward: less is a gain that noise cannot have made
 _known: dict[Any, int] = {}
 
@@ -55,8 +55,9 @@ def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> in
         if ours > MARGIN * own:
             break
         most = rows
-        spent += ROUNDS * (own + ours)
-        if 3 * spent > BUDGET_S:  # the next size takes up to twice as long
+        took = (ROUNDS + 1) * (own + ours)
+        spent += took
+        if spent + 1.5 * took > BUDGET_S:  # of the next size
             break
     return most
 
@@ -64,7 +65,8 @@ def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> in
 def tried_rows(few: int, key: Any, pairs: Sequence[tuple[Callable[[], RecordedLayer], Replacement]]) -> int:
     """Return `rows_that_pay` for layers of one shape, remembered under `key`.
 
-    pairs: what returns the record of a layer of the shape, and its native call. They take turns, so that weights come from where they do in a model.
+    pairs: what returns the record of a layer of the shape, and its native call. Layers take turns, so that weights
+        come from where they do in a model.
     """
     key = (few, key, native.status().isa, torch.get_num_threads())
     if key not in _known:

@@ -1,4 +1,4 @@
-"""Prompts through the native decoder layer: any number of rows, in passes, against transformers' layers and shorter calls."""
+"""Prompts through the native decoder layer, in passes, against transformers' layers and against shorter calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status(
 # 32 columns are what pairs of bf16 need to meet many rows at a time; 60 are none of them
 WIDE = replace(SMALL, hidden=96, heads=4, kv_heads=2, head_dim=16, inner=160)
 SIZES = [31, 32, 33, 64, 65, 129, 200]
-# of fp32 the order of sums; in 16 bits a flipped rounding, and weights of the attention that are rounded before they are summed
+# of fp32 the order of sums; in 16 bits a flipped rounding, and attention weights rounded before they are summed
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 # a last bit may send a rounded number to the next code: of what products read, of keys and of values
 ROUNDED = {8: 1e-3, 4: 3e-2, 3: 3e-2}
@@ -87,7 +87,7 @@ def packed(block: NativeBlock, bits: int) -> NativeBlock:
 @pytest.mark.parametrize("bits, cached", [(None, None), (8, None), (4, None), (3, None), (None, 8), (None, 4), (4, 8)])
 @torch.no_grad()
 def test_equals_calls_of_a_few_rows(isa: str, bits: int | None, cached: int | None, dtype: torch.dtype) -> None:
-    """At every boundary of groups, lanes and passes; what single tokens give is compared with transformers elsewhere."""
+    """At boundaries of groups, lanes and passes; what few rows give is compared with transformers elsewhere."""
     block = random_block(WIDE, dtype, bias=True, head_norms=True)
     block = block if bits is None else packed(block, bits)
     for tokens in SIZES:

@@ -121,8 +121,8 @@ class NativeBlock:
         MAX_ROWS rows and, on AMX, a single one have their products summed in other orders.
         Of an attention half: the residual and what the feed-forward part reads, [B, T, E] each.
         None: a score of the attention is not finite, so that PyTorch's result depends on which attention runs; or there
-        are more than MAX_ROWS rows with an additive mask, with row_past, or with a mask that shows a row what comes more
-        than a pass later.
+        are more than MAX_ROWS rows with an additive mask, with row_past, or with a mask that shows a row what a later
+        pass computes.
         Raises: ValueError when sizes are out of range.
         """
         batch, tokens, _ = hidden.shape

@@ -79,8 +79,9 @@ typedef struct {
     float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
     const hfa_prompt_kernels *prompt;
     /* NULL, or for dense weights and blocks of HFA_MAX_ROWS rows of x, see lanes_body.h: out[n][HFA_MAX_ROWS] for n < rows of W, whose
-     * stride is in words, as many as prompt->pairs says. is_first: the block is the first that these rows of W meet. */
-    void (*lanes)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int is_first, float *out);
+     * stride is in words, as many as prompt->pairs says; of the lanes the first m are wanted. is_first: the block is the first that
+     * these rows of W meet. */
+    void (*lanes)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int m, int is_first, float *out);
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

@@ -52,12 +52,13 @@ static void pack_lanes(const hfa_kernels *kernels, const float *rows, int64_t st
     }
 }
 
-/* acc[m * HFA_TILE + n] as hfa_product_tile, for all HFA_MAX_ROWS lanes */
-static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const void *x, int is_first, float *acc) {
+/* acc[m * HFA_TILE + n] as hfa_product_tile */
+static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const void *x, int m, int is_first, float *acc) {
     float sums[HFA_TILE * HFA_MAX_ROWS];
     int64_t each = kernels->prompt->pairs ? 2 : 1;
-    kernels->lanes((const char *)w->weight + row * w->stride * kernels->element, w->stride / each, rows, w->inner / each, x, is_first, sums);
-    kernels->prompt->transpose(sums, HFA_MAX_ROWS, rows, HFA_MAX_ROWS, acc, HFA_TILE);
+    kernels->lanes((const char *)w->weight + row * w->stride * kernels->element, w->stride / each, rows, w->inner / each, x, m,
+                   is_first, sums);
+    kernels->prompt->transpose(sums, HFA_MAX_ROWS, rows, m, acc, HFA_TILE);
 }
 
 size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, hfa_activations *x) {
@@ -97,7 +98,7 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
     if (w->format != HFA_DENSE)
         kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_TILE);
     else if (x->lanes)
-        dot_lanes(kernels, w, row, rows, rows_from(kernels, x, HFA_DENSE, w->inner, m0), !m0, acc);
+        dot_lanes(kernels, w, row, rows, rows_from(kernels, x, HFA_DENSE, w->inner, m0), m, !m0, acc);
     else
         for (int i = 0; i < m; i += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
             kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,

@@ -264,8 +264,8 @@ static void prompt_weigh(const void *values, int64_t stride, int64_t n, int64_t 
 }
 
 /* Products of blocks of 32 rows of x, see lanes_body.h: two tiles of W against two of x, so that each load serves two products. */
-HFA_INLINE void lanes_tiles(const uint32_t *w, int64_t stride, int rows, int64_t words, const uint32_t *x, int64_t ahead, int adds, float *out) {
-    const int two = rows > 16;
+HFA_INLINE void lanes_tiles(const uint32_t *w, int64_t stride, int rows, int64_t words, const uint32_t *x, int m, int64_t ahead, int adds, float *out) {
+    const int two = rows > 16, both = m > 16;
     if (adds) {
         publish(out);
         _tile_loadd(0, out, LINE);
@@ -285,12 +285,14 @@ HFA_INLINE void lanes_tiles(const uint32_t *w, int64_t stride, int rows, int64_t
         _tile_loadd(4, w, stride * 4);
         _tile_loadd(6, x, LINE);
         _tile_dpbf16ps(0, 4, 6);
+        if (two) {
+            _tile_loadd(5, w + 16 * stride, stride * 4);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if (!both) continue;
         _tile_loadd(7, x + 16, LINE);
         _tile_dpbf16ps(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, w + 16 * stride, stride * 4);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (two) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, out, LINE);
     _tile_stored(1, out + 16, LINE);
@@ -301,7 +303,7 @@ HFA_INLINE void lanes_tiles(const uint32_t *w, int64_t stride, int rows, int64_t
     publish(out);
 }
 
-static void lanes(const void *weight, int64_t stride, int64_t rows, int64_t words, const void *packed, int is_first, float *out) {
+static void lanes(const void *weight, int64_t stride, int64_t rows, int64_t words, const void *packed, int m, int is_first, float *out) {
     int64_t whole = rows / 16 * 16;
     publish(weight);
     for (int part = 0; part < 2; part++) { /* whole tiles, then the rest of the rows */
@@ -320,10 +322,9 @@ static void lanes(const void *weight, int64_t stride, int64_t rows, int64_t word
             int64_t some = words - i < HFA_SECTION ? words - i : HFA_SECTION, ahead = is_first ? rows * stride : 0;
             const uint32_t *w = (const uint32_t *)weight + i, *x = (const uint32_t *)packed + i * BLOCK;
             for (int64_t n = from; n < to;) {
-                int both = to - n >= 32;
-                if (both) lanes_tiles(w + n * stride, stride, 32, some, x, ahead, i > 0, out + n * BLOCK);
-                else lanes_tiles(w + n * stride, stride, (int)(part ? to - n : 16), some, x, ahead, i > 0, out + n * BLOCK);
-                n += both ? 32 : 16;
+                int together = to - n >= 32 ? 32 : part ? (int)(to - n) : 16;
+                lanes_tiles(w + n * stride, stride, together, some, x, m, ahead, i > 0, out + n * BLOCK);
+                n += together;
             }
         }
     }
