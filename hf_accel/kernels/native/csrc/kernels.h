@@ -17,8 +17,9 @@
 #define HFA_PIECE 256 /* positions of K and V per attention task: 64 KB at D = 64 in 16 bits */
 #define HFA_PANEL_ROWS 60 /* rows of W that go over a panel of x: a multiple of 2, 3 and 4 */
 
-#define HFA_STRETCH 256  /* positions of K and V that a block of queries of a prompt meets together */
-#define HFA_STRIP 32  /* ... that lie together where operands are pairs: a tile is made of whole strips */
+#define HFA_STRETCH 1024 /* positions of K and V that are made ready for all queries of a task: they stay in L2 */
+#define HFA_SPAN 128  /* ... that a block of queries meets together, at most: with their scores they stay in L1 */
+#define HFA_STRIP 32  /* ... that lie together where operands are pairs: spans are whole strips */
 /* Attention of many queries, see prompt_body.h and drivers/prompt.c. */
 typedef struct {
     int block; /* queries that go together, one in a lane */
@@ -27,10 +28,11 @@ typedef struct {
     void (*end)(void);
     void (*transpose)(const void *words, int64_t stride, int64_t rows, int64_t columns, void *out, int64_t to_stride);
     void (*read_codes)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, float *out, int64_t ldo);
+    void (*read_codes_bf16)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, uint16_t *out, int64_t ldo);
     void (*pair_values)(const void *values, int64_t stride, int64_t n, int64_t d, void *out);
     void (*scores)(const void *keys, int64_t stride, int64_t n, int64_t words, const void *queries, float *scores);
     void (*softmax)(float *scores, int64_t n, float scale, float softcap, const float *first, const float *last, const float *hidden,
-                    float *max, float *sum, float *keep);
+                    float *max, float *sum, float *keep, void *weights);
     void (*weigh)(const void *values, int64_t stride, int64_t n, int64_t d, const void *weights, const float *keep, float *out);
 } hfa_prompt_kernels;
 

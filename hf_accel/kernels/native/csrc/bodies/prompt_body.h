@@ -127,6 +127,39 @@ static void ON(scores)(const void *keys, int64_t stride, int64_t n, int64_t word
 #undef SCORES
 
 #if PAIRS
+/* n rows of a quantized cache as bf16 [n][ldo], keys as they are turned; elements beyond d are zero. Codes of four bits are looked
+ * up in a table of what they stand for. */
+static void read_codes_bf16(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, uint16_t *out, int64_t ldo) {
+    const uint8_t *row = rows;
+    __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t j = 0; j < n; j++, row += stride, out += ldo) {
+        uint16_t ends[2];
+        int64_t bytes = hfa_code_bytes(format, d);
+        memcpy(ends, row + bytes, format == HFA_INT8 ? 2 : 4);
+        __m512 scale = _mm512_set1_ps(bf16_to_f32(ends[0]));
+        __m512i table = _mm512_setzero_si512();
+        if (format == HFA_INT4) {
+            __m512 values = _mm512_add_ps(_mm512_mul_ps(numbers, scale), _mm512_set1_ps(bf16_to_f32(ends[1])));
+            table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(values));
+        }
+        for (int64_t i = 0; i < bytes; i += 32) {
+            __mmask32 inside = bytes - i < 32 ? ((__mmask32)1 << (bytes - i)) - 1 : 0xffffffffu;
+            __m256i codes = _mm256_maskz_loadu_epi8(inside, row + i);
+            if (format == HFA_INT8) {
+                __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+                __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+                _mm512_mask_storeu_epi16(out + i, inside, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, scale), _mm512_mul_ps(a, scale)));
+            } else {
+                __m512i wide = _mm512_cvtepu8_epi16(codes); /* of an index, five bits count */
+                __m512i low = _mm512_and_si512(wide, _mm512_set1_epi16(15)), high = _mm512_srli_epi16(wide, 4);
+                _mm512_mask_storeu_epi16(out + i, inside, _mm512_permutexvar_epi16(low, table));
+                _mm512_mask_storeu_epi16(out + d / 2 + i, inside, _mm512_permutexvar_epi16(high, table));
+            }
+        }
+        if (ldo > d) memset(out + d, 0, (size_t)(ldo - d) * 2);
+    }
+}
+
 /* n <= HFA_STRIP values [n][d] with a stride in bytes to [d][pairs of positions]; what is missing is zero */
 static void pair_values(const void *values, int64_t stride, int64_t n, int64_t d, void *out) {
     const char *from = values;
@@ -184,98 +217,12 @@ static void ON(weigh)(const void *values, int64_t stride, int64_t n, int64_t d, 
 }
 #undef WEIGH
 
-#if PAIRS
-/* 2^x; bf16 weights have 8 bits, and this is within 9e-5: a minimax polynomial over [0, 1) that is 1 at 0, so that -inf gives 0 */
-HFA_INLINE vf rough_exp2(vf x) {
-    vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    vf p = vf_fma(vf_set1(0.0770672f), f, vf_set1(0.22764482f));
-    p = vf_fma(p, f, vf_set1(0.69511682f));
-    return _mm512_scalef_ps(vf_fma(p, f, vf_set1(1.0f)), x);
-}
-/* rounded to nearest, ties away from zero: one instruction less than to even */
-HFA_INLINE vf paired(vf even, vf odd) {
-    __m512i half = _mm512_set1_epi32(0x8000);
-    __m512i a = _mm512_add_epi32(_mm512_castps_si512(even), half), b = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a, 16), b));
-}
-#endif
-
-/* Scores [n][BLOCK] to weights exp(score - max) in their place (in pairs: [n / 2][BLOCK], n even) and, of every query, the new
- * maximum, the new sum of weights and `keep`, by which what was summed before is to be multiplied. Not visible are positions
- * outside of first[query] .. last[query] (NULL: all are visible) and those where hidden[n][BLOCK] (or NULL) is below zero.
- * scale > 0. */
-static void ON(softmax)(float *scores, int64_t n, float scale, float softcap, const float *first, const float *last,
-                        const float *hidden, float *max, float *sum, float *keep) {
-    vf none = vf_set1(-INFINITY), zero = vf_set1(0.0f);
-    if (softcap > 0.0f) {
-        vf cap = vf_set1(softcap), k = vf_set1(scale / softcap);
-        for (int64_t i = 0; i < n * BLOCK; i += VW) vf_store(scores + i, vf_mul(cap, vf_tanh(vf_mul(vf_load(scores + i), k))));
-        scale = 1.0f;
-    }
-    if (first || hidden)
-        for (int64_t j = 0; j < n; j++)
-            for (int v = 0; v < PROMPT_VECTORS; v++) {
-                vf s = vf_load(scores + j * BLOCK + v * VW), at = vf_set1((float)j);
-                if (first) {
-                    s = vf_select_lt(at, vf_load(first + v * VW), none, s);
-                    s = vf_select_lt(vf_load(last + v * VW), at, none, s);
-                }
-                if (hidden) s = vf_select_lt(vf_load(hidden + j * BLOCK + v * VW), zero, none, s);
-                vf_store(scores + j * BLOCK + v * VW, s);
-            }
-    vf top[PROMPT_VECTORS], shift[PROMPT_VECTORS], total[2][PROMPT_VECTORS];
-    for (int v = 0; v < PROMPT_VECTORS; v++) {
-        vf part[4] = {none, none, none, none};
-        int64_t j = 0;
-        for (; j + 4 <= n; j += 4)
-            for (int i = 0; i < 4; i++) part[i] = vf_max(part[i], vf_load(scores + (j + i) * BLOCK + v * VW));
-        for (; j < n; j++) part[0] = vf_max(part[0], vf_load(scores + j * BLOCK + v * VW));
-        vf before = vf_load(max + v * VW);
-        top[v] = vf_max(before, vf_max(vf_max(part[0], part[1]), vf_max(part[2], part[3])));
-        vf_store(max + v * VW, top[v]);
-        /* nothing visible so far: whatever is subtracted from -inf */
-        shift[v] = vf_select_lt(none, top[v], top[v], vf_select_lt(top[v], vf_set1(INFINITY), zero, top[v]));
-#if PAIRS
-        vf k = vf_set1(scale * 1.44269504088896341f);
-        shift[v] = vf_mul(shift[v], k);
-        vf_store(keep + v * VW, rough_exp2(vf_sub(vf_mul(before, k), shift[v])));
-#else
-        shift[v] = vf_mul(shift[v], vf_set1(scale));
-        vf_store(keep + v * VW, vf_exp(vf_sub(vf_mul(before, vf_set1(scale)), shift[v])));
-#endif
-        total[0][v] = total[1][v] = zero;
-    }
-#if PAIRS
-    vf k = vf_set1(scale * 1.44269504088896341f);
-    for (int64_t j = 0; j < n; j += 2)
-        UNROLL(4)
-        for (int v = 0; v < PROMPT_VECTORS; v++) {
-            vf a = rough_exp2(_mm512_fmsub_ps(vf_load(scores + j * BLOCK + v * VW), k, shift[v]));
-            vf b = rough_exp2(_mm512_fmsub_ps(vf_load(scores + (j + 1) * BLOCK + v * VW), k, shift[v]));
-            total[0][v] = vf_add(total[0][v], a);
-            total[1][v] = vf_add(total[1][v], b);
-            vf_store(scores + j / 2 * BLOCK + v * VW, paired(a, b));
-        }
-#else
-    vf k = vf_set1(scale);
-    for (int64_t j = 0; j < n; j++)
-        UNROLL(4)
-        for (int v = 0; v < PROMPT_VECTORS; v++) {
-            vf e = vf_exp(vf_sub(vf_mul(vf_load(scores + j * BLOCK + v * VW), k), shift[v]));
-            total[j & 1][v] = vf_add(total[j & 1][v], e);
-            vf_store(scores + j * BLOCK + v * VW, e);
-        }
-#endif
-    for (int v = 0; v < PROMPT_VECTORS; v++) {
-        float *to = sum + v * VW;
-        vf_store(to, vf_fma(vf_load(to), vf_load(keep + v * VW), vf_add(total[0][v], total[1][v])));
-    }
-}
+#include "bodies/softmax_body.h"
 
 static const hfa_prompt_kernels ON(prompt) = {.block = BLOCK, .pairs = PAIRS, .scores = ON(scores), .softmax = ON(softmax), .weigh = ON(weigh),
                                               .transpose = transpose_words, .read_codes = read_codes,
 #if PAIRS
-                                              .pair_values = pair_values,
+                                              .pair_values = pair_values, .read_codes_bf16 = read_codes_bf16,
 #endif
 };
 #undef PAIRS

@@ -28,10 +28,10 @@ typedef struct {
 } run;
 
 /* What a thread works with. queries [blocks][words][block], sums [blocks][columns][block]; max, sum [rows];
- * first, last: limits of a block's queries; keys [stretch][depth], values: see hfa_prompt_kernels; scores [stretch][block]. */
+ * first, last: limits of a block's queries; keys [stretch][depth], values: see hfa_prompt_kernels; scores, weights [span][block]. */
 typedef struct {
     char *queries, *keys, *values;
-    float *sums, *max, *sum, *scores, *hidden, *line, *keep, *first, *last;
+    float *sums, *max, *sum, *scores, *weights, *hidden, *line, *keep, *first, *last;
 } room;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -40,14 +40,15 @@ static int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * s
 
 static size_t lay_out(const run *r, char *memory, room *m) {
     size_t at = 0, block = (size_t)r->inner->block, rows = (size_t)r->rows, widest = (size_t)most(r->call->key_dim, r->columns);
-    size_t line = block * (size_t)most((int64_t)widest, HFA_STRETCH);
+    size_t line = block * (size_t)most((int64_t)widest, HFA_SPAN);
 #define PLACE(field, size) do { if (m) m->field = (void *)(memory + at); at += ((size_t)(size) + 63) / 64 * 64; } while (0)
     PLACE(queries, rows * (size_t)r->words * 4);
     PLACE(sums, rows * (size_t)r->columns * 4);
     PLACE(max, rows * 4);
     PLACE(sum, rows * 4);
-    PLACE(scores, HFA_STRETCH * block * 4);
-    PLACE(hidden, HFA_STRETCH * block * 4);
+    PLACE(scores, HFA_SPAN * block * 4);
+    PLACE(weights, HFA_SPAN * block * 4);
+    PLACE(hidden, HFA_SPAN * block * 4);
     PLACE(keys, (size_t)(HFA_STRETCH * r->depth * 4));
     PLACE(values, (size_t)(HFA_STRETCH * r->columns * 4));
     PLACE(line, line * 4);
@@ -100,17 +101,15 @@ typedef struct { const char *keys, *values; int64_t key_stride, value_stride; } 
 /* n positions from `rows` on as operands with `depth` elements a row, as they are or decoded; missing elements are zero */
 static void stage_rows(const run *r, const char *rows, int64_t stride, int64_t n, int64_t d, int64_t depth, char *to) {
     int64_t size = r->inner->pairs ? 2 : 4;
-    float x[HFA_MAX_HEAD_DIM];
+    if (r->call->format != HFA_DENSE) {
+        if (r->inner->pairs) r->inner->read_codes_bf16(r->call->format, rows, stride, n, d, (uint16_t *)(void *)to, depth);
+        else r->inner->read_codes(r->call->format, rows, stride, n, d, (float *)(void *)to, depth);
+        return;
+    }
     for (int64_t j = 0; j < n; j++, rows += stride, to += depth * size) {
-        if (r->call->format != HFA_DENSE) {
-            r->inner->read_codes(r->call->format, rows, stride, 1, d, r->inner->pairs ? x : (float *)(void *)to, d);
-            if (r->inner->pairs) r->kernels->store(x, to, d);
-        } else if (r->inner->pairs) {
-            memcpy(to, rows, (size_t)d * 2);
-        } else {
-            r->kernels->load(rows, (float *)(void *)to, d);
-        }
-        memset(to + d * size, 0, (size_t)((depth - d) * size));
+        if (r->inner->pairs) memcpy(to, rows, (size_t)d * 2);
+        else r->kernels->load(rows, (float *)(void *)to, d);
+        if (depth > d) memset(to + d * size, 0, (size_t)((depth - d) * size));
     }
 }
 
@@ -176,30 +175,37 @@ static int hide(const run *r, const task *t, int64_t first, int64_t count, int64
     return some;
 }
 
-/* a block of queries, rows `first`..: positions of the stretch at column `at` that are ready up to `ready` */
-static void attend_block(const run *r, const task *t, int64_t from, int64_t at, int64_t ready, const stage *s, const room *m) {
+/* The block of the task's row `row`: positions [low, high) of the stretch at column `at`. */
+static void attend_span(const run *r, const task *t, int64_t row, int64_t at, int64_t low, int64_t high, const stage *ready, const room *m) {
     const hfa_prompt_call *call = r->call;
     const hfa_prompt_kernels *inner = r->inner;
-    int64_t block = inner->block, first = t->first + from, count = least(block, t->count - from), low, high;
-    reach(r, t->head, first, count, &low, &high);
-    low = most(low - at, 0) / HFA_STRIP * HFA_STRIP;
-    high = least(high - at, HFA_STRETCH);
-    if (high <= low) return;
-    int64_t n = inner->pairs ? least(up_to(high - low, HFA_STRIP), ready - low) : high - low;
+    int64_t first = t->first + row, count = least(inner->block, t->count - row), n = high - low;
     int is_cut = 0, is_masked = call->mask ? hide(r, t, first, count, at + low, n, m) : 0;
-    if (is_masked < 0) return;
-    for (int64_t i = 0; i < block; i++) {
-        int64_t from_column, to_column;
-        limits(call, t->head / call->kv_heads, (first + least(i, count - 1)) / r->group, &from_column, &to_column);
-        m->first[i] = (float)most(from_column - at - low, 0);
-        m->last[i] = (float)most(least(to_column - at - low, n) - 1, -1);
-        is_cut |= from_column > at + low || to_column < at + low + n;
+    if (is_masked < 0) return; /* it hides all */
+    for (int64_t i = 0; i < inner->block; i++) {
+        int64_t from, to;
+        limits(call, t->head / call->kv_heads, (first + least(i, count - 1)) / r->group, &from, &to);
+        m->first[i] = (float)most(from - at - low, 0);
+        m->last[i] = (float)most(least(to - at - low, n) - 1, -1);
+        is_cut |= from > at + low || to < at + high;
     }
-    inner->scores(s->keys + low * s->key_stride, s->key_stride, n, r->words, m->queries + from * r->words * 4, m->scores);
+    inner->scores(ready->keys + low * ready->key_stride, ready->key_stride, n, r->words, m->queries + row * r->words * 4, m->scores);
     inner->softmax(m->scores, n, r->scale, (float)call->softcap, is_cut ? m->first : NULL, m->last, is_masked ? m->hidden : NULL,
-                   m->max + from, m->sum + from, m->keep);
-    const char *values = s->values + (inner->pairs ? low / HFA_STRIP * r->columns * 64 : low * s->value_stride);
-    inner->weigh(values, s->value_stride, n, inner->pairs ? r->columns : call->value_dim, m->scores, m->keep, m->sums + from * r->columns);
+                   m->max + row, m->sum + row, m->keep, m->weights);
+    const char *values = ready->values + (inner->pairs ? low / HFA_STRIP * r->columns * 64 : low * ready->value_stride);
+    inner->weigh(values, ready->value_stride, n, inner->pairs ? r->columns : call->value_dim, m->weights, m->keep, m->sums + row * r->columns);
+}
+
+/* The same over all positions that a query of the block sees, of those below `to` of the stretch. */
+static void attend_block(const run *r, const task *t, int64_t row, int64_t at, int64_t to, const stage *ready, const room *m) {
+    int64_t low, high;
+    reach(r, t->head, t->first + row, least(r->inner->block, t->count - row), &low, &high);
+    low = most(low - at, 0) / HFA_STRIP * HFA_STRIP;
+    high = least(r->inner->pairs ? up_to(high - at, HFA_STRIP) : high - at, to);
+    for (int64_t next; low < high; low = next) {
+        next = least((low / HFA_SPAN + 1) * HFA_SPAN, high);
+        attend_span(r, t, row, at, low, next, ready, m);
+    }
 }
 
 static void finish(const run *r, const task *t, const room *m) {
@@ -207,19 +213,26 @@ static void finish(const run *r, const task *t, const room *m) {
     int64_t b = t->head / call->kv_heads, g = t->head % call->kv_heads, block = r->inner->block, d = call->value_dim;
     float scale = call->softcap > 0.0 ? 1.0f : r->scale;
     for (int64_t from = 0; from < t->count; from += block) {
-        r->inner->transpose(m->sums + from * r->columns, block, r->columns, block, m->line, r->columns);
-        for (int64_t i = 0; i < least(block, t->count - from); i++) {
-            int64_t row = t->first + from + i, h = g * r->group + row % r->group, to = (b * call->tokens + row / r->group) * call->heads + h;
-            float *values = m->line + i * r->columns, top = m->max[from + i] * scale, sum = m->sum[from + i], by = 0.0f;
-            if (call->totals) call->totals[to] = sum == 0.0f ? -INFINITY : top + logf(sum);
-            if (sum != 0.0f) {
-                by = 1.0f / sum;
-                if (call->sinks) {
-                    float sink = call->sinks[h], highest = sink > top ? sink : top, own = expf(top - highest);
-                    by = own / (sum * own + expf(sink - highest));
-                }
+        int64_t count = least(block, t->count - from);
+        memset(m->keep, 0, (size_t)block * 4);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = t->first + from + i, h = g * r->group + row % r->group;
+            float top = m->max[from + i] * scale, sum = m->sum[from + i];
+            if (call->totals) call->totals[(b * call->tokens + row / r->group) * call->heads + h] = sum == 0.0f ? -INFINITY : top + logf(sum);
+            if (sum == 0.0f) continue; /* it saw nothing */
+            m->keep[i] = 1.0f / sum;
+            if (call->sinks) {
+                float sink = call->sinks[h], highest = sink > top ? sink : top, own = expf(top - highest);
+                m->keep[i] = own / (sum * own + expf(sink - highest));
             }
-            for (int64_t c = 0; c < d; c++) values[c] = sum == 0.0f ? 0.0f : values[c] * by;
+        }
+        float *sums = m->sums + from * r->columns;
+        r->inner->weigh(NULL, 0, 0, r->columns, NULL, m->keep, sums); /* nothing more: sums times 1 / sum of weights */
+        r->inner->transpose(sums, block, r->columns, block, m->line, r->columns);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = t->first + from + i, to = (b * call->tokens + row / r->group) * call->heads + g * r->group + row % r->group;
+            float *values = m->line + i * r->columns;
+            if (m->sum[from + i] == 0.0f) memset(values, 0, (size_t)d * 4); /* a hidden NaN times nothing */
             if (call->is_f32) memcpy((float *)call->out + to * d, values, (size_t)d * 4);
             else r->kernels->store(values, (char *)call->out + to * d * r->kernels->element, d);
         }
@@ -258,6 +271,14 @@ static int longest_first(const void *one, const void *other) {
     return a->head != b->head ? (a->head < b->head ? -1 : 1) : a->first < b->first ? -1 : 1;
 }
 
+/* Whether so many tasks are too few: each makes ready what it reads, so that they are as large as they can be. */
+static int is_uneven(const hfa_prompt_call *call, int64_t tasks, int64_t threads) {
+    int64_t rounds = (tasks + threads - 1) / threads;
+    int is_triangle = call->is_causal && call->tokens * 4 > call->positions; /* then tasks differ, and the last ones even them out */
+    if (threads == 1) return 0;
+    return rounds * threads * 8 > tasks * 9 || (is_triangle && rounds < 4);
+}
+
 int hfa_prompt(const hfa_prompt_call *call) {
     if (!call->query || !call->keys || !call->values || !call->out) return -1;
     if (call->batch < 1 || call->tokens < 1 || call->positions < 1 || (uint64_t)call->dtype >= HFA_DTYPES
@@ -274,9 +295,10 @@ int hfa_prompt(const hfa_prompt_call *call) {
     int64_t threads = most(least(call->threads, HFA_MAX_THREADS), 1), block = r.inner->block;
     int64_t heads = call->batch * call->kv_heads, queries = r.group * call->tokens;
     int64_t widest = most(MOST_BYTES / ((r.words + r.columns) * 4) / block, 1);
-    int64_t wanted = most(queries * heads / (threads * 6) / block, 1); /* six tasks for each thread, where there is enough to do */
-    r.rows = most(least(threads > 1 ? least(widest, wanted) : widest, up_to(queries, block) / block), 1) * block;
-    int64_t pieces = (queries + r.rows - 1) / r.rows;
+    int64_t blocks = up_to(queries, block) / block, pieces = (blocks + widest - 1) / widest;
+    while (pieces < blocks && is_uneven(call, heads * pieces, threads)) pieces++;
+    r.rows = (blocks + pieces - 1) / pieces * block;
+    pieces = (queries + r.rows - 1) / r.rows;
     r.bytes = (lay_out(&r, NULL, NULL) + 4095) / 4096 * 4096;
     r.count = heads * pieces;
     threads = least(threads, r.count);
