@@ -1,8 +1,8 @@
 """Attention over keys and values as a cache holds them: codes, parts that come one after the other, positions given up.
 
-Few queries read the codes natively, part by part; prompts, too, where all lies in one piece, else they decode a part
-at a time. Results of parts are merged by their softmax statistics (Milakov and Gimelshein 2018, arXiv:1805.02867).
-Cost: what is held, read once, and for many queries one decoded part.
+Few queries read the codes natively, part by part; prompts, too, with a kernel of their own. Where that kernel cannot
+be had, prompts decode a part at a time. Results of parts are merged by their softmax statistics (Milakov and
+Gimelshein 2018, arXiv:1805.02867). Cost: what is held, read once.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ def held_attention(
     scale = size**-0.5 if scale is None else scale
     if (output := _at_once(query, held, mask, scale, softcap, is_causal)) is not None:
         return output
+    is_native = _is_native(query, held)
+    few = tokens <= MAX_QUERIES and is_native
+    is_causal = mask is None and held.visible is None and tokens > 1 and is_causal is not False
     if held.visible is not None:
         mask = _own_mask(held.visible, query.shape[1], tokens)
-    elif mask is None and tokens > 1 and is_causal is not False:
+    elif is_causal and (few or not is_native):
         mask = _causal(tokens, held.shape[2], query.device)
     elif mask is not None and mask.dtype is not torch.bool:
         # a summand: 0 or the least number of the dtype
         mask = mask == 0
-    few = tokens <= MAX_QUERIES and _is_native(query, held)
-    if few and query.stride(3) != 1:
+    if is_native and query.stride(3) != 1:
         query = query.contiguous()
     state: AttentionState | None = None
     at = 0
@@ -51,14 +53,20 @@ def held_attention(
         if not positions:
             continue
         visible = None if mask is None else mask[..., at : at + positions]
-        at += positions
         if few:
             state = native.attend(
                 query, keys, values, held.sizes, scale=scale, softcap=softcap, mask=visible, bits=held.bits, state=state
             )
+        elif is_native:
+            part = native.prompt_state(
+                query, keys, values, held.sizes, past=held.shape[2] - tokens - at, scale=scale, softcap=softcap,
+                is_causal=is_causal, mask=visible, bits=held.bits,
+            )  # fmt: skip
+            state = part if state is None else state.merge(part)
         else:
             k, v = held.decoded((keys, values))
             state = partial_attention(query, k, v, visible, scale, softcap, state)
+        at += positions
     if state is None:
         return query.new_zeros((*query.shape[:3], held.sizes[1]))
     output = state.result(query.dtype)
