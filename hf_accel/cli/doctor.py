@@ -22,7 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime"),
     "bench": ("psutil",),
     "plot": ("matplotlib",),
-    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "peft", "ruff", "mypy"),
+    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "triton", "peft", "ruff", "mypy"),
 }
 
 
