@@ -16,6 +16,7 @@ from hf_accel.measure import Machine, read_bandwidth, versions
 
 # distributions that each extra of hf-accel brings, as in pyproject.toml (a test compares)
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "gpu": ("triton",),
     "flash": ("flash-attn",),
     "gptq": ("gptqmodel", "optimum"),
     "peft": ("peft",),

@@ -38,7 +38,7 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
         test_triton_products.test_packed_rows_of_odd_length,
     ),
     "attention": (
-        result(attention, "decode_attention", lambda y: y * 1.0001),
+        result(attention, "decode_attention", lambda y: y * 1.1),
         test_triton_attention.test_equals_its_twin,
     ),
     "norms": (

@@ -76,6 +76,7 @@ def split_keys(
     PRECISION: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Attention of a tile of queries over one split of the columns of one row and group; see `decode_attention`."""
     split = tl.program_id(0)
     group = tl.program_id(1) // TILES
     batch = tl.program_id(2)
@@ -213,6 +214,7 @@ def merge(
     partial, tops, sums, sinks, out, tokens, query_heads,
     SIZE_V: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
+    """Attention of one query from its splits (Milakov and Gimelshein 2018, arXiv:1805.02867, eq. 4), and the sink."""
     place = tl.program_id(0)  # (row, head, token)
     token = place % tokens
     head = place // tokens % query_heads

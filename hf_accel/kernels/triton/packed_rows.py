@@ -122,6 +122,7 @@ def one_row(
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, IN_GROUP: tl.constexpr, TOGETHER: tl.constexpr,
     DTYPE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Products of 1, 2 or 4 rows of activations with BLOCK_N rows of weights, without tensor cores."""
     input = tl.program_id(0) * ROWS  # programs that read the same weights follow one another
     program = tl.program_id(1)
     c, s, o, bias, n, base, row = c0, s0, o0, b0, n0, 0, program * BLOCK_N
@@ -208,6 +209,7 @@ def few_rows(
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Products of up to BLOCK_M rows of activations with BLOCK_N rows of weights, by tensor cores."""
     program = tl.program_id(0)
     c, s, o, bias, n, base, row = c0, s0, o0, b0, n0, 0, program * BLOCK_N
     if PARTS > 1 and KIND == 0:
