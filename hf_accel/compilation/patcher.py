@@ -53,13 +53,20 @@ class CompilationPatcher(Patcher[CompilationConfig], config=CompilationConfig):
         kept = None if config.folder is None else Artefacts(config.folder, model)
         if kept is not None:
             kept.load()
-        # not on a copy: it would have neither the attention nor the layers that this one was given
-        with evaluating(model), undisturbed(model), model._optimize_model_for_decode():
-            if reason := step_obstacle(model, capture, make_step):
-                raise UnsupportedModelError(
-                    f"Steps of this {type(model).__name__} cannot be captured: {reason}. Leave CompilationConfig out."
-                )
-            seconds = step_seconds(model, make_step) if isinstance(capture, Direct) else None
+        # plans are applied again and again while they are timed; what was found out depends on what was applied before
+        found = setting.prepared_for(model)
+        key = config, tuple(step.config for step in host.report.applied)
+        if key not in found:
+            # not on a copy: it would have neither the attention nor the layers that this one was given
+            with evaluating(model), undisturbed(model), model._optimize_model_for_decode():
+                reason = step_obstacle(model, capture, make_step)
+                is_certain = reason is not None or not isinstance(capture, Direct)
+                found[key] = reason, None if is_certain else step_seconds(model, make_step)
+        reason, seconds = found[key]
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"Steps of this {type(model).__name__} cannot be captured: {reason}. Leave CompilationConfig out."
+            )
         if kept is not None:
             kept.save()
         if seconds is not None and seconds[1] >= seconds[0]:
