@@ -20,6 +20,7 @@ from texts import tokenizer
 import hf_accel
 from hf_accel import AttentionConfig, CompilationConfig, DecodingConfig, KVCacheConfig, SpeculativeConfig
 from hf_accel.compilation import runner
+from hf_accel.compilation.capture import graph_obstacle
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.config import Config
@@ -305,3 +306,12 @@ def test_bad_configs_are_refused() -> None:
         hf_accel.optimize(build("llama"), CompilationConfig())
     with captures_here(), pytest.raises(hf_accel.UnsupportedModelError, match="asks the cache for its length"):
         hf_accel.optimize(build("opt"), CompilationConfig())
+
+
+def test_a_card_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card of 2016")
+    reason = graph_obstacle(torch.device("cuda"))
+    assert reason == "Card of 2016 has compute capability 6.1; graphs are used from 7.0 on."
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert graph_obstacle(torch.device("cuda")) is None
