@@ -40,7 +40,7 @@ def test_norms_round_where_eager_code_does(dtype: torch.dtype, style: str) -> No
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("size,turning", [(32, 32), (48, 24)])
 def test_rotary_and_the_rows_that_are_written(size: int, turning: int, bits: int | None) -> None:
-    batch, tokens, heads, groups, capacity = 2, 2, 4, 2, 20
+    batch, tokens, heads, groups, capacity = 2, 2, 2, 1, 20
     qkv = torch.randn(batch, tokens, (heads + 2 * groups) * size, device=DEVICE).half()
     angles = torch.rand(batch, tokens, turning // 2, device=DEVICE).mul(6).repeat(1, 1, 2)
     row, kind = (size, torch.float16) if bits is None else (cached.row_bytes(bits, size), torch.uint8)
