@@ -43,7 +43,18 @@ def timed(most: int, seconds: float = 1e-6) -> Any:
 def test_the_limit_is_the_last_size_that_paid(most: int) -> None:
     times, tried = timed(most)
     assert rows_that_pay(16, times) == max(16, most)
-    assert tried == [rows for rows in SIZES if rows <= most or rows == min((r for r in SIZES if r > most), default=0)]
+    lost = [rows for rows in SIZES if rows > most][:1]
+    assert tried == [*(rows for rows in SIZES if rows <= most), *lost, *lost]
+
+
+def test_a_loss_that_another_program_made_is_looked_at_again() -> None:
+    times, tried = timed(SIZES[-1])
+
+    def disturbed(rows: int) -> tuple[float, float]:
+        own, ours = times(rows)
+        return own, ours * (10 if rows == 64 and tried.count(rows) == 1 else 1)
+
+    assert rows_that_pay(16, disturbed) == SIZES[-1]
 
 
 def test_sizes_that_are_served_anyway_are_not_tried() -> None:

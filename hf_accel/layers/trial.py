@@ -52,6 +52,8 @@ def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> in
         if rows <= few:
             continue
         own, ours = seconds(rows)
+        if ours > MARGIN * own:  # other programs only ever add time: a loss has to show twice
+            own, ours = map(min, (own, ours), seconds(rows))
         if ours > MARGIN * own:
             break
         most = rows
