@@ -6,20 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_after_compiling
 import test_compilation
 import test_compiled_blocks
+import test_followed_steps
 import test_lag
 import test_static_attention
 import test_static_step
 import torch
 from planting import Defect, Patch, instead, is_red, nothing, result
 
-from hf_accel.compilation import caches, runner, slots, trial
+from hf_accel.compilation import caches, runner, slots, step, trial
 from hf_accel.compilation.blocks import CompiledSteps
 from hf_accel.compilation.call_layers import CallLayer
 from hf_accel.compilation.guard import ModelGuard
 from hf_accel.compilation.slots import Slot
 from hf_accel.compilation.step_layers import Fill
+from hf_accel.core.model import watching
 from hf_accel.decoding import arrival, steps
 from hf_accel.decoding.writing import Writing
 from hf_accel.ops import cached, static_attention
@@ -48,8 +51,28 @@ def late(patch: Patch) -> None:
     test_compilation.shared.cache_clear()
 
 
+def without_positions(self: step.StaticStep) -> step.StepResults:
+    results = self.run()
+    self.slot.fill.lengths.add_(self.tokens)
+    if self.tokens == 1:
+        self.ids.copy_(results.choices)
+    return results
+
+
 PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
     "padding is seen": (without_starts, test_static_attention.test_equals_the_textbook_row_by_row),
+    "what a compiler writes is a change": (
+        instead(watching, "BOOKKEEPING", {"__doc__"}),
+        test_after_compiling.test_layers_run_natively_after_something_else_was_compiled,
+    ),
+    "every token goes through the host": (
+        instead(runner.StaticRunner, "follow", lambda self, cache: None),
+        test_followed_steps.test_a_token_costs_the_host_few_operations,
+    ),
+    "positions stay where they were": (
+        instead(step.StaticStep, "run_and_advance", without_positions),
+        test_followed_steps.test_the_text_is_stocks,
+    ),
     "codes are read as other codes": (
         result(cached, "decode", lambda x: x * 1.5),
         test_static_attention.test_codes_are_read_as_what_they_stand_for,

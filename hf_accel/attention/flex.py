@@ -1,8 +1,8 @@
 """The attention kernel `flex`: torch's FlexAttention, which skips the blocks that a mask hides.
 
 The block mask of a band is made once for a pass and serves all its layers. Soft caps change the scores; sinks are
-added afterwards, by the log-sum-exp. On CUDA it is compiled, for seconds at its first use; elsewhere it runs as it is
-written, with scores of every pair in memory, to be looked at and not to be fast.
+added afterwards, by the log-sum-exp. `auto` does not try it: on CUDA each kind of mask is compiled, for seconds;
+elsewhere it runs as it is written, with scores of every pair in memory, to be looked at and not to be fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Flex(AttentionKernel):
     name = "flex"
 
     def is_tried(self, device: torch.device) -> bool:
-        return device.type == "cuda"
+        return False  # each kind of mask compiles for seconds
 
     def obstacle(self, question: Question) -> str | None:
         if question.mask in ("boolean", "additive"):

@@ -85,12 +85,13 @@ class StaticRunner:
 
         None where something came between, or a step of another kind is next. Costs the host one launch and one copy.
         """
-        recorded, layers = self._latest or (None, [])
-        if recorded is None or cache.layers is not recorded.step.follows:
+        if self._latest is None or cache.layers is not self._latest[0].step.follows:
             return None
-        slot, length = recorded.step.slot, layers[0].length
+        recorded, layers = self._latest
+        slot, length, request = recorded.step.slot, layers[0].length, request_in_progress()
         if (
-            slot.request() is not request_in_progress()
+            request is None
+            or slot.request() is not request
             or slot.on_device != [length] * slot.rows
             or slot.graphs.get((self._key, 1)) is not recorded
             or length + 1 > slot.capacity

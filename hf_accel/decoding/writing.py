@@ -43,7 +43,7 @@ class Writing:
         self._most = min(lengths, default=0)
         # criteria that ask for no more than the last token and the length
         self._are_simple = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in self._criteria)
-        self._ends = [criterion for criterion in self._criteria if type(criterion) is EosTokenCriteria]
+        self._ends: list[Any] = [criterion for criterion in self._criteria if type(criterion) is EosTokenCriteria]
         positions = getattr(call.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._certain = min([*lengths, *([positions] if positions else [])], default=0)  # from here on, never late
 

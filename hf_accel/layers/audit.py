@@ -61,7 +61,7 @@ class RecordedLayer:
     def replaced(
         self, replacement: Replacement, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Any = None
     ) -> torch.Tensor | None:
-        """Return what the replacement makes of hidden states [B, T, E] over an empty cache; None: one of main memory."""
+        """Return what the replacement makes of hidden states [B, T, E] over an empty cache, None: one of its own."""
         with torch.no_grad():
             return replacement(hidden, kwargs | {CACHE: cache or _ProbeCache(self.index)})
 
@@ -87,9 +87,7 @@ class Audit:
         writes so many tokens into; None: one of main memory.
     """
 
-    def __init__(
-        self, setting: Setting, config: str, probe: Callable[[DecoderBlock, int], Any] | None = None
-    ) -> None:
+    def __init__(self, setting: Setting, config: str, probe: Callable[[DecoderBlock, int], Any] | None = None) -> None:
         self.setting, self.config, self.probe = setting, config, probe or (lambda block, tokens: None)
         self.records: dict[int, dict[int, RecordedLayer]] = {}
 
