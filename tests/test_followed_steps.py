@@ -1,4 +1,4 @@
-"""Greedy texts go from replay to replay: a token costs the host one launch and a few operations, and text is stock's."""
+"""Greedy texts go from replay to replay: a token costs the host a launch and a few operations, the text is stock's."""
 
 from __future__ import annotations
 
