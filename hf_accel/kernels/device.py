@@ -21,6 +21,8 @@ from hf_accel.ops import norms, products, rotary
 from hf_accel.ops.static_attention import static_attention
 
 MAX_ROWS = 32
+MAX_PACKED_ROWS = 8
+"""Rows up to which products with packed weights need no tensor cores; above, only timing tells what is fast."""
 MAX_TOKENS = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -83,6 +85,9 @@ class DeviceBlock:
         self.dtype, self.device = weights.input_norm.dtype, weights.input_norm.device
         self.is_half = weights.gate is None
         self._check()
+        parts = [value for value in vars(weights).values() if isinstance(value, Projection)]
+        is_packed = any(isinstance(part.weight, PackedWeight) for part in parts)
+        self.max_rows = MAX_PACKED_ROWS if is_packed else MAX_ROWS
 
     def _check(self) -> None:
         if self.dtype not in DTYPES:

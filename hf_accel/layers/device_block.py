@@ -35,7 +35,8 @@ class DeviceBlockConfig(Config):
     """Decoder layers in about nine launches each on a GPU, where the architecture is described.
 
     max_rows: steps of up to this many rows (batch x query tokens), 1 to 32, of at most 16 tokens; larger ones run the
-        layer's own forward.
+        layer's own forward. Layers with packed weights go up to 8 rows: above, each product is made by the fastest of
+        several kernels, which its own module chooses by timing.
     """
 
     max_rows: int = 16
@@ -110,7 +111,7 @@ def device_step(
     batch, tokens, _ = shape
     block, kernel = step.block, step.kernel
     if (
-        batch * tokens > (device.MAX_ROWS if is_audit else step.extent.few)
+        batch * tokens > min(kernel.max_rows, device.MAX_ROWS if is_audit else step.extent.few)
         or tokens > device.MAX_TOKENS
         or hidden.device != kernel.device
         or hidden.dtype is not step.dtype

@@ -167,6 +167,20 @@ def test_all_else_goes_to_the_layers_own_forward(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
 
 
+def test_packed_layers_serve_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "obstacle", lambda device: None)
+    monkeypatch.setattr(device, "of_triton", lambda: device.TWINS)
+    model = build("llama")
+    hf_accel.optimize(model, [hf_accel.WeightOnlyConfig(bits=8), DeviceBlockConfig()])
+    step = Anatomy.of(model).blocks[0].layer.step
+    for rows, is_served in ((8, True), (9, False)):
+        hidden = torch.randn(rows, 1, model.config.hidden_size)
+        positions = model.get_decoder().rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.int64))
+        kwargs = {CACHE: static_cache(model, rows)[0], "position_embeddings": positions}
+        with torch.no_grad():
+            assert (device_step(step, hidden, kwargs) is not None) is is_served
+
+
 def test_a_layer_that_differs_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     right = device.TWINS.add_norm
 
