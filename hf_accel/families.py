@@ -2,10 +2,11 @@
 
 from hf_accel.attention import AttentionConfig
 from hf_accel.cache import KVCacheConfig
+from hf_accel.compilation import CompilationConfig
 from hf_accel.decoding import DecodingConfig
 from hf_accel.experts import ExpertOffloadConfig, NativeExpertsConfig
 from hf_accel.gqa import GQAConfig
-from hf_accel.layers import DecoderBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.layers import DecoderBlockConfig, DeviceBlockConfig, NativeLinearConfig, SharedProjectionConfig
 from hf_accel.quantization import (
     CompressedTensorsConfig,
     GPTQConfig,
@@ -17,9 +18,11 @@ from hf_accel.speculative import SpeculativeConfig
 
 __all__ = [
     "AttentionConfig",
+    "CompilationConfig",
     "CompressedTensorsConfig",
     "DecoderBlockConfig",
     "DecodingConfig",
+    "DeviceBlockConfig",
     "ExpertOffloadConfig",
     "GPTQConfig",
     "GQAConfig",

@@ -22,7 +22,7 @@ from hf_accel.core.calls.hosting import host_of
 
 CPU = torch.device("cpu")
 STORES = ("cpu", "disk")
-WITHOUT_TIERS = {"gemma2": "attention is 'eager'", "deepseek_v3": "asks for all keys and values"}
+WITHOUT_TIERS = {"deepseek_v3": "asks for all keys and values"}
 ONLY_WINDOWS = "mistral"  # of which nothing is ever moved
 # what a code that rounding turned may change in logits, by their norm
 TOLERANCE = {None: 1e-4, 8: 0.03, 4: 0.3}

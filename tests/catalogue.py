@@ -20,11 +20,13 @@ CATALOGUE: list[Config] = [
     hf_accel.ExpertOffloadConfig(share=0.7),
     hf_accel.SharedProjectionConfig(max_rows=16),
     hf_accel.DecoderBlockConfig(max_rows=16),
+    hf_accel.DeviceBlockConfig(max_rows=16),
     hf_accel.AttentionConfig(),
     hf_accel.KVCacheConfig(),
     hf_accel.DecodingConfig(),
     # drafts always, so that every call of every test is verified step by step
     hf_accel.SpeculativeConfig(drafter="lookup", max_draft_tokens=4, adaptive=False),
+    hf_accel.CompilationConfig(),
     hf_accel.GQAConfig(num_kv_heads=1, method="mean"),
 ]
 # the others change the weights, and with them the text, copies and what is saved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import interpreter  # noqa: F401  # isort: skip
+
 import gc
 import importlib.util
 import logging
@@ -25,6 +27,7 @@ SKIPS = {
         importlib.util.find_spec("compressed_tensors") is not None,
         "compressed-tensors is not installed (extra: test)",
     ),
+    "triton": (importlib.util.find_spec("triton") is not None, "Triton is not installed (extra: test)"),
     "peft": (importlib.util.find_spec("peft") is not None, "peft is not installed (extra: test)"),
 }
 
@@ -33,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compressed_tensors: needs compressed-tensors")
     config.addinivalue_line("markers", "native: needs the native library")
     config.addinivalue_line("markers", "peft: needs peft")
+    config.addinivalue_line("markers", "triton: needs Triton")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

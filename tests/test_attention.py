@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_accel
 from hf_accel import AttentionConfig
-from hf_accel.attention.grouped import MAX_QUERIES, NAME, grouped_attention_forward
+from hf_accel.attention.grouped import MAX_QUERIES, grouped_attention_forward
+from hf_accel.attention.names import EAGER_NAME, NAME
 from hf_accel.cache.probing import layer_shapes
 from hf_accel.core.model.back_ends import BACK_ENDS
 from hf_accel.ops.attention import grouped_attention
@@ -116,7 +117,7 @@ def test_the_list_of_back_ends_says_what_they_read(name: str) -> None:
     else:
         model.set_attn_implementation(name)
     assert {shape.reads_held for shape in layer_shapes(model)} == {BACK_ENDS[name].reads_held}
-    assert list(BACK_ENDS) == ["eager", "sdpa", NAME]
+    assert list(BACK_ENDS) == ["eager", "sdpa", NAME, EAGER_NAME]
 
 
 class Largest(TorchDispatchMode):

@@ -25,7 +25,7 @@ OF_CORE = {"tenant"}  # keywords that belong to a call and to no family
 
 def family_words() -> set[str]:
     configs = {config.__name__ for config in Patcher.registry if config.__module__.startswith("hf_accel.")}
-    return configs | (set(KEYWORDS) - OF_CORE) | set(SECTIONS) | {"hfaccel_grouped"}
+    return configs | (set(KEYWORDS) - OF_CORE) | set(SECTIONS) | {"hfaccel_grouped", "hfaccel_eager"}
 
 
 def words_in_core(sources: house.Sources) -> list[str]:

@@ -146,7 +146,9 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     assert not changes(before, fingerprint(mamba))
     refused([KVCacheConfig(store="cpu")], "asks for all keys and values", UnsupportedModelError, "deepseek_v3")
     refused([KVCacheConfig(window=16)], "asks for all keys and values", UnsupportedModelError, "deepseek_v3")
-    refused([KVCacheConfig(store="cpu")], "'eager'; only 'sdpa'", UnsupportedModelError, "gemma2")
+    eager = build("llama")
+    eager.set_attn_implementation("eager")
+    refused([KVCacheConfig(store="cpu")], "'eager', which was chosen", UnsupportedModelError, model=eager)
     for name in ("gemma3", "mistral"):
         refused([KVCacheConfig(window=16)], "sliding window of their own", UnsupportedModelError, name)
     eight = hf_accel.optimize(odd(), [KVCacheConfig(bits=8)])

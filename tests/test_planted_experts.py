@@ -43,7 +43,7 @@ def _on_tokens_that_agree(patch: Patch) -> None:
 
 
 def _without_residual_factor(patch: Patch) -> None:
-    patch.setattr(block, "_with_feed_forward", lambda block, residual, normed: residual + block.feed_forward(normed))
+    patch.setattr(block, "with_feed_forward", lambda block, residual, normed: residual + block.feed_forward(normed))
 
 
 PLANTED: dict[str, tuple[Defect, Test]] = {

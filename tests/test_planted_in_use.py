@@ -11,7 +11,7 @@ import test_in_use
 import test_planner
 import test_wrappers
 
-from hf_accel.attention.grouped import BackEndName
+from hf_accel.attention.names import BackEndName
 from hf_accel.cache.prefix import reuse
 from hf_accel.core.calls.doors import MAKERS, Door
 from hf_accel.core.model import anatomy

@@ -80,6 +80,17 @@ class CacheAssembly:
         self.replace(cache, new.expected_tokens, codec, full)
         self.statistics.made(", ".join(what))
 
+    def bits(self, new: NewCache) -> tuple[int | None, str | None]:
+        """See `hf_accel.core.calls.doors.CacheMaker`."""
+        config = self.config
+        if config.method is not None:
+            return None, f"the cache gives positions up ({config.method})"
+        if config.store != "device":
+            return None, "older blocks of the cache lie elsewhere"
+        if config.prefix_reuse:
+            return None, "prompts take over keys and values of earlier ones"
+        return (config.bits if new.expected_tokens >= config.from_tokens else None), None
+
     def replace(self, cache: Any, expected_tokens: int, codec: Codec = AS_IS, full: Any = None) -> None:
         """Replace the still empty stock layers; `full(index)` makes those of full attention."""
         if type(cache) is not DynamicCache or cache.offloading:

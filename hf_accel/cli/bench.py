@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,14 +14,16 @@ from hf_accel.cli.models import (
     Dtype,
     DtypeName,
     GoalName,
-    ModelName,
+    OptionalModelName,
     Threads,
+    check_device,
     load_model,
     make_plan,
     untimed_plan,
     use_threads,
 )
 from hf_accel.cli.output import progress, results, write_json
+from hf_accel.cli.suite import SUITES, run_suite
 from hf_accel.cli.tables import footer, speed_table
 from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
@@ -31,7 +34,7 @@ from hf_accel.speculative import SpeculativeConfig
 
 
 def bench(
-    model: ModelName,
+    model: OptionalModelName = None,
     dtype: DtypeName = Dtype.bfloat16,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens per row.")] = 128,
     new: Annotated[int, typer.Option(min=2, help="New tokens per row.")] = 64,
@@ -65,11 +68,35 @@ def bench(
     ] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="Of a shape: so many of its layers only.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each state, in alternation.")] = 5,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"A list of measurements instead ({', '.join(SUITES)}), of the shape MODEL (llama-8b) on --device: "
+            "tests, decoding, few bits, batches, long caches, drafts, each beside stock or its floor.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --suite: the JSON file to write and to go on from; a table for people lies beside it."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(min=1, help="With --suite: seconds after which nothing more is begun.")
+    ] = 540.0,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL as it is and optimised, in alternation in one process: prefill, decode, memory, same tokens."""
+    if suite is not None:
+        use_threads(threads)
+        check_device(device)
+        run_suite(suite, model or "llama-8b", device, out, budget, as_json=as_json)
+        return
+    if model is None:
+        raise ConfigError(f"Give the MODEL to measure: a folder, a hub id, or a shape ({', '.join(SHAPES)}).")
+    if out is not None:
+        raise ConfigError("--out belongs to --suite; give both, or take what --json writes.")
     workload = Workload(
         prompt_tokens=prompt,
         new_tokens=new,

@@ -16,13 +16,14 @@ from hf_accel.measure import Machine, read_bandwidth, versions
 
 # distributions that each extra of hf-accel brings, as in pyproject.toml (a test compares)
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "gpu": ("triton",),
     "flash": ("flash-attn",),
     "gptq": ("gptqmodel", "optimum"),
     "peft": ("peft",),
     "onnx": ("onnx", "onnxruntime"),
     "bench": ("psutil",),
     "plot": ("matplotlib",),
-    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "peft", "ruff", "mypy"),
+    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "triton", "peft", "ruff", "mypy"),
 }
 
 

@@ -35,12 +35,11 @@ class Dtype(enum.StrEnum):
         return getattr(torch, self.value)
 
 
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help=f"A local folder, a hub id, or a shape with random weights: {', '.join(SHAPES)}."
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL", help=f"A local folder, a hub id, or a shape with random weights: {', '.join(SHAPES)}."
+)
+ModelName = Annotated[str, _MODEL]
+OptionalModelName = Annotated[str | None, _MODEL]
 GoalName = Annotated[str, typer.Option("--goal", help=f"What to aim at: {', '.join(GOALS)}.")]
 DtypeName = Annotated[Dtype, typer.Option("--dtype", help="Data type to load or build the weights in.")]
 Device = Annotated[str, typer.Option("--device", help="Where to put the model, for example cpu or cuda.")]
@@ -56,14 +55,19 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def check_device(device: str) -> None:
+    """Raise ConfigError where torch does not find the CUDA device that was asked for."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"Device {device!r} was asked for, but torch finds no CUDA device here. Use --device cpu.")
+
+
 def load_model(name: str, dtype: torch.dtype, device: str = "cpu", layers: int | None = None) -> PreTrainedModel:
     """Return the model that `name` stands for, ready to generate; `layers` of them where it is a shape.
 
     Raises:
         ConfigError: there is no such shape, folder or hub model, or no such device.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"Device {device!r} was asked for, but torch finds no CUDA device here. Use --device cpu.")
+    check_device(device)
     transformers_logging.disable_progress_bar()
     with progress(f"loading {name}"):
         if name in SHAPES:

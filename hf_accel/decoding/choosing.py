@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.calls.rows import Rows
 from hf_accel.decoding.draws import Draws
 from hf_accel.decoding.processors import are_pointwise, for_row
@@ -33,6 +34,11 @@ class NextTokens:
 
 def next_tokens(outputs: Any, input_ids: torch.Tensor, call: Call) -> NextTokens:
     """Choose from the outputs of a forward pass as stock does, in its precision; input_ids: [B, S], all so far."""
+    config = call.generation_config
+    collects = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    if isinstance(outputs, StepOutputs) and not (config.do_sample or call.logits_processor or collects):
+        chosen: Any = outputs.choices
+        return NextTokens(chosen[:, -1].to(device=input_ids.device, copy=True), None, None, outputs)
     logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
     scores = call.logits_processor(input_ids, logits)
     return NextTokens(choose_token(scores, call.generation_config.do_sample), scores, logits, outputs)

@@ -35,3 +35,9 @@ class Collected:
             self.attentions += (step.outputs.attentions,)
         if self.hidden_states is not None:
             self.hidden_states += (step.outputs.hidden_states,)
+
+    def drop(self, steps: int) -> None:
+        """Give up what the last steps left."""
+        for name, is_wanted in self.wanted.items():
+            if is_wanted:
+                setattr(self, name, getattr(self, name)[:-steps])

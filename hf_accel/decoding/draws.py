@@ -19,7 +19,7 @@ class Draws:
 
     def __init__(self, batch: int, vocabulary: int, device: torch.device, first: int = 0) -> None:
         self._shape, self._device = (batch, vocabulary), device
-        self._states = {first: self._state()}  # before each block
+        self._states = {first: random_state(self._device)}  # before each block
         self._next = first
         self._blocks: dict[int, torch.Tensor] = {}
         self._kept = max(4, BLOCK_BYTES // (4 * batch * vocabulary))
@@ -29,10 +29,10 @@ class Draws:
         self._reach(index)
         block = self._blocks.get(index)
         if block is None:
-            now = self._state()
-            self._set_state(self._states[index])
+            now = random_state(self._device)
+            set_random_state(self._states[index], self._device)
             block = self._draw(index)
-            self._set_state(now)
+            set_random_state(now, self._device)
         return block
 
     def rows(self, starts: list[int], tokens: int) -> torch.Tensor:
@@ -45,12 +45,12 @@ class Draws:
     def finish(self, blocks: int) -> None:
         """Leave the generator as it is after all blocks before block `blocks`."""
         self._reach(blocks)
-        self._set_state(self._states[blocks])
+        set_random_state(self._states[blocks], self._device)
 
     def _reach(self, index: int) -> None:
         """Draw blocks until the generator's state before block `index` is known."""
         if self._next < index:
-            self._set_state(self._states[self._next])
+            set_random_state(self._states[self._next], self._device)
         while self._next < index:
             self._draw(self._next)
 
@@ -65,18 +65,20 @@ class Draws:
         block = self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(1)
         if self._next == index:
             self._next += 1
-            self._states[self._next] = self._state()
+            self._states[self._next] = random_state(self._device)
         while len(self._blocks) > self._kept:
             del self._blocks[min(self._blocks)]
         return block
 
-    def _state(self) -> torch.Tensor:
-        if self._device.type == "cuda":
-            return torch.cuda.get_rng_state(self._device)
-        return torch.get_rng_state()
 
-    def _set_state(self, state: torch.Tensor) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(state, self._device)
-        else:
-            torch.set_rng_state(state)
+def random_state(device: torch.device) -> torch.Tensor:
+    """Return the state of the generator that draws on `device`; the device is not waited for."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Let the generator that draws on `device` go on from a state."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

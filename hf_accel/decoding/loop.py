@@ -40,10 +40,12 @@ class TokenLoop:
             )
             steps = steps_of(call, speculation, outputs)
             del outputs
-            is_done = False
+            writing.lag = steps.lag
             with model._optimize_model_for_decode():
-                while not is_done:
-                    is_done = writing.take(steps.next(writing.input_ids, writing.unfinished))
+                while writing.goes_on():
+                    writing.take(steps.follow() or steps.next(writing.input_ids, writing.unfinished))
+            if surplus := writing.take_back():
+                steps.take_back(surplus)
             steps.close(writing.input_ids)
             return writing.result(steps.cache)
 

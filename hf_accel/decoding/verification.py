@@ -192,5 +192,7 @@ class VerifiedSteps(Steps):
                     choose_token(scores[row, count], samples=True)
                 rows.add(row, tokens)
                 if self._waiting is not None and scores is not None and logits is not None:
-                    self._waiting.extend((scores[:, t], logits[:, t].float()) for t in range(len(tokens)))
+                    # a copy: a replay of the next step writes over the logits
+                    kept = logits.to(dtype=torch.float32, copy=True)
+                    self._waiting.extend((scores[:, t], kept[:, t]) for t in range(len(tokens)))
         self.stepper.keep(rows.align_ended([length - 1 for length in rows.lengths]))

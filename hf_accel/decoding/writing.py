@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_accel.core.calls.call import Call
 from hf_accel.core.drift import CACHE
+from hf_accel.decoding.arrival import Arrival
 from hf_accel.decoding.choosing import NextTokens
 from hf_accel.decoding.collected import Collected
 
@@ -16,33 +19,80 @@ from hf_accel.decoding.collected import Collected
 class Writing:
     """One call's text, to which tokens are given until it is done; whoever drives it keeps nothing of its own.
 
-    input_ids: [B, S], prompt and tokens so far. unfinished: [B], 1 for the rows that still count.
+    unfinished: [B], 1 for the rows that still count.
+    lag: how many steps are taken in before it is known whether the text was done before them: a device that runs behind
+    the host is asked late, and what turns out to be surplus is taken back.
     """
 
     def __init__(self, call: Call) -> None:
-        config, self.input_ids = call.generation_config, call.input_ids
-        device = self.input_ids.device
-        self.unfinished = torch.ones(self.input_ids.shape[0], dtype=torch.long, device=device)
+        config, self._ids = call.generation_config, call.input_ids
+        self._device, (rows, self._length) = call.input_ids.device, call.input_ids.shape
+        self._new: list[torch.Tensor] = []  # tokens [B] that are not in `_ids` yet
+        self.unfinished = torch.ones(rows, dtype=torch.long, device=self._device)
         self._criteria, self._streamer = call.stopping_criteria, call.streamer
         pad: Any = config._pad_token_tensor
-        self._pad: Any = pad.to(device) if pad is not None else None
-        self._pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in call.stopping_criteria)
+        self._pad: Any = pad.to(self._device) if pad is not None else None
+        has_end = any(hasattr(criterion, "eos_token_id") for criterion in call.stopping_criteria)
+        self._pads_finished_rows = has_end and rows > 1  # a single row that has ended ends the text
         self._collected = Collected.for_config(config)
         self._collects = any(self._collected.wanted.values())
         self._returns_dict = config.return_dict_in_generate
+        self.lag = 0
+        self._arrivals: deque[Arrival] = deque()
+        lengths = [criterion.max_length for criterion in self._criteria if type(criterion) is MaxLengthCriteria]
+        self._most = min(lengths, default=0)
+        # criteria that ask for no more than the last token and the length
+        self._are_simple = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in self._criteria)
+        self._ends: list[Any] = [criterion for criterion in self._criteria if type(criterion) is EosTokenCriteria]
+        positions = getattr(call.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._certain = min([*lengths, *([positions] if positions else [])], default=0)  # from here on, never late
 
-    def take(self, step: NextTokens) -> bool:
-        """Append the next token of every row, and return whether the text is done."""
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """The text so far, [B, S]; tokens are joined when somebody asks."""
+        if self._new:
+            self._ids, self._new = torch.cat([self._ids, torch.stack(self._new, dim=1)], dim=1), []
+        return self._ids
+
+    def goes_on(self) -> bool:
+        """Return whether to make another step; streamers are given what is known to belong to the text."""
+        while len(self._arrivals) > self.lag or (self._arrivals and self._length >= self._certain):
+            arrival = self._arrivals.popleft()
+            tokens, is_done = arrival.get()
+            if self._streamer is not None:
+                self._streamer.put(tokens)
+            if is_done:
+                return False
+        return True
+
+    def take_back(self) -> int:
+        """Drop the steps that were made after the text was done, and return how many there were."""
+        surplus = len(self._arrivals)
+        if surplus:
+            self._arrivals.clear()
+            self._ids, self._new = self.input_ids[:, :-surplus], []
+            self._length -= surplus
+            self._collected.drop(surplus)
+        return surplus
+
+    def take(self, step: NextTokens) -> None:
+        """Append the next token of every row."""
         if self._collects:
             self._collected.add(step)
         tokens = step.tokens
         if self._pads_finished_rows:
             tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)
-        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        self.unfinished = self.unfinished & ~self._criteria(self.input_ids, self._collected.scores)
-        if self._streamer is not None:
-            self._streamer.put(tokens.cpu())
-        return not self.unfinished.any()
+        self._new.append(tokens)
+        self._length += 1
+        is_done: torch.Tensor | bool = bool(lengths := self._most) and self._length >= lengths
+        if not self._are_simple:
+            self.unfinished = self.unfinished & ~self._criteria(self.input_ids, self._collected.scores)
+            is_done = ~self.unfinished.any()
+        elif self._ends:
+            for end in self._ends:
+                self.unfinished = self.unfinished & ~end(tokens[:, None], None)
+            is_done = is_done or ~self.unfinished.any()
+        self._arrivals.append(Arrival(self._device, None if self._streamer is None else tokens, is_done))
 
     def result(self, cache: Any) -> Any:
         """End the stream and return what stock's `_sample` would: ids [B, S], or a GenerateDecoderOnlyOutput."""

@@ -1,8 +1,8 @@
 """Products with weights of 8, 4, 3 and 2 bits and of MXFP4, wherever they lie.
 
 On the CPU with the native library the codes are multiplied as they are: activations are rounded to 16 bits for 8-bit
-weights, to 8 bits for weights of fewer bits, in blocks of 32 columns with a scale each. Elsewhere torch's own kernels
-multiply where they are faster (`vendor`), or a block of rows at a time is dequantized into the dtype of the
+weights, to 8 bits for weights of fewer bits, in blocks of 32 columns with a scale each. Elsewhere kernels in Triton or
+torch's own multiply, whichever is faster (`vendor`), or a block of rows at a time is dequantized into the dtype of the
 activations.
 """
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_accel.kernels import native, vendor
+from hf_accel.kernels import native
 from hf_accel.kernels.weights import LANES, PackedWeight
 from hf_accel.ops.affine import dequantize
 
+MOST_ROWS = 32  # above, a matrix-matrix product on the dequantized weight is the better tool
 _BLOCK_BYTES = 8 << 20  # of a dequantized block of rows
 
 
@@ -23,8 +24,9 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     """x W^T + bias for x [..., K]; bias [N] in the dtype of x. No autograd."""
     if x.is_cpu and native.is_available() and x.dtype in native.DTYPES and x.numel():
         return native.packed_linear(x, weight.matrix(bias), weight.rows)
-    if not x.is_cpu and 0 < x.numel() <= vendor.MOST_ROWS * weight.columns:
-        product = weight.device_product(x.dtype, lambda x: dequantized_linear(x, weight))
+    if not x.is_cpu and 0 < x.numel() <= MOST_ROWS * weight.columns:
+        rows = x.numel() // weight.columns
+        product = weight.device_product(x.dtype, lambda x: dequantized_linear(x, weight), rows)
         if product is not None:
             y = product(x.reshape(-1, weight.columns)).reshape(*x.shape[:-1], weight.rows)
             return y if bias is None else y + bias

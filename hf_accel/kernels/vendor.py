@@ -2,14 +2,15 @@
 
 They want layouts of their own, so each costs a copy of the codes on the device. None is trusted: a kernel is used for a
 weight only after it gave, on this device and this weight, what the dequantized product gives, in less time. The layouts
-are those of torch's operators of the same names. On an H100 the int4 one agreed and was chosen, the int8 one was slower
-than the dense product; the tests run this file on torch's CPU operators.
+are those of torch's operators of the same names. On an H100 the int4 one agreed and was faster, the int8 one was slower
+than the dense product; the tests run this file on torch's CPU operators. Kernels of ours for GPUs, which read the codes
+as they lie, are compared with them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from hf_accel.ops.affine import Affine
 from hf_accel.ops.tolerances import ONE_PRODUCT
 
 Product = Callable[[Tensor], Tensor]
-MOST_ROWS = 16  # above, a matrix-matrix product on the dequantized weight is the better tool
 _INNER_TILES = 8  # of tinygemm's layout: K is a multiple of 16 of them
 _ROUNDS = 5
 
@@ -52,20 +52,22 @@ def int4_product(weight: Affine) -> Product | None:
     return lambda x: aten._weight_int4pack_mm(x, packed, group, factors)
 
 
-def choose(weight: Affine, dense: Product, dtype: torch.dtype) -> Product | None:
-    """Return the kernel that agrees with `dense` and is the fastest for one row; None where `dense` is.
+def choose(
+    weight: Affine, dense: Product, dtype: torch.dtype, rows: int = 1, others: Sequence[Product] = ()
+) -> Product | None:
+    """Return the kernel that agrees with `dense` and is the fastest for so many rows; None where `dense` is.
 
-    weight: on the device of the products; dense: the product on the dequantized weight.
+    weight: on the device of the products; dense: the product on the dequantized weight; others: further kernels.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, weight.codes.shape[1], generator=generator).to(weight.codes.device, dtype)
+    x = torch.randn(rows, weight.codes.shape[1], generator=generator).to(weight.codes.device, dtype)
     expected = dense(x).double()
     best, least = None, _seconds(dense, x)
-    for make in (int4_product, int8_product):
+    for make in (*[lambda _, other=other: other for other in others], int4_product, int8_product):
         try:
             product = make(weight)
             found = None if product is None else product(x).double()
-        except (RuntimeError, NotImplementedError):  # not built for this device or dtype: no candidate
+        except (RuntimeError, NotImplementedError, ImportError):  # not built for this device or dtype: no candidate
             continue
         if product is None or found is None or not (found - expected).norm() <= ONE_PRODUCT * expected.norm():
             continue

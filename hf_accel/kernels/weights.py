@@ -6,6 +6,7 @@ layout is the same for all instruction sets. `packed` multiplies with such weigh
 
 from __future__ import annotations
 
+import importlib
 import struct
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_accel.kernels import vendor
+from hf_accel.kernels import triton, vendor
 from hf_accel.kernels.layout import LANES, QUANTUM, codes_shape, from_mxfp4, interleaved, row_by_row, to_mxfp4
 from hf_accel.ops import fp4
 from hf_accel.ops.affine import Affine, Scheme, dequantize
@@ -56,7 +57,7 @@ class PackedWeight:
     scales: Tensor
     offsets: Tensor | None = None
     _fields: dict[Any, bytes] = field(default_factory=dict, repr=False)
-    _chosen: dict[tuple[int, torch.dtype], vendor.Product | None] = field(default_factory=dict, repr=False)
+    _chosen: dict[tuple[int, torch.dtype, int], vendor.Product | None] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -149,13 +150,28 @@ class PackedWeight:
         """Return the weight [rows, columns]; for tests, gradients and comparisons: it is as large as the original."""
         return dequantize(self.unpack(), dtype)
 
-    def device_product(self, dtype: torch.dtype, dense: vendor.Product) -> vendor.Product | None:
-        """Return torch's own kernel for this weight where it is; None where `dense` is faster. Timed once."""
-        key = (self.codes.data_ptr(), dtype)
+    def device_product(self, dtype: torch.dtype, dense: vendor.Product, rows: int = 1) -> vendor.Product | None:
+        """Return the fastest kernel for this weight on its device, of torch's and of ours; None where `dense` is.
+
+        Timed once for 1 row, 16 and 32, of which the next counts. While a graph is captured nothing is timed.
+        """
+        bucket = 1 if rows == 1 else 16 if rows <= 16 else 32
+        key = (self.codes.data_ptr(), dtype, bucket)
         if key not in self._chosen:
-            self._chosen.clear()
-            self._chosen[key] = vendor.choose(self.unpack(), dense, dtype)
+            ours = self._own_product()
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return ours
+            if any(kept[0] != key[0] for kept in self._chosen):
+                self._chosen.clear()
+            self._chosen[key] = vendor.choose(self.unpack(), dense, dtype, bucket, [ours] if ours else [])
         return self._chosen[key]
+
+    def _own_product(self) -> vendor.Product | None:
+        """Return the product by the kernel in Triton, None where there is none."""
+        if triton.obstacle(self.codes.device):
+            return None
+        packed = importlib.import_module("hf_accel.kernels.triton.packed")
+        return (lambda x: packed.linear(x, [self])) if packed.is_served(self) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_fields": {}, "_chosen": {}}

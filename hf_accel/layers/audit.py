@@ -45,9 +45,12 @@ class RecordedLayer:
     kwargs: dict[str, Any]
     returned: torch.Tensor
 
-    def difference(self, replacement: Replacement) -> float:
-        """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused."""
-        output = self.replaced(replacement, self.given, self.kwargs)
+    def difference(self, replacement: Replacement, cache: Any) -> float:
+        """Return the relative difference (Frobenius) over the tokens that are not padding; infinite if refused.
+
+        cache: an empty one, which the replacement writes into.
+        """
+        output = self.replaced(replacement, self.given, self.kwargs, cache)
         if output is None:
             return float("inf")
         valid = torch.ones(self.given.shape[:2], dtype=torch.bool)
@@ -55,10 +58,12 @@ class RecordedLayer:
         expected, found = self.returned[valid].double(), output[valid].double()
         return float((found - expected).norm() / expected.norm())
 
-    def replaced(self, replacement: Replacement, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Return what the replacement makes of hidden states [B, T, E] over an empty cache."""
+    def replaced(
+        self, replacement: Replacement, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Any = None
+    ) -> torch.Tensor | None:
+        """Return what the replacement makes of hidden states [B, T, E] over an empty cache, None: one of its own."""
         with torch.no_grad():
-            return replacement(hidden, kwargs | {CACHE: _ProbeCache(self.index + 1)})
+            return replacement(hidden, kwargs | {CACHE: cache or _ProbeCache(self.index)})
 
     def prompts(self, batch: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return hidden states [batch, tokens, E] and keyword arguments of prompts without padding, to time them."""
@@ -76,10 +81,14 @@ class RecordedLayer:
 
 
 class Audit:
-    """Compares replacements of layers with their own forward; what was compared is remembered in the setting."""
+    """Compares replacements of layers with their own forward; what was compared is remembered in the setting.
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    config: the name of the config that replaces them. probe: makes the empty cache that the replacement of a layer
+        writes so many tokens into; None: one of main memory.
+    """
+
+    def __init__(self, setting: Setting, config: str, probe: Callable[[DecoderBlock, int], Any] | None = None) -> None:
+        self.setting, self.config, self.probe = setting, config, probe or (lambda block, tokens: None)
         self.records: dict[int, dict[int, RecordedLayer]] = {}
 
     def recorded(self, block: DecoderBlock, tokens: int = TOKENS) -> RecordedLayer:
@@ -95,12 +104,12 @@ class Audit:
         kept, parts = self.setting.prepared_for(block.layer), _parts(block)
         if _is_same(kept.get((AUDITED, tokens)), parts):
             return  # a copy with the same weights
-        difference = self.recorded(block, tokens).difference(replacement)
+        difference = self.recorded(block, tokens).difference(replacement, self.probe(block, tokens))
         if not difference <= bound:
             raise VerificationError(
                 f"Layer {block.index} ({type(block.layer).__name__}) differs from its own forward by "
-                f"{difference:.1e} when run natively; rounding explains {bound:.0e}. "
-                "It was not replaced. Leave DecoderBlockConfig out for this model."
+                f"{difference:.1e} when run by kernels of hf_accel; rounding explains {bound:.0e}. "
+                f"It was not replaced. Leave {self.config} out for this model."
             )
         # weak references, so that tensors which the model no longer has can be freed
         kept[AUDITED, tokens] = [(name, [*map(weakref.ref, tensors)]) for name, tensors in parts]
@@ -123,7 +132,7 @@ def _is_same(kept: Any, parts: list[tuple[str, list[torch.Tensor]]]) -> bool:
 
 
 def record(anatomy: Anatomy, length: int = TOKENS) -> dict[int, RecordedLayer]:
-    """Run the decoder once on two rows of random tokens; return what each layer was given and returned, by index."""
+    """Run the decoder once on two rows of random tokens; return each described layer's record by its index."""
     records: dict[int, RecordedLayer] = {}
     model = twin(anatomy.model)
     blocks = anatomy.blocks if model is anatomy.model else Anatomy.of(model).blocks
@@ -167,5 +176,5 @@ class _ProbeCache:
     offloading = False
     layer_class_to_replicate = None
 
-    def __init__(self, layers: int) -> None:
-        self.layers = [_ProbeLayer() for _ in range(layers)]
+    def __init__(self, index: int) -> None:
+        self.layers = [_ProbeLayer() for _ in range(index + 1)]

@@ -68,7 +68,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
         few = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
         steps: list[BlockStep] = []
         with evaluating(anatomy.model):
-            audit = Audit(setting)
+            audit = Audit(setting, "DecoderBlockConfig")
             surroundings = Surroundings(m for block in anatomy.blocks for m in (block.layer, *block.modules))
             for block in anatomy.blocks:
                 try:
@@ -76,7 +76,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
                 except ValueError as error:  # packed weights cannot be taken apart everywhere
                     skipped.append(f"layer {block.index} runs as it is: {error}")
                     continue
-                audit.check(block, _replacement(step), _bound(block, anatomy.dtype))
+                audit.check(block, _replacement(step), layer_bound(block, anatomy.dtype))
                 if step.watch.is_hooked():
                     skipped.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
                 steps.append(step)
@@ -84,7 +84,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
                 _try_more_rows(steps, audit)
             for step in steps:
                 if step.extent.many > native.MAX_ROWS:
-                    bound = _bound(step.block, anatomy.dtype)
+                    bound = layer_bound(step.block, anatomy.dtype)
                     audit.check(step.block, _replacement(step), bound, PROMPT_TOKENS)
             for step in steps:
                 layer = step.block.layer
@@ -114,7 +114,8 @@ def _try_more_rows(steps: list[BlockStep], audit: Audit) -> None:
             step.extent = Extent(few, many)
 
 
-def _bound(block: DecoderBlock, dtype: torch.dtype) -> float:
+def layer_bound(block: DecoderBlock, dtype: torch.dtype) -> float:
+    """Return the difference of a layer's output from its own forward's that rounding explains."""
     is_packed = any(isinstance(module, PackedProduct) for module in block.modules)
     return tolerances.of_layer_output(dtype, is_packed)
 
@@ -199,10 +200,10 @@ def native_step(
     if output is None:  # the layer's own forward writes the same positions again
         return None
     layer.commit(tokens)
-    return _with_feed_forward(block, *output) if isinstance(output, tuple) else output
+    return with_feed_forward(block, *output) if isinstance(output, tuple) else output
 
 
-def _with_feed_forward(block: DecoderBlock, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+def with_feed_forward(block: DecoderBlock, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
     """Return the layer's output after its attention half, with the feed-forward part as the module it is."""
     added: torch.Tensor = block.feed_forward(normed)  # type: ignore[misc]
     if block.residual_scale != 1.0:

@@ -6,6 +6,7 @@ forward. What is looked at is in `core.model.watching`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -30,10 +31,19 @@ OF_THE_LAYER = frozenset({"forward", "_hf_hook", "_old_forward"})
 
 
 class BlockStep:
-    """The native call of one layer, and the check that it still stands for the layer."""
+    """The call of one layer, and the check that it still stands for the layer.
 
-    def __init__(self, block: DecoderBlock, extent: Extent, surroundings: Surroundings) -> None:
-        self.extent = extent
+    make: builds the call from the layer's shape and weights.
+    """
+
+    def __init__(
+        self,
+        block: DecoderBlock,
+        extent: Extent,
+        surroundings: Surroundings,
+        make: Callable[[native.BlockShape, native.BlockWeights], Any] = native.NativeBlock,
+    ) -> None:
+        self._make, self.extent = make, extent
         self.surroundings = surroundings
         self.block = block
         self._build()
@@ -74,7 +84,7 @@ class BlockStep:
             norms_rows=block.norms_rows,
             residual_scale=block.residual_scale,
         )
-        kernel = native.NativeBlock(shape, native.BlockWeights(**parts, **norms))
+        kernel = self._make(shape, native.BlockWeights(**parts, **norms))
         self.watch = Watch(block.layer, block.modules)
         self._refused: Watch | None = None
         self._request = 0  # the call of `generate` in which everything was looked at

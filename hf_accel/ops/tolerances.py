@@ -15,6 +15,7 @@ _LAYER_PACKED = 1e-2
 _STEP = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _STEP_PACKED = 2e-2
 _TEXT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_ATTENTION = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _OTHER_DTYPES = 1e-3
 
 
@@ -32,3 +33,8 @@ def of_step_logits(dtype: torch.dtype, is_packed: bool) -> float:
 def of_text_logits(dtype: torch.dtype) -> float:
     """Return the bound for a model's logits over a prompt and the steps after it, under exact optimisations."""
     return _TEXT.get(dtype, _OTHER_DTYPES)
+
+
+def of_attention(dtype: torch.dtype) -> float:
+    """Return the bound for what one query is given by attention in `dtype`, against the same in float64."""
+    return _ATTENTION.get(dtype, _OTHER_DTYPES)

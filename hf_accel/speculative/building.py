@@ -20,7 +20,7 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import HfAccelError, UnsupportedModelError
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.costs import RowCosts
-from hf_accel.speculative.forms import DraftForm, few_bits, sped_up, to_try, without_layers
+from hf_accel.speculative.forms import DraftForm, few_bits, hosted, sped_up, to_try, without_layers
 from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, prove
 from hf_accel.speculative.sources import Source
 from hf_accel.speculative.speculation import ModelSpeculation
@@ -126,7 +126,7 @@ def _model_source(
     if not can_be_apart:
         skipped.append(f"drafter {name} in batches: rows of the draft model cannot have different lengths")
     if form.layers is not None:  # those of the model itself, so that what becomes of them is followed
-        form = replace(form, model=without_layers(setting.model, form.skipped).model)
+        form = replace(form, model=hosted(without_layers(setting.model, form.skipped).model, setting))
     return [Source.model(form, agreement, draft_s, can_be_apart)]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_accel.core.config import Config
+from hf_accel.core.model.layer_list import layer_list
 from hf_accel.core.model.shadow import shadow, twin
 from hf_accel.core.steps.applying import apply
 from hf_accel.core.steps.patcher import Patcher, Stage
@@ -85,17 +86,10 @@ def without_layers(model: Any, skipped: list[int]) -> DraftForm:
     return DraftForm("layer_skip", form, summary, layers=kept, skipped=skipped)
 
 
-def layer_list(model: Any) -> tuple[str, nn.ModuleList]:
-    """Return name and list of the decoder layers.
-
-    Raises:
-        LookupError: there is no list of as many modules as the config says there are layers.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise LookupError(f"there is no list of {count} layers in {type(model).__name__}")
+def hosted(form: Any, original: Setting) -> Any:
+    """Give a copy of a model, to which nothing is applied, a host at whose doors somebody may stand."""
+    _apply(form, [], original)
+    return form
 
 
 def _speedups(applied: list[Config]) -> list[Config]:

@@ -12,6 +12,7 @@ from hf_accel.core.calls.keywords import Keyword, register
 from hf_accel.core.calls.report import SECTIONS, Applied
 from hf_accel.core.calls.rollback import rollback_obstacle
 from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.layer_list import layer_list
 from hf_accel.core.model.shadow import shadow
 from hf_accel.core.steps.goal import Gain, Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
@@ -19,7 +20,7 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.speculative.building import set_up
 from hf_accel.speculative.config import SpeculativeConfig
-from hf_accel.speculative.forms import few_bits_config, layer_list
+from hf_accel.speculative.forms import few_bits_config
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS
 

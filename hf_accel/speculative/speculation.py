@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_accel.core.calls.call import Call
-from hf_accel.core.calls.drafting import TokenChooser
+from hf_accel.core.calls.drafting import DraftModel, TokenChooser
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.config import SpeculativeConfig
@@ -42,6 +42,10 @@ class ModelSpeculation:
         self.statistics = Statistics()
         self.history = TenantHistory(config.history_tokens) if config.history_tokens else None
         self._lock = threading.Lock()
+
+    def models(self) -> list[DraftModel]:
+        forms = [source.form for source in self.sources if source.form is not None]
+        return [DraftModel(form.model, form.layers, form.has_own_cache) for form in forms]
 
     def rounding_bound(self, rows: int) -> float:
         return self.rounding[rows > SMALL_ROWS]

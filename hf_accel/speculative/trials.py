@@ -18,8 +18,9 @@ from transformers import DynamicCache
 
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.drift import CACHE
+from hf_accel.core.model.layer_list import layer_list
 from hf_accel.speculative.costs import RowCosts
-from hf_accel.speculative.forms import DraftForm, layer_list, without_layers
+from hf_accel.speculative.forms import DraftForm, without_layers
 
 TEXT_TOKENS = 16
 PROMPT_TOKENS = 8

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from hf_accel.speculative.forms import layer_list, shadow, without_layers
+from hf_accel.core.model.layer_list import layer_list
+from hf_accel.speculative.forms import shadow, without_layers
 
 NARROW = 9
 LAYERS = 8  # of a copy: patterns of layers repeat sooner

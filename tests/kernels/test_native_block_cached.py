@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_accel.attention import held
-from hf_accel.attention.grouped import NAME
+from hf_accel.attention.names import NAME
 from hf_accel.cache.codec import Codec
 from hf_accel.cache.layers.growing import GrowingLayer
 from hf_accel.core.drift import CACHE

@@ -18,6 +18,11 @@ class GrowingLayer(BufferedLayer):
     def __init__(self, expected_tokens: int = 0, codec: Codec = AS_IS) -> None:
         super().__init__(Buffers(codec, partial(growing_room, expected_tokens)))
 
+    @property
+    def takes_states(self) -> bool:
+        """See `hf_accel.core.calls.cache_layers.takes_states`: of codes the pass itself has to read."""
+        return self.bits is None
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,6 +36,11 @@ class GrowingSlidingLayer(BufferedLayer, DynamicSlidingWindowLayer):
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
+    @property
+    def takes_states(self) -> bool:
+        """See `hf_accel.core.calls.cache_layers.takes_states`: of codes the pass itself has to read."""
+        return self.bits is None
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

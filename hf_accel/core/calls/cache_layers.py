@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class Reserved(NamedTuple):
@@ -53,6 +54,50 @@ class RaggedLayer(Protocol):
     def columns(self, tokens: int) -> tuple[int, int]: ...
 
     def set_rows(self, lengths: list[int]) -> None: ...
+
+
+class StaticLayer(Protocol):
+    """A cache layer of fixed buffers, of whose lengths only the device knows: a step over it can be captured.
+
+    keys, values: [B, G, C, D] of the model's dtype, or uint8 rows of codes [B, G, C, R] (see `hf_accel.ops.cached`)
+        where `bits` is 8 or 4. Their addresses never change, nor do those of `lengths` and `starts`.
+    sizes: head sizes of keys and values. dtypes: theirs as attention reads them.
+    sliding_window: how many positions a query sees, itself included; None: all. The buffers have all C columns anyway.
+    lengths: int32 [B] on the device, columns of each row that were filled before this step: its first new token goes to
+        column lengths[b]. Shared by all layers of a cache; who runs the step advances it after the last layer.
+    starts: int32 [B] on the device, the first column of each row that is no padding. Shared, too.
+    """
+
+    keys: Any
+    values: Any
+    lengths: torch.Tensor
+    starts: torch.Tensor
+    sizes: tuple[int, int]
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    @property
+    def bits(self) -> int | None: ...
+
+    @property
+    def sliding_window(self) -> int | None: ...
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write states [B, G, T, D] at columns lengths[b].. of each row, by operations of the device alone.
+
+        Returns what attention reads: `CachedStates` whose `held.static` is this layer.
+        """
+        ...
+
+
+def takes_states(layer: Any) -> bool:
+    """Return whether keys and values may be given to a cache layer after the pass that made them.
+
+    Layers of transformers keep what they are given as it is, and say nothing; ours say so by `takes_states`.
+    """
+    own = getattr(layer, "takes_states", None)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) if own is None else bool(own)
 
 
 def rows_apart_obstacle(layer: Any) -> str | None:

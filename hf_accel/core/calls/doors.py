@@ -14,7 +14,7 @@ class Door(enum.Enum):
     """The doors, each with the protocol of who stands there. One stands at each; a call may bring its own.
 
     GENERATE: `CallServer`, asked before stock `generate` begins.
-    NEW_CACHE: `CacheMaker`. PREFILL: `PromptReader`. TOKEN_LOOP: `TextWriter`.
+    NEW_CACHE: `CacheMaker`. PREFILL: `PromptReader`. PADDED_PROMPT: `PaddedPromptReader`. TOKEN_LOOP: `TextWriter`.
     FORWARD: a function with the arguments and outputs of the model, for passes after the prompt.
     DRAFTS: `hf_accel.core.calls.drafting.Speculation`, asked by the token loop.
     DRAFT_CACHE: a function (cache, expected tokens), for the caches of models that draft.
@@ -26,6 +26,7 @@ class Door(enum.Enum):
     GENERATE = "generate"
     NEW_CACHE = "new cache"
     PREFILL = "prefill"
+    PADDED_PROMPT = "padded prompt"
     TOKEN_LOOP = "token loop"
     FORWARD = "forward"
     DRAFTS = "drafts"
@@ -46,6 +47,13 @@ class CacheMaker(Protocol):
 
     def fill(self, new: NewCache) -> None: ...
 
+    def bits(self, new: NewCache) -> tuple[int | None, str | None]:
+        """Return in how many bits the cache would keep positions (None: as they are), and why others may not keep them.
+
+        The latter is None where it would keep every position on the device, and nothing beside.
+        """
+        ...
+
 
 class PromptReader(Protocol):
     """Wraps the forward pass over the prompt, for which it may know keys and values already."""
@@ -53,6 +61,19 @@ class PromptReader(Protocol):
     def prefilling(
         self, model: Any, input_ids: Any, generation_config: Any, kwargs: dict[str, Any], tenant: str | None
     ) -> AbstractContextManager[None]: ...
+
+
+class PaddedPromptReader(Protocol):
+    """Reads a prompt in place of the forward pass over it, which `run` is; None: that has to read it."""
+
+    def read(
+        self,
+        model: Any,
+        input_ids: Any,
+        generation_config: Any,
+        kwargs: dict[str, Any],
+        run: Callable[[Any, dict[str, Any]], Any],
+    ) -> Any: ...
 
 
 class TextWriter(Protocol):

@@ -7,7 +7,7 @@ verification of that call, and drafters choose tokens by it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -42,6 +42,15 @@ class Draft:
     probabilities: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class DraftModel:
+    """A model that drafts: over the layers `layers` (None: all) of the cache of the model it drafts for, or its own."""
+
+    model: Any
+    layers: list[int] | None
+    has_own_cache: bool
+
+
 class Session(Protocol):
     """Speculation in one `generate` call: proposes before each step and is told what became of it."""
 
@@ -65,6 +74,9 @@ class Speculation(Protocol):
     """What a model carries to speculate: opens a session per call."""
 
     has_own_draws: bool  # sampled drafts are verified by acceptance and residual, not by the draws of plain decoding
+
+    def models(self) -> list[DraftModel]:
+        """Return the models that draft; each has a host of its own."""
 
     def rounding_bound(self, rows: int) -> float:
         """Return by how much logits may differ between a step of `rows` rows and one of a single token; 0: not."""

@@ -9,15 +9,27 @@ Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
+
+
+@dataclass
+class StepOutputs(CausalLMOutputWithPast):
+    """Outputs of a pass that lie where those of the next one will: who keeps them copies them.
+
+    choices: int64 [B, T], the argmax of the logits in fp32.
+    """
+
+    choices: torch.Tensor | None = None
 
 
 def runner_of(model: Any) -> Callable[..., Any]:
@@ -53,11 +65,27 @@ class SingleTokens:
         is_lean = LeanInputs.fit(model, model_kwargs, outputs)
         self._inputs = LeanInputs(model_kwargs) if is_lean else StockInputs(model, model_kwargs)
         self._run, self._outputs = runner_of(model), outputs
-        self._is_first = True
+        self._is_first, self._followed = True, 0
+        self._follow = getattr(self._run, "follow", None) if is_lean else None
+
+    def follow(self) -> torch.Tensor | None:
+        """Return the tokens [B] that follow greedily on those chosen greedily in the latest pass, after another pass.
+
+        None where whoever runs the passes cannot go on by itself.
+        """
+        if self._is_first or self._follow is None:
+            return None
+        choices: torch.Tensor | None = self._follow(self._inputs.cache)
+        if choices is None:
+            return None
+        self._outputs = None
+        self._followed += 1
+        return choices[:, 0]
 
     def next(self, input_ids: torch.Tensor) -> Any:
         """Return the outputs that the next token of every row is chosen from; `input_ids` is all so far, [B, S]."""
         if not self._is_first:
+            self._catch_up()
             inputs = self._inputs.next(self._outputs, input_ids)
             self._outputs = None  # the logits of the prompt can be large
             self._outputs = self._run(**inputs, return_dict=True)
@@ -66,8 +94,15 @@ class SingleTokens:
 
     def close(self) -> Any:
         """Return the cache that stock would return after the last pass."""
+        self._catch_up()
         self._inputs.absorb(self._outputs)
         return self._inputs.cache
+
+    def _catch_up(self) -> None:
+        """Let the inputs grow by the tokens that were taken in meanwhile."""
+        if self._followed:
+            self._inputs.absorb(None, self._followed)  # type: ignore[call-arg]
+            self._followed = 0
 
 
 class Stepper:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from hf_accel.core.calls.cache_layers import StaticLayer
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.ops import cached
 
@@ -30,6 +31,8 @@ class Held:
     visible: bool [B, G, S]: what of it is there at all, where positions were given up; then columns are not positions,
         and no mask made for positions fits. New tokens are the last T columns.
     observe: is told the queries [B, H, T, D] and the scale of the scores, and afterwards may give positions up.
+    static: the layer whose fixed buffers these are, in a step of which only the device knows the lengths; S is then the
+        capacity of the buffers, and what is visible follows from the layer's `lengths` and `starts`.
     """
 
     shape: tuple[int, int, int]
@@ -40,6 +43,7 @@ class Held:
     parts: Callable[[], Iterator[Part]]
     visible: torch.Tensor | None = None
     observe: Callable[[torch.Tensor, float], None] | None = None
+    static: StaticLayer | None = None
     _dense: Part | None = field(default=None, repr=False)
 
     def decoded(self, part: Part) -> Part:

@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.core.calls.call import IN_PROGRESS, Call, CallLog, NewCache, Request
-from hf_accel.core.calls.doors import MAKERS, CacheMaker, CallServer, Door, PromptReader, TextWriter
+from hf_accel.core.calls.doors import MAKERS, CacheMaker, CallServer, Door, PaddedPromptReader, PromptReader, TextWriter
 from hf_accel.core.calls.keywords import KEYWORDS, understood
 from hf_accel.core.calls.report import Report
 from hf_accel.core.drift import CACHE
@@ -193,7 +193,16 @@ class Hosted:
         reader: PromptReader | None = None if host is None else _standing(host, Door.PREFILL)
         tenant = request.options.get("tenant") if request else None
         with reader.prefilling(self, input_ids, generation_config, model_kwargs, tenant) if reader else nullcontext():
-            return beneath(Hosted, self, "_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+            def run(ids: torch.Tensor, inputs: dict[str, Any]) -> Any:
+                return beneath(Hosted, self, "_prefill")(ids, generation_config, inputs, *args, **kwargs)
+
+            padded: PaddedPromptReader | None = None if host is None else _standing(host, Door.PADDED_PROMPT)
+            if padded is not None:
+                outputs = padded.read(self, input_ids, generation_config, model_kwargs, run)
+                if outputs is not None:
+                    return outputs
+            return run(input_ids, model_kwargs)
 
     @functools.wraps(PreTrainedModel.resize_token_embeddings)
     def resize_token_embeddings(

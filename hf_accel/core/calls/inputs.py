@@ -23,6 +23,12 @@ def _is_stock(model: Any, name: str) -> bool:
     return getattr(getattr(model, name), "__func__", None) is getattr(GenerationMixin, name)
 
 
+def has_stock_inputs(model: Any) -> bool:
+    """Return whether transformers' own methods prepare the inputs of every forward pass of `model`."""
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    return not model.is_remote_code() and all(_is_stock(model, name) for name in names)
+
+
 class StockInputs:
     """Inputs by the model's own methods: always right."""
 
@@ -64,11 +70,9 @@ class LeanInputs:
             and not cache.is_compileable
             and model_kwargs.get("use_cache") is True
             and given <= GROWING | CONSTANT
-            and not model.is_remote_code()
-            and all(map(_is_stock, (model, model), ("prepare_inputs_for_generation",
-                                                    "_update_model_kwargs_for_generation")))
+            and has_stock_inputs(model)
             and all(model_kwargs[name].device == model.device for name in given & GROWING)
-        )  # fmt: skip
+        )
 
     def next(self, outputs: Any, input_ids: torch.Tensor) -> dict[str, Any]:
         """Return the keyword arguments of the next forward; `input_ids` is everything so far, [B, S]."""
@@ -77,13 +81,13 @@ class LeanInputs:
         inputs["input_ids"] = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
         return inputs
 
-    def absorb(self, outputs: Any) -> None:
-        """Grow positions and mask by the token that the next forward takes in."""
+    def absorb(self, outputs: Any, tokens: int = 1) -> None:
+        """Grow positions and mask by the tokens, one per forward, that the next one takes in as the last of."""
         positions, mask = self.inputs.get("position_ids"), self.inputs.get("attention_mask")
         if positions is not None:
-            self.inputs["position_ids"] = positions[..., -1:] + 1
+            self.inputs["position_ids"] = positions[..., -1:] + tokens
         if mask is not None:
-            self.inputs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=-1)
+            self.inputs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], tokens))], dim=-1)
 
     @property
     def cache(self) -> Any:

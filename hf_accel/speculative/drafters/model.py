@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
 
+from hf_accel.core.calls.call import NewCache
+from hf_accel.core.calls.doors import CacheMaker, Door
 from hf_accel.core.calls.drafting import Draft, TokenChooser
 from hf_accel.core.calls.forward import Stepper, following_positions
+from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.speculative.drafters.drafter import CONFIDENCE, Drafter, GoesOn, Guess
@@ -114,8 +118,13 @@ class OwnCacheDrafter(ModelDrafter):
         """Run the prompt and return the stepper that holds it."""
         rows, mask, positions = self.rows, self.kwargs.get("attention_mask"), self.kwargs.get("position_ids")
         cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        if self.prepare_cache is not None:
-            self.prepare_cache(cache, rows.ids.shape[1])
+        host, expected = host_of(self.model), rows.ids.shape[1]
+        maker: CacheMaker | None = None if host is None else host.doors.get(Door.NEW_CACHE)
+        if maker is not None:
+            mode = GenerationMode.SAMPLE if self.chooser.samples else GenerationMode.GREEDY_SEARCH
+            maker.fill(NewCache(cache, self.model, mode, len(rows), expected, mask))
+        elif self.prepare_cache is not None:
+            self.prepare_cache(cache, expected)
         cache.activate_past_recording()
         prompt = rows.prompt_tokens
         inputs = {"input_ids": rows.ids[:, :prompt], "attention_mask": mask, "position_ids": positions, CACHE: cache}

@@ -1,0 +1,75 @@
+"""What a step sends from the device to the host, and how late it may be looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+
+from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.rollback import rollback_obstacle
+from hf_accel.core.drift import CACHE
+from hf_accel.decoding.processors import processor_obstacle
+
+ASYNCHRONOUS = frozenset({"cuda"})  # types of devices that run behind the host
+REPEATABLE = frozenset({MaxLengthCriteria, EosTokenCriteria, StopStringCriteria})  # may look at one text too many
+
+
+class Arrival:
+    """The tokens [B] of a step, where somebody wants them, and whether the text is done: on their way to the host.
+
+    device: where the step runs. is_done: on the device, or known to the host.
+    """
+
+    def __init__(self, device: torch.device, tokens: torch.Tensor | None, is_done: torch.Tensor | bool) -> None:
+        self._tokens, self._is_done, self._event = tokens, is_done, None
+        if device.type == "cuda":
+            if isinstance(is_done, torch.Tensor):
+                self._is_done = _sent(is_done)
+            self._tokens = None if tokens is None else _sent(tokens)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> tuple[Any, bool]:
+        """Wait for them, and return tokens on the CPU, None where nobody wants them, and whether the text is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return None if self._tokens is None else self._tokens.cpu(), bool(self._is_done)
+
+
+def _sent(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def lag_of(call: Call) -> int:
+    """Return how many plain steps of a call may be made before it is known that the text was done before them.
+
+    One on a device that runs behind the host, where a step too many leaves no trace: in processors and criteria of the
+    user's, or in a cache that somebody gets back and that cannot drop its last token.
+    """
+    config, cache = call.generation_config, call.model_kwargs.get(CACHE)
+    is_kept = config.return_dict_in_generate or call.has_callers_cache or cache is None
+    if (
+        call.input_ids.device.type not in ASYNCHRONOUS
+        or any(type(criterion) not in REPEATABLE for criterion in call.stopping_criteria)
+        or processor_obstacle(call.logits_processor) is not None
+        or (is_kept and not (cache is not None and can_drop_tokens(cache)))
+    ):
+        return 0
+    return 1
+
+
+def is_plainly_greedy(call: Call) -> bool:
+    """Return whether each token is the best of the logits as they are, and is what the model is given next.
+
+    Not so where scores are kept, or rows that have ended are given padding.
+    """
+    config = call.generation_config
+    pads = call.input_ids.shape[0] > 1 and any(hasattr(each, "eos_token_id") for each in call.stopping_criteria)
+    return not (config.do_sample or config.return_dict_in_generate or call.logits_processor or pads)
+
+
+def can_drop_tokens(cache: Any) -> bool:
+    """Return whether a cache can drop its last tokens, without having been told before that it may have to."""
+    return rollback_obstacle(cache, False) is None and not any(layer.is_sliding for layer in cache.layers)
