@@ -65,8 +65,8 @@ class RecordedLayer:
         with torch.no_grad():
             return replacement(hidden, kwargs | {CACHE: cache or _ProbeCache(self.index)})
 
-    def prompt(self, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Return hidden states [1, tokens, E] and keyword arguments of a prompt without padding, to time it."""
+    def prompts(self, batch: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return hidden states [batch, tokens, E] and keyword arguments of prompts without padding, to time them."""
         length = self.given.shape[1]
 
         def longer(value: Any) -> Any:
@@ -77,7 +77,7 @@ class RecordedLayer:
             return value[:1].repeat(1, -(-tokens // length), *(1,) * (value.dim() - 2))[:, :tokens].contiguous()
 
         kwargs = {name: longer(value) for name, value in self.kwargs.items() if name != CACHE}
-        return longer(self.given), kwargs | {"attention_mask": None}
+        return longer(self.given).repeat(batch, 1, 1), kwargs | {"attention_mask": None}
 
 
 class Audit:

@@ -68,6 +68,7 @@ static size_t lay_out_shared(hfa_block_run *run, char *memory) {
         run->query = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
         run->attended = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
         run->totals = carve_floats(&c, queries);
+        run->starts = carve(&c, (size_t)run->batch * sizeof *run->starts);
     } else {
         run->partial = carve_floats(&c, partials * block->head_dim);
         run->partial_max = carve_floats(&c, partials);

@@ -109,16 +109,34 @@ int hfa_attention_refuses(const hfa_block_run *run) {
     return 0;
 }
 
+/* Whether a bool mask says no more than causality and left padding: then run->starts says it, and the rest need not be read. */
+static int is_left_padding(const hfa_block_run *run, int64_t before) {
+    for (int64_t b = 0; b < run->batch; b++) {
+        const uint8_t *last = (const uint8_t *)run->call->mask + mask_at(run, b, run->tokens - 1);
+        const uint8_t *seen = memchr(last, 1, (size_t)(before + run->tokens));
+        int64_t start = run->starts[b] = seen ? seen - last : before + run->tokens;
+        for (int64_t t = 0; t < run->tokens; t++) {
+            const uint8_t *mask = (const uint8_t *)run->call->mask + mask_at(run, b, t);
+            int64_t end = before + t + 1, hidden = start < end ? start : end;
+            if (memchr(mask, 1, (size_t)hidden) || memchr(mask + hidden, 0, (size_t)(end - hidden))
+                || memchr(mask + end, 1, (size_t)(run->tokens - t - 1)))
+                return 0;
+        }
+    }
+    return 1;
+}
+
 int hfa_attention_of_prompt(hfa_block_run *run) {
     const hfa_block *block = run->block;
     const hfa_block_call *call = run->call;
-    int64_t d = block->head_dim, width = block->heads * d, size = hfa_attend_element(&run->attention);
+    int64_t d = block->head_dim, width = block->heads * d, size = hfa_attend_element(&run->attention), before = call->past + run->token - call->first;
+    int is_plain = !call->mask_kind || is_left_padding(run, before);
     hfa_prompt_call prompt = {
         .query = run->query, .out = run->attended, .totals = run->totals, .dtype = block->dtype, .format = call->format, .batch = run->batch,
         .keys = keys_at(run, 0, 0) + call->first * call->key_stride_s * size, .tokens = run->tokens, .heads = block->heads,
         .values = values_at(run, 0, 0) + call->first * call->value_stride_s * size, .kv_heads = block->kv_heads, .key_dim = d, .value_dim = d,
-        .mask = call->mask_kind ? (const uint8_t *)call->mask + mask_at(run, 0, 0) : NULL, .is_causal = !call->mask_kind,
-        .past = call->past + run->token - call->first, .positions = call->past + run->token - call->first + run->tokens,
+        .mask = is_plain ? NULL : (const uint8_t *)call->mask + mask_at(run, 0, 0), .is_causal = is_plain,
+        .starts = is_plain && call->mask_kind ? run->starts : NULL, .past = before, .positions = before + run->tokens,
         .threads = run->threads, .query_stride_b = run->tokens * width, .query_stride_h = d, .query_stride_t = width,
         .key_stride_b = call->key_stride_b, .key_stride_g = call->key_stride_g, .key_stride_s = call->key_stride_s,
         .value_stride_b = call->value_stride_b, .value_stride_g = call->value_stride_g, .value_stride_s = call->value_stride_s,

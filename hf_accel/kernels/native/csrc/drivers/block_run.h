@@ -26,6 +26,7 @@ typedef struct {
     int64_t first_piece, pieces;         /* not shares: of HFA_PIECE positions each; attention tasks of a kv head */
     float *partial, *partial_max, *partial_sum; /* not shares; per piece and query: [D] weighted values, maximum score, sum */
     float *residual, *wide; char *packed; /* shares; as in hfa_block_private */
+    int64_t *starts;                      /* shares; [batch]: columns that left padding takes */
     char *query, *attended; float *totals; /* shares; [R, H D] of the dtype, before and after attention; see hfa_prompt_call */
     char *private_memory; size_t private_bytes;
 } hfa_block_run;
