@@ -87,8 +87,9 @@ def _seconds(rows: int, pairs: Sequence[tuple[Callable[[], RecordedLayer], Repla
             record, replacement = pairs[turn % len(pairs)]
             recorded = record()
             hidden, kwargs = recorded.prompts(batch, rows // batch)
+            cache = {CACHE: DynamicCache()}
             start = time.perf_counter()
-            recorded.layer(hidden, **kwargs, **{CACHE: DynamicCache()})
+            recorded.layer(hidden, **kwargs, **cache)
             middle = time.perf_counter()
             served = recorded.replaced(replacement, hidden, kwargs) is not None
             stop = time.perf_counter()

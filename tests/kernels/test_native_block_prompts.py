@@ -155,3 +155,14 @@ def test_scores_that_are_not_finite_give_no_result(tokens: int) -> None:
     assert block(**given) is not None
     given["hidden"][0, tokens // 2, 0] = math.inf
     assert block(**given) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [12, 40])
+@pytest.mark.parametrize("scale", [3.0, 40.0])
+def test_sharp_attention(isa: str, scale: float, tokens: int) -> None:
+    """Scores so far apart that most weights are too small to show: they are left out, and nothing else is."""
+    block = random_block(replace(WIDE, scale=scale), torch.float32)
+    given = inputs(WIDE, torch.float32, 1, tokens, 2)
+    kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+    assert difference(block(**given), twin(block, **kept)) < 1e-4

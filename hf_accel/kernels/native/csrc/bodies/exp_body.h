@@ -18,6 +18,14 @@ HFA_INLINE vf vf_exp(vf a) {
 }
 #endif
 
+/* exp for weights of a softmax, a <= 0. Below HFA_LEAST it is 0, which no sum shows beside the weight 1 that each softmax has: subnormal
+ * numbers, which sharp attention is full of, cost a hundred cycles wherever they are made or multiplied. */
+#define HFA_LEAST (-60.0f)
+HFA_INLINE vf vf_weight(vf a) {
+    vf least = vf_set1(HFA_LEAST);
+    return vf_select_lt(a, least, vf_set1(0.0f), vf_exp(vf_max(least, a)));
+}
+
 /* tanh: odd polynomial of Cephes tanhf below 0.625, 1 - 2 / (exp(2x) + 1) beyond. */
 HFA_INLINE vf vf_tanh(vf x) {
     vf z = vf_mul(x, x), p = vf_set1(-5.70498872745e-3f), one = vf_set1(1.0f);

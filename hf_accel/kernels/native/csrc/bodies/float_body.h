@@ -38,7 +38,7 @@ static float maximum(const float *s, int64_t n) {
 static float exponentials(float *s, int64_t n, float top) {
     vf total = vf_set1(0.0f), shift = vf_set1(top);
     for (int64_t i = 0; i < n; i += VW) {
-        vf e = vf_exp(vf_sub(vf_load(s + i), shift));
+        vf e = vf_weight(vf_sub(vf_load(s + i), shift));
         vf_store(s + i, e);
         total = vf_add(total, e);
     }

@@ -6,7 +6,8 @@ HFA_INLINE vf rough_exp2(vf x) {
     vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     vf p = vf_fma(vf_set1(0.0770672f), f, vf_set1(0.22764482f));
     p = vf_fma(p, f, vf_set1(0.69511682f));
-    return _mm512_scalef_ps(vf_fma(p, f, vf_set1(1.0f)), x);
+    __mmask16 shows = _mm512_cmp_ps_mask(x, vf_set1(HFA_LEAST * 1.44269504f), _CMP_NLT_UQ); /* as in vf_weight; NaN stays */
+    return _mm512_maskz_scalef_ps(shows, vf_fma(p, f, vf_set1(1.0f)), x);
 }
 /* rounded to nearest, ties away from zero: one instruction less than to even */
 HFA_INLINE vf paired(vf even, vf odd) {
@@ -57,7 +58,7 @@ static void ON(softmax)(float *scores, int64_t n, float scale, float softcap, co
         vf_store(keep + v * VW, rough_exp2(vf_mul(grown, k)));
 #else
         vf k = vf_set1(scale);
-        vf_store(keep + v * VW, vf_exp(vf_mul(grown, k)));
+        vf_store(keep + v * VW, vf_weight(vf_mul(grown, k)));
 #endif
         shift[v] = vf_mul(shift[v], k);
         total[0][v] = total[1][v] = zero;
@@ -82,7 +83,7 @@ static void ON(softmax)(float *scores, int64_t n, float scale, float softcap, co
     for (int64_t j = 0; j < n; j++)
         UNROLL(4)
         for (int v = 0; v < PROMPT_VECTORS; v++) {
-            vf e = vf_exp(vf_sub(vf_mul(vf_load(scores + j * BLOCK + v * VW), k), shift[v]));
+            vf e = vf_weight(vf_sub(vf_mul(vf_load(scores + j * BLOCK + v * VW), k), shift[v]));
             total[j & 1][v] = vf_add(total[j & 1][v], e);
             vf_store(weights + j * BLOCK + v * VW, e);
         }
