@@ -29,7 +29,8 @@ class BackEndName(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:  # written out: torch.compile traces no hash of C
+        return str.__hash__(str(self))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type, tuple[str]]:
         return str, (self.stands_for,)

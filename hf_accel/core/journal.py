@@ -43,11 +43,10 @@ def beneath(mixin: type, instance: Any, name: str) -> Any:
     that the instance has now.
     """
     classes = type(instance).__mro__
-    first = classes.index(mixin) + 1 if mixin in classes else 0
-    for cls in classes[first:]:  # every product of a prompt asks
-        if (found := cls.__dict__.get(name)) is not None:
-            return found.__get__(instance)
-    raise AttributeError(f"a {type(instance).__name__} has no {name!r} beneath {mixin.__name__}")
+    if mixin in classes:
+        classes = classes[classes.index(mixin) + 1 :]
+    found = next(vars(cls)[name] for cls in classes if name in vars(cls))
+    return found.__get__(instance)
 
 
 class Journal:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hf_accel.core.calls.hosting import Host, open_host
+from hf_accel.core.calls.hosting import Host, host_of, open_host
 from hf_accel.core.calls.report import Applied, Report, Skip
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
@@ -23,7 +23,7 @@ def checked(plan: Plan, setting: Setting) -> Patchers:
     """Return the patchers of a plan in the order of their stages, having changed nothing.
 
     Raises:
-        ConflictError: two steps claim one place.
+        ConflictError: two steps claim one place, or another thread has optimised the model meanwhile.
         UnsupportedModelError: steps cannot be applied to this model; all obstacles are listed.
     """
     patchers = [Patcher.for_config(step.config) for step in plan.steps]
@@ -40,6 +40,11 @@ def checked(plan: Plan, setting: Setting) -> Patchers:
             )
         claims[patcher.occupies] = name
     obstacles = [f"{_name(patcher)}: {text}" for patcher in patchers for text in _obstacles(patcher, setting)]
+    if obstacles and host_of(setting.model) is not None:
+        raise ConflictError(
+            f"This {type(setting.model).__name__} has been optimised by another thread meanwhile, so that the plan "
+            f"does not fit it any more ({obstacles[0]}). hf_accel.report(model) tells what was done."
+        )
     if obstacles:
         listed = "\n  - ".join(obstacles)
         raise UnsupportedModelError(f"The plan cannot be applied to this model:\n  - {listed}")
