@@ -74,10 +74,8 @@ def test_columns_in_the_order_of_activations(bits: int, symmetric: bool, tmp_pat
     ids = torch.tensor([[5, 6, 7, 8]])
     text = model.generate(ids, max_new_tokens=6, do_sample=False)
     hf_accel.optimize(model)
-    # attention of prompts is another kernel's
-    torch.testing.assert_close(
-        logits(model), expected, rtol=1e-4, atol=1e-4
-    )  # attention of prompts is another kernel's
+    # attention of prompts may be another kernel's
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), text)
     hf_accel.restore(model)
     for format in (None, "gptq_v2"):
