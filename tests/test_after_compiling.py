@@ -7,6 +7,7 @@ from comparison import optimised
 from models import build
 from torch import nn
 from torch._dynamo import mutation_guard
+from transformers.models.llama import modeling_llama
 
 from hf_accel import DecoderBlockConfig
 
@@ -25,3 +26,15 @@ def test_layers_run_natively_after_something_else_was_compiled(monkeypatch: pyte
     mutation_guard.install_generation_tagging_init()
     assert dict(vars(nn.Module)) != before
     assert all(layer.step.is_current() for layer in layers)
+
+
+@pytest.mark.native
+def test_globals_of_compiled_code_are_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile keeps what its code reads among the globals of the file that the code was made from."""
+    layers = optimised(build("llama"), [DecoderBlockConfig()]).model.layers
+    monkeypatch.setattr(modeling_llama, "__compiled_fn_1_8a82a088", print, raising=False)
+    monkeypatch.setattr(modeling_llama, "__import_torch_dot__dynamo", nn, raising=False)
+    monkeypatch.setattr(modeling_llama, "_140311703060944_c18", 0.5, raising=False)
+    assert all(layer.step.is_current() for layer in layers)
+    monkeypatch.setattr(modeling_llama, "rotate_half", nn.functional.relu)
+    assert not any(layer.step.is_current() for layer in layers), "a function that forwards call is one"

@@ -73,6 +73,10 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
         instead(step.StaticStep, "run_and_advance", without_positions),
         test_followed_steps.test_the_text_is_stocks,
     ),
+    "what compiled code reads is a change": (
+        instead(watching, "_is_bookkeeping", lambda name: name in watching.BOOKKEEPING),
+        test_after_compiling.test_globals_of_compiled_code_are_no_change,
+    ),
     "codes are read as other codes": (
         result(cached, "decode", lambda x: x * 1.5),
         test_static_attention.test_codes_are_read_as_what_they_stand_for,

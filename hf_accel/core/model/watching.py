@@ -67,10 +67,20 @@ class Surroundings:
     def _are_alike(self) -> bool:
         for index, (space, kept) in enumerate(zip(self._spaces, self._kept, strict=True)):
             if names := differing(space, kept):
-                if names - BOOKKEEPING:
+                if not all(map(_is_bookkeeping, names)):
                     return False
                 self._kept[index] = dict(space)
         return True
+
+
+def _is_bookkeeping(name: str) -> bool:
+    """Return whether Python or torch writes under this name; code that torch.compile has made has globals of its own.
+
+    Those begin with two underscores and do not end with two, as `__compiled_fn_1`, or with a number, as `_1403_c18`:
+    nobody else's forward reads them.
+    """
+    is_compiled = name.startswith("__") and not name.endswith("__")
+    return name in BOOKKEEPING or is_compiled or (name[:1] == "_" and name[1:2].isdigit())
 
 
 def kinds_of(modules: Iterable[nn.Module]) -> list[type]:
