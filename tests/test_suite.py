@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from hf_accel.cli import app
 from hf_accel.cli.gpu_works import Call, GpuWorks, timed
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.errors import ConfigError
@@ -79,6 +81,24 @@ def test_the_table_has_figures_notes_and_errors() -> None:
     lines = suite.markdown().splitlines()
     assert lines[0].startswith("a card; torch 2; ")
     assert lines[4:] == ["| a | ms 1.5, ratio 2 | noted |", "| b | none: E: why |  |"]
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--suite", "gpu"], "Add --device cuda"),
+        (["--suite", "other", "--device", "cpu"], "no suite called"),
+        (["--suite", "gpu", "--prompt", "12"], "leave out --prompt"),
+        (["no-shape", "--suite", "gpu"], "measures a shape"),
+        (["--out", "x.json", "llama-1b"], "belong to --suite"),
+        (["--budget", "20", "llama-1b"], "belong to --suite"),
+        ([], "Give the MODEL"),
+    ],
+)
+def test_what_a_suite_does_not_take_is_an_error(arguments: list[str], words: str) -> None:
+    found = CliRunner().invoke(app, ["bench", *arguments])
+    assert found.exit_code == 2
+    assert words in " ".join(found.output.split())
 
 
 TINY = dict(

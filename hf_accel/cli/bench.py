@@ -32,8 +32,16 @@ from hf_accel.quantization import WeightOnlyConfig
 from hf_accel.quantization.building import build_packed
 from hf_accel.speculative import SpeculativeConfig
 
+OF_SUITES = frozenset({"model", "suite", "out", "budget", "device", "threads", "as_json"})
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
 
 def bench(
+    context: typer.Context,
     model: OptionalModelName = None,
     dtype: DtypeName = Dtype.bfloat16,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens per row.")] = 128,
@@ -89,14 +97,17 @@ def bench(
 ) -> None:
     """Measure MODEL as it is and optimised, in alternation in one process: prefill, decode, memory, same tokens."""
     if suite is not None:
+        given = [name for name in context.params if name not in OF_SUITES and _is_given(context, name)]
+        if given:
+            raise ConfigError(f"--suite says itself what it measures; leave out --{given[0].replace('_', '-')}.")
         use_threads(threads)
         check_device(device)
         run_suite(suite, model or "llama-8b", device, out, budget, as_json=as_json)
         return
     if model is None:
         raise ConfigError(f"Give the MODEL to measure: a folder, a hub id, or a shape ({', '.join(SHAPES)}).")
-    if out is not None:
-        raise ConfigError("--out belongs to --suite; give both, or take what --json writes.")
+    if out is not None or _is_given(context, "budget"):
+        raise ConfigError("--out and --budget belong to --suite; without it, --json writes the result.")
     workload = Workload(
         prompt_tokens=prompt,
         new_tokens=new,

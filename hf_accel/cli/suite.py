@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from hf_accel.cli.gpu_works import GpuWorks
@@ -19,12 +20,14 @@ def run_suite(name: str, shape: str, device: str, out: Path | None, budget_s: fl
     """Make what is missing of the suite called `name` and show all of it; `out` is the JSON file, beside it a .md.
 
     Raises:
-        ConfigError: there is no such suite or shape, or the file is none of a suite.
+        ConfigError: there is no such suite or shape, the device is no GPU, or the file is none of a suite.
     """
     if name not in SUITES:
         raise ConfigError(f"There is no suite called {name!r}. Suites: {', '.join(SUITES)}.")
     if shape not in SHAPES:
         raise ConfigError(f"A suite measures a shape ({', '.join(SHAPES)}); {shape!r} was given.")
+    if torch.device(device).type != "cuda":
+        raise ConfigError(f"The suite {name!r} measures a GPU; the device is {device!r}. Add --device cuda.")
     suite = Suite(f"{name}, {shape}, {device}", out)
     suite.resume()
     works = GpuWorks(shape, device).works()

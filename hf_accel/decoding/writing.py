@@ -84,7 +84,7 @@ class Writing:
             tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)
         self._new.append(tokens)
         self._length += 1
-        is_done: torch.Tensor | bool = bool(lengths := self._most) and self._length >= lengths
+        is_done: torch.Tensor | bool = 0 < self._most <= self._length
         if not self._are_simple:
             self.unfinished = self.unfinished & ~self._criteria(self.input_ids, self._collected.scores)
             is_done = ~self.unfinished.any()
