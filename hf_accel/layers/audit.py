@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from hf_accel.core.calls.cache_layers import Reserved
-from hf_accel.core.drift import CACHE
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.blocks import DecoderBlock
+from hf_accel.core.model.discovery.listening import bound, decoder_of, positions_apart
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import VerificationError
@@ -39,7 +39,7 @@ class RecordedLayer:
     layer: the layer itself, on the copy of the model.
     """
 
-    index: int
+    block: DecoderBlock
     layer: Any
     given: torch.Tensor
     kwargs: dict[str, Any]
@@ -63,7 +63,7 @@ class RecordedLayer:
     ) -> torch.Tensor | None:
         """Return what the replacement makes of hidden states [B, T, E] over an empty cache, None: one of its own."""
         with torch.no_grad():
-            return replacement(hidden, kwargs | {CACHE: cache or _ProbeCache(self.index)})
+            return replacement(hidden, kwargs | {self.block.form.call.cache: cache or _ProbeCache(self.block.index)})
 
     def prompts(self, batch: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return hidden states [batch, tokens, E] and keyword arguments of prompts without padding, to time them."""
@@ -72,12 +72,17 @@ class RecordedLayer:
         def longer(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(longer, value))
-            if not isinstance(value, torch.Tensor) or value.shape[1:2] != (length,):
+            if not isinstance(value, torch.Tensor) or value.dim() < 2:
                 return value
-            return value[:1].repeat(1, -(-tokens // length), *(1,) * (value.dim() - 2))[:, :tokens].contiguous()
+            at = 2 if value.dim() == 4 else 1  # angles by axis are [A, B, T, R]
+            if value.shape[at] != length:
+                return value
+            times = [-(-tokens // length) if i == at else 1 for i in range(value.dim())]
+            return value.narrow(at - 1, 0, 1).repeat(times).narrow(at, 0, tokens).contiguous()
 
-        kwargs = {name: longer(value) for name, value in self.kwargs.items() if name != CACHE}
-        return longer(self.given).repeat(batch, 1, 1), kwargs | {"attention_mask": None}
+        call = self.block.form.call
+        kwargs = {name: longer(value) for name, value in self.kwargs.items() if name not in (call.cache, call.mask)}
+        return longer(self.given).repeat(batch, 1, 1), kwargs | {call.mask: None}
 
 
 class Audit:
@@ -135,24 +140,31 @@ def record(anatomy: Anatomy, length: int = TOKENS) -> dict[int, RecordedLayer]:
     """Run the decoder once on two rows of random tokens; return each described layer's record by its index."""
     records: dict[int, RecordedLayer] = {}
     model = twin(anatomy.model)
-    blocks = anatomy.blocks if model is anatomy.model else Anatomy.of(model).blocks
     thread = threading.get_ident()
 
-    def keep(index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(block: DecoderBlock, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() != thread:  # another thread generates meanwhile
             return
-        given = args[0] if args else kwargs["hidden_states"]
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        records[index] = RecordedLayer(index, module, given.clone(), rest, output.clone())
+        rest = bound(type(module), args, kwargs)
+        given = rest.pop(block.form.call.hidden)
+        returned = output[0] if block.form.call.length else output
+        records[block.index] = RecordedLayer(block, module, given.clone(), rest, returned.clone())
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(anatomy.device)
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    hooks = [block.layer.register_forward_hook(partial(keep, block.index), with_kwargs=True) for block in blocks]
+    inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": True}
+    axes = max((len(set(block.form.angles.axes or ())) for block in anatomy.blocks), default=0)
+    if axes:
+        inputs["position_ids"] = positions_apart(axes, length).to(anatomy.device)
+    hooks = [
+        model.get_submodule(block.path).register_forward_hook(partial(keep, block), with_kwargs=True)
+        for block in anatomy.blocks
+    ]
     try:
         with torch.no_grad():
-            model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=True)
+            decoder_of(model)(**inputs)
     finally:
         for hook in hooks:
             hook.remove()

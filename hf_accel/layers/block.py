@@ -18,13 +18,14 @@ import torch
 
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
-from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import beneath, subclass
 from hf_accel.core.model.blocks import DecoderBlock
+from hf_accel.core.model.discovery.listening import bound
 from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.watching import Surroundings
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
+from hf_accel.errors import VerificationError
 from hf_accel.kernels import native
 from hf_accel.kernels.weights import PackedProduct
 from hf_accel.layers.audit import PROMPT_TOKENS, Audit, Replacement
@@ -36,7 +37,7 @@ from hf_accel.ops import tolerances
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderBlockConfig(Config):
-    """Decoder layers in one native call each, where the architecture is described.
+    """Decoder layers in one native call each, where what they compute is understood (see docs/how-it-works.md).
 
     max_rows: calls of up to this many rows (batch x query tokens) run natively, larger ones by the layer's own forward.
         None: at least 16, or 32 where products of many rows are made natively (see `NativeLinearConfig`), and as many
@@ -70,22 +71,26 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
         with evaluating(anatomy.model):
             audit = Audit(setting, "DecoderBlockConfig")
             surroundings = Surroundings(m for block in anatomy.blocks for m in (block.layer, *block.modules))
+            failed: VerificationError | None = None
             for block in anatomy.blocks:
                 try:
                     step = BlockStep(block, Extent(few, few), surroundings)
-                except ValueError as error:  # packed weights cannot be taken apart everywhere
+                    audit.check(block, _replacement(step), layer_bound(block, anatomy.dtype))
+                except (ValueError, VerificationError) as error:  # such as packed weights that cannot be taken apart
                     skipped.append(f"layer {block.index} runs as it is: {error}")
+                    failed = failed or (error if isinstance(error, VerificationError) else None)
                     continue
-                audit.check(block, _replacement(step), layer_bound(block, anatomy.dtype))
                 if step.watch.is_hooked():
                     skipped.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
                 steps.append(step)
+            if not steps and failed is not None:
+                raise failed
             if self.config.max_rows is None:
                 _try_more_rows(steps, audit)
             for step in steps:
                 if step.extent.many > native.MAX_ROWS:
-                    bound = layer_bound(step.block, anatomy.dtype)
-                    audit.check(step.block, _replacement(step), bound, PROMPT_TOKENS)
+                    most = layer_bound(step.block, anatomy.dtype)
+                    audit.check(step.block, _replacement(step), most, PROMPT_TOKENS)
             for step in steps:
                 layer = step.block.layer
                 made = subclass(NativeLayer, type(layer), step=step, forward=native_forward(step))
@@ -120,6 +125,9 @@ def layer_bound(block: DecoderBlock, dtype: torch.dtype) -> float:
     return tolerances.of_layer_output(dtype, is_packed)
 
 
+NO_ANGLES = (None, None)
+
+
 class NativeLayer:
     """Marks decoder layers whose `forward` is a `native_forward`."""
 
@@ -127,14 +135,24 @@ class NativeLayer:
 
 
 def native_forward(step: BlockStep) -> Callable[..., Any]:
-    """Return the `forward` of a layer: plain decoding steps natively, all else as the class it is mixed over does.
+    """Return the `forward` of a layer: plain decoding steps natively, all else as the class it is mixed over does."""
+    return layer_forward(NativeLayer, step, native_step)
+
+
+def layer_forward(marker: type, step: BlockStep, run: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:
+    """Return the `forward` of a layer whose class is mixed over with `marker`: by `run`, or as its own class does.
 
     The step is bound here and not read from the layer, whose class another thread may put back while this runs.
     """
+    call, kind = step.block.form.call, type(step.block.layer)
 
-    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = None if args else native_step(step, hidden_states, kwargs)
-        return beneath(NativeLayer, self, "forward")(hidden_states, *args, **kwargs) if result is None else result
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = bound(kind, args, kwargs) if args else dict(kwargs)
+        hidden = arguments.pop(call.hidden, None)
+        result = run(step, hidden, arguments) if call.fits(arguments) else None
+        if result is None:
+            return beneath(marker, self, "forward")(*args, **kwargs)
+        return (result, *[None] * (call.length - 1)) if call.length else result
 
     return forward
 
@@ -160,9 +178,10 @@ def native_step(
         or step.block.layer.training
     ):
         return None
-    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-    positions = kwargs.get("position_embeddings")
-    if cache is None or positions is None or kwargs.get("output_attentions") or getattr(cache, "offloading", True):
+    form = step.block.form
+    cache, mask = kwargs.get(form.call.cache), kwargs.get(form.call.mask)
+    angles = kwargs.get("position_embeddings") if form.rotary != "none" else NO_ANGLES
+    if cache is None or angles is None or kwargs.get("output_attentions") or getattr(cache, "offloading", True):
         return None
     block = step.block
     if cache.layer_class_to_replicate is not None:
@@ -174,8 +193,8 @@ def native_step(
     reserve = getattr(layer, "reserve", None)
     if reserve is None or not (is_audit or step.is_current()):
         return None
-    cos, sin = positions
-    if hidden.dtype is not step.dtype or cos.dtype is not step.dtype:
+    cos, sin = angles if form.angles.is_plain else step.turned(angles)
+    if hidden.dtype is not step.dtype or (cos is not None and cos.dtype is not step.dtype):
         return None
     reserved = reserve(batch, tokens, block.kv_heads, block.head_dim, hidden.dtype, hidden.device)
     if reserved is None:
@@ -205,7 +224,12 @@ def native_step(
 
 def with_feed_forward(block: DecoderBlock, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
     """Return the layer's output after its attention half, with the feed-forward part as the module it is."""
-    added: torch.Tensor = block.feed_forward(normed)  # type: ignore[misc]
-    if block.residual_scale != 1.0:
-        added = added * block.residual_scale
-    return residual + added
+    found: Any = block.feed_forward(normed)  # type: ignore[misc]
+    added: torch.Tensor = found[0] if isinstance(found, tuple) else found
+    norm, form = block.norm("mlp_out"), block.form
+    if norm is not None:
+        added = norm(added)
+    if form.residual_scale != 1.0:
+        added = added * form.residual_scale
+    output = residual + added
+    return output if form.out_scale == 1.0 else output * form.out_scale

@@ -17,15 +17,15 @@ import torch
 
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
-from hf_accel.core.drift import CACHE
-from hf_accel.core.journal import beneath, subclass
+from hf_accel.core.journal import subclass
 from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.watching import Surroundings
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
+from hf_accel.errors import VerificationError
 from hf_accel.kernels import device, triton
 from hf_accel.layers.audit import Audit
-from hf_accel.layers.block import layer_bound, with_feed_forward
+from hf_accel.layers.block import layer_bound, layer_forward, with_feed_forward
 from hf_accel.layers.guard import BlockStep
 from hf_accel.layers.trial import Extent
 
@@ -64,22 +64,25 @@ class DeviceBlockPatcher(Patcher[DeviceBlockConfig], config=DeviceBlockConfig):
     def patch(self, setting: Setting, host: Host) -> Change:
         anatomy, most = setting.anatomy, self.config.max_rows
         skipped = list(anatomy.odd_layers)
-        count = 0
+        count, failed = 0, None
         with evaluating(anatomy.model):
             audit = Audit(setting, "DeviceBlockConfig", ProbeCache)
             surroundings = Surroundings(m for block in anatomy.blocks for m in (block.layer, *block.modules))
             for block in anatomy.blocks:
                 try:
                     step = BlockStep(block, Extent(most, most), surroundings, device.DeviceBlock)
-                except ValueError as error:
+                    audit.check(block, partial(device_step, step, is_audit=True), layer_bound(block, anatomy.dtype))
+                except (ValueError, VerificationError) as error:
                     skipped.append(f"layer {block.index} runs as it is: {error}")
+                    failed = failed or (error if isinstance(error, VerificationError) else None)
                     continue
-                audit.check(block, partial(device_step, step, is_audit=True), layer_bound(block, anatomy.dtype))
                 if step.watch.is_hooked():
                     skipped.append(f"layer {block.index} is hooked, and runs as it is as long as it is")
                 made = subclass(DeviceLayer, type(block.layer), step=step, forward=device_forward(step))
                 host.journal.swap_class(block.layer, made)
                 count += 1
+        if not count and failed is not None:
+            raise failed
         return Change(f"{count} decoder layers run in about nine launches for up to {most} rows", 0, tuple(skipped))
 
 
@@ -91,12 +94,7 @@ class DeviceLayer:
 
 def device_forward(step: BlockStep) -> Callable[..., Any]:
     """Return the `forward` of a layer: steps over static caches by kernels, all else as its own class does."""
-
-    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = None if args else device_step(step, hidden_states, kwargs)
-        return beneath(DeviceLayer, self, "forward")(hidden_states, *args, **kwargs) if result is None else result
-
-    return forward
+    return layer_forward(DeviceLayer, step, device_step)
 
 
 def device_step(
@@ -122,14 +120,14 @@ def device_step(
         or block.layer.training
     ):
         return None
-    cache, positions = kwargs.get(CACHE), kwargs.get("position_embeddings")
+    cache, positions = kwargs.get(block.form.call.cache), kwargs.get("position_embeddings")
     layers = getattr(cache, "layers", ())
     if positions is None or kwargs.get("output_attentions") or block.index >= len(layers):
         return None
     layer = layers[block.index]
     if not is_static(layer) or not (is_audit or step.is_current()):
         return None
-    cos, sin = positions
+    cos, sin = positions if block.form.angles.is_plain else step.turned(positions)
     if cos.dtype is not step.dtype or cos.shape[-2] != tokens or not _fits(layer, batch, step):
         return None
     output = kernel(hidden.contiguous(), cos, sin, layer)
@@ -162,7 +160,7 @@ class _ProbeLayer:
 
     def __init__(self, like: Any, tokens: int) -> None:
         shape = (2, like.kv_heads, tokens, like.head_dim)
-        weight = like.input_norm.weight
+        weight = next(like.layer.parameters())
         self.keys, self.values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in "kv")
         self.lengths = torch.zeros(2, dtype=torch.int32, device=weight.device)
         self.starts = torch.tensor([1, 0], dtype=torch.int32, device=weight.device)

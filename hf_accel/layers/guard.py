@@ -10,15 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
-from torch import nn
-
 from hf_accel.core.calls.call import request_in_progress
 from hf_accel.core.model.back_ends import BACK_ENDS, Masks, masks_of
-from hf_accel.core.model.blocks import DecoderBlock, LinearSlice
+from hf_accel.core.model.blocks import DecoderBlock
+from hf_accel.core.model.discovery.forms import AngleForm
 from hf_accel.core.model.watching import Surroundings, Watch
 from hf_accel.kernels import native
-from hf_accel.kernels.weights import PackedProduct
+from hf_accel.layers.parts import native_parts
 from hf_accel.layers.trial import Extent
 
 _NAME = "_attn_implementation_internal"  # the back end's name, in the values of a config
@@ -28,6 +26,10 @@ FOLLOWED = frozenset(
 )
 # of the layer itself also these: wrappers such as accelerate's, which go on calling the forward of its class
 OF_THE_LAYER = frozenset({"forward", "_hf_hook", "_old_forward"})
+
+
+# by how angles are meant: those of the last pass, and what was made of them; a pass has one tuple for all its layers
+_turned: dict[AngleForm, tuple[Any, tuple[Any, Any]]] = {}
 
 
 class BlockStep:
@@ -50,55 +52,22 @@ class BlockStep:
 
     def _build(self) -> None:
         block = self.block
-
-        def projection(part: LinearSlice) -> native.Projection:
-            module: Any = part.module
-            bias = None if module.bias is None else module.bias.detach()[part.start : part.stop]
-            if isinstance(module, PackedProduct):
-                return native.Projection(module.packed.slice(part.start, part.stop), bias)
-            if not isinstance(module, nn.Linear):
-                raise ValueError(f"a {type(module).__name__} is no product that runs natively")
-            return native.Projection(module.weight.detach()[part.start : part.stop], bias)
-
-        def norm(module: Any) -> torch.Tensor | None:
-            return None if module is None else module.weight.detach()
-
-        parts: dict[str, Any] = {
-            name: projection(part)
-            for name in ("q", "k", "v", "o", "gate", "up", "down")
-            if (part := getattr(block, name)) is not None
-        }
-        norms: dict[str, Any] = {f"{name}_norm": norm(getattr(block, f"{name}_norm"))
-                 for name in ("input", "mlp", "attention_out", "mlp_out", "q", "k")}  # fmt: skip
-        shape = native.BlockShape(
-            hidden=parts["o"].weight.shape[0],
-            heads=block.heads,
-            kv_heads=block.kv_heads,
-            head_dim=block.head_dim,
-            inner=parts["gate"].weight.shape[0] if block.gate else 0,
-            activation=block.activation,
-            norm_eps=block.norm_eps,
-            norm_style=block.norm_style,
-            scale=block.scale,
-            softcap=block.softcap,
-            norms_rows=block.norms_rows,
-            residual_scale=block.residual_scale,
-        )
-        kernel = self._make(shape, native.BlockWeights(**parts, **norms))
+        shape, weights = native_parts(block)
+        kernel = self._make(shape, weights)
         self.watch = Watch(block.layer, block.modules)
         self._refused: Watch | None = None
         self._request = 0  # the call of `generate` in which everything was looked at
         self.kernel, self.dtype = kernel, kernel.dtype
         self._attention = vars(block.attention)
         self._config = self._attention.get("config")
+        self._heads = getattr(self._config, "num_attention_heads", None)
         self._config_values: dict[str, Any] = {}
         self._attention_name: Any = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What the time of the layer depends on, natively and by its own forward."""
-        products = vars(self.kernel.weights).values()
-        schemes = [getattr(p.weight, "scheme", None) for p in products if isinstance(p, native.Projection)]
+        schemes = [getattr(p.weight, "scheme", None) for p in self.kernel.weights.products.values()]
         attention = getattr(self._attention.get("config"), _NAME, None)
         return self.kernel.shape, self.dtype, type(self.block.layer), attention, *schemes
 
@@ -106,6 +75,14 @@ class BlockStep:
     def masks(self) -> Masks | None:
         """The form of the masks that the layer is given, None if its attention is not known."""
         return masks_of(getattr(self._attention.get("config"), _NAME, ""))
+
+    def turned(self, given: Any) -> tuple[Any, Any]:
+        """Return the angles that the kernel takes of those that the layer is given, made once per pass for all layers."""
+        form = self.block.form.angles
+        last = _turned.get(form)
+        if last is None or last[0] is not given:
+            _turned[form] = last = (given, form.of(given))
+        return last[1]
 
     def is_current(self) -> bool:
         """Return whether the call still stands for the layer, having followed what may change.
@@ -136,8 +113,8 @@ class BlockStep:
         if (
             back_end is None
             or back_end.masks is None
-            or (block.softcap is not None and not back_end.soft_caps)
-            or values.get("num_attention_heads") != block.heads  # read at every call where q, k and v are one product
+            or ((block.form.softcap is not None or block.form.sinks is not None) and not back_end.soft_caps)
+            or getattr(config, "num_attention_heads", None) != self._heads  # read at every call by some layers
             or not self.surroundings.hold(block.index)
             or self.watch.is_hooked()
         ):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.layers.audit import RecordedLayer, Replacement
 
@@ -87,7 +86,7 @@ def _seconds(rows: int, pairs: Sequence[tuple[Callable[[], RecordedLayer], Repla
             record, replacement = pairs[turn % len(pairs)]
             recorded = record()
             hidden, kwargs = recorded.prompts(batch, rows // batch)
-            cache = {CACHE: DynamicCache()}
+            cache = {recorded.block.form.call.cache: DynamicCache()}
             start = time.perf_counter()
             recorded.layer(hidden, **kwargs, **cache)
             middle = time.perf_counter()

@@ -103,7 +103,7 @@ class GPTQPatcher(WeightOnlyPatcher, config=GPTQConfig):
 
     @staticmethod
     def _norms(setting: Setting) -> list[nn.Module]:
-        return [norm for block in setting.anatomy.blocks for norm in (block.input_norm, block.mlp_norm)]
+        return [norm for block in setting.anatomy.blocks for norm in (block.norm("input"), block.norm("mlp")) if norm]
 
     def _put_norms(self, part: Calibrated, setting: Setting, host: Host) -> None:
         """Put copies of norms with their scaled weights in place; the user's own are not written to."""

@@ -1,12 +1,13 @@
 """The anatomy of a model: where its parts are.
 
-It describes and holds nothing of what is done to the model. A decoder layer is described only for the architectures in
-`architectures.STYLES`; patchers check by running that a description holds.
+It describes and holds nothing of what is done to the model. Decoder layers are described by what they do when they run
+(`core.model.discovery`), once they are asked for; patchers compare what they put in a layer's place with the layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.model.architectures import SIBLING_NAMES
 from hf_accel.core.model.blocks import DecoderBlock, described_blocks
+from hf_accel.core.model.discovery.discovering import Forms
 from hf_accel.core.model.experts import RoutedExperts, active_experts
 from hf_accel.core.model.support import check_supported, unwrap
 from hf_accel.kernels.weights import PackedProduct
@@ -37,13 +39,13 @@ class Anatomy:
     model: Any  # a PreTrainedModel; its methods are typed too loosely to be checked
     device: torch.device
     dtype: torch.dtype
-    blocks: list[DecoderBlock] = field(default_factory=list)
-    blocks_missing: str = ""  # why none is described
-    odd_layers: tuple[str, ...] = ()  # sentences on layers that are not as described, beside those that are
+    known: Forms = field(default_factory=dict)  # forms of layers, which copies of the model share
 
     @staticmethod
-    def of(model: Any) -> Anatomy:
+    def of(model: Any, known: Forms | None = None) -> Anatomy:
         """Describe `model`, looking through PEFT wrappers and pipelines.
+
+        known: forms of layers of a copy of the model.
 
         Raises:
             UnsupportedModelError: it cannot generate text token by token, is split over devices or not in memory.
@@ -51,9 +53,26 @@ class Anatomy:
         unwrapped = unwrap(model)
         check_supported(unwrapped)
         parameter = next(unwrapped.parameters())
-        anatomy = Anatomy(unwrapped, parameter.device, unwrapped.dtype)
-        anatomy.blocks, anatomy.odd_layers, anatomy.blocks_missing = described_blocks(unwrapped)
-        return anatomy
+        return Anatomy(unwrapped, parameter.device, unwrapped.dtype, {} if known is None else known)
+
+    @cached_property
+    def _layers(self) -> tuple[list[DecoderBlock], tuple[str, ...], str]:
+        return described_blocks(self.model, self.known)
+
+    @property
+    def blocks(self) -> list[DecoderBlock]:
+        """The decoder layers that are understood; the first question runs a copy of the decoder on a few tokens."""
+        return self._layers[0]
+
+    @property
+    def odd_layers(self) -> tuple[str, ...]:
+        """Sentences on layers that are not understood, beside those that are."""
+        return self._layers[1]
+
+    @property
+    def blocks_missing(self) -> str:
+        """Why no layer is understood."""
+        return self._layers[2]
 
     @property
     def weight_bytes(self) -> int:

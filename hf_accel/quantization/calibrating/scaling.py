@@ -120,16 +120,29 @@ def places_of(block: DecoderBlock, products: Sequence[Product], model: nn.Module
         for parameter in module._parameters.values():
             counts[id(parameter)] = counts.get(id(parameter), 0) + 1
     found, reasons = [], []
-    adds_one, gate, up, down = block.norm_style == "gemma", block.gate, block.up, block.down
-    candidates: list[tuple[nn.Module, slice | None, list[nn.Module], nn.Module]] = [
-        (block.input_norm, None, [block.q.module, block.k.module, block.v.module], block.attention)
-    ]
-    if block.heads == block.kv_heads:
-        candidates.append((block.v.module, slice(block.v.start, block.v.stop), [block.o.module], block.o.module))
-    if gate is None or up is None or down is None:
-        reasons.append("where a router and experts read what the norm gives")
+    form, gate, up, down = block.form, block.gate, block.up, block.down
+    candidates: list[tuple[nn.Module, slice | None, list[nn.Module], nn.Module]] = []
+
+    def add_norm(name: str, readers: list[nn.Module], parent: nn.Module) -> None:
+        norm = block.norm(name)
+        if norm is None:
+            reasons.append("where products read the residual as it is")
+        elif form.norms[name].kind == "layer" or form.norms[name].weight != "weight":
+            reasons.append("where a layer norm comes before")
+        else:
+            candidates.append((norm, None, readers, parent))
+
+    if form.is_parallel:
+        reasons.append("where attention and feed-forward part run beside one another")
     else:
-        candidates.append((block.mlp_norm, None, [gate.module, up.module], gate.parent))
+        add_norm("input", [part.module for part in block.projections], block.attention)
+    if block.heads == block.kv_heads and (v := block.v) is not None:
+        candidates.append((v.module, slice(v.start, v.stop), [block.o.module], block.o.module))
+    if up is None or down is None:
+        reasons.append("where a router and experts read what the norm gives")
+    elif not form.is_parallel:
+        add_norm("mlp", [part.module for part in (gate, up) if part is not None], up.parent)
+    if gate is not None and up is not None and down is not None:
         candidates.append((up.module, slice(up.start, up.stop), [down.module], down.module))
     for source, rows, readers, parent in candidates:
         readers = list(dict.fromkeys(readers))
@@ -140,7 +153,8 @@ def places_of(block: DecoderBlock, products: Sequence[Product], model: nn.Module
             reasons.append("where weights are shared with another module")
         else:
             chosen = tuple(by_module[id(module)] for module in readers)
-            found.append(Place(source, rows, chosen, parent, adds_one and rows is None))
+            adds_one = rows is None and any(n.kind == "rms_unit" for n in form.norms.values() if block.layer.get_submodule(n.path) is source)
+            found.append(Place(source, rows, chosen, parent, adds_one))
     return found, reasons
 
 

@@ -1,0 +1,194 @@
+"""Where the heads of queries, keys and values lie in what the projections give, and what is done to them on the way.
+
+What attention was called with is found again, head by head, in the projections' rows: as it is, normed, turned, or
+both. Positions, norms and layouts that do not explain every head of every token explain nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_accel.core.model.discovery.forms import AngleForm
+from hf_accel.core.model.discovery.norms import NormForm, normed
+from hf_accel.core.model.discovery.readings import Unexplained, agreement, the_only
+from hf_accel.kernels.native import Heads
+
+ROTARIES = ("none", "halves", "pairs", "pairs_of_halves")  # see hf_accel.kernels.native.BlockShape
+
+
+@dataclass(frozen=True)
+class Angles:
+    """cos and sin [B or 1, T, R] of the positions, made of what a layer is given as the form says."""
+
+    form: AngleForm
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What the projections gave: rows [B * T, N] in order, and where each product's part of a row begins and ends."""
+
+    rows: Tensor
+    parts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class HeadsForm:
+    """Where heads lie, and how they are normed, turned by which angles, and multiplied.
+
+    norm_extent: see `hf_accel.kernels.native.BlockShape`.
+    """
+
+    heads: Heads
+    norm: NormForm | None
+    norm_extent: str
+    is_normed_after: bool
+    rotary: str
+    angles: AngleForm
+    rotary_size: int
+    factor: float
+
+
+def rotated(style: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [..., D] turned in its first R columns by the angles [..., R]."""
+    size = cos.shape[-1]
+    x, rest = x[..., :size], x[..., size:]
+    half = size // 2
+    if style == "halves":
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    else:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        if style == "pairs_of_halves":
+            cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
+        else:
+            cos, sin = (t[..., ::2].repeat_interleave(2, -1) for t in (cos, sin))
+    return torch.cat([x * cos + turned * sin, rest], -1)
+
+
+def find_heads(
+    what: str,
+    wanted: Tensor,
+    projected: Projected,
+    norms: Sequence[tuple[NormForm, Any]],
+    angles: Sequence[Angles],
+    group: int,
+    dtype: torch.dtype,
+    factors: Sequence[float] = (1.0,),
+) -> HeadsForm:
+    """Return where the heads of `wanted` [B, H, T, D] lie.
+
+    group: how many of them share a key/value head. angles: those that are tried. factors: that they may have.
+
+    Raises: Unexplained.
+    """
+    batch, heads, tokens, d = wanted.shape
+    target = wanted.transpose(1, 2).reshape(batch * tokens, heads, d).double()  # [BT, H, D]
+    found: list[HeadsForm] = []
+    turns: list[tuple[str, Angles | None]] = [("none", None)]
+    turns += [(style, one) for one in angles for style in ROTARIES[1:]]
+    for norm, module in [(None, None), *norms]:
+        for extent, (before, after) in _normed_rows(projected, norm, module, d):
+            for rotary, one in turns:
+                for is_last in (False, True) if extent == "head" and rotary != "none" else (False,):
+                    turned = _turned(rotary, before if is_last else after, one, batch)
+                    if is_last and norm is not None:
+                        turned = normed(norm.kind, norm.eps, turned, *_tensors(norm, module))
+                    for factor in factors:
+                        places = _places(turned * factor, target, dtype)
+                        if places is not None:
+                            form, size = (AngleForm(), 0) if one is None else (one.form, one.cos.shape[-1])
+                            where = heads_at(places, d, group)
+                            found.append(HeadsForm(where, norm, extent, is_last, rotary, form, size, factor))
+    return the_only(found, what)
+
+
+def _turned(rotary: str, slots: Tensor, angles: Angles | None, batch: int) -> Tensor:
+    if angles is None:
+        return slots
+    rows = slots.shape[0]
+    cos, sin = (t.expand(batch, *t.shape[1:]).reshape(rows, 1, -1) for t in (angles.cos, angles.sin))
+    return rotated(rotary, slots, cos, sin)
+
+
+def _tensors(norm: NormForm, module: Any) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(None if name is None else getattr(module, name).detach().double() for name in (norm.weight, norm.bias))  # type: ignore[return-value]
+
+
+def _normed_rows(
+    projected: Projected, norm: NormForm | None, module: Any, d: int
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield how a norm may lie over the heads, and the rows as slots [BT, N / D, D], before it and after it."""
+    rows = projected.rows
+    slots = rows.view(rows.shape[0], -1, d)
+    if norm is None:
+        yield "none", (slots, slots)
+        return
+    weight, bias = _tensors(norm, module)
+    if norm.size in (0, d):
+        yield "head", (slots, normed(norm.kind, norm.eps, slots, weight, bias))
+        if norm.size:
+            return
+    for start, stop in projected.parts:
+        if norm.size not in (0, stop - start):
+            continue
+        part = rows[:, start:stop]
+        extent = "heads" if norm.shape and len(norm.shape) == 2 else "row"
+        if extent == "heads":
+            done = normed(norm.kind, norm.eps, part.view(rows.shape[0], -1, d), weight, bias).flatten(1)
+        else:
+            done = normed(norm.kind, norm.eps, part, weight, bias)
+        whole = torch.full_like(rows, torch.nan)
+        whole[:, start:stop] = done
+        yield extent, (slots, whole.view(rows.shape[0], -1, d))
+
+
+def _places(slots: Tensor, target: Tensor, dtype: torch.dtype) -> list[int] | None:
+    """Return the slot that each head of target [BT, H, D] is in; None where one is in none, or in two."""
+    places = []
+    for head in target.unbind(1):
+        norm = head.norm()
+        near = ((slots - head[:, None]).flatten(2).square().sum((0, 2)).sqrt() <= agreement(dtype) * norm).nonzero()
+        if len(near) != 1:
+            return None
+        places.append(int(near))
+    return places
+
+
+def heads_at(places: list[int], d: int, group: int) -> Heads:
+    """Return the start, stride and step of heads in these slots of `d` values, `group` to a key/value head.
+
+    Raises: Unexplained where they lie in no such order.
+    """
+    step = places[1] - places[0] if group > 1 else 1
+    stride = places[group] - places[0] if len(places) > group else group * step
+    expected = [places[0] + h // group * stride + h % group * step for h in range(len(places))]
+    if places != expected:
+        raise Unexplained("its heads lie in no regular order")
+    return Heads(places[0] * d, stride * d, step * d)
+
+
+def find_gate(output: Tensor, given: Tensor, projected: Projected, group: int, dtype: torch.dtype) -> Heads | None:
+    """Return where the gate of the attention's output [B, T, H, D] lies; None where `given` [B, T, H D] is as it is.
+
+    Raises: Unexplained.
+    """
+    batch, tokens, heads, d = output.shape
+    out = output.reshape(batch * tokens, heads, d).double()
+    want = given.reshape(batch * tokens, heads, d).double()
+    if (out - want).norm() <= agreement(dtype) * want.norm():
+        return None
+    gates = torch.sigmoid(projected.rows.view(batch * tokens, -1, d))
+    places = []
+    for head in range(heads):
+        off = (gates * out[:, head, None] - want[:, head, None]).square().sum((0, 2)).sqrt()
+        near = (off <= agreement(dtype) * want[:, head].norm()).nonzero()
+        if len(near) != 1:
+            raise Unexplained("something comes between attention and its output product")
+        places.append(int(near))
+    return heads_at(places, d, group)

@@ -1,0 +1,262 @@
+"""A decoder layer around its attention: norms, what joins the residual in which order, the feed-forward part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.pytorch_utils import Conv1D
+
+from hf_accel.core.model.discovery.activations import ACTIVATIONS, described_activation
+from hf_accel.core.model.discovery.attention import AttentionForm, described_attention
+from hf_accel.core.model.discovery.forms import CARRIED, BlockForm, CallForm, Rows
+from hf_accel.core.model.discovery.listening import Call, Recorded, hidden_name
+from hf_accel.core.model.discovery.norms import NormForm, described_norm, is_leaf
+from hf_accel.core.model.discovery.readings import Unexplained, agrees, the_only
+from hf_accel.kernels.weights import PackedProduct
+
+
+def described_layer(record: Recorded, dtype: torch.dtype) -> BlockForm:
+    """Return what a layer is made of, as its record explains it.
+
+    Raises: Unexplained.
+    """
+    return _Layer(record, dtype).form()
+
+
+def is_product(module: nn.Module) -> bool:
+    """Return whether a module is a product of its input with one weight, by what it holds."""
+    if isinstance(module, PackedProduct):
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and is_leaf(module) and set(module._parameters) == {"weight", "bias"}
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    """read, gives: the values it reads and gives. paths: of the modules in it."""
+
+    read: Tensor
+    gives: Tensor
+    activation: str = "silu"
+    gate: Rows | None = None
+    up: Rows | None = None
+    down: str | None = None
+    module: str | None = None
+
+
+# the norms after and before the feed-forward part, residual scale, output scale, is parallel
+_Structure = tuple[NormForm | None, NormForm | None, float, float, bool]
+
+
+class _Layer:
+    def __init__(self, record: Recorded, dtype: torch.dtype) -> None:
+        self.record, self.dtype = record, dtype
+        self.products = self._products()
+        self.attention: AttentionForm = described_attention(record, self.products, dtype)
+        self.norms = self._norms()
+
+    def same(self, found: Tensor, expected: Tensor) -> bool:
+        return found.shape == expected.shape and agrees(found, expected, self.dtype)
+
+    def _products(self) -> list[Call]:
+        """Return the calls of products; a class of a model's own counts where it computed a plain product."""
+        found = []
+        for call in self.record.calls:
+            module: Any = call.module
+            if is_product(module):
+                is_known = type(module) in (nn.Linear, Conv1D) or isinstance(module, PackedProduct)
+                if is_known or self.same(call.returned, nn.functional.linear(call.given, module.weight, module.bias)):
+                    found.append(call)
+        if len({call.path for call in found}) != len(found):
+            raise Unexplained("it calls a product twice")
+        return found
+
+    def _norms(self) -> list[tuple[NormForm, Call]]:
+        """Return the norms outside attention, which read and give whole rows of the hidden size."""
+        hidden, found = self.record.given.shape, []
+        for call in self.record.calls:
+            is_inside = call.path == self.attention.path or call.path.startswith(f"{self.attention.path}.")
+            if is_inside or not is_leaf(call.module) or is_product(call.module) or call.given.shape != hidden:
+                continue
+            if call.returned.shape != hidden or torch.equal(call.given, call.returned):
+                continue  # dropout, an identity
+            try:
+                found.append((described_norm(call.path, call.module, hidden[-1]), call))
+            except Unexplained:
+                continue  # an activation, or what a module of experts has
+        return found
+
+    def normed_from(self, value: Tensor, given: Tensor) -> NormForm | None:
+        """Return the norm that makes `value` of `given`; None where it is as it is. Raises: Unexplained."""
+        if self.same(value, given):
+            return None
+        return the_only(
+            (form for form, call in self.norms if self.same(call.given, given) and self.same(call.returned, value)),
+            "what one of its parts reads",
+        )
+
+    def norm_after(self, value: Tensor) -> tuple[NormForm | None, Tensor]:
+        """Return the norm that reads `value`, which a part of the layer gives, and what it makes of it."""
+        for form, call in self.norms:
+            if self.same(call.given, value):
+                return form, call.returned
+        return None, value
+
+    def form(self) -> BlockForm:
+        record, attention = self.record, self.attention
+        x = record.given
+        names: dict[str, NormForm | None] = {"input": self.normed_from(attention.read, x)}
+        names["attention_out"], attended = self.norm_after(attention.o.returned)
+        part, structure = self._around(x, attended)
+        names["mlp_out"], names["mlp"], scale, out_scale, is_parallel = structure
+        if part.module is not None and is_parallel:
+            raise Unexplained("a module that is no plain feed-forward part runs beside its attention")
+        names |= {"q": attention.q.norm, "k": attention.k.norm, "v": attention.v.norm}
+        heads = attention.q if attention.q.norm is not None else attention.k
+        heard = attention.heard
+        return BlockForm(
+            attention=attention.path,
+            index=self._index(),
+            call=self._call(),
+            projections=tuple(call.path for call in attention.projections),
+            o=attention.o.path,
+            gate=part.gate,
+            up=part.up,
+            down=part.down,
+            feed_forward=part.module,
+            norms={name: form for name, form in names.items() if form is not None},
+            heads=heard.query.shape[1],
+            kv_heads=heard.key.shape[1],
+            head_dim=heard.query.shape[3],
+            q=attention.q.heads,
+            k=attention.k.heads,
+            v=attention.v.heads,
+            output_gate=attention.gate,
+            norm_extent=heads.norm_extent if heads.norm is not None else "head",
+            norms_after_rotary=heads.is_normed_after,
+            rotary=attention.q.rotary,
+            rotary_size=attention.q.rotary_size,
+            angles=attention.q.angles,
+            activation=part.activation,
+            scale=heard.scale * attention.q.factor,
+            softcap=heard.softcap,
+            sinks=attention.sinks,
+            residual_scale=scale,
+            out_scale=out_scale,
+            is_parallel=is_parallel,
+        )
+
+    def _structures(
+        self, x: Tensor, attended: Tensor, part: _FeedForward
+    ) -> Iterator[_Structure]:
+        """Yield what explains the layer's output with this feed-forward part."""
+        norm_after, fed = self.norm_after(part.gives)
+        x, attended, fed, out = (t.double() for t in (x, attended, fed, self.record.returned))
+        for scale in self._numbers():
+            for out_scale in self._numbers():
+                between = x + scale * attended
+                if self.same((between + scale * fed) * out_scale, out):
+                    norms = []
+                    for given, is_parallel in ((between, False), (x, True)):
+                        try:
+                            norms.append((self.normed_from(part.read, given.to(self.dtype)), is_parallel))
+                        except Unexplained:
+                            continue
+                    if not norms and self.same(part.read, self.attention.read):
+                        norms.append((None, True))
+                    for norm, is_parallel in norms:
+                        yield norm_after, norm, scale, out_scale, is_parallel
+
+    def _numbers(self) -> list[float]:
+        """Return the factors that the layer could apply: 1, and the numbers that it holds."""
+        layer = self.record.layer
+        held = [value for value in vars(layer).values() if isinstance(value, float)]
+        held += [float(b) for b in layer._buffers.values() if b is not None and b.numel() == 1]
+        return list(dict.fromkeys([1.0, *held]))
+
+    def _around(self, x: Tensor, attended: Tensor) -> tuple[_FeedForward, _Structure]:
+        """Return the feed-forward part, and how it joins the residual: a plain one, or else a module as it is."""
+        inside = f"{self.attention.path}."
+        others = [call for call in self.products if not call.path.startswith(inside)]
+        for parts in (self._plain_feed_forwards(others), self._modules()):
+            found = [(part, structure) for part in parts for structure in self._structures(x, attended, part)]
+            if found:
+                return the_only(found, "what joins its residual")
+        raise Unexplained("nothing known explains what joins its residual")
+
+    def _modules(self) -> Iterator[_FeedForward]:
+        hidden = self.record.given.shape
+        for call in self.record.calls:
+            holds_attention = f"{self.attention.path}.".startswith(f"{call.path}.")
+            if "." not in call.path and not holds_attention and call.given.shape == call.returned.shape == hidden:
+                if not is_leaf(call.module):
+                    yield _FeedForward(call.given, call.returned, module=call.path)
+
+    def _plain_feed_forwards(self, calls: list[Call]) -> Iterator[_FeedForward]:
+        if not 2 <= len(calls) <= 3:
+            return
+        *ups, down = calls
+        read, hidden = ups[0].given, self.record.given.shape
+        if read.shape != hidden or down.returned.shape != hidden or not all(self.same(c.given, read) for c in ups):
+            return
+        inner, names = down.given.shape[-1], self._activations()
+        values = [Rows(call.path, 0, call.returned.shape[-1]) for call in ups]
+        if len(ups) == 1 and ups[0].returned.shape[-1] == 2 * inner:
+            values = [Rows(ups[0].path, 0, inner), Rows(ups[0].path, inner, 2 * inner)]
+        outputs = {call.path: call.returned.double() for call in ups}
+        parts = [outputs[v.path][..., v.start : v.stop] for v in values]
+        for name in names:
+            act = ACTIVATIONS[name]
+            if len(parts) == 1:
+                pairs: list[tuple[int | None, int]] = [(None, 0)]
+            else:
+                pairs = [(0, 1), (1, 0)]
+            for gate, up in pairs:
+                made = act(parts[up]) if gate is None else act(parts[gate]) * parts[up]
+                if self.same(made, down.given.double()):
+                    yield _FeedForward(
+                        read, down.returned, name, None if gate is None else values[gate], values[up], down.path
+                    )
+
+    def _activations(self) -> list[str]:
+        """Return the activations of the modules that the layer called, or all known ones where it called none."""
+        inside = f"{self.attention.path}."
+        named = set()
+        for call in self.record.calls:
+            if call.path.startswith(inside) or not is_leaf(call.module) or is_product(call.module):
+                continue
+            if any(True for _ in call.module.parameters()) or torch.equal(call.given, call.returned):
+                continue
+            name = described_activation(call.module)
+            if name is not None:
+                named.add(name)
+        return sorted(named) or list(ACTIVATIONS)
+
+    def _index(self) -> int:
+        index = getattr(self.attention.heard.module, "layer_idx", None)
+        if not isinstance(index, int):
+            raise Unexplained("its attention does not say which layer of the cache is its own")
+        return index
+
+    def _call(self) -> CallForm:
+        record, arguments = self.record, self.record.arguments
+        caches = [name for name, value in arguments.items() if isinstance(value, Cache)]
+        masks = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 4]
+        cache = the_only(caches, "where it is given the cache")
+        mask = the_only(masks, "where it is given the mask")
+        fixed = []
+        for name, value in arguments.items():
+            if name in CARRIED or name in (cache, mask):
+                continue
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                raise Unexplained(f"it is given {name}, of which nothing is known")
+            fixed.append((name, value))
+        output = record.output
+        length = len(output) if isinstance(output, tuple) else 0
+        if length and any(entry is not None for entry in output[1:]):
+            raise Unexplained("it returns more than its hidden states")
+        return CallForm(hidden_name(record.layer), cache, mask, tuple(fixed), length)
