@@ -60,16 +60,17 @@ class BlockStep:
                 raise ValueError(f"a {type(module).__name__} is no product that runs natively")
             return native.Projection(module.weight.detach()[part.start : part.stop], bias)
 
-        def norm(module: Any) -> torch.Tensor | None:
-            return None if module is None else module.weight.detach()
-
+        kind = "rms_unit" if block.norm_style == "gemma" else "rms"
         parts: dict[str, Any] = {
             name: projection(part)
             for name in ("q", "k", "v", "o", "gate", "up", "down")
             if (part := getattr(block, name)) is not None
         }
-        norms: dict[str, Any] = {f"{name}_norm": norm(getattr(block, f"{name}_norm"))
-                 for name in ("input", "mlp", "attention_out", "mlp_out", "q", "k")}  # fmt: skip
+        norms = {
+            f"{name}_norm": native.Norm(kind=kind, eps=block.norm_eps, weight=module.weight.detach())
+            for name in ("input", "mlp", "attention_out", "mlp_out", "q", "k")
+            if (module := getattr(block, f"{name}_norm")) is not None
+        }
         shape = native.BlockShape(
             hidden=parts["o"].weight.shape[0],
             heads=block.heads,
@@ -77,13 +78,14 @@ class BlockStep:
             head_dim=block.head_dim,
             inner=parts["gate"].weight.shape[0] if block.gate else 0,
             activation=block.activation,
-            norm_eps=block.norm_eps,
-            norm_style=block.norm_style,
             scale=block.scale,
             softcap=block.softcap,
-            norms_rows=block.norms_rows,
+            norm_extent="row" if block.norms_rows else "head",
             residual_scale=block.residual_scale,
+            part="layer" if block.gate else "half",
+            **native.heads_in_order(block.heads, block.kv_heads, block.head_dim),
         )
+        parts["projections"] = tuple(parts.pop(name) for name in "qkv")
         kernel = self._make(shape, native.BlockWeights(**parts, **norms))
         self.watch = Watch(block.layer, block.modules)
         self._refused: Watch | None = None
@@ -97,8 +99,7 @@ class BlockStep:
     @property
     def shape(self) -> tuple[Any, ...]:
         """What the time of the layer depends on, natively and by its own forward."""
-        products = vars(self.kernel.weights).values()
-        schemes = [getattr(p.weight, "scheme", None) for p in products if isinstance(p, native.Projection)]
+        schemes = [getattr(p.weight, "scheme", None) for p in self.kernel.weights.products.values()]
         attention = getattr(self._attention.get("config"), _NAME, None)
         return self.kernel.shape, self.dtype, type(self.block.layer), attention, *schemes
 
