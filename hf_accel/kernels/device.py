@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_accel.kernels.native.block_weights import BlockShape, BlockWeights, Projection
+from hf_accel.kernels.native.block_weights import BlockShape, BlockWeights, Norm, Projection, heads_in_order
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import norms, products, rotary
 from hf_accel.ops.static_attention import static_attention
@@ -25,6 +25,8 @@ MAX_PACKED_ROWS = 8
 """Rows up to which products with packed weights need no tensor cores; above, only timing tells what is fast."""
 MAX_TOKENS = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+_STYLES = {"rms": "llama", "rms_unit": "gemma"}  # kinds of norms -> their names in the operations
 
 
 @dataclass(frozen=True)
@@ -76,42 +78,78 @@ def of_triton() -> Kernels:
 class DeviceBlock:
     """One decoder layer, of the shape and weights of a native block, on the device where the weights are.
 
-    Raises: ValueError naming what does not fit: dtypes, devices, or packed weights that no kernel reads.
+    Raises: ValueError naming what does not fit: a layer of other parts than Llama's and Gemma's have, dtypes, devices, or
+    packed weights that no kernel reads.
     """
 
     def __init__(self, shape: BlockShape, weights: BlockWeights, kernels: Kernels | None = None) -> None:
         self.shape, self.weights = shape, weights
         self.kernels = of_triton() if kernels is None else kernels
-        self.dtype, self.device = weights.input_norm.dtype, weights.input_norm.device
-        self.is_half = weights.gate is None
-        self._check()
-        parts = [value for value in vars(weights).values() if isinstance(value, Projection)]
+        self._check_parts()
+        first = self._factor(weights.input_norm)
+        assert first is not None
+        self.dtype, self.device = first.dtype, first.device
+        self.is_half = shape.part == "half"
+        self._check_tensors()
+        parts = weights.products.values()
         is_packed = any(isinstance(part.weight, PackedWeight) for part in parts)
         self.max_rows = MAX_PACKED_ROWS if is_packed else MAX_ROWS
 
-    def _check(self) -> None:
+    def _check_parts(self) -> None:
+        shape, weights = self.shape, self.weights
+        rows = sum(projection.weight.shape[0] for projection in weights.projections)
+        places = heads_in_order(shape.heads, shape.kv_heads, shape.head_dim)
+        norms = list(weights.norms.values())
+        q_norm, k_norm = weights.q_norm, weights.k_norm
+        for fits, found in (
+            (shape.part != "attention", "attention without the layer"),
+            (not shape.is_parallel, "parallel parts"),
+            ({name: getattr(shape, name) for name in "qkv"} == places, "q, k and v in another order"),
+            (rows == (shape.heads + 2 * shape.kv_heads) * shape.head_dim, "projections of more than q, k and v"),
+            (len(weights.projections) <= 3, "more than three projections"),
+            (shape.gate is None and weights.sinks is None and weights.slopes is None, "a gate, sinks or slopes"),
+            (shape.rotary == "halves" and shape.rotary_size is None, f"rotary of {shape.rotary}"),
+            (not shape.rotates_once and not shape.norms_after_rotary, "a rotary of other roundings or before norms"),
+            (shape.norm_extent != "heads" and weights.v_norm is None, "norms of values or of each head"),
+            ((q_norm is None) == (k_norm is None), "a norm of queries or keys alone"),
+            (shape.out_scale == 1.0, "a scale of its result"),
+            (shape.activation in _ACTIVATIONS, f"the activation {shape.activation}"),
+            (shape.part == "half" or weights.gate is not None, "a feed-forward part without a gate"),
+            (weights.input_norm is not None and weights.mlp_norm is not None, "a part without a norm before it"),
+            (all(norm.kind in _STYLES and norm.weight is not None for norm in norms), "norms of other kinds"),
+            (len({(norm.kind, norm.eps) for norm in norms}) == 1, "norms that differ in kind or eps"),
+        ):
+            if not fits:
+                raise ValueError(f"layers on devices do not have {found}")
+
+    def _check_tensors(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"weights have dtype {self.dtype}; layers on devices take bfloat16, float16 and float32")
-        for field in fields(self.weights):
-            value = getattr(self.weights, field.name)
-            weight = value.weight if isinstance(value, Projection) else value
+        weights = {name: product.weight for name, product in self.weights.products.items()}
+        factors = {name: norm.weight for name, norm in self.weights.norms.items()}
+        for name, weight in (weights | factors).items():
             if weight is None:
                 continue
             if isinstance(weight, PackedWeight):
                 if not self.kernels.packed.is_served(weight):
-                    raise ValueError(f"{field.name} is packed in {weight.scheme.bits} bits, which no kernel reads")
+                    raise ValueError(f"{name} is packed in {weight.scheme.bits} bits, which no kernel reads")
                 weight = weight.codes
             elif weight.dtype != self.dtype:
-                raise ValueError(f"{field.name} has dtype {weight.dtype}, the other weights {self.dtype}")
+                raise ValueError(f"{name} has dtype {weight.dtype}, the other weights {self.dtype}")
             elif weight.stride(-1) != 1:
-                raise ValueError(f"{field.name} has strides {weight.stride()}; the last one must be 1")
+                raise ValueError(f"{name} has strides {weight.stride()}; the last one must be 1")
             if weight.device != self.device:
-                raise ValueError(f"{field.name} lies on {weight.device}, the other weights on {self.device}")
-            bias = value.bias if isinstance(value, Projection) else None
+                raise ValueError(f"{name} lies on {weight.device}, the other weights on {self.device}")
+        for name, product in self.weights.products.items():
+            bias = product.bias
             if bias is not None and (
                 bias.dtype != self.dtype or bias.device != self.device or not bias.is_contiguous()
             ):
-                raise ValueError(f"the bias of {field.name} has another dtype, device or layout than the weights")
+                raise ValueError(f"the bias of {name} has another dtype, device or layout than the weights")
+
+    @staticmethod
+    def _factor(norm: Norm | None) -> Tensor | None:
+        return None if norm is None else norm.weight
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Return the layer's output [B, T, E] for hidden [B, T, E]; of an attention half the residual and its norm.
@@ -120,12 +158,13 @@ class DeviceBlock:
         are written to. No autograd.
         """
         shape, weights, kernels = self.shape, self.weights, self.kernels
-        style = {"eps": shape.norm_eps, "style": shape.norm_style}
+        assert weights.input_norm is not None
+        style = {"eps": weights.input_norm.eps, "style": _STYLES[weights.input_norm.kind]}
         size, kv_heads = shape.head_dim, shape.kv_heads
-        _, normed = kernels.add_norm(hidden, None, weights.input_norm, **style)
-        qkv = self._product(normed, weights.q, weights.k, weights.v)
-        q_norm, k_norm = weights.q_norm, weights.k_norm
-        if shape.norms_rows and q_norm is not None and k_norm is not None:
+        _, normed = kernels.add_norm(hidden, None, weights.input_norm.weight, **style)
+        qkv = self._product(normed, *weights.projections)
+        q_norm, k_norm = self._factor(weights.q_norm), self._factor(weights.k_norm)
+        if shape.norm_extent == "row" and q_norm is not None and k_norm is not None:
             parts = qkv.split((shape.heads * size, kv_heads * size, kv_heads * size), dim=-1)
             turned = [kernels.add_norm(part.contiguous(), None, factor, **style)[1]
                       for part, factor in zip(parts, (q_norm, k_norm))]  # fmt: skip
@@ -139,11 +178,12 @@ class DeviceBlock:
             head_dims=(size, size), window=layer.sliding_window, softcap=shape.softcap,
         )  # fmt: skip
         mixed = mixed.transpose(1, 2).flatten(2)
-        hidden, normed = self._joined(mixed, weights.o, hidden, weights.attention_out_norm, weights.mlp_norm, style)
+        inner_norm, norm = self._factor(weights.attention_out_norm), self._factor(weights.mlp_norm)
+        hidden, normed = self._joined(mixed, weights.o, hidden, inner_norm, norm, style)
         if weights.gate is None or weights.up is None or weights.down is None:
             return hidden, normed
         inner = self._gated(normed, weights.gate, weights.up)
-        return self._joined(inner, weights.down, hidden, weights.mlp_out_norm, None, style)[0]
+        return self._joined(inner, weights.down, hidden, self._factor(weights.mlp_out_norm), None, style)[0]
 
     def _joined(
         self,

@@ -34,6 +34,12 @@ def dense_matrix(weight: Tensor, bias: Tensor | None = None, transposed: bool = 
     return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(0), rows, inner, 0, 0, FORMATS[None], 0)
 
 
+def transposed_matrix(weight: Tensor, bias: Tensor | None = None) -> bytes:
+    """Return the `hfa_matrix` of a weight [N, K] that lies as [K, N], with rows of these in one piece."""
+    pointer = 0 if bias is None else bias.data_ptr()
+    return MATRIX.pack(weight.data_ptr(), pointer, weight.stride(1), *weight.shape, 0, 0, FORMATS[None], 1)
+
+
 def moved_matrix(matrix: bytes, weight: int, scales: int = 0, offsets: int = 0) -> bytes:
     """Return an `hfa_matrix` whose weight, scales and offsets lie at other addresses, and its bias where it lay."""
     _, bias, stride, rows, inner, _, _, code, group = MATRIX.unpack(matrix)

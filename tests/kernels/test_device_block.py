@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.watching import Surroundings
 from hf_accel.errors import HfAccelError, VerificationError
 from hf_accel.kernels import device, triton
-from hf_accel.kernels.native.block_weights import Projection
+from hf_accel.kernels.native.block_weights import Heads, Norm, Projection
 from hf_accel.layers.audit import TOKENS, record
 from hf_accel.layers.device_block import DeviceLayer, ProbeCache, device_step
 from hf_accel.layers.guard import BlockStep
@@ -215,12 +216,46 @@ def test_weights_that_no_kernel_reads_are_refused() -> None:
     surroundings = Surroundings([block.layer])
     step = BlockStep(block, 16, surroundings, partial(device.DeviceBlock, kernels=device.TWINS))
     shape, weights = step.kernel.shape, step.kernel.weights
+    half = replace(weights.mlp_norm, weight=weights.mlp_norm.weight.half())
+    projections = (Projection(weights.projections[0].weight.T.contiguous().T), *weights.projections[1:])
     for change, message in (
-        ({"mlp_norm": weights.mlp_norm.half()}, "mlp_norm has dtype torch.float16"),
-        ({"q": Projection(weights.q.weight.T.contiguous().T)}, "q has strides"),
+        ({"mlp_norm": half}, "mlp_norm has dtype torch.float16"),
+        ({"projections": projections}, "projections\\[0\\] has strides"),
         ({"o": Projection(weights.o.weight.to("meta"))}, "o lies on meta"),
-        ({"o": Projection(weights.o.weight, weights.input_norm.half())}, "the bias of o"),
+        ({"o": Projection(weights.o.weight, half.weight)}, "the bias of o"),
     ):
-        parts = {**vars(weights), **change}
         with pytest.raises(ValueError, match=message):
-            device.DeviceBlock(shape, type(weights)(**parts), device.TWINS)
+            device.DeviceBlock(shape, replace(weights, **change), device.TWINS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"is_parallel": True},
+        {"q": Heads(0, 3, 1)},
+        {"gate": Heads(0, 3, 1)},
+        {"rotary": "pairs"},
+        {"rotary_size": 2},
+        {"rotates_once": True},
+        {"norms_after_rotary": True},
+        {"norm_extent": "heads"},
+        {"out_scale": 0.5},
+        {"activation": "relu2"},
+        {"part": "attention"},
+        {"sinks": torch.zeros(4)},
+        {"v_norm": Norm(kind="rms", eps=1e-6)},
+        {"q_norm": Norm(kind="rms", eps=1e-6)},
+        {"input_norm": None},
+        {"input_norm": Norm(kind="layer", eps=1e-6)},
+        {"gate": None, "activation": "gelu"},
+    ],
+    ids=str,
+)
+def test_layers_of_other_parts_are_refused(change: dict[str, Any]) -> None:
+    block = Anatomy.of(build("llama")).blocks[0]
+    step = BlockStep(block, 16, Surroundings([block.layer]), partial(device.DeviceBlock, kernels=device.TWINS))
+    shape, weights = step.kernel.shape, step.kernel.weights
+    of_weights = {name for name in change if name in vars(weights) and (name, change[name]) != ("gate", Heads(0, 3, 1))}
+    weights = replace(weights, **{name: change[name] for name in of_weights})
+    with pytest.raises(ValueError, match="layers on devices do not have"):
+        device.DeviceBlock(replace(shape, **{k: v for k, v in change.items() if k not in of_weights}), weights, device.TWINS)

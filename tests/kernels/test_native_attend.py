@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_native_block import difference, isa
+from block_twin import difference
+from test_native_block import isa
 from torch import Tensor
 
 from hf_accel.kernels import native

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_native_block import SMALL, difference, inputs, isa, random_block
+from block_twin import difference, inputs, random_block
+from test_native_block import SMALL, isa
 from test_native_block_stock import EXTRA, SIZES, native_twin
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache

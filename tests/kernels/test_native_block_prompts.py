@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_native_block import SMALL, difference, inputs, isa, random_block, twin
+from block_twin import changed, difference, inputs, random_block, twin
+from test_native_block import SMALL, isa
 from test_native_block_stock import EXTRA, ULPS, native_twin, stock_layer
 from torch import Tensor
 from transformers import DynamicCache
@@ -23,7 +24,7 @@ from hf_accel.ops.cached import row_bytes
 __all__ = ["isa"]  # the fixture
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status().reason)
 # 32 columns are what pairs of bf16 need to meet many rows at a time; 60 are none of them
-WIDE = replace(SMALL, hidden=96, heads=4, kv_heads=2, head_dim=16, inner=160)
+WIDE = changed(SMALL, hidden=96, heads=4, kv_heads=2, head_dim=16, inner=160)
 SIZES = [31, 32, 33, 64, 65, 129, 200]
 # of fp32 the order of sums; in 16 bits a flipped rounding, and attention weights rounded before they are summed
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -76,6 +77,8 @@ def packed(block: NativeBlock, bits: int) -> NativeBlock:
     scheme = Scheme(bits, None if bits == 8 else 32, symmetric=True)
 
     def pack(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(map(pack, part))
         if not isinstance(part, native.Projection) or part.weight.shape[1] % 32:
             return part
         return replace(part, weight=PackedWeight.pack(quantize(part.weight, scheme)))

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
-from hf_accel.kernels.native import BlockShape, BlockWeights, NativeBlock, Projection
+from hf_accel.kernels.native import BlockShape, BlockWeights, NativeBlock, Norm, Projection, heads_in_order
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status().reason)
 SIZES = {
@@ -61,7 +61,9 @@ def native_twin(layer: Any, config: Any, kind: str) -> NativeBlock:
 
     def norm(owner: Any, name: str) -> Any:
         module = getattr(owner, name, None)
-        return None if module is None else module.weight.detach()
+        if module is None:
+            return None
+        return Norm(kind="rms_unit" if gemma else "rms", eps=config.rms_norm_eps, weight=module.weight.detach())
 
     if kind == "phi3":
         fused, i = attention.qkv_proj, config.intermediate_size
@@ -75,6 +77,7 @@ def native_twin(layer: Any, config: Any, kind: str) -> NativeBlock:
     else:
         parts = {name: projection(getattr(attention, f"{name}_proj")) for name in "qkv"}
         parts |= {name: projection(getattr(mlp, f"{name}_proj")) for name in ("gate", "up")}
+    parts["projections"] = tuple(parts.pop(name) for name in "qkv")
     weights = BlockWeights(
         **parts,
         o=projection(attention.o_proj),
@@ -93,10 +96,9 @@ def native_twin(layer: Any, config: Any, kind: str) -> NativeBlock:
         head_dim=d,
         inner=config.intermediate_size,
         activation="gelu_tanh" if gemma else "silu",
-        norm_eps=config.rms_norm_eps,
-        norm_style="gemma" if gemma else "llama",
         scale=attention.scaling,
         softcap=getattr(config, "attn_logit_softcapping", None),
+        **heads_in_order(config.num_attention_heads, config.num_key_value_heads, d),
     )
     return NativeBlock(shape, weights)
 

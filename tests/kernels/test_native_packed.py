@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_native_block as blocks
+import block_twin
 import torch
-from test_native_block import SMALL, difference, inputs, isa, random_block, twin
+from block_twin import difference, inputs, random_block, twin
+from test_native_block import SMALL, TOLERANCES, isa
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -320,12 +321,12 @@ MIXTURES: dict[str, dict[str, Scheme | None]] = {
 def packed_block(mixture: dict[str, Scheme | None], dtype: torch.dtype, bias: bool = True) -> NativeBlock:
     """Return a block whose projections named in `mixture` are packed."""
     dense = random_block(SHAPE, dtype, bias=bias).weights
-    chosen = {name: scheme for name, scheme in mixture.items() if scheme is not None}
-    parts: dict[str, Any] = {
-        name: Projection(PackedWeight.pack(quantize(getattr(dense, name).weight, scheme, torch.bfloat16)),
-                         getattr(dense, name).bias)
-        for name, scheme in chosen.items()
-    }  # fmt: skip
+    parts: dict[str, Any] = dict(zip("qkv", dense.projections)) | {name: getattr(dense, name) for name in vars(dense)}
+    for name, scheme in mixture.items():
+        if scheme is not None:
+            weight = PackedWeight.pack(quantize(parts[name].weight, scheme, torch.bfloat16))
+            parts[name] = Projection(weight, parts[name].bias)
+    parts["projections"] = tuple(parts.pop(name) for name in "qkv")
     return NativeBlock(SHAPE, replace(dense, **parts))
 
 
@@ -334,15 +335,15 @@ def packed_block(mixture: dict[str, Scheme | None], dtype: torch.dtype, bias: bo
 def test_a_native_layer_computes_what_its_modules_do(
     isa: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        if isinstance(weight, PackedWeight):
-            return QuantizedLinear(weight, bias, dtype)(x)
-        return linear(x, weight, bias)
+    def product(x: Tensor, projection: Projection) -> Tensor:
+        if isinstance(projection.weight, PackedWeight):
+            return QuantizedLinear(projection.weight, projection.bias, dtype)(x)
+        return linear(x, projection.weight, projection.bias)
 
-    monkeypatch.setattr(blocks, "linear", product)
+    monkeypatch.setattr(block_twin, "product", product)
     block = packed_block(MIXTURES[name], dtype)
     # a last bit may send an activation to the next of 65535 or 255 codes
-    limit = max(1e-4 if name == "8 bits" else 5e-3, blocks.TOLERANCES[dtype])
+    limit = max(1e-4 if name == "8 bits" else 5e-3, TOLERANCES[dtype])
     for batch, tokens, past in ((1, 1, 0), (2, 3, 17), (1, 16, 40)):
         arguments = inputs(SHAPE, dtype, batch, tokens, past)
         mine, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
@@ -370,8 +371,8 @@ def test_copies_of_a_native_layer_stand_on_their_own() -> None:
     expected = block(**arguments)
     for duplicate in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(duplicate(**arguments), expected)
-        duplicate.weights.q.weight.codes.zero_()
-        duplicate.weights.v.weight.codes.zero_()
+        for part in (0, 2):
+            duplicate.weights.projections[part].weight.codes.zero_()
         assert not torch.equal(duplicate(**arguments), expected)
         assert torch.equal(block(**arguments), expected)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_native_block import difference, isa
+from block_twin import difference
+from test_native_block import isa
 from torch import Tensor
 
 from hf_accel.kernels import native

@@ -12,7 +12,8 @@ from guarding import Pages
 from torch import Tensor
 
 from hf_accel.kernels import native
-from hf_accel.kernels.native import BlockShape, BlockWeights, NativeBlock, Projection
+from hf_accel.kernels.native import BlockShape, BlockWeights, NativeBlock, Norm, Projection, heads_in_order
+from hf_accel.kernels.native.block_weights import ACTIVATIONS, NORM_KINDS
 from hf_accel.kernels.packed import packed_linear
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops import cached
@@ -141,17 +142,18 @@ class Cases:
 
     def _block(self, kind: str) -> tuple[str, Callable[[], Tensor]]:
         pick, bits = self.random.choice, {"8": 8, "4": 4}.get(kind[-1])
+        heads, kv_heads, d = pick([2, 4, 8]), pick([1, 2]), pick([2, 10, 16, 34, 64, 80])
         shape = BlockShape(
-            hidden=pick([37, 72, 96, 130]), heads=pick([2, 4, 8]), kv_heads=pick([1, 2]),
-            head_dim=pick([2, 10, 16, 34, 64, 80]), inner=pick([23, 100, 257]),
-            activation=pick(["silu", "gelu_tanh", "gelu", "relu"]), norm_eps=1e-6,
-            norm_style=pick(["llama", "gemma"]), scale=0.2, softcap=pick([None, 5.0]),
+            hidden=pick([37, 72, 96, 130]), heads=heads, kv_heads=kv_heads, head_dim=d, inner=pick([23, 100, 257]),
+            activation=pick(list(ACTIVATIONS)), scale=0.2, softcap=pick([None, 5.0]),
+            norms_after_rotary=pick([False, True]), is_parallel=pick([False, True]),
+            rotary=pick(["halves", "pairs", "pairs_of_halves"]), **heads_in_order(heads, kv_heads, d),
         )  # fmt: skip
         batch, tokens = pick([(1, 1), (1, 5), (2, 1), (3, 2), (16, 1), (1, 16), (4, 8)])
         past, room = pick([0, 3, 255, 256, 300]), pick([0, 0, 5])
         first = pick([0, past // 2])
         length = past + tokens - first
-        e, d, put = shape.hidden, shape.head_dim, self.pages.put
+        e, put, kind = shape.hidden, self.pages.put, pick(list(NORM_KINDS))
 
         def projection(n: int, k: int) -> Projection:
             if packs:
@@ -162,11 +164,12 @@ class Cases:
         packed_as = SCHEMES[pick(list(SCHEMES))]
         q, kv = shape.heads * d, shape.kv_heads * d
         extra = {"attention_out_norm": e, "mlp_out_norm": e, "q_norm": d, "k_norm": d} if has_norms else {}
+        extra |= {"input_norm": e, "mlp_norm": e}
         block = NativeBlock(shape, BlockWeights(
-            q=projection(q, e), k=projection(kv, e), v=projection(kv, e), o=projection(e, q),
-            gate=projection(shape.inner, e), up=projection(shape.inner, e), down=projection(e, shape.inner),
-            input_norm=put(self._random(e)), mlp_norm=put(self._random(e)),
-            **{name: put(self._random(size)) for name, size in extra.items()},
+            projections=(projection(q, e), projection(kv, e), projection(kv, e)), o=projection(e, q),
+            gate=pick([None, projection(shape.inner, e)]), up=projection(shape.inner, e), down=projection(e, shape.inner),
+            slopes=None if shape.softcap else pick([None, put(self._random(heads).float())]),
+            **{name: Norm(kind=kind, eps=1e-6, weight=put(self._random(size))) for name, size in extra.items()},
         ))  # fmt: skip
         hidden = put(self._random(batch, tokens, e))
         angles = torch.rand(pick([1, batch]), tokens, d // 2, generator=self.generator).mul(6).repeat(1, 1, 2)

@@ -5,7 +5,7 @@ Optional: where the library was not built, `is_available()` is false and `status
 
 from hf_accel.kernels.native.attend import MAX_HEAD_DIM, attend, encode
 from hf_accel.kernels.native.block import NativeBlock
-from hf_accel.kernels.native.block_weights import BlockShape, BlockWeights, Projection
+from hf_accel.kernels.native.block_weights import BlockShape, BlockWeights, Heads, Norm, Projection, heads_in_order
 from hf_accel.kernels.native.experts import Gate, NativeExperts, best_expert_rows
 from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
 from hf_accel.kernels.native.linear import DTYPES, FEW_ROWS, MAX_ROWS, best_rows, linear, linear_group
@@ -23,15 +23,18 @@ __all__ = [
     "BlockShape",
     "BlockWeights",
     "Gate",
+    "Heads",
     "NativeBlock",
     "NativeExperts",
     "NativeStatus",
+    "Norm",
     "Projection",
     "Routing",
     "attend",
     "best_expert_rows",
     "best_rows",
     "encode",
+    "heads_in_order",
     "is_available",
     "linear",
     "linear_group",

@@ -1,37 +1,90 @@
-"""What a decoder layer consists of for a native call, sizes and tensors, and the check that the kernels can take it."""
+"""What a decoder layer consists of for a native call, sizes and tensors. No field names a model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from hf_accel.kernels.native.attend import MAX_HEAD_DIM
-from hf_accel.kernels.native.linear import DTYPE_CODES
 from hf_accel.kernels.weights import PackedWeight
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-NORM_STYLES = {"llama": 0, "gemma": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
+NORM_KINDS = {"rms": 1, "rms_unit": 2, "rms_once": 3, "layer": 4}
+NORM_EXTENTS = {"head": 0, "heads": 1, "row": 2}
+ROTARIES = {"none": 0, "halves": 1, "pairs": 2, "pairs_of_halves": 3}
+PARTS = {"layer": 0, "half": 1, "attention": 2}
+MAX_PROJECTIONS = 4
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear map: weight [N, K], possibly a slice of rows of a fused or packed weight; bias [N] or None."""
+    """One linear map: weight [N, K], possibly a slice of rows of a fused or packed weight; bias [N] or None.
+
+    A dense weight may lie transposed, as a view with strides (1, N or more) of a weight [K, N] (GPT-2's Conv1D).
+    """
 
     weight: Tensor | PackedWeight
     bias: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
+class Norm:
+    """One norm; without a weight it multiplies by 1, and only "layer" may have a bias.
+
+    kind "rms" multiplies the rounded x / rms by the weight (Llama); "rms_unit" multiplies by 1 + weight in fp32 and
+    rounds once (Gemma); "rms_once" multiplies by the weight in fp32 and rounds once (OLMo2); "layer" subtracts the mean,
+    multiplies by the weight and adds the bias in fp32, and rounds once (`nn.LayerNorm`).
+    """
+
+    kind: str
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where heads lie in a projected row: head h = g * group + i begins at start + g * stride + i * step.
+
+    There are kv_heads groups; a group has heads / kv_heads heads of q and of the gate, and one of k and of v.
+    """
+
+    start: int
+    stride: int
+    step: int
+
+
+def heads_in_order(heads: int, kv_heads: int, head_dim: int) -> dict[str, Heads]:
+    """Return where q, k and v lie if all heads of q are followed by those of k and those by those of v."""
+    group = heads // kv_heads
+    return {
+        "q": Heads(0, group * head_dim, head_dim),
+        "k": Heads(heads * head_dim, head_dim, head_dim),
+        "v": Heads((heads + kv_heads) * head_dim, head_dim, head_dim),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockShape:
     """Sizes and constants of a layer: E, H, G, D and the inner size of the feed-forward part.
 
-    `activation` is one of silu, gelu_tanh, gelu (erf), relu. `norm_style` "llama" multiplies the rounded normalised
-    value by the weight; "gemma" multiplies by 1 + weight in fp32 and rounds once. `scale` multiplies scores;
-    `softcap` (None: off) then maps them to cap * tanh(score / cap). norms_rows: q_norm and k_norm are over all heads of
-    a row. What a part of the layer gives is multiplied by `residual_scale` before it joins the residual.
+    activation: one of ACTIVATIONS; relu2 is relu(x)^2, quick_gelu x * sigmoid(1.702 x).
+    scale, softcap: scores are multiplied by `scale`; `softcap` (None: off) then maps them to cap * tanh(score / cap).
+    residual_scale: what a part of the layer gives is multiplied by it before it joins the residual; out_scale: the
+        layer's result is.
+    q, k, v, gate: where heads lie in the projected row. k and v None: keys and values of the call's tokens lie in the
+        buffers already. v may be where k is: values are then what keys are before their norm and rotary. gate: what
+        attention gives is multiplied by the sigmoid of it.
+    is_parallel: the feed-forward part reads mlp_norm of the layer's input or, without such a norm, what attention reads,
+        and the result is input + (attention + feed-forward).
+    norm_extent: q_norm, k_norm and v_norm are of each head, "head" with one weight [D], "heads" with a weight per head
+        [H, D] or [G, D]; or "row", over all heads of a row.
+    rotary: "halves" turns x[i] and x[i + R / 2] of a head by cos[i] and cos[i + R / 2] (Llama), "pairs" x[2 i] and
+        x[2 i + 1] by cos[2 i] (GPT-J, Cohere), "pairs_of_halves" by cos[i] (GLM); "none". rotary_size is R, of the first
+        columns of a head; None: as many as cos has. rotates_once: it is rounded once and not at every operation.
+    part: "layer"; "half", which ends with the norm before the feed-forward part; or "attention", which is o's product
+        alone, without a residual.
     """
 
     hidden: int
@@ -40,94 +93,68 @@ class BlockShape:
     head_dim: int
     inner: int
     activation: str
-    norm_eps: float
-    norm_style: Literal["llama", "gemma"]
     scale: float
+    q: Heads
+    k: Heads | None
+    v: Heads | None
+    gate: Heads | None = None
     softcap: float | None = None
-    norms_rows: bool = False
     residual_scale: float = 1.0
+    out_scale: float = 1.0
+    is_parallel: bool = False
+    norm_extent: Literal["head", "heads", "row"] = "head"
+    norms_after_rotary: bool = False
+    rotary: Literal["halves", "pairs", "pairs_of_halves", "none"] = "halves"
+    rotary_size: int | None = None
+    rotates_once: bool = False
+    part: Literal["layer", "half", "attention"] = "layer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
-    """Tensors of a layer, all of one dtype on the CPU; norm weights [E], q_norm and k_norm [D] or of all heads.
+    """Tensors of a layer, all of one dtype on the CPU but sinks and slopes.
 
-    Without gate, up and down it is the attention half of a layer, whose feed-forward part is computed elsewhere.
+    projections: 1 to 4 products that read one input; their rows, one after the other, are the projected row. Without
+    gate, `up` and `down` make a feed-forward part that is not gated. Without input_norm (mlp_norm) the part reads the
+    residual as it is. Norms weigh [E]; q_norm, k_norm, v_norm as the shape's norm_extent says.
+    sinks: [H], fp32 or of the dtype, a further score in each softmax that has no value. slopes: fp32 [H], times the
+    column of a key, added to scores (ALiBi).
     """
 
-    q: Projection
-    k: Projection
-    v: Projection
+    projections: tuple[Projection, ...]
     o: Projection
-    input_norm: Tensor
-    mlp_norm: Tensor
-    gate: Projection | None = None
     up: Projection | None = None
     down: Projection | None = None
-    attention_out_norm: Tensor | None = None
-    mlp_out_norm: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
+    gate: Projection | None = None
+    input_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    attention_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    v_norm: Norm | None = None
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
+    @property
+    def products(self) -> dict[str, Projection]:
+        """Every product by its name."""
+        found = {f"projections[{i}]": projection for i, projection in enumerate(self.projections)}
+        return found | {field.name: value for field in fields(self)
+                        if isinstance(value := getattr(self, field.name), Projection)}  # fmt: skip
 
-def _sizes(shape: BlockShape) -> dict[str, tuple[int, ...]]:
-    """Name of each weight -> the shape it must have."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    e, i, d = shape.hidden, shape.inner, shape.head_dim
-    products = {"q": (q, e), "k": (kv, e), "v": (kv, e), "o": (e, q), "gate": (i, e), "up": (i, e), "down": (e, i)}
-    norms = dict.fromkeys(("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm"), (e,))
-    q_norm, k_norm = (q, kv) if shape.norms_rows else (d, d)
-    return {**products, **norms, "q_norm": (q_norm,), "k_norm": (k_norm,)}
+    @property
+    def norms(self) -> dict[str, Norm]:
+        """Every norm by its name."""
+        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Norm)}
 
-
-def _check_tensor(name: str, tensor: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} lies on {tensor.device}; the native block runs on the CPU")
-    if tensor.dtype != dtype:
-        raise ValueError(
-            f"{name} has dtype {tensor.dtype}, the other weights {dtype}: the native block takes one dtype"
-        )
-    if tuple(tensor.shape) != size:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the block's sizes ask for {size}")
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; the last one must be 1")
-    _check_memory(name, tensor)
-
-
-def _check_memory(name: str, tensor: Tensor) -> None:
-    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
-    if not tensor.data_ptr() or (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"the memory of {name} has been given up")
-
-
-def checked_dtype(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
-    """Return the dtype of the weights. Raises: ValueError naming what the native block does not take."""
-    dtype = weights.input_norm.dtype
-    if dtype not in DTYPE_CODES:
-        raise ValueError(f"weights have dtype {dtype}; the native block takes bfloat16, float16 and float32")
-    if shape.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {shape.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    if shape.norm_style not in NORM_STYLES:
-        raise ValueError(f"norm_style {shape.norm_style!r} is not one of {', '.join(NORM_STYLES)}")
-    if not 1 <= shape.head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {shape.head_dim}; the native block takes 1 to {MAX_HEAD_DIM}")
-    if shape.kv_heads < 1 or shape.heads % shape.kv_heads:
-        raise ValueError(f"heads ({shape.heads}) must be a multiple of kv_heads ({shape.kv_heads})")
-    if shape.softcap is not None and not shape.softcap > 0:
-        raise ValueError(f"softcap is {shape.softcap}; it must be positive, or None for no soft cap")
-    if len({value is None for value in (weights.gate, weights.up, weights.down)}) > 1:
-        raise ValueError("a block has gate, up and down, or none of them")
-    for name, size in _sizes(shape).items():
-        value = getattr(weights, name)
-        if isinstance(value, Projection):
-            if isinstance(value.weight, Tensor):
-                _check_tensor(f"{name}.weight", value.weight, size, dtype)
-            elif tuple(value.weight.shape) != size:
-                raise ValueError(f"{name}.weight has shape {tuple(value.weight.shape)}; the block asks for {size}")
-            else:
-                value.weight.check()
-            if value.bias is not None:
-                _check_tensor(f"{name}.bias", value.bias, size[:1], dtype)
-        elif value is not None:
-            _check_tensor(name, value, size, dtype)
-    return dtype
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name; of a packed weight its codes."""
+        found: dict[str, Tensor | None] = {"sinks": self.sinks, "slopes": self.slopes}
+        for name, product in self.products.items():
+            weight = product.weight
+            found |= {f"{name}.weight": weight if isinstance(weight, Tensor) else weight.codes}
+            found |= {f"{name}.bias": product.bias}
+        for name, norm in self.norms.items():
+            found |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}

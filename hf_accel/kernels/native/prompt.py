@@ -13,7 +13,7 @@ from hf_accel.kernels.native.linear import DTYPE_CODES
 from hf_accel.kernels.weights import FORMATS
 from hf_accel.ops.attention import AttentionState
 
-_PROMPT = struct.Struct("=8Q26q2d")
+_PROMPT = struct.Struct("=9Q26q2d")
 
 
 def prompt_attention(
@@ -106,7 +106,7 @@ def _run(
     if mask is not None:
         mask_strides = [stride if n > 1 else 0 for stride, n in zip(mask.stride()[:3], mask.shape[:3], strict=True)]
     starts, sinks = (None if given is None else given.contiguous() for given in (starts, sinks))
-    pointers = (query, keys, values, mask, output, totals, starts, sinks)
+    pointers = (query, keys, values, mask, output, totals, starts, sinks, None)  # None: slopes, which only layers have
     call = _PROMPT.pack(
         *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
         DTYPE_CODES[query.dtype], FORMATS[bits], batch, tokens, heads, keys.shape[1], *head_dims, keys.shape[2], past,

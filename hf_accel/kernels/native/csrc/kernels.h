@@ -56,8 +56,8 @@ typedef struct {
     void (*round)(float *x, int64_t n);                                    /* to the dtype, in place */
     void (*finish)(float *acc, const void *bias, int64_t n, void *out);     /* (acc + bias) rounded, stored */
     void (*finish_f32)(float *acc, const void *bias, int64_t n, float *out); /* the same, kept as fp32 */
-    void (*rms_norm)(const float *x, const void *w, int64_t n, float eps, int style, float *out);
-    void (*gate)(int activation, float *gate, const float *up, int64_t n, float *out); /* gate, up already rounded */
+    void (*norm)(const float *x, const hfa_norm *norm, int64_t n, float *out); /* x may be out */
+    void (*gate)(int activation, const float *gate, const float *up, int64_t n, float *out); /* gate, up already rounded; up may be NULL: 1 */
     void (*add)(const float *a, const float *b, int64_t n, float *out);     /* rounded sum */
     /* x [head_dim], the first `rotary` rotated in place; cosine, sine fp32 */
     void (*rotate)(float *x, const float *cosine, const float *sine, int64_t rotary, float *scratch);

@@ -9,7 +9,7 @@
  *     linear.c      y = x W^T + b for up to 4 weights that share x; the transposed (Conv1D) layout
  *     packed.c      the same for weights of 8 to 2 bits and of MXFP4, and for any number of rows of x
  *     product.[ch]  products of several weights with one activation, cut into chunks for the threads
- *     block.c, block_attention.[ch], block_run.h   a whole pre-norm gated decoder layer in one call
+ *     block.c, block_attention.[ch], block_run.h   a whole decoder layer in one call
  *     experts.c, route.c   the routed experts of a layer; their router
  *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
  *     prompt.c      attention of many queries, tile by tile
@@ -26,7 +26,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 11
+#define HFA_ABI_VERSION 12
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -37,12 +37,18 @@ enum hfa_dtype { HFA_BF16 = 0, HFA_F16 = 1, HFA_F32 = 2, HFA_DTYPES = 3 };
 enum hfa_isa { HFA_PORTABLE = 0, HFA_NEON = 1, HFA_AVX2 = 2, HFA_AVX512 = 3, HFA_AVX512_BF16 = 4, HFA_AMX = 5, HFA_ISAS = 6 };
 /* rows of a cache have one of the first HFA_CACHE_FORMATS */
 enum hfa_format { HFA_DENSE = 0, HFA_INT8 = 1, HFA_INT4 = 2, HFA_CACHE_FORMATS = 3, HFA_INT2 = 3, HFA_INT3 = 4, HFA_FP4 = 5, HFA_FORMATS = 6 };
-enum hfa_activation { HFA_SILU = 0, HFA_GELU_TANH = 1, HFA_GELU = 2, HFA_RELU = 3 };
-enum hfa_norm_style { HFA_NORM_LLAMA = 0, HFA_NORM_GEMMA = 1 };
+/* relu2: relu(x)^2; quick_gelu: x * sigmoid(1.702 x), every operation rounded; the last is no layer's own */
+enum hfa_activation { HFA_SILU = 0, HFA_GELU_TANH = 1, HFA_GELU = 2, HFA_RELU = 3, HFA_RELU2 = 4, HFA_QUICK_GELU = 5, HFA_SIGMOID = 6 };
+/* weight * round(x / rms); round(x / rms * (1 + weight)); round(x / rms * weight); round((x - mean) / deviation * weight + bias) */
+enum hfa_norm_kind { HFA_NORM_NONE = 0, HFA_RMS = 1, HFA_RMS_UNIT = 2, HFA_RMS_ONCE = 3, HFA_LAYER_NORM = 4 };
+enum hfa_norm_extent { HFA_EACH_HEAD = 0, HFA_ALL_HEADS = 1, HFA_WHOLE_ROW = 2 };
+enum hfa_rotary { HFA_NO_ROTARY = 0, HFA_HALVES = 1, HFA_PAIRS = 2, HFA_PAIRS_OF_HALVES = 3 };
+enum hfa_part { HFA_LAYER = 0, HFA_HALF = 1, HFA_ATTENTION = 2 };
 enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
 
 /* W [rows, inner], bias [rows] or NULL.
- * Dense: elements of the dtype, row stride in elements; the last four fields are not read.
+ * Dense: elements of the dtype, row stride in elements; of the last four fields only `group` is read: 1 if the weight lies transposed,
+ *   [inner, rows], where `stride` is between these rows (GPT-2's Conv1D).
  * Packed, R = ceil(rows / 16), Kp = inner rounded up to 32, missing rows and columns zero:
  *   HFA_INT8  int8  [R, Kp / 2, 16, 2]: pairs of columns of 16 rows
  *   HFA_INT4  uint8 [R, Kp / 8, 16, 4]: byte j of a row holds column j in its low and column 4 + j in its high half, plus 8
@@ -59,25 +65,48 @@ typedef struct {
     const void *scales; const float *offsets; int64_t format, group;
 } hfa_matrix;
 
-/* One decoder layer: constant over its life. All fields are 8 bytes wide so that Python can pack them blindly.
- * Without a weight for gate it is the attention half of a layer, up to and with the norm before its feed-forward part.
- * norms_rows: q_norm and k_norm are over all heads of a row, [H D] and [G D], and not over each head.
- * residual_scale: what a part of the layer gives is multiplied by it, and rounded, before it joins the residual; 1: it is not. */
+/* Without a weight or a bias it multiplies by 1 and adds nothing. All fields here and below are 8 bytes wide so that Python can pack
+ * them blindly. */
+typedef struct { const void *weight, *bias; int64_t kind; double eps; } hfa_norm;
+
+/* Where the heads of a projected row begin: head i of group g at start + g * stride + i * step. start < 0: there are none. */
+typedef struct { int64_t start, stride, step; } hfa_heads;
+
+/* One decoder layer: constant over its life. The rows of its projections, which read one input, make the projected row, one after
+ * the other.
+ *   part: HFA_HALF ends with the norm before the feed-forward part; HFA_ATTENTION gives the product of o, nothing added.
+ *   Without a weight for gate the feed-forward part is activation(up), else activation(gate) * up.
+ *   is_parallel: the feed-forward part reads mlp_norm(input), or what attention reads where there is no such norm, and what both
+ *     give is summed before it joins the residual. Else without an input_norm (mlp_norm) the part reads the residual as it is.
+ *   norm_extent: q_norm, k_norm and v_norm are of each head with one weight [D], with a weight per head [H, D] and [G, D], or over
+ *     all heads of a row, which then lie side by side.
+ *   rotary: of the first rotary_size columns of a head (0: as many as cos has), x[i] and x[i + half] turn by the angles i and
+ *     i + half, or x[2 i] and x[2 i + 1] by the angle 2 i, or by the angle i. rotates_once: rounded once and not at every operation.
+ *   k, v: none where keys and values lie in the buffers already. v may be where k is: values are then what keys are before their
+ *     norm and their rotary.
+ *   output_gate: what attention gives is multiplied by the sigmoid of it.
+ *   residual_scale: what a part of the layer gives is multiplied by it, and rounded, before it joins the residual; out_scale: the
+ *     layer's result is. 1: they are not.
+ *   sinks [H]: a score more in each softmax, without a value, fp32 or of the dtype; slopes [H]: times the column, added to scores. */
 typedef struct {
-    int64_t dtype, hidden, heads, kv_heads, head_dim, inner, activation, norm_style, norms_rows;
-    double norm_eps, scale, softcap, residual_scale; /* softcap 0: none */
-    hfa_matrix q, k, v, o, gate, up, down;
-    const void *input_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
+    int64_t dtype, part, hidden, heads, kv_heads, head_dim, inner, activation, is_parallel;
+    int64_t norm_extent, norms_after_rotary, rotary, rotary_size, rotates_once, sinks_are_f32, projections;
+    double scale, softcap, residual_scale, out_scale; /* softcap 0: none */
+    hfa_heads q, k, v, output_gate;
+    hfa_matrix projection[HFA_MAX_GROUP], o, gate, up, down;
+    hfa_norm input_norm, attention_out_norm, mlp_norm, mlp_out_norm, q_norm, k_norm, v_norm;
+    const void *sinks; const float *slopes;
 } hfa_block;
 
-/* What changes from call to call; strides in elements. hidden, out [B,T,E] contiguous; cos, sin [Bc,T,rotary];
+/* What changes from call to call; strides in elements. hidden, out [B,T,E] contiguous, out of HFA_ATTENTION as wide as o has rows;
+ * cos, sin [Bc,T,angles], not read without rotary;
  * keys, values buffers [B,G,C,D] with the last dimension contiguous; mask [Bm,1,T,S] with S = past + T - first.
  * row_past [B] or NULL: sequences of different lengths. Sequence b then writes row_past[b]..row_past[b] + T - 1 and
  * attends to nothing beyond, whatever the mask says; first <= row_past[b] <= past. NULL: all are at `past`. */
 typedef struct {
     const void *hidden; void *out; const void *cos, *sin; void *keys, *values; const void *mask;
     int64_t batch, tokens, past, first, threads;
-    int64_t rotary, cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t;
+    int64_t angles, cos_stride_b, cos_stride_t, sin_stride_b, sin_stride_t;
     int64_t key_stride_b, key_stride_g, key_stride_s, value_stride_b, value_stride_g, value_stride_s;
     int64_t mask_kind, mask_stride_b, mask_stride_t;
     const int64_t *row_past;
@@ -99,10 +128,10 @@ typedef struct {
 /* Attention of many queries: out [B,T,H,Dv] of the dtype, or of fp32 where `is_f32`. Keys [B,G,S,...] and values as in
  * hfa_attend_call. Query t stands at column past + t: with is_causal it sees nothing beyond, with window > 0 nothing at
  * past + t - window and before; starts [B] or NULL: nothing before starts[b]; mask NULL or bool [Bm,Hm,T,S]. sinks [H] or NULL:
- * a score more in each softmax, without a value. totals [B,T,H] or NULL: logarithms of the sums of exponentials without sinks,
+ * a score more in each softmax, without a value. slopes [H] or NULL: times the column, added to scores; not with softcap. totals [B,T,H] or NULL: logarithms of the sums of exponentials without sinks,
  * -inf for queries that see nothing, whose output is zero. */
 typedef struct {
-    const void *query, *keys, *values, *mask; void *out; float *totals; const int64_t *starts; const float *sinks;
+    const void *query, *keys, *values, *mask; void *out; float *totals; const int64_t *starts; const float *sinks, *slopes;
     int64_t dtype, format, batch, tokens, heads, kv_heads, key_dim, value_dim, positions, past, is_causal, window, is_f32, threads;
     int64_t query_stride_b, query_stride_h, query_stride_t, key_stride_b, key_stride_g, key_stride_s;
     int64_t value_stride_b, value_stride_g, value_stride_s, mask_stride_b, mask_stride_h, mask_stride_t;

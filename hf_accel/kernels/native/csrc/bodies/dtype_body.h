@@ -74,29 +74,62 @@ static void NAME(finish_f32)(float *acc, const void *bias, int64_t n, float *out
     memcpy(out, acc, (size_t)n * sizeof(float));
 }
 
-/* llama: w * round(x * rsqrt(mean x^2 + eps)), gemma: x * rsqrt(...) * (1 + w); every product as stock rounds it. */
-static void NAME(rms_norm)(const float *x, const void *weight, int64_t n, float eps, int style, float *out) {
-    const T *w = weight;
-    vf s0 = vf_set1(0.0f), s1 = s0;
+HFA_INLINE float NAME(sum_of_squares)(const float *x, int64_t n, float mean) {
+    vf s0 = vf_set1(0.0f), s1 = s0, m = vf_set1(mean);
     int64_t i = 0;
     for (; i + 2 * VW <= n; i += 2 * VW) {
-        vf a = vf_load(x + i), b = vf_load(x + i + VW);
+        vf a = vf_sub(vf_load(x + i), m), b = vf_sub(vf_load(x + i + VW), m);
         s0 = vf_fma(a, a, s0);
         s1 = vf_fma(b, b, s1);
     }
     float sum = vf_sum(vf_add(s0, s1));
-    for (; i < n; i++) sum += x[i] * x[i];
-    float inverse = 1.0f / sqrtf(sum / (float)n + eps);
-    vf k = vf_set1(inverse), one = vf_set1(1.0f);
-    for (i = 0; i + VW <= n; i += VW) {
-        vf v = vf_mul(vf_load(x + i), k), g = LOADV(w + i);
-        v = style == HFA_NORM_GEMMA ? vf_mul(v, vf_add(one, g)) : vf_mul(NAME(rounded)(v), g);
+    for (; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
+    return sum;
+}
+
+HFA_INLINE float NAME(mean)(const float *x, int64_t n) {
+    vf s0 = vf_set1(0.0f), s1 = s0;
+    int64_t i = 0;
+    for (; i + 2 * VW <= n; i += 2 * VW) {
+        s0 = vf_add(s0, vf_load(x + i));
+        s1 = vf_add(s1, vf_load(x + i + VW));
+    }
+    float sum = vf_sum(vf_add(s0, s1));
+    for (; i < n; i++) sum += x[i];
+    return sum / (float)n;
+}
+
+/* Every product as stock rounds it, see enum hfa_norm_kind. */
+HFA_INLINE void NAME(norm_of_kind)(const float *x, const T *w, const T *b, int64_t n, float eps, const int64_t kind, float *out) {
+    float mean = kind == HFA_LAYER_NORM ? NAME(mean)(x, n) : 0.0f;
+    float inverse = 1.0f / sqrtf(NAME(sum_of_squares)(x, n, mean) / (float)n + eps);
+    vf k = vf_set1(inverse), m = vf_set1(mean), one = vf_set1(1.0f);
+    int64_t i = 0;
+    for (; i + VW <= n; i += VW) {
+        vf v = vf_mul(kind == HFA_LAYER_NORM ? vf_sub(vf_load(x + i), m) : vf_load(x + i), k);
+        if (kind == HFA_RMS) v = NAME(rounded)(v);
+        if (w) v = vf_mul(v, kind == HFA_RMS_UNIT ? vf_add(one, LOADV(w + i)) : LOADV(w + i));
+        if (b) v = vf_add(v, LOADV(b + i));
         vf_store(out + i, NAME(rounded)(v));
     }
     for (; i < n; i++) {
-        float v = x[i] * inverse, g = LOAD1(w + i);
-        v = style == HFA_NORM_GEMMA ? v * (1.0f + g) : ROUND1(v) * g;
+        float v = (x[i] - mean) * inverse;
+        if (kind == HFA_RMS) v = ROUND1(v);
+        if (w) v *= kind == HFA_RMS_UNIT ? 1.0f + LOAD1(w + i) : LOAD1(w + i);
+        if (b) v += LOAD1(b + i);
         out[i] = ROUND1(v);
+    }
+}
+
+static void NAME(norm)(const float *x, const hfa_norm *norm, int64_t n, float *out) {
+    const T *w = norm->weight, *b = norm->bias;
+    float eps = (float)norm->eps;
+    switch (norm->kind) {
+        case HFA_RMS: NAME(norm_of_kind)(x, w, NULL, n, eps, HFA_RMS, out); break;
+        case HFA_RMS_UNIT: NAME(norm_of_kind)(x, w, NULL, n, eps, HFA_RMS_UNIT, out); break;
+        case HFA_RMS_ONCE: NAME(norm_of_kind)(x, w, NULL, n, eps, HFA_RMS_ONCE, out); break;
+        case HFA_LAYER_NORM: NAME(norm_of_kind)(x, w, b, n, eps, HFA_LAYER_NORM, out); break;
+        default: memmove(out, x, (size_t)n * sizeof(float));
     }
 }
 
@@ -105,12 +138,15 @@ static float NAME(activate1)(int activation, float x) {
         case HFA_SILU: return x / (1.0f + expf(-x));
         case HFA_GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
         case HFA_GELU: return x * 0.5f * (1.0f + erff(x * 0.7071067811865476f));
+        case HFA_QUICK_GELU: return x * ROUND1(1.0f / (1.0f + expf(-ROUND1(1.702f * x))));
+        case HFA_SIGMOID: return 1.0f / (1.0f + expf(-x));
+        case HFA_RELU2: return x > 0.0f ? x * x : (x != x ? x : 0.0f);
         default: return x > 0.0f ? x : (x != x ? x : 0.0f);
     }
 }
 
 /* out = round(round(activation(gate)) * up) */
-static void NAME(gate)(int activation, float *gate, const float *up, int64_t n, float *out) {
+static void NAME(gate)(int activation, const float *gate, const float *up, int64_t n, float *out) {
     int64_t i = 0;
     vf one = vf_set1(1.0f), zero = vf_set1(0.0f), half = vf_set1(0.5f);
     if (activation != HFA_GELU)
@@ -122,14 +158,21 @@ static void NAME(gate)(int activation, float *gate, const float *up, int64_t n, 
                 vf cube = vf_mul(vf_mul(x, x), x);
                 vf u = vf_mul(vf_set1(0.7978845608028654f), vf_fma(vf_set1(0.044715f), cube, x));
                 a = vf_mul(vf_mul(half, x), vf_add(one, vf_tanh(u)));
+            } else if (activation == HFA_QUICK_GELU) {
+                vf u = NAME(rounded)(vf_mul(vf_set1(1.702f), x));
+                a = vf_mul(x, NAME(rounded)(vf_div(one, vf_add(one, vf_exp(vf_sub(zero, u))))));
+            } else if (activation == HFA_SIGMOID) {
+                a = vf_div(one, vf_add(one, vf_exp(vf_sub(zero, x))));
             } else {
                 a = vf_max(zero, x); /* keeps NaN */
+                if (activation == HFA_RELU2) a = vf_mul(a, a);
             }
-            vf_store(out + i, NAME(rounded)(vf_mul(NAME(rounded)(a), vf_load(up + i))));
+            a = NAME(rounded)(a);
+            vf_store(out + i, up ? NAME(rounded)(vf_mul(a, vf_load(up + i))) : a);
         }
     for (; i < n; i++) {
         float a = ROUND1(NAME(activate1)(activation, gate[i]));
-        out[i] = ROUND1(a * up[i]);
+        out[i] = up ? ROUND1(a * up[i]) : a;
     }
 }
 

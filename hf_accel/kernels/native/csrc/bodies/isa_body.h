@@ -51,7 +51,7 @@
     {.step = STEP_##N, .packed_size = sizeof(packed_##N), .element = sizeof(element_##N), .rows_together = 4,         \
      .panels_from = FROM, .pack = pack_##N,                                                                           \
      .pack_f32 = pack_f32_##N, .dot = dot_##N, .axpy = axpy_##N, .load = load_##N, .store = store_##N,                \
-     .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .rms_norm = rms_norm_##N,                \
+     .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .norm = norm_##N,                        \
      .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \
      .exponentials = exponentials, .round_for = round_for,                                                             \
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \

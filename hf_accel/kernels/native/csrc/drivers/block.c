@@ -1,5 +1,4 @@
-/* A whole pre-norm gated decoder layer (Llama, Mistral, Qwen2/3, Phi3, Gemma2/3), or its attention half where experts follow,
- * for any number of rows, up to PASS of them in one parallel region; a pass finds the keys and values of those before it in the
+/* A whole decoder layer, its attention half where experts follow, or its attention alone, for any number of rows, up to PASS of them in one parallel region; a pass finds the keys and values of those before it in the
  * cache. Phases are separated by barriers. What is small (norms, residual sums, packing) every thread does for itself instead of
  * waiting for one that does; of more than HFA_MAX_ROWS rows each does its share, and
  * their attention is a region of its own. Intermediates are fp32 that hold values of the dtype, rounded at the same
@@ -30,7 +29,7 @@ static void lay_out_rows(const hfa_block_run *run, carver *c, float **residual, 
     *wide = carve_floats(c, run->rows * padded(larger(block->hidden, attention)));
     hfa_activations any;
     size_t most = 0;
-    const struct { const hfa_products *products; int64_t k; } packs[] = {{&run->qkv, block->hidden}, {&run->output, attention},
+    const struct { const hfa_products *products; int64_t k; } packs[] = {{&run->projections, block->hidden}, {&run->output, attention},
                                                                          {&run->gate_up, block->hidden}, {&run->down, block->inner}};
     for (int i = 0; i < 4; i++) {
         size_t bytes = hfa_activations_lay_out(packs[i].products, packs[i].k, NULL, &any);
@@ -49,7 +48,7 @@ static size_t lay_out_private(const hfa_block_run *run, char *memory, hfa_block_
     mine->queries = carve_floats(&c, HFA_QUERY_GROUP * run->block->head_dim);
     hfa_attend_lay_out(&run->attention, carve(&c, hfa_attend_bytes(&run->attention)), &mine->room);
     mine->ready = -1;
-    mine->angles = carve_floats(&c, 3 * HFA_MAX_HEAD_DIM);
+    mine->angles = carve_floats(&c, 4 * HFA_MAX_HEAD_DIM);
     return c.used;
 }
 
@@ -58,9 +57,14 @@ static size_t lay_out_shared(hfa_block_run *run, char *memory) {
     carver c = {memory, 0};
     run->barrier = carve(&c, sizeof(hfa_barrier));
     for (int i = 0; i < 5; i++) run->ranges[i] = carve(&c, sizeof(hfa_range) * (size_t)run->threads);
-    run->projected_stride = padded((block->heads + 2 * block->kv_heads) * block->head_dim);
+    int64_t projected = 0;
+    for (int i = 0; i < block->projections; i++) projected += block->projection[i].rows;
+    run->projected_stride = padded(projected);
     run->projected = carve_floats(&c, run->rows * run->projected_stride);
-    run->summand = carve_floats(&c, run->rows * padded(block->hidden));
+    run->summand_stride = padded(block->o.rows);
+    run->summand = carve_floats(&c, run->rows * run->summand_stride);
+    run->second = block->is_parallel ? carve_floats(&c, run->rows * run->summand_stride) : run->summand;
+    run->sinks = block->sinks ? carve_floats(&c, block->heads) : NULL;
     run->inner = carve_floats(&c, run->rows * padded(block->inner));
     int64_t queries = run->rows * block->heads, partials = queries * run->pieces;
     if (run->shares) {
@@ -75,10 +79,6 @@ static size_t lay_out_shared(hfa_block_run *run, char *memory) {
         run->partial_sum = carve_floats(&c, partials);
     }
     return c.used;
-}
-
-static void norm_row(const hfa_block_run *run, const float *x, const void *weight, float *out) {
-    run->kernels->rms_norm(x, weight, run->block->hidden, (float)run->block->norm_eps, (int)run->block->norm_style, out);
 }
 
 /* gate and up for the same rows, then activation(gate) * up */
@@ -109,34 +109,55 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
     }
 }
 
-/* q and k of every row, normed over all heads */
+/* q, k and v of every row, normed over all heads */
 static void norm_projected(const hfa_block_run *run, int self, int team) {
     const hfa_block *block = run->block;
-    const struct { const void *norm; int64_t from, size; } parts[] = {
-        {block->q_norm, 0, block->heads * block->head_dim},
-        {block->k_norm, block->heads * block->head_dim, block->kv_heads * block->head_dim}};
+    const struct { const hfa_norm *norm; int64_t from, heads; } parts[] = {{&block->q_norm, block->q.start, block->heads},
+                                                                           {&block->k_norm, block->k.start, block->kv_heads},
+                                                                           {&block->v_norm, block->v.start, block->kv_heads}};
     for (int r = self; r < run->rows; r += team)
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < 3; i++) {
             float *x = run->projected + r * run->projected_stride + parts[i].from;
-            if (parts[i].norm)
-                run->kernels->rms_norm(x, parts[i].norm, parts[i].size, (float)block->norm_eps, (int)block->norm_style, x);
+            if (parts[i].norm->kind) run->kernels->norm(x, parts[i].norm, parts[i].heads * block->head_dim, x);
         }
 }
 
-/* residual of a row += norm(summand) * residual_scale, rounded; `normed` is room for a row */
-static void add_summand(const hfa_block_run *run, const void *norm, float *residual, float *normed, int row) {
+/* What a part gives, normed and scaled and rounded: as it is, or in `room` for a row. */
+static const float *finished(const hfa_block_run *run, const hfa_norm *norm, const float *summand, float *room) {
     const hfa_block *block = run->block;
-    const float *summand = run->summand + row * padded(block->hidden);
-    if (norm) {
-        run->kernels->rms_norm(summand, norm, block->hidden, (float)block->norm_eps, (int)block->norm_style, normed);
-        summand = normed;
+    if (norm->kind) {
+        run->kernels->norm(summand, norm, block->hidden, room);
+        summand = room;
     }
     if (block->residual_scale != 1.0) {
-        for (int64_t i = 0; i < block->hidden; i++) normed[i] = summand[i] * (float)block->residual_scale;
-        run->kernels->round(normed, block->hidden);
-        summand = normed;
+        for (int64_t i = 0; i < block->hidden; i++) room[i] = summand[i] * (float)block->residual_scale;
+        run->kernels->round(room, block->hidden);
+        summand = room;
     }
-    run->kernels->add(residual, summand, block->hidden, residual);
+    return summand;
+}
+
+/* What a part reads: the residual of a row normed, in `room` for a row, or as it is. */
+static const float *read_by(const hfa_block_run *run, const hfa_norm *norm, const float *residual, float *room) {
+    if (!norm->kind) return residual;
+    run->kernels->norm(residual, norm, run->block->hidden, room);
+    return room;
+}
+
+/* The last of a row: its residual becomes the layer's result. */
+static void finish_row(const hfa_block_run *run, float *residual, float *room, int r) {
+    const hfa_block *block = run->block;
+    int64_t n = block->hidden;
+    float *second = run->second + r * run->summand_stride;
+    const float *summand = finished(run, &block->mlp_out_norm, second, block->is_parallel ? second : room);
+    if (block->is_parallel) { /* second is the row's own room: each row is finished by one thread */
+        run->kernels->add(finished(run, &block->attention_out_norm, run->summand + r * run->summand_stride, room), summand, n, room);
+        summand = room;
+    }
+    run->kernels->add(residual, summand, n, residual);
+    if (block->out_scale == 1.0) return;
+    for (int64_t i = 0; i < n; i++) residual[i] *= (float)block->out_scale;
+    run->kernels->round(residual, n);
 }
 
 /* Row r of the pass in tensors [B, T, ...] of the call. */
@@ -171,23 +192,30 @@ static void run_before(hfa_block_run *run, hfa_block_private *my, int self, int 
     const hfa_block *block = run->block;
     const hfa_kernels *kernels = run->kernels;
     int64_t hidden = padded(block->hidden), wide = wide_of(block);
-    hfa_activations_lay_out(&run->qkv, block->hidden, my->packed, &my->x);
+    hfa_activations_lay_out(&run->projections, block->hidden, my->packed, &my->x);
     EACH_GROUP(m0, m) {
         for (int r = m0; r < m0 + m; r++) {
             float *residual = my->residual + r * hidden;
             kernels->load((const char *)run->call->hidden + row_of_call(run, r) * block->hidden * kernels->element, residual, block->hidden);
-            norm_row(run, residual, block->input_norm, my->wide + r * wide);
+            read_by(run, &block->input_norm, residual, my->wide + r * wide);
         }
-        pack(&run->qkv, my->wide, wide, block->hidden, m0, m, my);
+        if (block->input_norm.kind) pack(&run->projections, my->wide, wide, block->hidden, m0, m, my);
+        else pack(&run->projections, my->residual, hidden, block->hidden, m0, m, my);
     }
     wait_for_rows(run, team);
-    hfa_products_run(&run->qkv, &my->x, run->ranges[0], run->threads, self);
+    hfa_products_run(&run->projections, &my->x, run->ranges[0], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
-    if (block->norms_rows) {
+    if (block->norm_extent == HFA_WHOLE_ROW) {
         norm_projected(run, self, team);
         hfa_barrier_wait(run->barrier, team);
     }
+}
 
+/* Attention alone: the product of o is the result. */
+static void store_summands(const hfa_block_run *run, int self, int team) {
+    int64_t n = run->block->o.rows;
+    for (int r = self; r < run->rows; r += team)
+        run->kernels->store(run->summand + r * run->summand_stride, (char *)run->call->out + row_of_call(run, r) * n * run->kernels->element, n);
 }
 
 /* From the output projection on. */
@@ -195,33 +223,45 @@ static void run_after(hfa_block_run *run, hfa_block_private *my, int self, int t
     const hfa_block *block = run->block;
     const hfa_kernels *kernels = run->kernels;
     int64_t hidden = padded(block->hidden), attention = block->heads * block->head_dim, wide = wide_of(block);
+    int is_half = block->part == HFA_HALF;
     hfa_activations_lay_out(&run->output, attention, my->packed, &my->x);
     EACH_GROUP(m0, m) {
-        for (int r = m0; run->shares && r < m0 + m; r++)
+        for (int r = m0; run->shares && r < m0 + m; r++) {
             kernels->load(run->attended + r * attention * kernels->element, my->wide + r * wide, attention);
+            hfa_attention_gate(run, my->wide + r * wide, r);
+        }
         pack(&run->output, my->wide, wide, attention, m0, m, my);
     }
     wait_for_rows(run, team);
     hfa_products_run(&run->output, &my->x, run->ranges[2], run->threads, self);
-    hfa_barrier_wait(run->barrier, team);
+    if (run->shares || !block->is_parallel) hfa_barrier_wait(run->barrier, team); /* else what is packed is the thread's own */
+    if (block->part == HFA_ATTENTION) {
+        store_summands(run, self, team);
+        return;
+    }
 
+    const hfa_norm *norm = block->is_parallel && !block->mlp_norm.kind ? &block->input_norm : &block->mlp_norm;
     hfa_activations_lay_out(&run->gate_up, block->hidden, my->packed, &my->x);
     EACH_GROUP(m0, m) {
         for (int r = m0; r < m0 + m; r++) {
-            float *residual = my->residual + r * hidden;
+            float *residual = my->residual + r * hidden, *room = my->wide + r * wide;
             int64_t at = row_of_call(run, r) * block->hidden * kernels->element;
-            if (run->is_half && !run->shares && r % team != self) continue;
-            add_summand(run, block->attention_out_norm, residual, my->wide + r * wide, r);
-            norm_row(run, residual, block->mlp_norm, my->wide + r * wide);
-            if (!run->is_half) continue;
+            if (is_half && !run->shares && r % team != self) continue;
+            if (!block->is_parallel)
+                kernels->add(residual, finished(run, &block->attention_out_norm, run->summand + r * run->summand_stride, room), block->hidden, residual);
+            const float *read = read_by(run, norm, residual, room);
+            if (!is_half) continue;
             kernels->store(residual, (char *)run->call->out + at, block->hidden);
-            kernels->store(my->wide + r * wide, (char *)run->call->normed + at, block->hidden);
+            kernels->store(read, (char *)run->call->normed + at, block->hidden);
         }
-        if (!run->is_half) pack(&run->gate_up, my->wide, wide, block->hidden, m0, m, my);
+        if (is_half) continue;
+        if (norm->kind) pack(&run->gate_up, my->wide, wide, block->hidden, m0, m, my);
+        else pack(&run->gate_up, my->residual, hidden, block->hidden, m0, m, my);
     }
-    if (run->is_half) return;
+    if (is_half) return;
     wait_for_rows(run, team);
-    run_gate_up(run, &my->x, self);
+    if (block->gate.weight) run_gate_up(run, &my->x, self);
+    else hfa_products_run(&run->gate_up, &my->x, run->ranges[3], run->threads, self);
     hfa_barrier_wait(run->barrier, team);
 
     hfa_activations_lay_out(&run->down, block->inner, my->packed, &my->x);
@@ -234,7 +274,7 @@ static void run_after(hfa_block_run *run, hfa_block_private *my, int self, int t
         for (int r = m0; r < m0 + m; r++) {
             float *residual = my->residual + r * hidden;
             if (!run->shares && r % team != self) continue;
-            add_summand(run, block->mlp_out_norm, residual, my->wide + r * wide, r);
+            finish_row(run, residual, my->wide + r * wide, r);
             kernels->store(residual, (char *)run->call->out + row_of_call(run, r) * block->hidden * kernels->element, block->hidden);
         }
 }
@@ -266,41 +306,95 @@ static void after_task(void *arg, int self, int team) {
 }
 
 static int is_valid(const hfa_block *block, const hfa_block_call *call) {
-    const void *needed[] = {block->q.weight, block->k.weight, block->v.weight, block->o.weight,
-                            block->input_norm, block->mlp_norm, call->hidden, call->out, call->keys, call->values};
+    const void *needed[] = {block->o.weight, call->hidden, call->out, call->keys, call->values};
     for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
         if (!needed[i]) return 0;
-    if (block->gate.weight ? !block->up.weight || !block->down.weight : !call->normed) return 0;
-    if (call->rotary && (!call->cos || !call->sin)) return 0;
+    if (block->is_parallel && block->part != HFA_LAYER) return 0;
+    if (block->projections < 1 || block->projections > HFA_MAX_GROUP || block->heads < 1) return 0;
+    for (int i = 0; i < block->projections; i++)
+        if (!block->projection[i].weight) return 0;
+    if (block->part == HFA_LAYER ? !block->up.weight || !block->down.weight : block->part == HFA_HALF && !call->normed) return 0;
+    if (block->rotary) {
+        int64_t size = block->rotary_size ? block->rotary_size : call->angles;
+        int64_t angles = block->rotary == HFA_PAIRS_OF_HALVES ? size / 2 : size;
+        if (!call->cos || !call->sin || size > block->head_dim || size % 2 || angles > call->angles) return 0;
+    }
     if (call->row_past)
         for (int64_t b = 0; b < call->batch; b++)
             if (call->row_past[b] < call->first || call->row_past[b] > call->past) return 0;
     return call->batch >= 1 && call->tokens >= 1 && call->first >= 0
         && call->first <= call->past && (uint64_t)block->dtype < HFA_DTYPES && block->head_dim <= HFA_MAX_HEAD_DIM
-        && call->rotary <= block->head_dim && call->rotary % 2 == 0 && block->kv_heads >= 1
-        && block->heads % block->kv_heads == 0 && (uint64_t)call->format < HFA_CACHE_FORMATS;
+        && block->kv_heads >= 1 && block->heads % block->kv_heads == 0 && (uint64_t)call->format < HFA_CACHE_FORMATS;
+}
+
+/* Sets the products of a pass and returns the bytes of all weights. */
+static int64_t choose_products(hfa_block_run *run) {
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = run->kernels;
+    hfa_products one = {.kernels = kernels, .count = 1, .m = run->rows, .keeps_f32 = 1};
+    int is_layer = block->part == HFA_LAYER, is_gated = is_layer && block->gate.weight;
+    run->projections = run->output = run->gate_up = run->down = one;
+    run->projections.count = (int)block->projections;
+    run->gate_up.count = is_layer + is_gated;
+    run->gate_up.activates = !is_gated;
+    run->gate_up.activation = (int)block->activation;
+    run->down.count = is_layer;
+    for (int i = 0; i < block->projections; i++) run->projections.item[i].matrix = &block->projection[i];
+    run->output.item[0].matrix = &block->o;
+    run->gate_up.item[0].matrix = is_gated ? &block->gate : &block->up;
+    run->gate_up.item[1].matrix = &block->up;
+    run->down.item[0].matrix = &block->down;
+    const hfa_products *all[] = {&run->projections, &run->output, &run->gate_up, &run->down};
+    int64_t bytes = 0;
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < all[i]->count; j++) bytes += all[i]->item[j].matrix->rows * hfa_row_bytes(kernels, all[i]->item[j].matrix);
+    return bytes;
+}
+
+/* Where the products write, and who computes what. */
+static void deal_products(hfa_block_run *run, int64_t attention_tasks) {
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = run->kernels;
+    float *to = run->projected;
+    for (int i = 0; i < block->projections; to += block->projection[i++].rows) {
+        run->projections.item[i].out = to;
+        run->projections.item[i].ldo = run->projected_stride;
+    }
+    run->output.item[0].out = run->summand;
+    run->down.item[0].out = run->second;
+    run->output.item[0].ldo = run->down.item[0].ldo = run->summand_stride;
+    run->gate_up.item[0].out = run->inner;
+    run->gate_up.item[0].ldo = padded(block->inner);
+    int64_t chunks;
+    if (run->gate_up.count == 2) {
+        int64_t row_bytes = hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
+        int64_t together = larger(hfa_rows_together(kernels, &block->gate), hfa_rows_together(kernels, &block->up));
+        int64_t wanted = larger(hfa_rows_wanted(kernels, &block->gate, run->rows),
+                                hfa_rows_wanted(kernels, &block->up, run->rows));
+        run->gate_rows = hfa_chunk_rows(together, wanted, row_bytes, block->inner * row_bytes, run->threads);
+        chunks = (block->inner + run->gate_rows - 1) / run->gate_rows;
+    } else {
+        chunks = hfa_products_plan(&run->gate_up, run->threads);
+    }
+    hfa_ranges_deal(run->ranges[0], run->threads, hfa_products_plan(&run->projections, run->threads));
+    hfa_ranges_deal(run->ranges[1], run->threads, attention_tasks);
+    hfa_ranges_deal(run->ranges[2], run->threads, hfa_products_plan(&run->output, run->threads));
+    hfa_ranges_deal(run->ranges[3], run->threads, chunks);
+    hfa_ranges_deal(run->ranges[4], run->threads, hfa_products_plan(&run->down, run->threads));
 }
 
 /* As hfa_block_forward, of `tokens` tokens from `token` on of `batch` sequences from `sequence` on. */
 static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t sequence, int64_t batch, int64_t token, int64_t tokens) {
     const hfa_kernels *kernels = hfa_active_kernels((int)block->dtype);
     hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32), .sequence = sequence,
-                         .batch = batch, .token = token, .tokens = tokens, .rows = (int)(batch * tokens), .is_half = !block->gate.weight};
+                         .batch = batch, .token = token, .tokens = tokens, .rows = (int)(batch * tokens)};
     run.shares = run.rows > HFA_MAX_ROWS;
     if (hfa_attention_refuses(&run)) return 1;
     run.attention = (hfa_attention){.kernels = kernels, .format = call->format, .key_dim = block->head_dim, .value_dim = block->head_dim,
                                     .scale = (float)block->scale, .softcap = (float)block->softcap};
-    int64_t q_size = block->heads * block->head_dim, kv_size = block->kv_heads * block->head_dim, cached = call->past + token - call->first;
-    run.qkv = (hfa_products){.kernels = kernels, .count = 3, .m = run.rows, .keeps_f32 = 1,
-                             .item = {{.matrix = &block->q}, {.matrix = &block->k}, {.matrix = &block->v}}};
-    run.output = (hfa_products){.kernels = kernels, .count = 1, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->o}}};
-    run.gate_up = (hfa_products){.kernels = kernels, .count = run.is_half ? 0 : 2, .m = run.rows, .item = {{.matrix = &block->gate}, {.matrix = &block->up}}};
-    run.down = (hfa_products){.kernels = kernels, .count = !run.is_half, .m = run.rows, .keeps_f32 = 1, .item = {{.matrix = &block->down}}};
-    int64_t inner = run.is_half ? 0 : block->inner;
-    int64_t gate_row_bytes = run.is_half ? 1 : hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
-    int64_t bytes = q_size * hfa_row_bytes(kernels, &block->q) + 2 * kv_size * hfa_row_bytes(kernels, &block->k)
-                    + block->hidden * (hfa_row_bytes(kernels, &block->o) + (run.is_half ? 0 : hfa_row_bytes(kernels, &block->down)))
-                    + inner * gate_row_bytes + batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
+    int64_t cached = call->past + token - call->first;
+    int64_t bytes = choose_products(&run)
+                    + batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
     run.threads = hfa_useful_threads(bytes * (run.shares ? run.rows / HFA_DOT_ROWS : 1), call->threads);
     int64_t attention_tasks = hfa_attention_plan(&run);
     size_t shared_bytes = lay_out_shared(&run, NULL);
@@ -311,23 +405,8 @@ static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t 
     lay_out_shared(&run, memory);
     run.private_memory = memory + (shared_bytes + 4095) / 4096 * 4096;
     memset(run.barrier, 0, sizeof *run.barrier);
-
-    float *outputs[] = {run.projected, run.projected + q_size, run.projected + q_size + kv_size};
-    for (int i = 0; i < 3; i++) {
-        run.qkv.item[i].out = outputs[i];
-        run.qkv.item[i].ldo = run.projected_stride;
-    }
-    run.output.item[0].out = run.down.item[0].out = run.summand;
-    run.output.item[0].ldo = run.down.item[0].ldo = padded(block->hidden);
-    int64_t together = larger(hfa_rows_together(kernels, &block->gate), hfa_rows_together(kernels, &block->up));
-    int64_t wanted = larger(hfa_rows_wanted(kernels, &block->gate, run.rows),
-                            hfa_rows_wanted(kernels, &block->up, run.rows));
-    run.gate_rows = hfa_chunk_rows(together, wanted, gate_row_bytes, inner * gate_row_bytes, run.threads);
-    hfa_ranges_deal(run.ranges[0], run.threads, hfa_products_plan(&run.qkv, run.threads));
-    hfa_ranges_deal(run.ranges[1], run.threads, attention_tasks);
-    hfa_ranges_deal(run.ranges[2], run.threads, hfa_products_plan(&run.output, run.threads));
-    hfa_ranges_deal(run.ranges[3], run.threads, (inner + run.gate_rows - 1) / run.gate_rows);
-    hfa_ranges_deal(run.ranges[4], run.threads, hfa_products_plan(&run.down, run.threads));
+    if (run.sinks) (block->sinks_are_f32 ? run.single : kernels)->load(block->sinks, run.sinks, block->heads);
+    deal_products(&run, attention_tasks);
     if (!run.shares) {
         hfa_parallel(few_task, &run, run.threads);
         return run.is_strange;

@@ -21,21 +21,63 @@ int64_t hfa_attention_plan(hfa_block_run *run) {
     return run->batch * run->block->kv_heads * run->pieces;
 }
 
-/* Norm over the head (where there is one) and rotary, in place. */
-static void prepare_head(const hfa_block_run *run, float *x, const void *norm, const float *angles, float *scratch) {
-    const hfa_block *block = run->block;
-    if (norm && !block->norms_rows)
-        run->kernels->rms_norm(x, norm, block->head_dim, (float)block->norm_eps, (int)block->norm_style, x);
-    run->kernels->rotate(x, angles, angles + HFA_MAX_HEAD_DIM, run->call->rotary, scratch);
+/* A head of `extent` HFA_EACH_HEAD or HFA_ALL_HEADS normed, in place. */
+static void norm_head(const hfa_block_run *run, float *x, const hfa_norm *norm, int64_t head) {
+    int64_t d = run->block->head_dim, shift = head * d * run->kernels->element;
+    if (run->block->norm_extent == HFA_EACH_HEAD) {
+        run->kernels->norm(x, norm, d, x);
+        return;
+    }
+    hfa_norm own = *norm;
+    if (own.weight) own.weight = (const char *)own.weight + shift;
+    if (own.bias) own.bias = (const char *)own.bias + shift;
+    run->kernels->norm(x, &own, d, x);
 }
 
+static int64_t rotary_size(const hfa_block_run *run) { return run->block->rotary_size ? run->block->rotary_size : run->call->angles; }
+
+/* The columns that turn, in place. Pairs are halves in another order. */
+static void rotate(const hfa_block_run *run, float *x, const float *angles, float *scratch) {
+    const hfa_block *block = run->block;
+    const hfa_kernels *kernels = block->rotates_once ? run->single : run->kernels;
+    int64_t size = rotary_size(run), half = size / 2;
+    float *halves = block->rotary == HFA_HALVES ? x : scratch + HFA_MAX_HEAD_DIM;
+    for (int64_t i = 0; halves != x && i < half; i++) {
+        halves[i] = x[2 * i];
+        halves[half + i] = x[2 * i + 1];
+    }
+    kernels->rotate(halves, angles, angles + HFA_MAX_HEAD_DIM, size, scratch);
+    if (block->rotates_once) run->kernels->round(halves, size);
+    for (int64_t i = 0; halves != x && i < half; i++) {
+        x[2 * i] = halves[i];
+        x[2 * i + 1] = halves[half + i];
+    }
+}
+
+/* Norm (where there is one that is not of the whole row) and rotary of query or key head number `head`, in place. */
+static void prepare_head(const hfa_block_run *run, float *x, const hfa_norm *norm, int64_t head, float *angles) {
+    const hfa_block *block = run->block;
+    int has_norm = norm->kind && block->norm_extent != HFA_WHOLE_ROW;
+    if (has_norm && !block->norms_after_rotary) norm_head(run, x, norm, head);
+    if (block->rotary) rotate(run, x, angles, angles + 2 * HFA_MAX_HEAD_DIM);
+    if (has_norm && block->norms_after_rotary) norm_head(run, x, norm, head);
+}
+
+/* cos and sin of token t as `rotate` wants them */
 static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *angles) {
     const hfa_block_call *call = run->call;
-    int64_t size = run->kernels->element;
+    int64_t size = run->kernels->element, count = rotary_size(run), half = count / 2;
+    if (!run->block->rotary) return;
+    if (run->block->rotary == HFA_PAIRS_OF_HALVES) count = half;
     b += run->sequence, t += run->token;
-    run->kernels->load((const char *)call->cos + (b * call->cos_stride_b + t * call->cos_stride_t) * size, angles, call->rotary);
+    run->kernels->load((const char *)call->cos + (b * call->cos_stride_b + t * call->cos_stride_t) * size, angles, count);
     run->kernels->load((const char *)call->sin + (b * call->sin_stride_b + t * call->sin_stride_t) * size,
-                       angles + HFA_MAX_HEAD_DIM, call->rotary);
+                       angles + HFA_MAX_HEAD_DIM, count);
+    if (run->block->rotary == HFA_HALVES) return;
+    for (float *to = angles; to <= angles + HFA_MAX_HEAD_DIM; to += HFA_MAX_HEAD_DIM) {
+        for (int64_t i = 0; run->block->rotary == HFA_PAIRS && i < half; i++) to[i] = to[2 * i];
+        memcpy(to + half, to, (size_t)half * sizeof(float));
+    }
 }
 
 /* Where keys (values) of sequence b and kv head g begin. */
@@ -48,26 +90,49 @@ static char *values_at(const hfa_block_run *run, int64_t b, int64_t g) {
     return (char *)call->values + ((run->sequence + b) * call->value_stride_b + g * call->value_stride_g) * hfa_attend_element(&run->attention);
 }
 
+/* Where head i of group g lies among the projections of row r. */
+static const float *projected_head(const hfa_block_run *run, const hfa_heads *heads, int64_t r, int64_t g, int64_t i) {
+    return run->projected + r * run->projected_stride + heads->start + g * heads->stride + i * heads->step;
+}
+
 /* The key and value of token t, kv head g; mine->angles are the token's. */
 static void write_position(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t t) {
     const hfa_block *block = run->block;
-    int64_t d = block->head_dim, size = hfa_attend_element(&run->attention), at = past_of(run, b) + t;
-    const float *row = run->projected + (b * run->tokens + t) * run->projected_stride;
-    memcpy(mine->queries, row + (block->heads + g) * d, (size_t)d * sizeof(float));
-    prepare_head(run, mine->queries, block->k_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+    int64_t d = block->head_dim, size = hfa_attend_element(&run->attention), at = past_of(run, b) + t, r = b * run->tokens + t;
+    memcpy(mine->queries, projected_head(run, &block->k, r, g, 0), (size_t)d * sizeof(float));
+    prepare_head(run, mine->queries, &block->k_norm, g, mine->angles);
     hfa_attend_write(&run->attention, mine->queries, 1, keys_at(run, b, g) + at * run->call->key_stride_s * size);
-    memcpy(mine->queries, row + (block->heads + block->kv_heads + g) * d, (size_t)d * sizeof(float));
+    memcpy(mine->queries, projected_head(run, &block->v, r, g, 0), (size_t)d * sizeof(float));
+    if (block->v_norm.kind && block->norm_extent != HFA_WHOLE_ROW) norm_head(run, mine->queries, &block->v_norm, g);
     hfa_attend_write(&run->attention, mine->queries, 0, values_at(run, b, g) + at * run->call->value_stride_s * size);
 }
 
+static int writes(const hfa_block_run *run) { return run->block->k.start >= 0; }
+
+/* The query of row r and head i of group g, to x [D]; mine->angles are the token's. */
+static void prepare_query(const hfa_block_run *run, hfa_block_private *mine, int64_t r, int64_t g, int64_t i, float *x) {
+    const hfa_block *block = run->block;
+    memcpy(x, projected_head(run, &block->q, r, g, i), (size_t)block->head_dim * sizeof(float));
+    prepare_head(run, x, &block->q_norm, g * (block->heads / block->kv_heads) + i, mine->angles);
+}
+
 void hfa_attention_prepare(const hfa_block_run *run, hfa_block_private *mine, int64_t r) {
-    int64_t d = run->block->head_dim, heads = run->block->heads, size = run->kernels->element;
+    int64_t d = run->block->head_dim, heads = run->block->heads, group = heads / run->block->kv_heads, size = run->kernels->element;
     load_angles(run, r / run->tokens, r % run->tokens, mine->angles);
-    for (int64_t g = 0; g < run->block->kv_heads; g++) write_position(run, mine, r / run->tokens, g, r % run->tokens);
+    for (int64_t g = 0; writes(run) && g < run->block->kv_heads; g++) write_position(run, mine, r / run->tokens, g, r % run->tokens);
     for (int64_t h = 0; h < heads; h++) {
-        memcpy(mine->queries, run->projected + r * run->projected_stride + h * d, (size_t)d * sizeof(float));
-        prepare_head(run, mine->queries, run->block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+        prepare_query(run, mine, r, h / group, h % group, mine->queries);
         run->kernels->store(mine->queries, run->query + (r * heads + h) * d * size, d);
+    }
+}
+
+void hfa_attention_gate(const hfa_block_run *run, float *attended, int64_t r) {
+    const hfa_block *block = run->block;
+    int64_t d = block->head_dim, group = block->heads / block->kv_heads;
+    if (block->output_gate.start < 0) return;
+    for (int64_t h = 0; h < block->heads; h++) {
+        const float *gate = projected_head(run, &block->output_gate, r, h / group, h % group);
+        run->kernels->gate(HFA_SIGMOID, gate, attended + h * d, d, attended + h * d);
     }
 }
 
@@ -132,7 +197,7 @@ int hfa_attention_of_prompt(hfa_block_run *run) {
     int64_t d = block->head_dim, width = block->heads * d, size = hfa_attend_element(&run->attention), before = call->past + run->token - call->first;
     int is_plain = !call->mask_kind || is_left_padding(run, before);
     hfa_prompt_call prompt = {
-        .query = run->query, .out = run->attended, .totals = run->totals, .dtype = block->dtype, .format = call->format, .batch = run->batch,
+        .query = run->query, .out = run->attended, .totals = run->totals, .sinks = run->sinks, .slopes = block->slopes, .dtype = block->dtype, .format = call->format, .batch = run->batch,
         .keys = keys_at(run, 0, 0) + call->first * call->key_stride_s * size, .tokens = run->tokens, .heads = block->heads,
         .values = values_at(run, 0, 0) + call->first * call->value_stride_s * size, .kv_heads = block->kv_heads, .key_dim = d, .value_dim = d,
         .mask = is_plain ? NULL : (const uint8_t *)call->mask + mask_at(run, 0, 0), .is_causal = is_plain,
@@ -151,11 +216,9 @@ int hfa_attention_of_prompt(hfa_block_run *run) {
 static void prepare_queries(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t q0, int count) {
     int64_t d = run->block->head_dim, group = run->block->heads / run->block->kv_heads, loaded = -1;
     for (int i = 0; i < count; i++) {
-        int64_t t = (q0 + i) / group, h = g * group + (q0 + i) % group;
-        float *query = mine->queries + i * d;
+        int64_t t = (q0 + i) / group;
         if (t != loaded) load_angles(run, b, loaded = t, mine->angles);
-        memcpy(query, run->projected + (b * run->tokens + t) * run->projected_stride + h * d, (size_t)d * sizeof(float));
-        prepare_head(run, query, run->block->q_norm, mine->angles, mine->angles + 2 * HFA_MAX_HEAD_DIM);
+        prepare_query(run, mine, b * run->tokens + t, g, (q0 + i) % group, mine->queries + i * d);
     }
     hfa_attend_pack(&run->attention, mine->queries, count, &mine->room);
 }
@@ -167,18 +230,28 @@ static void attend_piece(hfa_block_run *run, hfa_block_private *mine, int64_t b,
     int64_t group = run->block->heads / run->block->kv_heads, size = hfa_attend_element(&run->attention);
     if (!hfa_attend_score(&run->attention, keys_at(run, b, g) + from * call->key_stride_s * size, call->key_stride_s, n, count, &mine->room))
         run->is_strange = 1;
+    for (int i = 0; run->block->slopes && i < count; i++) {
+        float slope = run->block->slopes[g * group + (q0 + i) % group], *scores = mine->room.scores + i * HFA_PIECE;
+        for (int64_t j = 0; j < n; j++) scores[j] += slope * (float)(from + j);
+    }
     for (int i = 0; i < count; i++) apply_mask(run, mine->room.scores + i * HFA_PIECE, n, from - call->first, b, (q0 + i) / group);
     hfa_attend_weigh(&run->attention, values_at(run, b, g) + from * call->value_stride_s * size, call->value_stride_s, n, count, &mine->room,
                      partial, max, sum);
 }
 
-/* One query over all pieces, whose partials lie `step` queries apart. A query that sees nothing gives zero, as torch's sdpa does. */
-static void merge(const hfa_block_run *run, const float *partial, const float *max, const float *sum, int64_t step, int64_t pieces, float *head) {
+/* One query over all pieces, whose partials lie `step` queries apart, and its sink or NULL. A query that sees nothing gives zero, as
+ * torch's sdpa does. */
+static void merge(const hfa_block_run *run, const float *partial, const float *max, const float *sum, const float *sink, int64_t step,
+                  int64_t pieces, float *head) {
     int64_t d = run->block->head_dim;
     float top = -INFINITY, total = 0.0f;
     memset(head, 0, (size_t)d * sizeof(float));
     for (int64_t p = 0; p < pieces; p++) top = max[p * step] > top || max[p * step] != max[p * step] ? max[p * step] : top;
     if (top == -INFINITY) return;
+    if (sink) {
+        top = *sink > top ? *sink : top;
+        total = expf(*sink - top);
+    }
     for (int64_t p = 0; p < pieces; p++) total += sum[p * step] * expf(max[p * step] - top);
     for (int64_t p = 0; p < pieces; p++) {
         float weight = expf(max[p * step] - top) / total;
@@ -202,7 +275,7 @@ static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
         memset(run->partial + task * queries * d, 0, (size_t)(queries * d) * sizeof(float));
         return;
     }
-    for (int64_t at = from > past ? from : past; at < to; at++) {
+    for (int64_t at = from > past ? from : past; writes(run) && at < to; at++) {
         load_angles(run, b, at - past, mine->angles);
         write_position(run, mine, b, g, at - past);
     }
@@ -222,10 +295,12 @@ void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self) {
 void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride) {
     const hfa_block *block = run->block;
     int64_t d = block->head_dim, group = block->heads / block->kv_heads;
-    for (int64_t r = 0; r < run->rows; r++)
+    for (int64_t r = 0; r < run->rows; r++) {
         for (int64_t h = 0; h < block->heads; h++) {
             int64_t first = (r / run->tokens * block->kv_heads + h / group) * run->pieces * run->queries + r % run->tokens * group + h % group;
-            merge(run, run->partial + first * d, run->partial_max + first, run->partial_sum + first, run->queries, run->pieces,
-                  out + r * stride + h * d);
+            merge(run, run->partial + first * d, run->partial_max + first, run->partial_sum + first, run->sinks ? run->sinks + h : NULL,
+                  run->queries, run->pieces, out + r * stride + h * d);
         }
+        hfa_attention_gate(run, out + r * stride, r);
+    }
 }

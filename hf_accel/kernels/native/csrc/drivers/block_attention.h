@@ -6,10 +6,12 @@
 /* Of few rows, in the parallel region of the pass. */
 int64_t hfa_attention_plan(hfa_block_run *run); /* sets pieces; returns the number of tasks */
 void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self);
-void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride); /* out[R][stride], rounded */
+void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride); /* out[R][stride], rounded and gated */
 /* Of many: keys and values of row r go to the cache, its queries to run->query; then, in a region of its own, run->attended. */
 void hfa_attention_prepare(const hfa_block_run *run, hfa_block_private *mine, int64_t r);
 int hfa_attention_of_prompt(hfa_block_run *run); /* -1 when memory is short */
+/* attended [H D] of row r times the sigmoid of its gate, rounded, where there is one */
+void hfa_attention_gate(const hfa_block_run *run, float *attended, int64_t r);
 /* Whether passes of many rows cannot do what the call's mask asks for. */
 int hfa_attention_refuses(const hfa_block_run *run);
 #endif

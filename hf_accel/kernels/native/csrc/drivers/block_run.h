@@ -13,15 +13,16 @@ typedef struct {
     int64_t sequence, batch, token, tokens;
     int rows, threads;                   /* R; ranges dealt out */
     int shares;                          /* more than HFA_MAX_ROWS rows: each thread prepares some of them for all */
-    int is_half;                         /* attention only */
     _Atomic int is_strange;              /* a score is not finite */
     hfa_barrier *barrier;
-    hfa_range *ranges[5];                /* q/k/v, attention, o, gate/up, down */
-    hfa_products qkv, output, gate_up, down; /* gate_up: only to pack for */
+    hfa_range *ranges[5];                /* projections, attention, o, gate/up, down */
+    hfa_products projections, output, gate_up, down; /* gate_up: of a gated part only to pack for */
     int64_t gate_rows;                   /* rows of gate (and of up) in a chunk */
-    float *projected; int64_t projected_stride; /* [R, (H + 2G) D]: q, k, v of a row, rounded, before norm and rotary */
-    float *summand;                      /* [R, E]: output of o, later of down, rounded */
+    float *projected; int64_t projected_stride; /* [R, rows of the projections], rounded, before norm and rotary */
+    float *summand; int64_t summand_stride; /* [R, E]: output of o, later of down, rounded */
+    float *second;                       /* [R, E]: output of down; of sequential parts it is `summand` */
     float *inner;                        /* [R, I]: activation(gate) * up, rounded */
+    float *sinks;                        /* [H] or NULL */
     int64_t queries;                     /* of a kv head */
     int64_t first_piece, pieces;         /* not shares: of HFA_PIECE positions each; attention tasks of a kv head */
     float *partial, *partial_max, *partial_sum; /* not shares; per piece and query: [D] weighted values, maximum score, sum */
@@ -40,6 +41,6 @@ typedef struct {
     float *queries;   /* [HFA_QUERY_GROUP, D] */
     hfa_attend_room room; /* packed queries, scores */
     int64_t ready;    /* which sequence and kv head the packed queries are for, -1: none */
-    float *angles;    /* cos, sin, scratch: 3 * HFA_MAX_HEAD_DIM */
+    float *angles;    /* cos, sin, scratch: 4 * HFA_MAX_HEAD_DIM */
 } hfa_block_private;
 #endif

@@ -1,5 +1,12 @@
 /* See product.h. Chunks lie in address order and each thread takes a run of them: one sequential stream per thread. */
+#include <string.h>
 #include "drivers/product.h"
+
+enum { ROOM = 8192 };  /* results of transposed weights that wait in fp32: columns times rows of x */
+enum { DEPTH = 512 };  /* rows of such a weight summed apart before they join the total: long sums keep their accuracy */
+enum { WIDEST = 1024 }; /* columns of it are one or two pages of a row: wide enough to stream, narrow enough to share out */
+
+static int64_t kind_of(const hfa_matrix *w) { return w->format == HFA_DENSE && w->group ? HFA_TRANSPOSED : w->format; }
 
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
     int64_t padded = hfa_padded(w->inner), scale = hfa_scale_bytes(w->format, w->stride);
@@ -34,7 +41,8 @@ int hfa_useful_threads(int64_t bytes, int64_t threads) {
 /* Words of 32 columns, where they are pairs. */
 static int takes_lanes(const hfa_products *p, int64_t k) {
     int fits = p->m > HFA_MAX_ROWS && p->kernels->lanes;
-    for (int i = 0; fits && i < p->count && p->kernels->prompt->pairs; i++) fits = k % HFA_STRIP == 0 && p->item[i].matrix->stride % 2 == 0;
+    for (int i = 0; fits && i < p->count && p->kernels->prompt->pairs; i++)
+        fits = k % HFA_STRIP == 0 && (p->item[i].matrix->stride % 2 == 0 || kind_of(p->item[i].matrix) == HFA_TRANSPOSED);
     return fits;
 }
 
@@ -64,13 +72,14 @@ static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
 size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, hfa_activations *x) {
     size_t used = 0;
     x->lanes = takes_lanes(p, k);
-    for (int f = 0; f < HFA_FORMATS; f++) x->packed[f] = NULL;
+    for (int f = 0; f <= HFA_TRANSPOSED; f++) x->packed[f] = NULL;
     for (int i = 0; i < p->count; i++) {
-        int64_t format = p->item[i].matrix->format;
-        if (x->packed[format]) continue;
-        x->packed[format] = memory ? memory + used : (char *)64; /* only counting: any address marks it as seen */
+        int64_t kind = kind_of(p->item[i].matrix);
+        if (x->packed[kind]) continue;
+        x->packed[kind] = memory ? memory + used : (char *)64; /* only counting: any address marks it as seen */
         int rows = x->lanes ? (p->m + HFA_MAX_ROWS - 1) / HFA_MAX_ROWS * HFA_MAX_ROWS : p->m;
-        used += format == HFA_DENSE ? hfa_packed_bytes(p->kernels, rows, k) : hfa_rounded_bytes(format, p->m, k);
+        used += kind == HFA_DENSE ? hfa_packed_bytes(p->kernels, rows, k)
+            : kind == HFA_TRANSPOSED ? (sizeof(float) * (size_t)(p->m * k) + 63) / 64 * 64 : hfa_rounded_bytes(kind, p->m, k);
     }
     return used;
 }
@@ -92,10 +101,30 @@ void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stri
                              rows_from(p->kernels, x, HFA_DENSE, k, m0 + i));
     for (int64_t format = HFA_DENSE + 1; format < HFA_FORMATS; format++)
         if (x->packed[format]) p->kernels->round_for(format, rows, stride, m, k, rows_from(p->kernels, x, format, k, m0));
+    for (int r = 0; x->packed[HFA_TRANSPOSED] && r < m; r++)
+        memcpy((float *)x->packed[HFA_TRANSPOSED] + (m0 + r) * k, rows + r * stride, sizeof(float) * (size_t)k);
+}
+
+/* out[m * width + n] for n < count columns of a transposed weight from `column` on, at most ROOM in all */
+static void multiply_transposed(const hfa_kernels *kernels, const hfa_matrix *w, int64_t column, int64_t count, const hfa_activations *x,
+                                int m0, int m, float *out, int64_t width) {
+    float sums[ROOM];
+    const float *rows = (const float *)x->packed[HFA_TRANSPOSED] + m0 * w->inner;
+    for (int64_t k = 0; k < w->inner; k += DEPTH) {
+        int64_t depth = w->inner - k < DEPTH ? w->inner - k : DEPTH;
+        float *to = k ? sums : out;
+        for (int i = 0; i < m; i++) memset(to + i * width, 0, sizeof(float) * (size_t)count);
+        kernels->axpy((const char *)w->weight + (k * w->stride + column) * kernels->element, w->stride, depth, count, rows + k, w->inner, m,
+                      to, width);
+        for (int i = 0; k && i < m; i++)
+            for (int64_t n = 0; n < count; n++) out[i * width + n] += sums[i * width + n];
+    }
 }
 
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc) {
-    if (w->format != HFA_DENSE)
+    if (kind_of(w) == HFA_TRANSPOSED)
+        multiply_transposed(kernels, w, row, rows, x, m0, m, acc, HFA_TILE);
+    else if (w->format != HFA_DENSE)
         kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_TILE);
     else if (x->lanes)
         dot_lanes(kernels, w, row, rows, rows_from(kernels, x, HFA_DENSE, w->inner, m0), m, !m0, acc);
@@ -109,6 +138,11 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
 /* Few rows of x: many of W per call; many: 16 packed ones, which stay in L1 while x passes. */
 int64_t hfa_tile_rows(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE ? HFA_LANES : HFA_TILE; }
 
+static int64_t columns_of_chunk(int64_t columns, int threads) {
+    int64_t most = (columns / (threads * 2) + HFA_TILE - 1) / HFA_TILE * HFA_TILE;
+    return most > WIDEST ? WIDEST : most < HFA_TILE ? HFA_TILE : most;
+}
+
 int64_t hfa_products_plan(hfa_products *p, int threads) {
     int64_t total = 0;
     for (int i = 0; i < p->count; i++) total += p->item[i].matrix->rows * hfa_row_bytes(p->kernels, p->item[i].matrix);
@@ -117,13 +151,46 @@ int64_t hfa_products_plan(hfa_products *p, int threads) {
         const hfa_matrix *w = p->item[i].matrix;
         p->chunk_rows[i] = hfa_chunk_rows(hfa_rows_together(p->kernels, w), hfa_rows_wanted(p->kernels, w, p->m),
                                           hfa_row_bytes(p->kernels, w), total, threads);
+        if (kind_of(w) == HFA_TRANSPOSED) p->chunk_rows[i] = columns_of_chunk(w->rows, threads);
         p->first_chunk[i + 1] = p->first_chunk[i] + (w->rows + p->chunk_rows[i] - 1) / p->chunk_rows[i];
     }
     return p->first_chunk[p->count];
 }
 
-void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range *ranges, int threads, int self) {
+/* m rows of n results, `width` apart and with room up to whole vectors, go to rows m0.. of the item's output */
+static void finish(const hfa_products *p, const hfa_product *item, int64_t row, int64_t n, int m0, int m, float *acc, int64_t width) {
     const hfa_kernels *kernels = p->kernels;
+    const char *bias = item->matrix->bias ? (const char *)item->matrix->bias + row * kernels->element : NULL;
+    for (int i = 0; i < m; i++, acc += width) {
+        int64_t at = (m0 + i) * item->ldo + row, whole = (n + 15) / 16 * 16;
+        if (!p->keeps_f32) {
+            kernels->finish(acc, bias, n, (char *)item->out + at * kernels->element);
+        } else if (!p->activates) {
+            kernels->finish_f32(acc, bias, n, (float *)item->out + at);
+        } else {
+            kernels->finish_f32(acc, bias, n, acc);
+            for (int64_t j = n; j < whole; j++) acc[j] = 0.0f; /* whole vectors: no tail with other rounding */
+            kernels->gate(p->activation, acc, NULL, whole, acc);
+            memcpy((float *)item->out + at, acc, sizeof(float) * (size_t)n);
+        }
+    }
+}
+
+/* Rows [row, end) of W, which are columns as it lies. */
+static void run_transposed(const hfa_products *p, const hfa_product *item, int64_t row, int64_t end, const hfa_activations *x) {
+    float acc[ROOM];
+    for (int m0 = 0; m0 < p->m; m0 += HFA_MAX_ROWS) {
+        int m = p->m - m0 < HFA_MAX_ROWS ? p->m - m0 : HFA_MAX_ROWS;
+        int64_t most = ROOM / m / HFA_TILE * HFA_TILE, width = most < WIDEST ? most : WIDEST;
+        for (int64_t column = row; column < end; column += width) {
+            int64_t n = end - column < width ? end - column : width;
+            multiply_transposed(p->kernels, item->matrix, column, n, x, m0, m, acc, width);
+            finish(p, item, column, n, m0, m, acc, width);
+        }
+    }
+}
+
+void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range *ranges, int threads, int self) {
     float acc[HFA_MAX_ROWS * HFA_TILE];
     for (int64_t chunk; (chunk = hfa_ranges_take(ranges, threads, self)) >= 0;) {
         int i = 0;
@@ -132,17 +199,16 @@ void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range
         const hfa_matrix *w = item->matrix;
         int64_t row = (chunk - p->first_chunk[i]) * p->chunk_rows[i], end = row + p->chunk_rows[i];
         if (end > w->rows) end = w->rows;
+        if (kind_of(w) == HFA_TRANSPOSED) {
+            run_transposed(p, item, row, end, x);
+            continue;
+        }
         for (int64_t step = hfa_tile_rows(w, p->m); row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
-            const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
             for (int m0 = 0; m0 < p->m; m0 += HFA_MAX_ROWS) {
                 int m = p->m - m0 < HFA_MAX_ROWS ? p->m - m0 : HFA_MAX_ROWS;
-                hfa_product_tile(kernels, w, row, n, x, m0, m, acc);
-                for (int i = 0; i < m; i++) {
-                    int64_t at = (m0 + i) * item->ldo + row;
-                    if (p->keeps_f32) kernels->finish_f32(acc + i * HFA_TILE, bias, n, (float *)item->out + at);
-                    else kernels->finish(acc + i * HFA_TILE, bias, n, (char *)item->out + at * kernels->element);
-                }
+                hfa_product_tile(p->kernels, w, row, n, x, m0, m, acc);
+                finish(p, item, row, n, m0, m, acc, HFA_TILE);
             }
         }
     }

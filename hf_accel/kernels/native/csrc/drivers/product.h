@@ -1,4 +1,5 @@
-/* Products of several weights with one packed activation, cut into chunks of rows for the threads. */
+/* Products of several weights with one packed activation, cut into chunks of rows for the threads. A dense weight may lie transposed,
+ * see hfa_matrix. */
 #ifndef HFA_PRODUCT_H
 #define HFA_PRODUCT_H
 #include "kernels.h"
@@ -6,15 +7,18 @@
 
 #define HFA_TILE 64 /* rows of W whose results wait in fp32 before bias and rounding */
 
+#define HFA_TRANSPOSED HFA_FORMATS /* the kind of a dense weight that lies transposed; of others it is their format */
+
 /* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. lanes: for dense weights blocks of
  * HFA_MAX_ROWS rows lie [words][HFA_MAX_ROWS], a row in a lane, as in the attention of prompts. */
-typedef struct { void *packed[HFA_FORMATS]; int lanes; } hfa_activations;
+typedef struct { void *packed[HFA_FORMATS + 1]; int lanes; } hfa_activations;
 
-/* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. */
+/* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. activates: with keeps_f32, what is
+ * rounded goes through `activation`. */
 typedef struct { const hfa_matrix *matrix; void *out; int64_t ldo; } hfa_product;
 typedef struct {
     const hfa_kernels *kernels;
-    int count, m, keeps_f32;
+    int count, m, keeps_f32, activates, activation;
     hfa_product item[HFA_MAX_GROUP];
     int64_t chunk_rows[HFA_MAX_GROUP], first_chunk[HFA_MAX_GROUP + 1];
 } hfa_products;

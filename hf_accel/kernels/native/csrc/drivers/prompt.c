@@ -175,6 +175,15 @@ static int hide(const run *r, const task *t, int64_t first, int64_t count, int64
     return some;
 }
 
+/* What slopes add to a block's scores [n][block] of positions from column `at` on, before they are scaled. */
+static void lean(const run *r, const task *t, int64_t first, int64_t count, int64_t at, int64_t n, float *scores) {
+    int64_t g = t->head % r->call->kv_heads, block = r->inner->block;
+    float slopes[MAX_BLOCK];
+    for (int64_t i = 0; i < block; i++) slopes[i] = r->call->slopes[g * r->group + (first + least(i, count - 1)) % r->group] / r->scale;
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t i = 0; i < block; i++) scores[j * block + i] += slopes[i] * (float)(at + j);
+}
+
 /* The block of the task's row `row`: positions [low, high) of the stretch at column `at`. */
 static void attend_span(const run *r, const task *t, int64_t row, int64_t at, int64_t low, int64_t high, const stage *ready, const room *m) {
     const hfa_prompt_call *call = r->call;
@@ -190,6 +199,7 @@ static void attend_span(const run *r, const task *t, int64_t row, int64_t at, in
         is_cut |= from > at + low || to < at + high;
     }
     inner->scores(ready->keys + low * ready->key_stride, ready->key_stride, n, r->words, m->queries + row * r->words * 4, m->scores);
+    if (call->slopes) lean(r, t, first, count, at + low, n, m->scores);
     inner->softmax(m->scores, n, r->scale, (float)call->softcap, is_cut ? m->first : NULL, m->last, is_masked ? m->hidden : NULL,
                    m->max + row, m->sum + row, m->keep, m->weights);
     const char *values = ready->values + (inner->pairs ? low / HFA_STRIP * r->columns * 64 : low * ready->value_stride);
