@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hf_accel.core.model.discovery.forms import AngleForm
-from hf_accel.core.model.discovery.heads import Angles, HeadsForm, Projected, find_gate, find_heads
+from hf_accel.core.model.discovery.heads import Angles, CalledNorm, HeadsForm, Projected, find_gate, find_heads
 from hf_accel.core.model.discovery.listening import Call, Heard, Recorded
-from hf_accel.core.model.discovery.norms import NormForm, described_norm
+from hf_accel.core.model.discovery.norms import described_norm
 from hf_accel.core.model.discovery.readings import Unexplained
 from hf_accel.kernels.native import Heads
 
@@ -44,6 +42,8 @@ def described_attention(record: Recorded, products: list[Call], dtype: torch.dty
     if len(record.heard) != 1:
         raise Unexplained(f"it calls attention {len(record.heard)} times in transformers' way")
     heard = record.heard[0]
+    if getattr(heard.module, "is_causal", True) is not True:
+        raise Unexplained("its attention is not causal")
     if heard.options:
         raise Unexplained(f"its attention is asked for {', '.join(sorted(heard.options))}")
     batch, heads, tokens, d = heard.query.shape
@@ -90,7 +90,7 @@ def _projected(projections: list[Call]) -> Projected:
     return Projected(torch.cat(rows, 1), tuple(parts))
 
 
-def _norms_within(record: Recorded, path: str, products: set[str]) -> list[tuple[NormForm, Any]]:
+def _norms_within(record: Recorded, path: str, products: set[str]) -> list[CalledNorm]:
     """Return the norms inside attention; every module in it that changes what it is given must be one."""
     found = []
     for call in record.calls:
@@ -98,8 +98,9 @@ def _norms_within(record: Recorded, path: str, products: set[str]) -> list[tuple
             continue
         if call.given.shape == call.returned.shape and torch.equal(call.given, call.returned):
             continue  # dropout
-        found.append((described_norm(call.path, call.module, call.given.shape[-1]), call.module))
-    return list({form.path: (form, module) for form, module in found}.values())
+        form = described_norm(call.path, call.module, call.given.shape[-1])
+        found.append(CalledNorm(form, call.module, call.given))
+    return found
 
 
 def _angles(record: Recorded, d: int) -> list[Angles]:
@@ -137,9 +138,9 @@ def _sinks(heard: Heard) -> str | None:
     raise Unexplained("its attention has sinks that are no parameter of it")
 
 
-def _check_together(q: HeadsForm, k: HeadsForm, v: HeadsForm, norms: list[tuple[NormForm, Any]]) -> None:
+def _check_together(q: HeadsForm, k: HeadsForm, v: HeadsForm, norms: list[CalledNorm]) -> None:
     used = {form.norm.path for form in (q, k, v) if form.norm is not None}
-    idle = [form.path for form, _ in norms if form.path not in used]
+    idle = [norm.form.path for norm in norms if norm.form.path not in used]
     if idle:
         raise Unexplained(f"{idle[0]} norms something else than queries, keys and values")
     if (q.rotary, q.angles) != (k.rotary, k.angles):

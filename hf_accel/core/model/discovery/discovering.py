@@ -41,16 +41,17 @@ def forms_of(model: PreTrainedModel, known: Forms) -> tuple[dict[str, BlockForm]
 def _discover(model: PreTrainedModel) -> Found:
     copy = twin(model)
     near = _described(copy, 0)
-    far_from = _far(model)
-    if not far_from or not any(isinstance(form, BlockForm) for form in near.values()):
+    if not any(isinstance(form, BlockForm) for form in near.values()):
         return near
-    try:
-        far = _described(copy, far_from)
-    except TypeError:  # it takes no positions
+    for start in _far(model):
+        try:
+            far = _described(copy, start)
+        except (IndexError, TypeError, RuntimeError):  # it has no such positions, or takes none
+            continue
+        for path, form in near.items():
+            if isinstance(form, BlockForm) and far.get(path) != form:
+                near[path] = f"it computes something else from position {start} on"
         return near
-    for path, form in near.items():
-        if isinstance(form, BlockForm) and far.get(path) != form:
-            near[path] = f"it computes something else from position {far_from} on"
     return near
 
 
@@ -72,11 +73,11 @@ def _described(model: Any, start: int) -> Found:
     return found
 
 
-def _far(model: PreTrainedModel) -> int:
-    """Return a position near the end of what the model was made for; 0 where its config does not say."""
+def _far(model: PreTrainedModel) -> list[int]:
+    """Return positions far from the beginning: beyond what the model was made for, and near its end."""
     config = model.config.get_text_config(decoder=True)
     lengths = [length for name in _LENGTHS if isinstance(length := getattr(config, name, None), int)]
-    return max(0, min(lengths, default=0) - 64)
+    return [2 * max(lengths), max(lengths) - 64] if lengths and max(lengths) > 64 else []
 
 
 def _parts(model: nn.Module, path: str) -> Any:

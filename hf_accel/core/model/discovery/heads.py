@@ -39,6 +39,32 @@ class Projected:
 
 
 @dataclass(frozen=True)
+class CalledNorm:
+    """A norm within attention, and what it was given."""
+
+    form: NormForm
+    module: Any
+    given: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return normed(self.form.kind, self.form.eps, x, *self.tensors())
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return its weight and bias."""
+        names = (self.form.weight, self.form.bias)
+        weight, bias = (None if name is None else getattr(self.module, name).detach().double() for name in names)
+        return weight, bias
+
+    def read(self, heads: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether it was given these heads, in whatever order: norms of equal weights are told apart by this."""
+        given = self.given.double()
+        if given.numel() != heads.numel():
+            return False
+        ours, theirs = heads.flatten().sort().values, given.flatten().sort().values
+        return bool((ours - theirs).norm() <= agreement(dtype) * theirs.norm())
+
+
+@dataclass(frozen=True)
 class HeadsForm:
     """Where heads lie, and how they are normed, turned by which angles, and multiplied.
 
@@ -75,7 +101,7 @@ def find_heads(
     what: str,
     wanted: Tensor,
     projected: Projected,
-    norms: Sequence[tuple[NormForm, Any]],
+    norms: Sequence[CalledNorm],
     angles: Sequence[Angles],
     group: int,
     dtype: torch.dtype,
@@ -92,19 +118,21 @@ def find_heads(
     found: list[HeadsForm] = []
     turns: list[tuple[str, Angles | None]] = [("none", None)]
     turns += [(style, one) for one in angles for style in ROTARIES[1:]]
-    for norm, module in [(None, None), *norms]:
-        for extent, (before, after) in _normed_rows(projected, norm, module, d):
+    for norm in [None, *norms]:
+        for extent, (before, after) in _normed_rows(projected, norm, d):
             for rotary, one in turns:
-                for is_last in (False, True) if extent == "head" and rotary != "none" else (False,):
-                    turned = _turned(rotary, before if is_last else after, one, batch)
-                    if is_last and norm is not None:
-                        turned = normed(norm.kind, norm.eps, turned, *_tensors(norm, module))
+                can_follow = extent == "head" and norm is not None and one is not None
+                for is_last in (False, True) if can_follow else (False,):
+                    given = _turned(rotary, before, one, batch) if is_last else before
+                    made = norm(given) if is_last and norm is not None else _turned(rotary, after, one, batch)
                     for factor in factors:
-                        places = _places(turned * factor, target, dtype)
-                        if places is not None:
-                            form, size = (AngleForm(), 0) if one is None else (one.form, one.cos.shape[-1])
-                            where = heads_at(places, d, group)
-                            found.append(HeadsForm(where, norm, extent, is_last, rotary, form, size, factor))
+                        places = _places(made * factor, target, dtype)
+                        if places is None or (norm is not None and not norm.read(given[:, places], dtype)):
+                            continue
+                        form, size = (AngleForm(), 0) if one is None else (one.form, one.cos.shape[-1])
+                        where = heads_at(places, d, group)
+                        used = None if norm is None else norm.form
+                        found.append(HeadsForm(where, used, extent, is_last, rotary, form, size, factor))
     return the_only(found, what)
 
 
@@ -116,12 +144,8 @@ def _turned(rotary: str, slots: Tensor, angles: Angles | None, batch: int) -> Te
     return rotated(rotary, slots, cos, sin)
 
 
-def _tensors(norm: NormForm, module: Any) -> tuple[Tensor | None, Tensor | None]:
-    return tuple(None if name is None else getattr(module, name).detach().double() for name in (norm.weight, norm.bias))  # type: ignore[return-value]
-
-
 def _normed_rows(
-    projected: Projected, norm: NormForm | None, module: Any, d: int
+    projected: Projected, norm: CalledNorm | None, d: int
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Yield how a norm may lie over the heads, and the rows as slots [BT, N / D, D], before it and after it."""
     rows = projected.rows
@@ -129,20 +153,17 @@ def _normed_rows(
     if norm is None:
         yield "none", (slots, slots)
         return
-    weight, bias = _tensors(norm, module)
-    if norm.size in (0, d):
-        yield "head", (slots, normed(norm.kind, norm.eps, slots, weight, bias))
-        if norm.size:
+    size, shape = norm.form.size, norm.form.shape
+    if size in (0, d):
+        yield "head", (slots, norm(slots))
+        if size:
             return
     for start, stop in projected.parts:
-        if norm.size not in (0, stop - start):
+        if size not in (0, stop - start):
             continue
         part = rows[:, start:stop]
-        extent = "heads" if norm.shape and len(norm.shape) == 2 else "row"
-        if extent == "heads":
-            done = normed(norm.kind, norm.eps, part.view(rows.shape[0], -1, d), weight, bias).flatten(1)
-        else:
-            done = normed(norm.kind, norm.eps, part, weight, bias)
+        extent = "heads" if shape and len(shape) == 2 else "row"
+        done = norm(part.view(rows.shape[0], -1, d)).flatten(1) if extent == "heads" else norm(part)
         whole = torch.full_like(rows, torch.nan)
         whole[:, start:stop] = done
         yield extent, (slots, whole.view(rows.shape[0], -1, d))

@@ -115,6 +115,9 @@ class _Layer:
         names["mlp_out"], names["mlp"], scale, out_scale, is_parallel = structure
         if part.module is not None and is_parallel:
             raise Unexplained("a module that is no plain feed-forward part runs beside its attention")
+        apart = None if part.module is None else record.layer.get_submodule(part.module)
+        if any(apart not in running for running in record.clamps):
+            raise Unexplained("it clamps values")
         names |= {"q": attention.q.norm, "k": attention.k.norm, "v": attention.v.norm}
         heads = attention.q if attention.q.norm is not None else attention.k
         heard = attention.heard

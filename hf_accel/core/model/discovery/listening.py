@@ -29,7 +29,7 @@ from hf_accel.core.model.back_end_names import BackEndName
 NAME = BackEndName("hfaccel_heard", "sdpa")
 _ATTRIBUTE = "_attn_implementation_internal"
 TOKENS = 7
-_INERT = frozenset({"dropout", "position_ids", "use_cache", "sliding_window", "is_causal", "cache_position", "output_attentions"})
+_INERT = frozenset({"dropout", "position_ids", "use_cache", "sliding_window", "cache_position", "output_attentions"})
 
 
 @dataclass
@@ -65,7 +65,8 @@ class Recorded:
     """What one decoder layer was given and returned.
 
     arguments: by name, without the hidden states. output: as its forward returned it. calls: of the modules within, in
-    order of their ends.
+    order of their ends. clamps: for each time that values were clamped, the modules that ran then: whether they are
+    shows only where they are large, which those of a few random tokens may not be.
     """
 
     path: str
@@ -76,6 +77,7 @@ class Recorded:
     returned: Tensor
     calls: list[Call] = field(default_factory=list)
     heard: list[Heard] = field(default_factory=list)
+    clamps: list[list[nn.Module]] = field(default_factory=list)
 
 
 _listener: ContextVar[list[Heard] | None] = ContextVar("hf_accel_listener", default=None)
@@ -90,6 +92,7 @@ def _heard_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' calling convention, computed plainly and kept for whoever listens."""
@@ -116,6 +119,8 @@ def _heard_attention(
     found = _listener.get()
     if found is not None:
         rest = {name: option for name, option in options.items() if name not in _INERT and option is not None}
+        if is_causal is False:
+            rest["is_causal"] = False
         kept = [t.detach().clone() for t in (query, key, value)]
         found.append(Heard(module, *kept, float(scale), softcap, s_aux, rest, output.clone()))
     return output, None
@@ -125,16 +130,26 @@ AttentionInterface.register(str(NAME), _heard_attention)
 AttentionMaskInterface.register(str(NAME), sdpa_mask)
 
 
-class _Ear(TorchFunctionMode):
-    """Hears attention of models that call torch's own instead of transformers' registry."""
+_CLAMPS = frozenset({"clamp", "clamp_", "clip", "clip_", "minimum", "maximum", "clamp_min", "clamp_max"})
 
-    def __init__(self, running: list[tuple[nn.Module, Tensor | None]]) -> None:
+
+class _Ear(TorchFunctionMode):
+    """Hears attention of models that call torch's own instead of transformers' registry; and what clamps values.
+
+    Whether values are clamped shows only where they are large, which those of a few random tokens may not be.
+    """
+
+    def __init__(self, running: list[tuple[nn.Module, Tensor | None]], clamps: list[str]) -> None:
         super().__init__()
-        self.running = running
+        self.running, self.clamps = running, clamps
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         found = _listener.get()
+        if getattr(func, "__name__", "") in _CLAMPS:
+            self.clamps.append([module for module, _ in self.running])
+        if getattr(func, "__name__", "") in _CLAMPS:
+            self.clamps.append(func.__name__)
         if func is functional.scaled_dot_product_attention and found is not None and self.running:
             given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | (kwargs or {})
             query, key, value = (given[name].detach().clone() for name in ("query", "key", "value"))
@@ -239,11 +254,12 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
             if _is_hidden(given):
                 state[:] = [Recorded(path, layer, given.clone(), arguments, None, given)]
                 heard.clear()
+                clamps.clear()
 
     def end(layer: Any, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() == thread and state and state[0].layer is layer:
             record = state.pop()
-            record.output, record.heard = output, [*heard]
+            record.output, record.heard, record.clamps = output, [*heard], [*clamps]
             first = output[0] if isinstance(output, tuple) and output else output
             if _is_hidden(first):
                 record.returned = first.clone()
@@ -262,6 +278,7 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
                 state[0].calls.append(Call(path, module, _in_rows(given), _in_rows(first.clone())))
 
     heard: list[Heard] = []
+    clamps: list[list[nn.Module]] = []
     waiting: list[tuple[nn.Module, Tensor | None]] = []
     token = _listener.set(heard)
     try:
@@ -272,7 +289,7 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
                     hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
                     hooks.append(module.register_forward_hook(partial(after, name)))
             hooks.append(layer.register_forward_hook(end))
-        with _Ear(waiting):
+        with _Ear(waiting, clamps):
             decoder(**inputs)
     finally:
         _listener.reset(token)
