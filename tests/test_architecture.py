@@ -65,7 +65,7 @@ def prints_asserts_and_bare_excepts(path: Path) -> Iterator[str]:
 def comparisons_of_architectures(path: Path) -> Iterator[str]:
     for node in nodes_of(path):
         if isinstance(node, ast.Compare) and "model_type" in ast.unparse(node):
-            yield f"{node.lineno}: architectures belong in core/model/architectures.py"
+            yield f"{node.lineno}: no architecture is known by its name"
 
 
 def missing_docstrings(path: Path) -> Iterator[str]:
@@ -125,7 +125,7 @@ def test_configs_are_in_their_page() -> None:
     assert not missing, f"add a row to docs/configs.md: {', '.join(missing)}"
 
 
-def test_importing_changes_nothing_global_but_two_registrations() -> None:
+def test_importing_changes_nothing_global_but_registrations() -> None:
     """In a fresh process: transformers' and torch's classes, registries, threads and random state before and after."""
     script = """
 import logging, os, sys, warnings
@@ -153,7 +153,7 @@ import hf_accel
 after = state()
 for name in ("attention", "masks"):
     new = set(after[name]) - set(before[name])
-    if new != {"hfaccel_grouped", "hfaccel_eager"}:
+    if new != {"hfaccel_grouped", "hfaccel_eager", "hfaccel_heard"}:
         sys.exit(f"{name}: {new}")
     after[name] = {k: v for k, v in after[name].items() if k not in new}
 for name in before:

@@ -19,7 +19,7 @@ from hf_accel import ConfigError, GPTQConfig, MixedPrecisionConfig, UnsupportedM
 from hf_accel.assets import demo_path
 from hf_accel.core.config import Config
 from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.core.model.architectures import SIBLING_NAMES
+from hf_accel.core.model.anatomy import SIBLING_NAMES
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting

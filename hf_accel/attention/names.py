@@ -6,7 +6,6 @@ from typing import Any
 
 from hf_accel.core.model.back_end_names import BackEndName
 
-
 # names without "flash", "sdpa" or "flex", which transformers would take for its own back ends
 NAME = BackEndName("hfaccel_grouped")
 EAGER_NAME = BackEndName("hfaccel_eager", "eager")

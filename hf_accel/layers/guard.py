@@ -77,7 +77,7 @@ class BlockStep:
         return masks_of(getattr(self._attention.get("config"), _NAME, ""))
 
     def turned(self, given: Any) -> tuple[Any, Any]:
-        """Return the angles that the kernel takes of those that the layer is given, made once per pass for all layers."""
+        """Return the angles that the kernel takes of those that the layer is given, made once per pass."""
         form = self.block.form.angles
         last = _turned.get(form)
         if last is None or last[0] is not given:

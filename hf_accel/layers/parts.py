@@ -43,6 +43,7 @@ def native_parts(block: DecoderBlock) -> tuple[native.BlockShape, native.BlockWe
         rotary_size=form.rotary_size or None,
         part="layer" if form.feed_forward is None else "half",
     )
+    norms: dict[str, Any] = {f"{name}_norm": _norm(block, name) for name in form.norms if name != "mlp_out" or up}
     weights = native.BlockWeights(
         projections=tuple(map(_projection, block.projections)),
         o=_projection(block.o),
@@ -50,7 +51,7 @@ def native_parts(block: DecoderBlock) -> tuple[native.BlockShape, native.BlockWe
         up=up,
         down=down,
         sinks=None if form.sinks is None else getattr(block.attention, form.sinks).detach(),
-        **{f"{name}_norm": _norm(block, name) for name in form.norms if name != "mlp_out" or up is not None},
+        **norms,
     )
     return shape, weights
 

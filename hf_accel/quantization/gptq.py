@@ -19,9 +19,9 @@ from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Affine
 from hf_accel.quantization.calibrating.findings import Calibration, Finding, check
+from hf_accel.quantization.calibrating.places import most_places
 from hf_accel.quantization.calibrating.powers import ends_of
 from hf_accel.quantization.calibrating.products import widest_of
-from hf_accel.quantization.calibrating.scaling import most_places
 from hf_accel.quantization.calibrating.solving import Calibrated, Calibrator
 from hf_accel.quantization.calibrating.text import notes_on, text_for
 from hf_accel.quantization.config import GPTQConfig

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_accel.core.model.architectures import SIBLING_NAMES
 from hf_accel.core.model.blocks import DecoderBlock, described_blocks
 from hf_accel.core.model.discovery.discovering import Forms
 from hf_accel.core.model.experts import RoutedExperts, active_experts
 from hf_accel.core.model.support import check_supported, unwrap
 from hf_accel.kernels.weights import PackedProduct
+
+SIBLING_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,12 @@ class Setting:
 
     def over(self, model: Any, *, originals: str = "keep") -> Setting:
         """Return a session over a copy of the model that shares its tensors, with what was prepared for them."""
-        found = Setting(Anatomy.of(model, self.anatomy.known), draft_model=self.draft_model, progress=self.progress, originals=originals)
+        found = Setting(
+            Anatomy.of(model, self.anatomy.known),
+            draft_model=self.draft_model,
+            progress=self.progress,
+            originals=originals,
+        )
         found._prepared, found.calibration = self._prepared, self.calibration
         return found
 

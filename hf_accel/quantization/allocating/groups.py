@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_accel.core.model.architectures import SIBLING_NAMES
+from hf_accel.core.model.anatomy import SIBLING_NAMES
 from hf_accel.ops.affine import GROUP_SIZES, Scheme
 from hf_accel.quantization.allocating.allocation import Option
 from hf_accel.quantization.config import KEPT_BITS, MixedPrecisionConfig

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from hf_accel.core.model.discovery.forms import AngleForm
 from hf_accel.core.model.discovery.heads import Angles, CalledNorm, HeadsForm, Projected, find_gate, find_heads
-from hf_accel.core.model.discovery.listening import Call, Heard, Recorded
+from hf_accel.core.model.discovery.hearing import Heard
+from hf_accel.core.model.discovery.listening import Call, Recorded
 from hf_accel.core.model.discovery.norms import described_norm
 from hf_accel.core.model.discovery.readings import Unexplained
 from hf_accel.kernels.native import Heads
@@ -145,7 +147,11 @@ def _check_together(q: HeadsForm, k: HeadsForm, v: HeadsForm, norms: list[Called
         raise Unexplained(f"{idle[0]} norms something else than queries, keys and values")
     if (q.rotary, q.angles) != (k.rotary, k.angles):
         raise Unexplained("its queries are turned in another way than its keys")
-    if q.norm is not None and k.norm is not None and (q.norm_extent, q.is_normed_after) != (k.norm_extent, k.is_normed_after):
+    if (
+        q.norm is not None
+        and k.norm is not None
+        and (q.norm_extent, q.is_normed_after) != (k.norm_extent, k.is_normed_after)
+    ):
         raise Unexplained("its queries are normed in another way than its keys")
     if v.norm is not None and v.norm_extent != "head":
         raise Unexplained("its values are normed over more than a head")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,7 @@ from hf_accel.core.model.shadow import twin
 
 Found = dict[str, BlockForm | str]  # by the path of a layer: its form, or why there is none
 Forms = dict[str, tuple[Any, BlockForm | str]]  # the same, with what the layer was made of
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_LENGTH = re.compile("position|seq_len|n_ctx")
 
 
 def forms_of(model: PreTrainedModel, known: Forms) -> tuple[dict[str, BlockForm], tuple[str, ...], str]:
@@ -34,7 +36,11 @@ def forms_of(model: PreTrainedModel, known: Forms) -> tuple[dict[str, BlockForm]
     odd = {path: form for path, form in taken.items() if isinstance(form, str)}
     if not found:
         first = next(iter(odd.values()), "it has no list of layers")
-        return {}, (), f"no decoder layer of this {type(model).__name__} is understood, so they run as they are: {first}"
+        return (
+            {},
+            (),
+            f"no decoder layer of this {type(model).__name__} is understood, so they run as they are: {first}",
+        )
     return found, tuple(f"{path} runs as it is: {reason}" for path, reason in odd.items()), ""
 
 
@@ -74,10 +80,17 @@ def _described(model: Any, start: int) -> Found:
 
 
 def _far(model: PreTrainedModel) -> list[int]:
-    """Return positions far from the beginning: beyond what the model was made for, and near its end."""
-    config = model.config.get_text_config(decoder=True)
-    lengths = [length for name in _LENGTHS if isinstance(length := getattr(config, name, None), int)]
-    return [2 * max(lengths), max(lengths) - 64] if lengths and max(lengths) > 64 else []
+    """Return positions far from the beginning: beyond all lengths that its config names, and near the end of them."""
+    lengths = [length for length in _lengths(model.config.to_dict()) if length > 64]
+    return [2 * max(lengths), max(lengths) - 64] if lengths else []
+
+
+def _lengths(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _lengths(value)
+        elif type(value) is int and _LENGTH.search(name):
+            yield value
 
 
 def _parts(model: nn.Module, path: str) -> Any:
@@ -94,5 +107,3 @@ def _parts(model: nn.Module, path: str) -> Any:
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from hf_accel.core.model.discovery.norms import NormForm
 from hf_accel.kernels.native import Heads
 
-
+# see hf_accel.kernels.native.BlockShape
+Extent = Literal["head", "heads", "row"]
+Rotary = Literal["halves", "pairs", "pairs_of_halves", "none"]
 # arguments that a layer hands on, or of which it has no use once it is given its mask and angles
 CARRIED = frozenset({"position_embeddings", "position_ids", "cache_position", "use_cache"})
 
@@ -101,9 +103,9 @@ class BlockForm:
     k: Heads
     v: Heads
     output_gate: Heads | None
-    norm_extent: str
+    norm_extent: Extent
     norms_after_rotary: bool
-    rotary: str
+    rotary: Rotary
     rotary_size: int
     angles: AngleForm
     activation: str

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel.core.model.discovery.forms import AngleForm
+from hf_accel.core.model.discovery.forms import AngleForm, Extent, Rotary
 from hf_accel.core.model.discovery.norms import NormForm, normed
 from hf_accel.core.model.discovery.readings import Unexplained, agreement, the_only
 from hf_accel.kernels.native import Heads
 
-ROTARIES = ("none", "halves", "pairs", "pairs_of_halves")  # see hf_accel.kernels.native.BlockShape
+ROTARIES: tuple[Rotary, ...] = ("none", "halves", "pairs", "pairs_of_halves")  # see hf_accel.kernels.native.BlockShape
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class HeadsForm:
 
     heads: Heads
     norm: NormForm | None
-    norm_extent: str
+    norm_extent: Extent
     is_normed_after: bool
-    rotary: str
+    rotary: Rotary
     angles: AngleForm
     rotary_size: int
     factor: float
@@ -116,7 +116,7 @@ def find_heads(
     batch, heads, tokens, d = wanted.shape
     target = wanted.transpose(1, 2).reshape(batch * tokens, heads, d).double()  # [BT, H, D]
     found: list[HeadsForm] = []
-    turns: list[tuple[str, Angles | None]] = [("none", None)]
+    turns: list[tuple[Rotary, Angles | None]] = [("none", None)]
     turns += [(style, one) for one in angles for style in ROTARIES[1:]]
     for norm in [None, *norms]:
         for extent, (before, after) in _normed_rows(projected, norm, d):
@@ -146,12 +146,12 @@ def _turned(rotary: str, slots: Tensor, angles: Angles | None, batch: int) -> Te
 
 def _normed_rows(
     projected: Projected, norm: CalledNorm | None, d: int
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+) -> Iterator[tuple[Extent, tuple[Tensor, Tensor]]]:
     """Yield how a norm may lie over the heads, and the rows as slots [BT, N / D, D], before it and after it."""
     rows = projected.rows
     slots = rows.view(rows.shape[0], -1, d)
     if norm is None:
-        yield "none", (slots, slots)
+        yield "head", (slots, slots)
         return
     size, shape = norm.form.size, norm.form.shape
     if size in (0, d):
@@ -162,7 +162,7 @@ def _normed_rows(
         if size not in (0, stop - start):
             continue
         part = rows[:, start:stop]
-        extent = "heads" if shape and len(shape) == 2 else "row"
+        extent: Extent = "heads" if shape and len(shape) == 2 else "row"
         done = norm(part.view(rows.shape[0], -1, d)).flatten(1) if extent == "heads" else norm(part)
         whole = torch.full_like(rows, torch.nan)
         whole[:, start:stop] = done

@@ -153,9 +153,7 @@ class _Layer:
             is_parallel=is_parallel,
         )
 
-    def _structures(
-        self, x: Tensor, attended: Tensor, part: _FeedForward
-    ) -> Iterator[_Structure]:
+    def _structures(self, x: Tensor, attended: Tensor, part: _FeedForward) -> Iterator[_Structure]:
         """Yield what explains the layer's output with this feed-forward part."""
         norm_after, fed = self.norm_after(part.gives)
         x, attended, fed, out = (t.double() for t in (x, attended, fed, self.record.returned))
@@ -194,10 +192,9 @@ class _Layer:
     def _modules(self) -> Iterator[_FeedForward]:
         hidden = self.record.given.shape
         for call in self.record.calls:
-            holds_attention = f"{self.attention.path}.".startswith(f"{call.path}.")
-            if "." not in call.path and not holds_attention and call.given.shape == call.returned.shape == hidden:
-                if not is_leaf(call.module):
-                    yield _FeedForward(call.given, call.returned, module=call.path)
+            is_apart = "." not in call.path and call.path != self.attention.path.partition(".")[0]
+            if is_apart and call.given.shape == call.returned.shape == hidden and not is_leaf(call.module):
+                yield _FeedForward(call.given, call.returned, module=call.path)
 
     def _plain_feed_forwards(self, calls: list[Call]) -> Iterator[_FeedForward]:
         if not 2 <= len(calls) <= 3:

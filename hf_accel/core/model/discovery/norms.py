@@ -39,6 +39,7 @@ class NormForm:
 
 
 def is_leaf(module: nn.Module) -> bool:
+    """Return whether a module has no children."""
     return not any(child is not None for child in module._modules.values())
 
 
@@ -99,7 +100,7 @@ def _worst_row(found: Tensor, expected: Tensor) -> float:
 
 
 def _rounding(module: Any, tensors: dict[str, Tensor], x: Tensor, eps: float, weight: Tensor | None) -> str:
-    """Return whether a norm rounds before its weight ("rms") or after it ("rms_once"), where that makes a difference."""
+    """Return whether a norm rounds before its weight ("rms") or after it ("rms_once"), where it makes a difference."""
     dtype = next(iter(tensors.values())).dtype if tensors else torch.float32
     if weight is None or dtype in (torch.float32, torch.float64):
         return "rms"
