@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_accel.core.calls.call import request_in_progress
@@ -66,7 +65,7 @@ class BlockStep:
             for name in ("q", "k", "v", "o", "gate", "up", "down")
             if (part := getattr(block, name)) is not None
         }
-        norms = {
+        norms: dict[str, Any] = {
             f"{name}_norm": native.Norm(kind=kind, eps=block.norm_eps, weight=module.weight.detach())
             for name in ("input", "mlp", "attention_out", "mlp_out", "q", "k")
             if (module := getattr(block, f"{name}_norm")) is not None
