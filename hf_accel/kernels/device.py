@@ -78,17 +78,19 @@ def of_triton() -> Kernels:
 class DeviceBlock:
     """One decoder layer, of the shape and weights of a native block, on the device where the weights are.
 
-    Raises: ValueError naming what does not fit: a layer of other parts than Llama's and Gemma's have, dtypes, devices, or
-    packed weights that no kernel reads.
+    Raises: ValueError naming what does not fit: parts that the layers of Llama and Gemma do not have, dtypes, devices,
+    or packed weights that no kernel reads.
     """
 
     def __init__(self, shape: BlockShape, weights: BlockWeights, kernels: Kernels | None = None) -> None:
         self.shape, self.weights = shape, weights
         self.kernels = of_triton() if kernels is None else kernels
         self._check_parts()
-        first = self._factor(weights.input_norm)
-        assert first is not None
-        self.dtype, self.device = first.dtype, first.device
+        norm = weights.input_norm
+        if norm is None or norm.weight is None:
+            raise ValueError("layers on devices do not have attention without a norm before it")
+        self.dtype, self.device = norm.weight.dtype, norm.weight.device
+        self._norm, self._style = norm.weight, {"eps": norm.eps, "style": _STYLES[norm.kind]}
         self.is_half = shape.part == "half"
         self._check_tensors()
         parts = weights.products.values()
@@ -115,7 +117,7 @@ class DeviceBlock:
             (shape.out_scale == 1.0, "a scale of its result"),
             (shape.activation in _ACTIVATIONS, f"the activation {shape.activation}"),
             (shape.part == "half" or weights.gate is not None, "a feed-forward part without a gate"),
-            (weights.input_norm is not None and weights.mlp_norm is not None, "a part without a norm before it"),
+            (weights.mlp_norm is not None, "a feed-forward part without a norm before it"),
             (all(norm.kind in _STYLES and norm.weight is not None for norm in norms), "norms of other kinds"),
             (len({(norm.kind, norm.eps) for norm in norms}) == 1, "norms that differ in kind or eps"),
         ):
@@ -157,11 +159,9 @@ class DeviceBlock:
         cos, sin [1 or B, T, R]; layer: a `hf_accel.core.calls.cache_layers.StaticLayer`, which T new keys and values
         are written to. No autograd.
         """
-        shape, weights, kernels = self.shape, self.weights, self.kernels
-        assert weights.input_norm is not None
-        style = {"eps": weights.input_norm.eps, "style": _STYLES[weights.input_norm.kind]}
+        shape, weights, kernels, style = self.shape, self.weights, self.kernels, self._style
         size, kv_heads = shape.head_dim, shape.kv_heads
-        _, normed = kernels.add_norm(hidden, None, weights.input_norm.weight, **style)
+        _, normed = kernels.add_norm(hidden, None, self._norm, **style)
         qkv = self._product(normed, *weights.projections)
         q_norm, k_norm = self._factor(weights.q_norm), self._factor(weights.k_norm)
         if shape.norm_extent == "row" and q_norm is not None and k_norm is not None:

@@ -172,7 +172,8 @@ def twin(
         read = normed(hidden, w.mlp_norm)
     if shape.part == "half":
         return hidden, read
-    assert w.up is not None and w.down is not None
+    assert w.up is not None
+    assert w.down is not None
     activation = ACTIVATIONS[shape.activation]
     inner = product(read, w.up)
     inner = activation(inner) if w.gate is None else activation(product(read, w.gate)) * inner

@@ -258,4 +258,6 @@ def test_layers_of_other_parts_are_refused(change: dict[str, Any]) -> None:
     of_weights = {name for name in change if name in vars(weights) and (name, change[name]) != ("gate", Heads(0, 3, 1))}
     weights = replace(weights, **{name: change[name] for name in of_weights})
     with pytest.raises(ValueError, match="layers on devices do not have"):
-        device.DeviceBlock(replace(shape, **{k: v for k, v in change.items() if k not in of_weights}), weights, device.TWINS)
+        device.DeviceBlock(
+            replace(shape, **{k: v for k, v in change.items() if k not in of_weights}), weights, device.TWINS
+        )

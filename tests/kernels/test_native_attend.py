@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from block_twin import difference
 from hypothesis import given
 from hypothesis import strategies as st
-from block_twin import difference
 from test_native_block import isa
 from torch import Tensor
 

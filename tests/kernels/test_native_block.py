@@ -16,7 +16,6 @@ from block_twin import block_shape, changed, difference, inputs, random_block, t
 from hf_accel.kernels import native
 from hf_accel.kernels.native import NativeBlock, Norm, Projection
 
-
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status().reason)
 # fp32 differs by the order of sums alone; in 16 bits a flipped rounding moves a value by one ulp of an intermediate
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

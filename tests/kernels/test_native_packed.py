@@ -12,8 +12,8 @@ import pickle
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import block_twin
+import pytest
 import torch
 from block_twin import difference, inputs, random_block, twin
 from test_native_block import SMALL, TOLERANCES, isa

@@ -167,7 +167,8 @@ class Cases:
         extra |= {"input_norm": e, "mlp_norm": e}
         block = NativeBlock(shape, BlockWeights(
             projections=(projection(q, e), projection(kv, e), projection(kv, e)), o=projection(e, q),
-            gate=pick([None, projection(shape.inner, e)]), up=projection(shape.inner, e), down=projection(e, shape.inner),
+            gate=pick([None, projection(shape.inner, e)]), up=projection(shape.inner, e),
+            down=projection(e, shape.inner),
             slopes=None if shape.softcap else pick([None, put(self._random(heads).float())]),
             **{name: Norm(kind=kind, eps=1e-6, weight=put(self._random(size))) for name, size in extra.items()},
         ))  # fmt: skip

@@ -139,9 +139,10 @@ class NativeBlock:
     ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The layer's output [B, T, E] for hidden [B, T, E] contiguous; memory for at most 128 rows at a time.
 
-        cos, sin [1 or B, T, R] in the dtype of the weights, or None without rotary; keys, values: the buffers [B, G, C, D] with the last
-        dimension contiguous and C >= past + T; positions past..past+T-1 are written, first..past+T-1 attended to
-        (causally without a mask). mask: bool (true: visible) or additive in the dtype, [1 or B, 1, T, past+T-first].
+        cos, sin [1 or B, T, R] in the dtype of the weights, or None without rotary; keys, values: the buffers
+        [B, G, C, D] with the last dimension contiguous and C >= past + T; positions past..past+T-1 are written,
+        first..past+T-1 attended to (causally without a mask). mask: bool (true: visible) or additive in the dtype,
+        [1 or B, 1, T, past+T-first].
         A query that a bool mask hides everything from gets zeros from the attention. No autograd.
         row_past: int64 [B] on the CPU, contiguous; sequence b is then at position row_past[b] instead of `past`, with
         first <= row_past[b] <= past. It writes and attends to nothing from row_past[b]+T on, whatever the mask says.
@@ -161,7 +162,12 @@ class NativeBlock:
         if cos is not None and sin is not None:
             cos_stride = cos.stride()
             sin_stride = sin.stride()
-            angles, many, cos_pointer, sin_pointer = cos.shape[-1], cos.shape[0] > 1, cos.data_ptr(), sin.data_ptr()
+            angles, many, cos_pointer, sin_pointer = (
+                cos.shape[-1],
+                int(cos.shape[0] > 1),
+                cos.data_ptr(),
+                sin.data_ptr(),
+            )
         else:
             cos_stride = sin_stride = _NO_STRIDES
             angles = many = cos_pointer = sin_pointer = 0
@@ -215,7 +221,8 @@ class NativeBlock:
         if status:
             raise ValueError(
                 f"native block takes 1 row or more and a buffer that holds them, got {batch} x {tokens} rows "
-                f"at position {past} of a buffer of {keys.shape[2]} positions, with {angles} angles (first visible: {first}"
+                f"at position {past} of a buffer of {keys.shape[2]} positions, with {angles} angles "
+                f"(first visible: {first}"
                 f"{'' if row_past is None else f'; by row: {row_past.tolist()}, each from {first} to {past}'})"
             )
         return out if normed is None else (out, normed)

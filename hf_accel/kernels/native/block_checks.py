@@ -92,22 +92,28 @@ def _check_shape(shape: BlockShape) -> None:
     if (shape.k is None) != (shape.v is None):
         raise ValueError("a block has k and v, or neither")
     if shape.is_parallel and shape.part != "layer":
-        raise ValueError(f"a parallel layer has no part {shape.part!r}: its feed-forward part does not read the residual")
+        raise ValueError(
+            f"a parallel layer has no part {shape.part!r}: its feed-forward part does not read the residual"
+        )
 
 
 def _check_parts(shape: BlockShape, weights: BlockWeights) -> None:
     if not 1 <= len(weights.projections) <= MAX_PROJECTIONS:
         raise ValueError(f"a block has 1 to {MAX_PROJECTIONS} projections, got {len(weights.projections)}")
     has_mlp = shape.part == "layer"
-    if (weights.up is not None) != has_mlp or (weights.down is not None) != has_mlp or (
-        weights.gate is not None and not has_mlp
+    if (
+        (weights.up is not None) != has_mlp
+        or (weights.down is not None) != has_mlp
+        or (weights.gate is not None and not has_mlp)
     ):
         raise ValueError(f"a part {shape.part!r} has {'up and down' if has_mlp else 'no gate, up and down'}")
     if shape.part == "half" and (weights.mlp_out_norm is not None or shape.out_scale != 1.0):
         raise ValueError("half a layer has no mlp_out_norm and no out_scale: its feed-forward part is elsewhere")
     more = {"mlp_norm", "attention_out_norm", "mlp_out_norm"} & weights.norms.keys()
     if shape.part == "attention" and (more or shape.residual_scale != 1.0 or shape.out_scale != 1.0):
-        raise ValueError(f"attention alone has no residual, so no {', '.join(sorted(more)) or 'scale of what joins it'}")
+        raise ValueError(
+            f"attention alone has no residual, so no {', '.join(sorted(more)) or 'scale of what joins it'}"
+        )
     if weights.slopes is not None and (shape.softcap is not None or weights.sinks is not None):
         raise ValueError("slopes go with no softcap and no sinks")
     if shape.k is None and (weights.k_norm is not None or weights.v_norm is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -32,9 +32,9 @@ class Projection:
 class Norm:
     """One norm; without a weight it multiplies by 1, and only "layer" may have a bias.
 
-    kind "rms" multiplies the rounded x / rms by the weight (Llama); "rms_unit" multiplies by 1 + weight in fp32 and
-    rounds once (Gemma); "rms_once" multiplies by the weight in fp32 and rounds once (OLMo2); "layer" subtracts the mean,
-    multiplies by the weight and adds the bias in fp32, and rounds once (`nn.LayerNorm`).
+    kind "rms" multiplies the rounded x / rms by the weight (Llama). The others round once: "rms_unit" multiplies by
+    1 + weight (Gemma), "rms_once" by the weight (OLMo2), "layer" subtracts the mean, multiplies by the weight and adds
+    the bias (`nn.LayerNorm`).
     """
 
     kind: str
@@ -55,8 +55,8 @@ class Heads:
     step: int
 
 
-def heads_in_order(heads: int, kv_heads: int, head_dim: int) -> dict[str, Heads]:
-    """Return where q, k and v lie if all heads of q are followed by those of k and those by those of v."""
+def heads_in_order(heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    """Return where q, k and v lie, as keywords of a BlockShape, if they follow one another, each with all its heads."""
     group = heads // kv_heads
     return {
         "q": Heads(0, group * head_dim, head_dim),
@@ -76,13 +76,13 @@ class BlockShape:
     q, k, v, gate: where heads lie in the projected row. k and v None: keys and values of the call's tokens lie in the
         buffers already. v may be where k is: values are then what keys are before their norm and rotary. gate: what
         attention gives is multiplied by the sigmoid of it.
-    is_parallel: the feed-forward part reads mlp_norm of the layer's input or, without such a norm, what attention reads,
-        and the result is input + (attention + feed-forward).
+    is_parallel: the feed-forward part reads mlp_norm of the layer's input or, without such a norm, what attention
+        reads, and the result is input + (attention + feed-forward).
     norm_extent: q_norm, k_norm and v_norm are of each head, "head" with one weight [D], "heads" with a weight per head
         [H, D] or [G, D]; or "row", over all heads of a row.
     rotary: "halves" turns x[i] and x[i + R / 2] of a head by cos[i] and cos[i + R / 2] (Llama), "pairs" x[2 i] and
-        x[2 i + 1] by cos[2 i] (GPT-J, Cohere), "pairs_of_halves" by cos[i] (GLM); "none". rotary_size is R, of the first
-        columns of a head; None: as many as cos has. rotates_once: it is rounded once and not at every operation.
+        x[2 i + 1] by cos[2 i] (GPT-J, Cohere), "pairs_of_halves" by cos[i] (GLM); "none". rotary_size is R, of the
+        first columns of a head; None: as many as cos has. rotates_once: it is rounded once and not at every operation.
     part: "layer"; "half", which ends with the norm before the feed-forward part; or "attention", which is o's product
         alone, without a residual.
     """
