@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_accel.kernels import native
 from hf_accel.kernels.native import Heads, NativeBlock, Norm, Projection
+from hf_accel.ops import cached
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status().reason)
 # fp32 differs by the order of sums alone; in 16 bits a flipped rounding moves a value by one ulp of an intermediate
@@ -83,6 +84,21 @@ def test_tokens_together_equal_tokens_one_by_one(threads: Any) -> None:
                 for alone, all_of_them in zip(tensors(block(**part, past=past + t)), together, strict=True):
                     assert torch.equal(alone[0, 0], all_of_them[b, t])
         assert torch.equal(arguments["keys"], single["keys"])
+
+
+@torch.no_grad()
+def test_rows_of_codes_are_read_as_the_values_they_stand_for(threads: Any) -> None:
+    for seed, case in enumerate([case for case in CASES if case["call"] in ("tokens of two", "prompt")]):
+        native.set_isa(case["isa"])
+        build = Build(case | {"dtype": torch.float32, "weights": "dense"}, seed)
+        block = build.block()
+        plain = build.call(block)
+        coded = copy.deepcopy(plain)
+        for name in ("keys", "values"):
+            coded[name] = cached.encode(plain[name], 8, is_key=name == "keys")
+            plain[name] = cached.decode(coded[name], 8, build.head_dim, torch.float32, is_key=name == "keys")
+        for ours, own in zip(tensors(block(**coded, bits=8)), tensors(block(**plain)), strict=True):
+            assert difference(ours, own) < 3e-2, case  # new keys and values are rounded to codes, too
 
 
 NORM = Norm(kind="rms", eps=1e-6)
