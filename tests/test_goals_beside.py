@@ -9,6 +9,7 @@ import pytest
 import torch
 from catalogue import CATALOGUE, LOSSLESS, fits
 from fingerprint import changes, fingerprint
+from mixtures import mixture
 from models import FEW, build, padded, prompt
 
 import hf_accel
@@ -31,6 +32,7 @@ from hf_accel import (
 from hf_accel.core.steps.plan import Step
 from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding.patcher import DecodingPatcher
+from hf_accel.experts.offload.store import ExpertStore
 from hf_accel.layers.block import DecoderBlockPatcher
 from hf_accel.measure import Run
 from hf_accel.planner import Asked, addition
@@ -229,6 +231,29 @@ def test_slow_steps_are_dropped_beside_configs_and_named_ones_stay(monkeypatch: 
     plan = hf_accel.plan(build("llama"), ["exact", FOUR])
     assert "DecodingConfig" not in names(plan.steps)
     assert "WeightOnlyConfig" in names(plan.steps)
+
+
+@pytest.mark.native
+def test_experts_in_a_file_are_moved_once_and_never_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    settled(monkeypatch)
+    model = mixture("mixtral")
+    stock, before = text(model), fingerprint(model)
+    moved: list[int] = []
+    real = ExpertStore.take
+    monkeypatch.setattr(ExpertStore, "take", lambda self, *given: moved.append(1) or real(self, *given))
+    named = hf_accel.ExpertOffloadConfig(share=0.7)
+    plan = hf_accel.plan(model, ["exact", named])
+    assert not moved
+    assert "its steps were tried without ExpertOffloadConfig" in str(plan)
+    assert plan.measured.beside == ()
+    hf_accel.optimize(model, ["exact", named])
+    assert len(moved) == 2, "once for each layer"
+    assert "with ExpertOffloadConfig alone ->" in str(hf_accel.report(model))
+    assert names(hf_accel.report(model).applied) >= {"ExpertOffloadConfig", "DecoderBlockConfig", "DecodingConfig"}
+    assert "NativeExpertsConfig" not in names(hf_accel.report(model).applied)
+    assert torch.equal(text(model), stock)
+    hf_accel.restore(model)
+    assert not changes(before, fingerprint(model))
 
 
 @pytest.mark.parametrize("originals", ["keep", "drop"])

@@ -67,6 +67,7 @@ def plan_goal(
         plan.skipped.append(Skip(f'goal "{name}"', reason))
         return plan
     plan.steps = named.tried(trial)
+    in_place = {name_of(step) for step in (*named.steps(named.first), *plan.steps)}
     with evaluating(trial.model):
         if goal.is_lossy:
             goal = replace(goal, reference=_reference(trial, calibration, tokenizer))
@@ -76,7 +77,7 @@ def plan_goal(
         plan.steps = plan.without(*(type(step.config) for step in on_own_account)).steps
         _verify(plan, trial)
         if plan.offered:
-            keep_what_pays(plan, goal, trial, named.names)
+            keep_what_pays(plan, goal, trial, tuple(name for name in named.names if name in in_place))
         for step in on_own_account:
             there = {*map(name_of, plan.steps), *named.claims.values()}
             missing = set(Patcher.for_config(step.config).needs) - there

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from hf_accel.core.calls.hosting import Host
+from hf_accel.core.calls.report import Skip
 from hf_accel.core.steps.applying import applied, apply, apply_further, arranged, undone_on_errors
 from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
@@ -20,11 +22,14 @@ def plan_beside(setting: Setting, goal: str, named: Named, **options: Any) -> Pl
 
     options: as of `plan_goal`. Raises: as `plan_goal`, and what the configs raise when they are applied.
     """
-    trial = trial_of(setting)
+    trial, named = trial_of(setting), replace(named, is_trial=True)
     with applied(Plan(steps=named.steps(named.first)), trial) as host:
         trial.describe_anew()
         plan = plan_goal(trial, goal, named=named, **options)
         plan.weight_bytes = plan.weight_bytes or host.report.patched_weight_bytes
+    for patcher in named.patchers:
+        if patcher.moves_tensors:
+            plan.skipped.append(Skip(f'goal "{goal}"', f"its steps were tried without {type(patcher.config).__name__}"))
     return plan
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from hf_accel.core.calls.report import Addition
 from hf_accel.core.config import Config
 from hf_accel.core.steps.applying import Patchers, checked
+from hf_accel.core.steps.goal import Gain
 from hf_accel.core.steps.patcher import Fidelity, Patcher, Stage
 from hf_accel.core.steps.plan import Plan, Step
 from hf_accel.core.steps.setting import Setting
@@ -57,10 +58,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Named:
-    """The configs that stand beside a goal, and their patchers in the order of their stages, with what they need."""
+    """The configs that stand beside a goal, and their patchers in the order of their stages, with what they need.
+
+    is_trial: nothing stays of what is applied, so that no tensors of the model are moved for it.
+    """
 
     configs: tuple[Config, ...] = ()
     patchers: Sequence[Patcher[Any]] = ()
+    is_trial: bool = False
 
     @classmethod
     def of(cls, configs: Sequence[Config], setting: Setting) -> Named:
@@ -69,13 +74,18 @@ class Named:
 
     @property
     def first(self) -> Patchers:
-        """What makes the architecture and the weights: in place before the goal's steps are tried."""
-        return [patcher for patcher in self.patchers if patcher.stage <= Stage.WEIGHTS]
+        """What makes the architecture and the weights, or moves them: in place before the goal's steps are tried."""
+        return [
+            patcher
+            for patcher in self.patchers
+            if patcher.stage <= Stage.WEIGHTS or (patcher.moves_tensors and not self.is_trial)
+        ]
 
     @property
     def then(self) -> Patchers:
-        """What belongs to later stages, and so among the goal's steps."""
-        return [patcher for patcher in self.patchers if patcher.stage > Stage.WEIGHTS]
+        """What is applied among the goal's steps."""
+        first = self.first
+        return [patcher for patcher in self.patchers if patcher not in first]
 
     @property
     def claims(self) -> dict[str, str]:
@@ -96,8 +106,19 @@ class Named:
         return [Step(patcher.config, is_named=True) for patcher in patchers if patcher.config in self.configs]
 
     def tried(self, setting: Setting) -> list[Step]:
-        """Return the steps of later stages that can stand in the plans that are tried on the model as it is now."""
-        return self.steps([patcher for patcher in self.then if not patcher.obstacles(setting)])
+        """Return the steps of later stages, needed ones too, that stand in the plans tried on the model as it is now.
+
+        What watches over its own gain is left out, as it is of the goal's steps.
+        """
+        left_out = [
+            patcher
+            for patcher in self.patchers
+            if patcher.stage <= Stage.WEIGHTS
+            or patcher.gain is Gain.OWN_ACCOUNT
+            or (patcher.moves_tensors and self.is_trial)
+            or patcher.obstacles(setting)
+        ]
+        return [Step(patcher.config, is_named=True) for patcher in self.patchers if patcher not in left_out]
 
     def addition(self, goal: str, offered: Sequence[Config]) -> Addition | None:
         """Return what the goal would add by trying the configs it offers beside these; None: nothing."""

@@ -85,7 +85,7 @@ def _is_longer(one: list[float], other: list[float], factor: float = 1 / (1 - NO
 def keep_what_pays(plan: Plan, goal: Goal, setting: Setting, beside: tuple[str, ...] = ()) -> None:
     """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole.
 
-    Stock is the model as it is with the named steps of the plan. beside: all configs that were named.
+    Stock is the model as it is with the named steps of the plan. beside: the named configs that stood in both.
     """
     timing = _Timing(plan, goal, setting, drop_what_fails(plan, setting))
     if not timing.drop_what_loses():
