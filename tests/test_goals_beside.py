@@ -220,14 +220,15 @@ def test_what_fails_of_the_goal_is_left_out_and_what_is_named_raises(monkeypatch
 def test_slow_steps_are_dropped_beside_configs_and_named_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def slower_with_the_loop(model: Any, inputs: Any, new_tokens: int, **arguments: Any) -> Run:
         host = hf_accel.core.calls.hosting.host_of(model)
-        slow = host is not None and {"DecodingConfig", "AttentionConfig"} & names(host.report.applied)
+        slow = host is not None and {"DecodingConfig", "KVCacheConfig"} & names(host.report.applied)
         return Run(0.001, [0.002 if slow else 0.001] * (new_tokens - 1), inputs["input_ids"])
 
     settled(monkeypatch)
     monkeypatch.setattr(hf_accel.planner.timing, "NOISE", 0.02)
     monkeypatch.setattr(hf_accel.planner.timing, "timed_generate", slower_with_the_loop)
-    plan = hf_accel.plan(build("llama"), ["exact", FOUR, AttentionConfig()])
-    assert {"WeightOnlyConfig", "AttentionConfig"} <= names(plan.steps), "named, whatever they take"
+    plan = hf_accel.plan(build("llama"), ["exact", FOUR, KVCacheConfig(prefix_reuse=True)])
+    assert {"WeightOnlyConfig", "KVCacheConfig"} <= names(plan.steps), "named, whatever they take"
+    assert not {"WeightOnlyConfig", "KVCacheConfig"} & {skip.what for skip in plan.skipped}
     plan = hf_accel.plan(build("llama"), ["exact", FOUR])
     assert "DecodingConfig" not in names(plan.steps)
     assert "WeightOnlyConfig" in names(plan.steps)
@@ -296,7 +297,9 @@ def test_nothing_is_timed_to_say_what_a_goal_would_add(monkeypatch: pytest.Monke
     model = build("llama")
     monkeypatch.setattr(hf_accel.attention.ladder.Ladder, "prepare", None)
     monkeypatch.setattr(type(model), "forward", None)
-    assert addition(Setting.of(model), [DecodingConfig()]) is not None
+    found = addition(Setting.of(model), [DecodingConfig()])
+    assert found is not None
+    assert "AttentionConfig" in found.configs
     hf_accel.optimize(model, hf_accel.QATConfig(bits=4, group_size=32, start="nearest"))
     assert hf_accel.report(model).addition is None, "a model that is trained is not to be fast"
 
