@@ -311,14 +311,13 @@ def test_nothing_is_timed_to_say_what_a_goal_would_add(monkeypatch: pytest.Monke
         (["exact", "fast", FOUR], {}, "'exact', 'fast' were given. Keep one"),
         (["exact", "exact"], {}, "Keep one"),
         (["warp", FOUR], {}, "no goal called 'warp'"),
-        (["warp"], {}, "no goal called 'warp'"),
+        (["exact"], {}, "pass 'exact' by itself"),
         ([], {}, "names nothing"),
         ((), {}, "names nothing"),
         (["exact", FOUR, 4], {}, "4 is a int"),
         (["exact", Plan()], {}, "is a Plan"),
         (None, {}, "None was given"),
         (["exact", FOUR], {"max_kl": 0.1}, "belong to the goals"),
-        (["exact"], {"calibration": prompt()}, "belong to the goals"),
         (["fast", FOUR], {"max_kl": -1.0}, "positive number"),
         (["exact", FOUR, WeightOnlyConfig(bits=8)], {}, "given more than once"),
         (["exact", FOUR, hf_accel.GPTQConfig(bits=4)], {}, "Keep one of them"),
@@ -333,6 +332,7 @@ def test_lists_that_do_not_fit(verb: Any, value: Any, options: dict[str, Any], w
     assert not changes(before, fingerprint(model))
 
 
-def test_a_list_of_a_goal_is_the_goal() -> None:
-    assert Asked.of(["exact"]) == Asked.of("exact") == Asked("exact")
+def test_what_is_asked_for() -> None:
+    assert Asked.of("exact") == Asked("exact")
     assert Asked.of(FOUR) == Asked.of([FOUR]) == Asked(configs=(FOUR,))
+    assert Asked.of((FOUR, "fast", KVCacheConfig())) == Asked("fast", (FOUR, KVCacheConfig()))

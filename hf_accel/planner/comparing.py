@@ -50,6 +50,11 @@ def quality_of(
 
 
 def logits_on(setting: Setting, verify_on: Any) -> Reference | None:
+    """Return the logits of the model on the text to verify on, if one was given.
+
+    Raises:
+        ConfigError: the model cannot continue it.
+    """
     if verify_on is None:
         return None
     with converting(ConfigError, "The model itself cannot continue the text given as verify_on"):

@@ -53,7 +53,10 @@ class Asked:
                     f"A plan is made of configs, with a goal beside them if wanted; {entry!r} is a "
                     f"{type(entry).__name__}."
                 )
-        return cls(goals[0] if goals else None, tuple(entry for entry in entries if isinstance(entry, Config)))
+        configs = tuple(entry for entry in entries if isinstance(entry, Config))
+        if not configs:
+            raise ConfigError(f"The list has a goal and no configs beside it: pass {goals[0]!r} by itself.")
+        return cls(goals[0] if goals else None, configs)
 
 
 @dataclass(frozen=True)
