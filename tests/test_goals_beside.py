@@ -332,6 +332,12 @@ def test_lists_that_do_not_fit(verb: Any, value: Any, options: dict[str, Any], w
     assert not changes(before, fingerprint(model))
 
 
+@pytest.mark.parametrize("config", CATALOGUE, ids=lambda config: type(config).__name__)
+def test_a_config_as_it_is_written_makes_it_again(config: Any) -> None:
+    assert eval(config.written(), vars(hf_accel)) == config
+    assert DecodingConfig().written() == "DecodingConfig()"
+
+
 def test_what_is_asked_for() -> None:
     assert Asked.of("exact") == Asked("exact")
     assert Asked.of(FOUR) == Asked.of([FOUR]) == Asked(configs=(FOUR,))

@@ -39,9 +39,7 @@ class Reference:
         self.prompt_tokens = self.inputs["input_ids"].shape[1]
         self.sequences, self.logits = self._generate([])
 
-    def _generate(
-        self, processors: list[LogitsProcessor], model: PreTrainedModel | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _generate(self, processors: list[LogitsProcessor]) -> tuple[torch.Tensor, torch.Tensor]:
         options = PLAIN | {
             "max_new_tokens": self.new_tokens,
             "min_new_tokens": self.new_tokens,
@@ -49,12 +47,12 @@ class Reference:
             "output_logits": True,
             "return_dict_in_generate": True,
         }
-        output = (model or self.model).generate(  # type: ignore[operator]
+        output = self.model.generate(  # type: ignore[operator]
             **self.inputs, logits_processor=LogitsProcessorList(processors), **options
         )
         return output.sequences, torch.stack(output.logits).double()
 
-    def difference(self, model: PreTrainedModel | None = None) -> float:
-        """Return the relative difference of the logits now, over all steps, of the model or of `model`."""
-        _, logits = self._generate([_Force(self.prompt_tokens, self.sequences[:, self.prompt_tokens :])], model)
+    def difference(self) -> float:
+        """Return the relative difference of the model's logits now, over all steps."""
+        _, logits = self._generate([_Force(self.prompt_tokens, self.sequences[:, self.prompt_tokens :])])
         return float((logits - self.logits).norm() / self.logits.norm())

@@ -67,20 +67,20 @@ def verify(reference: Reference | None, alone: Reference | None, host: Host) -> 
         return
     lossy = [type(step.config).__name__ for step in host.report.applied if step.fidelity == Fidelity.LOSSY.value]
     bound = of_text_logits(reference.model.dtype)
-    found = [_difference(reference, reference.model, host, math.inf if lossy else bound, "")]
+    found = [_difference(reference, host, math.inf if lossy else bound, "")]
     if alone is not None:
         others = math.inf if set(lossy) - set(host.report.named) else bound
         whose = f" from those with {', '.join(host.report.named)} alone"
-        found.append(_difference(alone, reference.model, host, others, whose))
+        found.append(_difference(alone, host, others, whose))
     host.calls = host.report.calls = CallLog()  # the calls that verified are none of the user's
     host.report.verified = "logits differ by " + ", ".join(found)
 
 
-def _difference(reference: Reference, model: Any, host: Host, bound: float, whose: str) -> str:
+def _difference(reference: Reference, host: Host, bound: float, whose: str) -> str:
     """Return in words how far the logits are from the reference's; the model is restored where that is too far."""
     try:
         with converting(VerificationError, "The optimised model could not be verified, and has been restored"):
-            difference = reference.difference(model)
+            difference = reference.difference()
         if not difference <= bound:
             raise VerificationError(
                 f"On the verification text the logits differ by {difference:.1e} of their norm{whose}; rounding "

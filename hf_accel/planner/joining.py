@@ -59,4 +59,6 @@ def _reference(setting: Setting, named: Named, text: Any) -> Reference:
     trial = trial_of(setting)
     steps = named.tried(trial)
     with applied(Plan(steps=steps), trial) if steps else nullcontext():
-        return Reference(trial.model, text)
+        found = Reference(trial.model, text)
+    found.model = setting.model  # which is to be compared, and the copy is given up
+    return found
