@@ -11,6 +11,7 @@ from catalogue import CATALOGUE, LOSSLESS, fits
 from fingerprint import changes, fingerprint
 from mixtures import mixture
 from models import FEW, build, padded, prompt
+from transformers import AutoModelForCausalLM
 
 import hf_accel
 import hf_accel.planner.timing
@@ -29,6 +30,7 @@ from hf_accel import (
     VerificationError,
     WeightOnlyConfig,
 )
+from hf_accel.assets import demo_path
 from hf_accel.core.steps.plan import Step
 from hf_accel.core.steps.setting import Setting
 from hf_accel.decoding.patcher import DecodingPatcher
@@ -99,6 +101,20 @@ def test_whole_layers_run_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> 
     assert "with WeightOnlyConfig alone ->" in str(found)
     assert found.to_dict()["named"] == ["WeightOnlyConfig"]
     assert found.addition is None
+
+
+@pytest.mark.native
+def test_products_of_4_bits_round_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 whole layers differ from the layers' own forward by more than fp32 explains: codes of inputs turn."""
+    settled(monkeypatch)
+    model = AutoModelForCausalLM.from_pretrained(demo_path(), dtype=torch.float32).eval()
+    hf_accel.optimize(model, ["exact", WeightOnlyConfig(bits=4)], verify_on=prompt())
+    assert names(hf_accel.report(model).applied) >= {"DecoderBlockConfig", "KVCacheConfig", "DecodingConfig"}
+    written = text(model)
+    model.save_pretrained(tmp_path)
+    again = hf_accel.optimize(hf_accel.from_pretrained(tmp_path), verify_on=prompt())
+    assert names(hf_accel.report(again).applied) >= {"DecoderBlockConfig", "KVCacheConfig", "DecodingConfig"}
+    assert torch.equal(text(again), written)
 
 
 def test_a_plan_beside_configs_is_read_back_edited_and_applied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from hf_accel.core.steps.plan import Plan
 from hf_accel.decoding import choosing
 from hf_accel.experts.offload.patcher import ExpertOffloadPatcher
 from hf_accel.measure.quality import Quality
+from hf_accel.ops import tolerances
 from hf_accel.planner import joining
 from hf_accel.planner.named import Asked, Named
 
@@ -25,6 +26,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "named steps are judged": (
         instead(Plan, "offered", property(lambda self: list(self.steps))),
         test_goals_beside.test_slow_steps_are_dropped_beside_configs_and_named_ones_stay,
+    ),
+    "packed weights are taken for exact ones": (
+        instead(tolerances, "_TEXT_PACKED", 0.0),
+        test_goals_beside.test_products_of_4_bits_round_what_they_read,
     ),
     "a named place is offered again": (
         instead(Named, "claims", property(lambda self: {})),

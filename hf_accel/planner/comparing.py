@@ -10,6 +10,7 @@ from hf_accel.core.calls.call import CallLog
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
+from hf_accel.core.model.anatomy import is_packed
 from hf_accel.core.steps.patcher import Fidelity, Patcher
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, UnsupportedModelError, VerificationError
@@ -65,13 +66,12 @@ def verify(reference: Reference | None, alone: Reference | None, host: Host) -> 
     """Compare logits with the original's, and with those of the model with the configs `alone` that were named."""
     if reference is None:
         return
-    lossy = [type(step.config).__name__ for step in host.report.applied if step.fidelity == Fidelity.LOSSY.value]
-    bound = of_text_logits(reference.model.dtype)
-    found = [_difference(reference, host, math.inf if lossy else bound, "")]
-    if alone is not None:
-        others = math.inf if set(lossy) - set(host.report.named) else bound
-        whose = f" from those with {', '.join(host.report.named)} alone"
-        found.append(_difference(alone, host, others, whose))
+    lossy = {type(step.config).__name__ for step in host.report.applied if step.fidelity == Fidelity.LOSSY.value}
+    dtype, packed = reference.model.dtype, is_packed(reference.model)
+    found = [_difference(reference, host, math.inf if lossy else of_text_logits(dtype, packed), "")]
+    if alone is not None:  # the configs were lossy, or close: weights or what the cache keeps are rounded in both
+        bound = math.inf if lossy - set(host.report.named) else of_text_logits(dtype, is_rounded=True)
+        found.append(_difference(alone, host, bound, f" from those with {', '.join(host.report.named)} alone"))
     host.calls = host.report.calls = CallLog()  # the calls that verified are none of the user's
     host.report.verified = "logits differ by " + ", ".join(found)
 

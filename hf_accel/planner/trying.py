@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_accel.core.calls.report import Skip
+from hf_accel.core.model.anatomy import is_packed
 from hf_accel.core.steps.applying import applied
 from hf_accel.core.steps.patcher import Fidelity, Patcher
 from hf_accel.core.steps.plan import Plan, Step
@@ -71,10 +72,15 @@ def _reference(model: PreTrainedModel) -> Reference:
     return Reference(model, {"input_ids": ids, "attention_mask": mask}, NEW_TOKENS)
 
 
+def _fidelity(step: Step) -> Fidelity:
+    return Patcher.for_config(step.config).fidelity
+
+
 def _fault(plan: Plan, setting: Setting, reference: Reference) -> str | None:
     """Return what is wrong with the text of a plan, None if its logits are stock's up to rounding."""
-    bound = of_text_logits(setting.anatomy.dtype)
-    if any(Patcher.for_config(step.config).fidelity is not Fidelity.EXACT for step in plan.offered):
+    is_rounded = is_packed(setting.model) or any(_fidelity(step) is not Fidelity.EXACT for step in plan.named)
+    bound = of_text_logits(setting.anatomy.dtype, is_rounded)
+    if any(_fidelity(step) is not Fidelity.EXACT for step in plan.offered):
         bound = math.inf
     try:
         with applied(plan, setting):
