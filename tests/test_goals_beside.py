@@ -64,7 +64,7 @@ def names(found: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("config", LOSSY, ids=lambda config: type(config).__name__)
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW[:2] else pytest.mark.slow) for n in FEW])
 def test_the_text_is_that_of_the_config_alone(name: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settled(monkeypatch)
     model = build(name)
