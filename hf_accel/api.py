@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -10,26 +9,23 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from hf_accel.core.calls.call import CallLog
 from hf_accel.core.calls.hosting import Host, host_of
 from hf_accel.core.calls.report import Report
 from hf_accel.core.config import Config
-from hf_accel.core.failures import converting
 from hf_accel.core.model.support import unwrap
 from hf_accel.core.progress import shown
 from hf_accel.core.steps.applying import Patchers, apply, checked
-from hf_accel.core.steps.patcher import Fidelity, Patcher, Stage
+from hf_accel.core.steps.patcher import Stage
 from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
-from hf_accel.errors import ConfigError, ConflictError, UnsupportedModelError, VerificationError
-from hf_accel.measure.quality import QualityReference
+from hf_accel.errors import ConfigError, ConflictError
+from hf_accel.measure.quality import CalibrationText, QualityReference
 from hf_accel.measure.reference import Reference
-from hf_accel.measure.text import FITTED_ROW_TOKENS, ROW_TOKENS, calibration_text
-from hf_accel.ops.tolerances import of_text_logits
-from hf_accel.planner import plan_goal
+from hf_accel.planner import Asked, Named, addition, goal_called, optimize_beside, plan_beside, plan_goal
+from hf_accel.planner.comparing import logits_on, measured_on, quality_of, text_for, verify
 
 M = TypeVar("M")
-Goal = str | Config | Sequence[Config] | Plan
+Goal = str | Config | Sequence[str | Config] | Plan
 
 
 def plan(
@@ -46,7 +42,9 @@ def plan(
     Args:
         model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
         goal_or_configs: a goal ("exact": the same mathematics up to rounding; "fast": weights in few bits, too, within
-            `max_kl`; "memory": the fewest bytes within `max_kl`), or one or several configs.
+            `max_kl`; "memory": the fewest bytes within `max_kl`), one or several configs, or both in a list, as
+            `["exact", WeightOnlyConfig(bits=4)]`: the configs are applied as they are, and the goal fills the places
+            they leave, tried and timed on the model with them.
         calibration: the text on which lossy steps are measured, and which some are fitted to: token ids [B, T], rows
             of token ids, a tokenizer's output, texts or conversations with `tokenizer`, a data set, or a generator of
             these; padding that a mask shows is taken out. None: a goal lets the model write some itself; configs are
@@ -61,9 +59,9 @@ def plan(
         ConflictError: it is optimised already.
         ConfigError: the goal, a config or an argument does not exist or does not fit.
     """
-    setting = _setting(model, draft_model)
+    asked, setting = Asked.of(goal_or_configs), _setting(model, draft_model)
     with shown(f"planning for {type(setting.model).__name__}") as setting.progress:
-        chosen = _plan(setting, goal_or_configs, calibration, tokenizer, max_kl)
+        chosen = _plan(setting, asked, calibration, tokenizer, max_kl)
         if chosen.patchers is not None:
             found = [patcher.preview(setting) for patcher in chosen.patchers]
             chosen.plan.previews = [preview for preview in found if preview is not None]
@@ -86,12 +84,14 @@ def optimize(
 
     Args:
         model: a transformers causal language model, a PeftModel around one, or a text-generation pipeline.
-        goal_or_configs: a goal ("exact", "fast" or "memory"), one or several configs, or an edited `Plan`.
+        goal_or_configs: a goal ("exact", "fast" or "memory"), one or several configs, a goal beside configs in a list,
+            or an edited `Plan`.
         calibration, tokenizer, max_kl: how lossy steps are measured and bounded, see `plan`.
         draft_model: a smaller model with the same tokenizer, which `SpeculativeConfig` may draft with. It is not
             changed, and is kept until `restore`.
         verify_on: token ids [B, T], or a tokenizer's output, on which the logits before and after are compared.
-            With lossy steps the difference is reported and has no bound.
+            With lossy steps the difference is reported and has no bound; what a goal adds beside configs that change
+            logits has the bound of rounding, against the model with these configs alone.
         originals: what becomes of weights that lossy steps replace: "keep" leaves them where they are, beside the new
             ones; "cpu" moves them to main memory; "drop" gives each up as soon as it is replaced, so that memory
             never holds more than the original model and one layer, and `restore` is no longer possible.
@@ -105,19 +105,22 @@ def optimize(
         ConfigError: the goal or a config does not exist or does not fit.
         VerificationError: the optimised model differs by more than rounding explains; it has been restored.
     """
-    setting = _setting(model, draft_model, originals)
+    asked, setting = Asked.of(goal_or_configs), _setting(model, draft_model, originals)
     with shown(f"optimising {type(setting.model).__name__}") if progress is None else nullcontext(progress) as step:
         setting.progress = step
-        chosen = _plan(setting, goal_or_configs, calibration, tokenizer, max_kl)
-        reference = None
-        if verify_on is not None:
-            with converting(ConfigError, "The model itself cannot continue the text given as verify_on"):
-                reference = Reference(setting.model, verify_on)
-        host = apply(chosen.plan, setting, chosen.patchers, leaves_out=isinstance(goal_or_configs, str))
-        if chosen.quality is not None:
-            host.report.quality = chosen.quality.compare()
-        if reference is not None:
-            _verify(reference, host)
+        options = {"calibration": calibration, "tokenizer": tokenizer, "max_kl": max_kl}
+        if asked.goal is not None and asked.configs:
+            host, quality, references = _optimize_beside(setting, asked.goal, asked.configs, options, verify_on)
+        else:
+            chosen = _plan(setting, asked, **options)
+            quality, references = chosen.quality, (logits_on(setting, verify_on), None)
+            host = apply(chosen.plan, setting, chosen.patchers, leaves_out=asked.goal is not None)
+        if quality is not None:
+            host.report.quality = quality.compare()
+        verify(*references, host)
+        if asked.goal is None and host.report.goal == Plan.goal:
+            configs = [step.config for step in chosen.plan.steps]
+            host.report.addition = addition(Setting.of(setting.model, draft_model=setting.draft_model), configs)
     return model
 
 
@@ -186,23 +189,27 @@ class _Chosen(NamedTuple):
     quality: QualityReference | None = None
 
 
-def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: Any, max_kl: float | None) -> _Chosen:
-    if isinstance(goal_or_configs, str):
-        options = {"calibration": calibration, "tokenizer": tokenizer, "max_kl": max_kl}
-        return _Chosen(plan_goal(setting, goal_or_configs, **options))
+def _plan(setting: Setting, asked: Asked, calibration: Any, tokenizer: Any, max_kl: float | None) -> _Chosen:
+    options = {"calibration": calibration, "tokenizer": tokenizer, "max_kl": max_kl}
+    if asked.goal is not None and not asked.configs:
+        return _Chosen(plan_goal(setting, asked.goal, **options))
+    if asked.goal is not None:
+        setting.keep_prepared()  # weights are checked, and made, once
+        named, text = _named(setting, asked.goal, asked.configs, options)
+        options["calibration"] = text
+        return _Chosen(plan_beside(setting, asked.goal, named, **options), list(named.patchers))
     if max_kl is not None:
         raise ConfigError('max_kl bounds the goals "fast" and "memory"; configs are applied as they are given.')
-    if isinstance(goal_or_configs, Plan):
-        chosen = goal_or_configs
+    if asked.plan is not None:
+        chosen = asked.plan
         if setting.draft_model is not None:
             chosen = replace(chosen, draft_model=setting.draft_model)
         setting.draft_model = chosen.draft_model
-        return _Chosen(chosen, quality=_quality(setting, chosen, calibration, tokenizer))
-    configs = [goal_or_configs] if isinstance(goal_or_configs, Config) else goal_or_configs
-    if not isinstance(configs, Sequence):
-        raise ConfigError(f"optimize takes a goal, configs or a plan; {goal_or_configs!r} was given.")
-    chosen = Plan.of(list(configs), setting.draft_model)
-    quality = _quality(setting, chosen, calibration, tokenizer)
+        return _Chosen(
+            chosen, quality=quality_of(setting, [step.config for step in chosen.steps], calibration, tokenizer)
+        )
+    chosen = Plan.of(list(asked.configs), setting.draft_model)
+    quality = quality_of(setting, asked.configs, calibration, tokenizer)
     patchers = checked(chosen, setting)
     if all(patcher.stage is not Stage.ARCHITECTURE for patcher in patchers):  # the others see another model then
         for patcher in patchers:
@@ -210,34 +217,21 @@ def _plan(setting: Setting, goal_or_configs: Goal, calibration: Any, tokenizer: 
     return _Chosen(chosen, patchers, quality)
 
 
-def _quality(setting: Setting, plan: Plan, calibration: Any, tokenizer: Any) -> QualityReference | None:
-    """Return what a plan is measured by, where text is given, apart from what steps of it are fitted to."""
-    if calibration is None:
-        return None
-    with converting(UnsupportedModelError, "The model's distributions on the calibration text cannot be had"):
-        is_fitted = any(Patcher.for_config(step.config).is_fitted_to_text for step in plan.steps)
-        row_tokens = FITTED_ROW_TOKENS if is_fitted else ROW_TOKENS
-        text = calibration_text(setting.model, calibration, tokenizer, row_tokens=row_tokens)
-        setting.calibration, measured = text.split() if is_fitted else (text, text)
-        return QualityReference(setting.model, measured)
+def _optimize_beside(
+    setting: Setting, goal: str, configs: Sequence[Config], options: dict[str, Any], verify_on: Any
+) -> tuple[Host, QualityReference | None, tuple[Reference | None, Reference | None]]:
+    """Apply configs and what a goal adds; return what quality and logits are compared with, too."""
+    named, text = _named(setting, goal, configs, options)
+    quality = None if text is None else measured_on(setting, text, configs)
+    reference = logits_on(setting, verify_on)
+    host, alone = optimize_beside(setting, goal, named, verify_on=verify_on, **(options | {"calibration": text}))
+    return host, quality, (reference, alone)
 
 
-def _verify(reference: Reference, host: Host) -> None:
-    bound = of_text_logits(reference.model.dtype)
-    if any(step.fidelity == Fidelity.LOSSY.value for step in host.report.applied):
-        bound = math.inf
-    try:
-        with converting(VerificationError, "The optimised model could not be verified, and has been restored"):
-            difference = reference.difference()
-    except BaseException:
-        host.journal.undo()
-        raise
-    host.calls = host.report.calls = CallLog()  # the calls that verified are none of the user's
-    if not difference <= bound:
-        host.journal.undo()
-        raise VerificationError(
-            f"On the verification text the logits differ by {difference:.1e} of their norm; rounding explains "
-            f"{bound:.0e}. The model has been restored."
-        )
-    promised = "lossy steps promise no bound" if bound == math.inf else f"bound {bound:.0e}"
-    host.report.verified = f"logits differ by {difference:.1e} of their norm ({promised})"
+def _named(
+    setting: Setting, goal: str, configs: Sequence[Config], options: dict[str, Any]
+) -> tuple[Named, CalibrationText | None]:
+    """Check a goal and the configs beside it; return them with the text, of which the setting has what is fitted to."""
+    goal_called(goal, options["calibration"], options["max_kl"], Named(tuple(configs)))
+    text = text_for(setting, configs, options["calibration"], options["tokenizer"])
+    return Named.of(configs, setting), text

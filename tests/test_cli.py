@@ -204,6 +204,16 @@ def test_bench_drafts_with_another_model() -> None:
     assert speculation_of(data)[0]["drafter"] == "auto"
 
 
+def test_a_goal_beside_bits_is_planned(folder: Path) -> None:
+    shown = succeed("plan", folder, "--dtype", "float32", "--threads", "1", "--bits", "4", "--group-size", "32").stdout
+    assert "plan for goal exact beside WeightOnlyConfig" in shown
+    assert "weights afterwards" in shown
+    assert "with WeightOnlyConfig alone ->" in " ".join(shown.split())
+    data = json.loads(succeed("bench", folder, *BENCH, "--bits", "8", "--json").stdout)
+    assert data["report"]["named"] == ["WeightOnlyConfig"]
+    assert "DecodingConfig" in {change["config"]["type"] for change in data["report"]["changes"]}
+
+
 def test_bench_speculates_in_few_bits(folder: Path) -> None:
     data = json.loads(succeed("bench", folder, *BENCH, "--bits", "8", "--speculative", "lookup", "--json").stdout)
     assert speculation_of(data)[0]["drafter"] == "lookup"
@@ -275,6 +285,10 @@ def test_demo_shows_a_difference_and_fails(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (("bench", "no/such-model"), "'no/such-model' is not a shape"),
         (("plan", "{folder}", "--goal", "warp"), "There is no goal called 'warp'"),
+        (("plan", "{folder}", "--goal", "warp", "--bits", "4"), "There is no goal called 'warp'"),
+        (("plan", "{folder}", "--group-size", "32"), "--group-size belongs to --bits"),
+        (("bench", "{folder}", "--group-size", "32"), "--group-size belongs to --bits"),
+        (("plan", "{folder}", "--bits", "5"), "bits is 2, 3, 4 or 8; 5 was given"),
         (("bench", "{folder}", "--left-padding"), "give a batch of at least 2"),
         (("bench", "{folder}", "--top-k", "5"), "belong to sampling"),
         (("bench", "{folder}", "--speculative", "oracle"), "'oracle' was given"),

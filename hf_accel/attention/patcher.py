@@ -56,7 +56,7 @@ class AttentionPatcher(Patcher[AttentionConfig], config=AttentionConfig):
 
     @classmethod
     def candidates(cls, goal: Goal, setting: Setting) -> Offer:
-        if _unreplaceable(setting):
+        if goal.is_only_told or _unreplaceable(setting):
             return Offer([AttentionConfig()])  # its obstacles are told
         ladder = Ladder(AUTO)
         demands = _prepare(ladder, setting)

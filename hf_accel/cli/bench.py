@@ -10,13 +10,16 @@ from transformers import PreTrainedModel
 
 from hf_accel.cli.models import (
     AsJson,
+    Bits,
     Device,
     Dtype,
     DtypeName,
     GoalName,
+    GroupSize,
     OptionalModelName,
     Threads,
     check_device,
+    few_bits,
     load_model,
     make_plan,
     untimed_plan,
@@ -25,10 +28,8 @@ from hf_accel.cli.models import (
 from hf_accel.cli.output import progress, results, write_json
 from hf_accel.cli.suite import SUITES, run_suite
 from hf_accel.cli.tables import footer, speed_table
-from hf_accel.core.config import Config
 from hf_accel.errors import ConfigError
 from hf_accel.measure import SHAPES, Workload, run_bench
-from hf_accel.quantization import WeightOnlyConfig
 from hf_accel.quantization.building import build_packed
 from hf_accel.speculative import SpeculativeConfig
 
@@ -53,13 +54,13 @@ def bench(
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this probability mass.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Divide the logits by this first.")] = None,
     goal: GoalName = "exact",
-    bits: Annotated[int | None, typer.Option(help="Weights in 8 or 4 bits beside all exact steps, unmeasured.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="With --bits: columns that share a scale.")] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     speculative: Annotated[
         str | None,
         typer.Option(
             metavar="DRAFTER",
-            help="Draft by lookup, self, layer_skip, model or auto, beside all exact steps, untimed. What that gains "
+            help="Draft by lookup, self, layer_skip, model or auto, beside the goal's other steps. What that gains "
             "depends on the text: it takes a trained model, and even there random prompts show little of it.",
         ),
     ] = None,
@@ -119,8 +120,7 @@ def bench(
         temperature=temperature,
         rounds=rounds,
     )
-    if bits is None and group_size is not None and not packed:
-        raise ConfigError("--group-size belongs to --bits; give both.")
+    configs = [] if packed else few_bits(bits, group_size)
     if draft_model is not None and speculative not in ("model", "auto"):
         raise ConfigError("--draft-model belongs to --speculative model or auto; give both.")
     if speculative == "model" and draft_model is None:
@@ -131,7 +131,6 @@ def bench(
         raise ConfigError(f"--packed builds on the CPU; --device {device} was given. Leave it out.")
     if layers is not None and model not in SHAPES:
         raise ConfigError(f"--layers belongs to a shape ({', '.join(SHAPES)}); {model!r} has the layers it has.")
-    configs: list[Config] = [] if bits is None or packed else [WeightOnlyConfig(bits=bits, group_size=group_size)]
     configs += [] if speculative is None else [SpeculativeConfig(drafter=speculative)]
     use_threads(threads)
     loaded: PreTrainedModel
@@ -141,7 +140,7 @@ def bench(
     else:
         loaded = load_model(model, dtype.torch, device, layers)
     drafting = None if draft_model is None else load_model(draft_model, dtype.torch, device)
-    plan = untimed_plan(loaded, configs, drafting) if configs or packed else make_plan(loaded, goal)
+    plan = untimed_plan(loaded, configs, drafting) if packed else make_plan(loaded, goal, configs, drafting)
     with progress("stock and optimised in alternation", 2 * rounds) as step:
         result = run_bench(loaded, plan, workload, name=model, progress=step)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -19,7 +20,8 @@ from hf_accel.core.steps.plan import Plan
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, described
 from hf_accel.measure import SHAPES, build_shape
-from hf_accel.planner import GOALS, plan_goal, untimed
+from hf_accel.planner import GOALS, Named, goal_called, plan_beside, plan_goal, untimed
+from hf_accel.quantization import WeightOnlyConfig
 from hf_accel.speculative import SpeculativeConfig
 
 
@@ -41,6 +43,10 @@ _MODEL = typer.Argument(
 ModelName = Annotated[str, _MODEL]
 OptionalModelName = Annotated[str | None, _MODEL]
 GoalName = Annotated[str, typer.Option("--goal", help=f"What to aim at: {', '.join(GOALS)}.")]
+Bits = Annotated[
+    int | None, typer.Option("--bits", help="Weights in 8, 4, 3 or 2 bits, and the goal's other steps beside them.")
+]
+GroupSize = Annotated[int | None, typer.Option("--group-size", help="With --bits: columns that share a scale.")]
 DtypeName = Annotated[Dtype, typer.Option("--dtype", help="Data type to load or build the weights in.")]
 Device = Annotated[str, typer.Option("--device", help="Where to put the model, for example cpu or cuda.")]
 Threads = Annotated[
@@ -132,12 +138,27 @@ def untimed_plan(model: PreTrainedModel, configs: list[Config], draft_model: Any
     return untimed(setting, configs)
 
 
-def make_plan(model: PreTrainedModel, goal: str) -> Plan:
-    """Return the plan for `goal`, timed on `model`, with a progress bar.
+def make_plan(model: PreTrainedModel, goal: str, configs: Sequence[Config] = (), draft_model: Any = None) -> Plan:
+    """Return the plan for `goal` beside `configs`, timed on `model`, with a progress bar.
 
     Raises:
         ConfigError: there is no such goal.
-        UnsupportedModelError: the model cannot be optimised.
+        UnsupportedModelError: the model cannot be optimised, or not by these configs.
     """
     with progress("timing what pays on this machine") as step:
-        return plan_goal(Setting.of(model, progress=step), goal)
+        setting = Setting.of(model, draft_model=draft_model, progress=step)
+        if not configs:
+            return plan_goal(setting, goal)
+        goal_called(goal)
+        return plan_beside(setting, goal, Named.of(configs, setting))
+
+
+def few_bits(bits: int | None, group_size: int | None) -> list[Config]:
+    """Return the config that --bits and --group-size ask for, if any.
+
+    Raises:
+        ConfigError: a value does not fit, or --group-size stands alone.
+    """
+    if bits is None and group_size is not None:
+        raise ConfigError("--group-size belongs to --bits; give both.")
+    return [] if bits is None else [WeightOnlyConfig(bits=bits, group_size=group_size)]

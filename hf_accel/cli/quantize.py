@@ -125,7 +125,10 @@ def quantize(
             f"of the text {split['fitted']:,} tokens chose the weights, and {split['measured']:,} were kept back to "
             "measure on"
         )
-    for line in [*lines, f"written to {out}; load it with hf_accel.from_pretrained"]:
+    for line in [
+        *lines,
+        f"written to {out}; load it with hf_accel.from_pretrained, and hf_accel.optimize adds the exact steps",
+    ]:
         results.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -33,6 +33,15 @@ class Config:
         """Return the config as JSON values; `type` names the class."""
         return {"type": type(self).__name__, **dataclasses.asdict(self)}
 
+    def written(self) -> str:
+        """Return the call that makes this config, as users write it: fields with their defaults are left out."""
+        given = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the config that `to_dict` described.

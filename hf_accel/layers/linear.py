@@ -16,9 +16,11 @@ from torch.nn import Linear, Parameter, functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.calls.hosting import Host
+from hf_accel.core.calls.report import Skip
 from hf_accel.core.config import Config
 from hf_accel.core.journal import beneath, subclass
 from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 from hf_accel.kernels import native
@@ -54,6 +56,14 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
     fidelity = Fidelity.EXACT
     occupies = "linear products"
     is_preferred = True
+
+    @classmethod
+    def candidates(cls, goal: Goal, setting: Setting) -> Offer:
+        if setting.anatomy.products():
+            return Offer([NativeLinearConfig()])
+        return Offer(
+            skipped=[Skip(NativeLinearConfig.__name__, "all products are packed, and run natively as they are")]
+        )
 
     def obstacles(self, setting: Setting) -> list[str]:
         return native_obstacles(setting.anatomy)

@@ -24,6 +24,7 @@ class Quality:
     """Means over `tokens` predicted tokens of `source`; perplexities only where the text is not the model's own.
 
     note: a sentence on the text, where it does not seem to be the model's, or "".
+    against: what the model is compared with, where that is not the original, or "".
     """
 
     kl: float
@@ -33,6 +34,7 @@ class Quality:
     tokens: int
     source: str
     note: str = ""
+    against: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,7 +43,9 @@ class Quality:
         text = f"KL {self.kl:.2g} nats per token, likeliest token equal at {100 * self.top1_agreement:.1f} %"
         if self.perplexity_before is not None and self.perplexity_after is not None:
             text += f", perplexity {self.perplexity_before:.3f} -> {self.perplexity_after:.3f}"
-        return f"{text}; {self.tokens} tokens of {self.source}" + (f"; {self.note}" if self.note else "")
+        text += f"; {self.tokens} tokens of {self.source}"
+        text += f"; against {self.against}" if self.against else ""
+        return text + (f"; {self.note}" if self.note else "")
 
 
 @dataclass(frozen=True)

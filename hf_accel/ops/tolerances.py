@@ -15,6 +15,7 @@ _LAYER_PACKED = 1e-2
 _STEP = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _STEP_PACKED = 2e-2
 _TEXT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_TEXT_PACKED = 2e-2
 _ATTENTION = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _OTHER_DTYPES = 1e-3
 
@@ -30,9 +31,14 @@ def of_step_logits(dtype: torch.dtype, is_packed: bool) -> float:
     return max(limit, _STEP_PACKED) if is_packed else limit
 
 
-def of_text_logits(dtype: torch.dtype) -> float:
-    """Return the bound for a model's logits over a prompt and the steps after it, under exact optimisations."""
-    return _TEXT.get(dtype, _OTHER_DTYPES)
+def of_text_logits(dtype: torch.dtype, is_rounded: bool = False) -> float:
+    """Return the bound for a model's logits over a prompt and the steps after it, under exact optimisations.
+
+    is_rounded: it has packed weights, or its cache keeps codes, in both the optimised model and the one it is compared
+        with.
+    """
+    limit = _TEXT.get(dtype, _OTHER_DTYPES)
+    return max(limit, _TEXT_PACKED) if is_rounded else limit
 
 
 def of_attention(dtype: torch.dtype) -> float:

@@ -8,25 +8,28 @@ from __future__ import annotations
 import functools
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hf_accel.core.calls.report import Skip
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.calls.report import Addition, Skip
 from hf_accel.core.config import Config
 from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.shadow import twin
-from hf_accel.core.steps.applying import applied
+from hf_accel.core.steps.applying import applied, arranged
 from hf_accel.core.steps.goal import Gain, Goal
-from hf_accel.core.steps.patcher import Patcher
+from hf_accel.core.steps.patcher import Fidelity, Patcher
 from hf_accel.core.steps.plan import Plan, Step
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, HfAccelError, described
 from hf_accel.measure.quality import QualityReference
 from hf_accel.measure.text import calibration_text
+from hf_accel.planner.named import Named
 from hf_accel.planner.timing import keep_what_pays
 from hf_accel.planner.trying import name_of
 
+NOTHING = Named()
 LEAST_FITTED_TOKENS = 1024  # of a text, below which all of it is measured on and nothing fitted to it
 # see docs/quantization.md for what the bounds, in nats per token, mean on trained models
 GOALS = {
@@ -40,6 +43,7 @@ def plan_goal(
     setting: Setting,
     name: str,
     *,
+    named: Named = NOTHING,
     calibration: Any = None,
     tokenizer: Any = None,
     max_kl: float | None = None,
@@ -47,28 +51,36 @@ def plan_goal(
     """Return the plan for the goal called `name`, having timed its candidates on the model, which is left as it was.
 
     Args:
+        named: the configs that stand beside the goal; the model has its `first` steps in place.
         calibration, tokenizer: the text that lossy goals measure on, see `calibration_text`.
         max_kl: nats per token that lossy goals may cost; None: the goal's own bound.
 
     Raises:
         ConfigError: the goal or an argument does not exist or does not fit.
     """
-    goal = _goal(name, calibration, max_kl)
-    plan = Plan(goal=name, draft_model=setting.draft_model)
+    goal = goal_called(name, calibration, max_kl, named)
+    plan = Plan(goal=name, steps=named.steps(named.patchers), draft_model=setting.draft_model)
     setting.keep_prepared()
-    trial = _trial(setting)
+    trial = trial_of(setting)
+    if host_of(trial.model) is not None:
+        reason = f"nothing could be tried: a {type(trial.model).__name__} with {named.names[0]} cannot be copied"
+        plan.skipped.append(Skip(f'goal "{name}"', reason))
+        return plan
+    plan.steps = named.tried(trial)
+    in_place = {name_of(step) for step in (*named.steps(named.first), *plan.steps)}
     with evaluating(trial.model):
         if goal.is_lossy:
             goal = replace(goal, reference=_reference(trial, calibration, tokenizer))
             setting.calibration = trial.calibration
-        offer(plan, trial, _candidates(plan, trial, goal))
-        on_own_account = [step for step in plan.steps if Patcher.for_config(step.config).gain is Gain.OWN_ACCOUNT]
+        offer(plan, trial, _candidates(plan, trial, goal, named), named)
+        on_own_account = [step for step in plan.offered if Patcher.for_config(step.config).gain is Gain.OWN_ACCOUNT]
         plan.steps = plan.without(*(type(step.config) for step in on_own_account)).steps
         _verify(plan, trial)
-        if plan.steps:
-            keep_what_pays(plan, goal, trial)
+        if plan.offered:
+            keep_what_pays(plan, goal, trial, tuple(name for name in named.names if name in in_place))
         for step in on_own_account:
-            missing = set(Patcher.for_config(step.config).needs) - {name_of(other) for other in plan.steps}
+            there = {*map(name_of, plan.steps), *named.claims.values()}
+            missing = set(Patcher.for_config(step.config).needs) - there
             if missing:
                 plan.skipped.append(Skip(name_of(step), f"it needs {min(missing)}, which is left out"))
             else:
@@ -77,17 +89,26 @@ def plan_goal(
             plan.weight_bytes = Patcher.for_config(step.config).weight_bytes(trial) or plan.weight_bytes
     if plan.weight_bytes is None:
         plan.quality = None
+    if plan.quality is not None and named.first:
+        what = ", ".join(type(patcher.config).__name__ for patcher in named.first)
+        plan.quality = replace(plan.quality, against=f"the model with {what}")
+    plan.steps = [*named.steps(named.patchers), *plan.offered]
     if goal.is_lossy:
         del trial, goal
         gc.collect()  # nothing may hold originals that are to be given up
     return plan
 
 
-def _goal(name: str, calibration: Any, max_kl: float | None) -> Goal:
+def goal_called(name: str, calibration: Any = None, max_kl: float | None = None, named: Named = NOTHING) -> Goal:
+    """Return the goal called `name`, with the bound `max_kl`.
+
+    Raises:
+        ConfigError: it does not exist, or an argument does not fit it and the configs beside it.
+    """
     if name not in GOALS:
         raise ConfigError(f"There is no goal called {name!r}. Goals: {', '.join(GOALS)}. Or pass a list of configs.")
     goal = GOALS[name]
-    if not goal.is_lossy and not (calibration is None and max_kl is None):
+    if not goal.is_lossy and not (max_kl is None and (calibration is None or named.configs)):
         raise ConfigError(f'calibration and max_kl belong to the goals "fast" and "memory"; the goal is "{name}".')
     if max_kl is None:
         return goal
@@ -121,7 +142,7 @@ def _reference(setting: Setting, calibration: Any, tokenizer: Any) -> Callable[[
     return functools.cache(lambda: QualityReference(model, text))
 
 
-def _trial(setting: Setting) -> Setting:
+def trial_of(setting: Setting) -> Setting:
     """Return a session over a copy to try steps on, with what is prepared shared; over the model if need be."""
     model = twin(setting.model)
     if model is setting.model:
@@ -141,10 +162,27 @@ def untimed(setting: Setting, configs: list[Config]) -> Plan:
     return plan
 
 
-def _candidates(plan: Plan, setting: Setting, goal: Goal) -> list[Config]:
-    """Return what all patchers offer for a goal, the preferred first where two claim one place."""
+def addition(setting: Setting, configs: Sequence[Config]) -> Addition | None:
+    """Return what the goal "exact" would try beside configs that are in place; nothing is run or timed for it."""
+    named = Named(tuple(configs), arranged(Plan.of(list(configs))))
+    if any(patcher.is_trainable for patcher in named.patchers):
+        return None
+    plan = Plan()
+    offer(plan, setting, _candidates(plan, setting, replace(GOALS["exact"], is_only_told=True), named), named)
+    return named.addition("exact", [step.config for step in plan.steps])
+
+
+def _candidates(plan: Plan, setting: Setting, goal: Goal, named: Named = NOTHING) -> list[Config]:
+    """Return what all patchers offer for a goal, the preferred first where two claim one place.
+
+    Those whose place a named config has are not asked.
+    """
     configs: list[Config] = []
     for cls in Patcher.all():
+        if (owner := named.claims.get(cls.occupies)) is not None:
+            if owner != cls.config_class.__name__ and cls.fidelity is Fidelity.EXACT:
+                plan.skipped.append(Skip(cls.config_class.__name__, f"{owner} has the {cls.occupies}"))
+            continue
         try:
             found = cls.candidates(goal, setting)
         except ConfigError:
@@ -159,35 +197,35 @@ def _candidates(plan: Plan, setting: Setting, goal: Goal) -> list[Config]:
     return configs
 
 
-def offer(plan: Plan, setting: Setting, configs: list[Config]) -> None:
+def offer(plan: Plan, setting: Setting, configs: list[Config], named: Named = NOTHING) -> None:
     """Put every config without obstacles into the plan; of two that claim one place the first."""
-    claims: dict[str, str] = {}
+    claims = named.claims
     for config in configs:
         patcher, name = Patcher.for_config(config), type(config).__name__
-        obstacles = _obstacles(patcher, setting)
-        if not obstacles and (reason := patcher.beside(claims)):
-            obstacles = [reason]
-        if not obstacles and patcher.occupies in claims:
-            obstacles = [f"{claims[patcher.occupies]} is preferred for the {patcher.occupies}"]
-        if obstacles:
-            plan.skipped.append(Skip(name, "; ".join(obstacle.rstrip(".") for obstacle in obstacles)))
+        reason = obstacles_of(config, setting) or patcher.beside(claims)
+        if not reason and patcher.occupies in claims:
+            reason = f"{claims[patcher.occupies]} is preferred for the {patcher.occupies}"
+        if reason:
+            plan.skipped.append(Skip(name, reason))
         else:
             claims[patcher.occupies] = name
             plan.steps.append(Step(config))
 
 
-def _obstacles(patcher: Patcher[Any], setting: Setting) -> list[str]:
+def obstacles_of(config: Config, setting: Setting) -> str:
+    """Return why a config cannot be applied to the model, in one sentence, "" if it can."""
     try:
-        return patcher.obstacles(setting)
+        found = Patcher.for_config(config).obstacles(setting)
     except Exception as error:  # of a model that is made otherwise than any that was thought of
-        return [f"it could not be found out whether it fits ({described(error)})"]
+        found = [f"it could not be found out whether it fits ({described(error)})"]
+    return "; ".join(obstacle.rstrip(".") for obstacle in found)
 
 
 def _verify(plan: Plan, setting: Setting) -> None:
     """Apply each candidate once; one that fails, by its own check or otherwise, is left out with the reason."""
-    for step in list(plan.steps):
+    for step in plan.offered:
         try:
-            with applied(Plan(steps=[step]), setting):
+            with applied(Plan(steps=[*plan.named, step]), setting):
                 pass
         except HfAccelError as error:
             plan.steps.remove(step)

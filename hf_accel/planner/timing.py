@@ -82,13 +82,16 @@ def _is_longer(one: list[float], other: list[float], factor: float = 1 / (1 - NO
     return least(one) > factor * least(other) * (1 + max(spread(one), spread(other)))
 
 
-def keep_what_pays(plan: Plan, goal: Goal, setting: Setting) -> None:
-    """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole."""
+def keep_what_pays(plan: Plan, goal: Goal, setting: Setting, beside: tuple[str, ...] = ()) -> None:
+    """Measure the plan, drop what does not pay, and note each step's gain and the speed of the whole.
+
+    Stock is the model as it is with the named steps of the plan. beside: the named configs that stood in both.
+    """
     timing = _Timing(plan, goal, setting, drop_what_fails(plan, setting))
     if not timing.drop_what_loses():
         return
     timing.judge_steps_of_several_tokens()
-    plan.measured = timing.speed()
+    plan.measured = replace(timing.speed(), beside=beside)
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,11 @@ class _Timing:
     def drop_what_loses(self) -> bool:
         """Time the steps and drop those that are shown to cost more than they gain; return whether any is left."""
         plan = self.plan
-        while plan.steps:
+        while plan.offered:
             steps = self._timed_steps()
-            plans = {"stock": Plan(), "all": plan} | {name_of(step): plan.without(type(step.config)) for step in steps}
+            plans = {"stock": Plan(steps=plan.named), "all": plan} | {
+                name_of(step): plan.without(type(step.config)) for step in steps
+            }
             self.new_tokens = self._tokens(len(plans))
             rounds = round(BUDGET_S / (len(plans) * (self.new_tokens + 1) * self.token_s))
             self.times = self._first_times(plans, max(2, min(ROUNDS, rounds)))
@@ -166,7 +171,7 @@ class _Timing:
                 for step in losers:
                     drop(self.plan, [step], _loss(self._gain(step)))
                 if not loses:  # what is reported is the speed of the steps that stay
-                    self.times |= self._alternate({"stock": Plan(), "all": plan}, 2)
+                    self.times |= self._alternate({"stock": plans["stock"], "all": plan}, 2)
                     break
             elif not self.times_everything:
                 self.times_everything = True
@@ -174,9 +179,9 @@ class _Timing:
             else:
                 ms = {name: 1e3 * least(self.times[name].wall) for name in ("all", "stock")}
                 slower = f"all steps took {ms['all']:.2f} ms per token, stock {ms['stock']:.2f} ms"
-                drop(self.plan, self.plan.steps, slower)
+                drop(self.plan, self.plan.offered, slower)
         plan.steps = [self._with_gain(step) for step in plan.steps]
-        return bool(plan.steps)
+        return bool(plan.offered)
 
     def _first_times(self, plans: dict[str, Plan], rounds: int) -> dict[str, Times]:
         """Time all ways; where tokens take long, once what is far from the plan already after one round."""
@@ -191,7 +196,7 @@ class _Timing:
 
     def judge_steps_of_several_tokens(self) -> None:
         """Keep what gains in steps of several tokens only where it is faster there."""
-        for step in [step for step in self.plan.steps if _patcher(step).gain is Gain.SEVERAL_TOKENS]:
+        for step in [step for step in self.plan.offered if _patcher(step).gain is Gain.SEVERAL_TOKENS]:
             if self.room_tokens < VERIFY_TOKENS:
                 drop(self.plan, [step], "the model's context is too short to measure what it gains")
                 continue
@@ -224,7 +229,7 @@ class _Timing:
 
     def _timed_steps(self) -> list[Step]:
         found = []
-        for step in self.plan.steps:
+        for step in self.plan.offered:
             patcher = _patcher(step)
             is_overhead = patcher.gain is Gain.OVERHEAD and self.token_s > OVERHEAD_SHOWS_S
             if patcher.gain is Gain.SEVERAL_TOKENS or (is_overhead and not self.times_everything):

@@ -11,7 +11,11 @@ from hf_accel.core.config import Config
 
 @dataclass(frozen=True)
 class Speed:
-    """Decoding speed at batch 1, measured on this machine: stock and patched in alternation, medians."""
+    """Decoding speed at batch 1, measured on this machine: stock and patched in alternation, medians.
+
+    beside: names of the configs that were applied in both, where they were named beside the goal: then "stock" is the
+        model with these alone.
+    """
 
     stock_tokens_per_s: float
     patched_tokens_per_s: float
@@ -19,10 +23,17 @@ class Speed:
     read_bandwidth_bytes_per_s: float
     prompt_tokens: int
     threads: int
+    beside: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
         return self.patched_tokens_per_s / self.stock_tokens_per_s
+
+    @property
+    def change(self) -> str:
+        """The two speeds and their ratio in words."""
+        alone = f" with {', '.join(self.beside)} alone" if self.beside else ""
+        return f"{self.stock_tokens_per_s:.1f}{alone} -> {self.patched_tokens_per_s:.1f} tokens/s ({self.ratio:.2f} x)"
 
     @property
     def achieved_bytes_per_s(self) -> float:
@@ -53,6 +64,21 @@ class Skip:
     reason: str
 
 
+@dataclass(frozen=True)
+class Addition:
+    """What a goal would try beside the configs that were named alone, and what to pass for that."""
+
+    goal: str
+    configs: tuple[str, ...]  # names of the configs it would try
+    written: str
+
+    def __str__(self) -> str:
+        return (
+            f'goal "{self.goal}" beside this would try {", ".join(self.configs)}, and keep what pays here: '
+            f"pass {self.written}"
+        )
+
+
 class Section(Protocol):
     """What a family counts over all calls; `str` of it is for people."""
 
@@ -80,6 +106,8 @@ class Report:
     quality: Any = None  # a measure.quality.Quality, where lossy steps were measured
     calls: CallLog | None = None
     sections: dict[str, Section] = field(default_factory=dict)  # what families count, by the names in SECTIONS
+    named: tuple[str, ...] = ()  # the configs that were named beside the goal
+    addition: Addition | None = None  # where configs were named alone
 
     def __getattr__(self, name: str) -> Section | None:
         """Return the section called `name`; None where the family that fills it is not applied."""
@@ -103,6 +131,8 @@ class Report:
         return {
             "model": self.model,
             "goal": self.goal,
+            "named": list(self.named),
+            "addition": self.addition and asdict(self.addition),
             "device": self.device,
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
@@ -127,13 +157,14 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"hf_accel report: {self.model}, {self.dtype} on {self.device}, goal {self.goal}"]
+        beside = f" beside {', '.join(self.named)}" if self.named else ""
+        lines = [f"hf_accel report: {self.model}, {self.dtype} on {self.device}, goal {self.goal}{beside}"]
         after = "" if self.patched_weight_bytes is None else f" -> {_size(self.patched_weight_bytes)}"
         lines.append(f"  weights {_size(self.weight_bytes)}{after}, extra {_size(self.extra_bytes)}")
         if self.speed is not None:
             s = self.speed
             lines.append(
-                f"  decode {s.stock_tokens_per_s:.1f} -> {s.patched_tokens_per_s:.1f} tokens/s ({s.ratio:.2f} x), "
+                f"  decode {s.change}, "
                 f"{s.achieved_bytes_per_s / 1e9:.1f} GB/s of {s.read_bandwidth_bytes_per_s / 1e9:.1f} measured "
                 f"({100 * s.share_of_bandwidth:.0f} %), prompt {s.prompt_tokens}, {s.threads} threads"
             )
@@ -148,6 +179,8 @@ class Report:
         if self.skipped:
             lines.append("  not done:")
             lines += [f"    {skip.what}: {skip.reason}" for skip in self.skipped]
+        if self.addition is not None:
+            lines.append(f"  {self.addition}")
         if self.calls is not None:
             lines.append(f"  calls: {self.calls.served} served, {self.calls.delegated} delegated to stock generate")
             lines += [f"    {count} x {reason}" for reason, count in self.calls.reasons.items()]

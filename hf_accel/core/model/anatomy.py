@@ -133,6 +133,11 @@ class Anatomy:
         return found
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Return whether weights of the model are packed: its products round what they read, too."""
+    return any(isinstance(module, PackedProduct) for module in model.modules())
+
+
 def holds_experts(module: nn.Module) -> bool:
     """Return whether `module` holds the weights of several experts in 3-D parameters, in whatever layout.
 

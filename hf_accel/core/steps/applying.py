@@ -26,6 +26,25 @@ def checked(plan: Plan, setting: Setting) -> Patchers:
         ConflictError: two steps claim one place, or another thread has optimised the model meanwhile.
         UnsupportedModelError: steps cannot be applied to this model; all obstacles are listed.
     """
+    patchers = arranged(plan)
+    obstacles = [f"{_name(patcher)}: {text}" for patcher in patchers for text in _obstacles(patcher, setting)]
+    if obstacles and host_of(setting.model) is not None:
+        raise ConflictError(
+            f"This {type(setting.model).__name__} has been optimised by another thread meanwhile, so that the plan "
+            f"does not fit it any more ({obstacles[0]}). hf_accel.report(model) tells what was done."
+        )
+    if obstacles:
+        listed = "\n  - ".join(obstacles)
+        raise UnsupportedModelError(f"The plan cannot be applied to this model:\n  - {listed}")
+    return patchers
+
+
+def arranged(plan: Plan) -> Patchers:
+    """Return the patchers of a plan and of what its steps need in the order of their stages, unchecked.
+
+    Raises:
+        ConflictError: two steps claim one place.
+    """
     patchers = [Patcher.for_config(step.config) for step in plan.steps]
     for needed in [name for patcher in patchers for name in patcher.needs]:
         if all(_name(patcher) != needed for patcher in patchers):
@@ -39,15 +58,6 @@ def checked(plan: Plan, setting: Setting) -> Patchers:
                 f"{claims[patcher.occupies]} and {name} both change the {patcher.occupies}. Keep one of them."
             )
         claims[patcher.occupies] = name
-    obstacles = [f"{_name(patcher)}: {text}" for patcher in patchers for text in _obstacles(patcher, setting)]
-    if obstacles and host_of(setting.model) is not None:
-        raise ConflictError(
-            f"This {type(setting.model).__name__} has been optimised by another thread meanwhile, so that the plan "
-            f"does not fit it any more ({obstacles[0]}). hf_accel.report(model) tells what was done."
-        )
-    if obstacles:
-        listed = "\n  - ".join(obstacles)
-        raise UnsupportedModelError(f"The plan cannot be applied to this model:\n  - {listed}")
     return patchers
 
 
@@ -64,14 +74,38 @@ def apply(plan: Plan, setting: Setting, patchers: Patchers | None = None, *, lea
     return _apply(plan, setting, patchers, leaves_out, Journal(setting.originals))
 
 
+def apply_further(plan: Plan, setting: Setting, host: Host, patchers: Patchers) -> None:
+    """Apply the steps of `patchers` to a model that has its host, for a goal: what fails and is not fixed is left out.
+
+    What the plan says of itself is the report's from now on. Raises: as `apply`; what was applied by then stays.
+    """
+    report = host.report
+    report.goal, report.speed, report.quality = plan.goal, plan.measured, plan.quality
+    report.named = tuple(type(step.config).__name__ for step in plan.named)
+    report.skipped += plan.skipped
+    _apply_all(patchers, plan, setting, host, leaves_out=True)
+
+
 def _apply(plan: Plan, setting: Setting, patchers: Patchers | None, leaves_out: bool, journal: Journal) -> Host:
     patchers = checked(plan, setting) if patchers is None else patchers
     host = Host(journal, new_report(plan, setting), draft_model=setting.draft_model)
-    try:
+    with undone_on_errors(host):
         open_host(setting.model, host)
-        failed = set[str]()
-        for patcher in patchers:
-            _apply_one(patcher, plan, setting, host, failed, leaves_out)
+        _apply_all(patchers, plan, setting, host, leaves_out)
+    return host
+
+
+def _apply_all(patchers: Patchers, plan: Plan, setting: Setting, host: Host, leaves_out: bool) -> None:
+    failed, fixed = set[str](), plan.fixed
+    for patcher in patchers:
+        _apply_one(patcher, plan, setting, host, failed, leaves_out and _name(patcher) not in fixed)
+
+
+@contextmanager
+def undone_on_errors(host: Host) -> Iterator[None]:
+    """Undo everything that was done to the host's model if the block raises, as far as it can be undone."""
+    try:
+        yield
     except BaseException as error:
         if host.journal.given_up:
             error.add_note(
@@ -81,7 +115,6 @@ def _apply(plan: Plan, setting: Setting, patchers: Patchers | None, leaves_out: 
             raise
         host.journal.undo()
         raise
-    return host
 
 
 @contextmanager
@@ -108,6 +141,7 @@ def new_report(plan: Plan, setting: Setting) -> Report:
         skipped=list(plan.skipped),
         speed=plan.measured,
         quality=plan.quality,
+        named=tuple(type(step.config).__name__ for step in plan.named),
     )
 
 

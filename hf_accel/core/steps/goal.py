@@ -17,6 +17,7 @@ class Goal:
 
     max_kl: nats per token of the original's text that lossy steps may cost; None: no step may cost anything.
     saves_memory: bytes count more than time.
+    is_only_told: what would be tried is told, and nothing is run or timed to find it out.
     reference: makes what the cost is measured against, a `hf_accel.measure.quality.QualityReference`, once; it raises
         what keeps the model from being measured.
     """
@@ -24,6 +25,7 @@ class Goal:
     name: str
     max_kl: float | None = None
     saves_memory: bool = False
+    is_only_told: bool = False
     reference: Callable[[], Any] | None = field(default=None, compare=False)
 
     @property

@@ -66,6 +66,7 @@ class Patcher(ABC, Generic[C]):
     saves_memory: ClassVar[bool] = False  # goals that save memory keep it whatever it does to time
     is_fitted_to_text: ClassVar[bool] = False  # what it costs is measured on text that is kept back from it
     is_preferred: ClassVar[bool] = False  # offered before the others of its stage
+    moves_tensors: ClassVar[bool] = False  # those of the model, which copies share: never applied for a trial alone
     is_trainable: ClassVar[bool] = False  # the model's weights may be trained while it is applied
     config_class: ClassVar[type[Config]]
     registry: ClassVar[dict[type[Config], type[Patcher[Any]]]] = {}

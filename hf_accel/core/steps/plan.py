@@ -14,13 +14,17 @@ from hf_accel.errors import ConfigError, ConflictError
 
 @dataclass(frozen=True)
 class Step:
-    """One config to apply, and what applying it gained when it was measured (a ratio of times per token)."""
+    """One config to apply, and what applying it gained when it was measured (a ratio of times per token).
+
+    is_named: the user named it beside a goal, which neither judges it nor leaves it out.
+    """
 
     config: Config
     gain: float | None = None
+    is_named: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return {"config": self.config.to_dict(), "gain": self.gain}
+        return {"config": self.config.to_dict(), "gain": self.gain, **({"is_named": True} if self.is_named else {})}
 
 
 @dataclass
@@ -61,6 +65,23 @@ class Plan:
 
         return replace(self, steps=[step for step in self.steps if stays(step.config)])
 
+    @property
+    def named(self) -> list[Step]:
+        """The steps that the user named beside the goal."""
+        return [step for step in self.steps if step.is_named]
+
+    @property
+    def fixed(self) -> set[str]:
+        """Names of the configs that the goal may not leave out: the named ones, and what they need."""
+        patchers = [Patcher.for_config(step.config) for step in self.named]
+        return {name for patcher in patchers for name in (type(patcher.config).__name__, *patcher.needs)}
+
+    @property
+    def offered(self) -> list[Step]:
+        """The steps that the goal chose, and may leave out."""
+        fixed = self.fixed
+        return [step for step in self.steps if type(step.config).__name__ not in fixed]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "goal": self.goal,
@@ -79,7 +100,10 @@ class Plan:
         """
         try:
             _check_values(data)
-            steps = [Step(Config.from_dict(step["config"]), step.get("gain")) for step in data.get("steps", [])]
+            steps = [
+                Step(Config.from_dict(step["config"]), step.get("gain"), step.get("is_named", False))
+                for step in data.get("steps", [])
+            ]
             skipped = [Skip(**skip) for skip in data.get("skipped", [])]
             return cls(
                 goal=data.get("goal", "configs"), steps=steps, skipped=skipped, weight_bytes=data.get("weight_bytes")
@@ -106,9 +130,12 @@ class Plan:
         return cls.from_dict(data)
 
     def __str__(self) -> str:
-        lines = [f"plan for goal {self.goal}:"]
+        lines = [f"plan for goal {self.goal}{beside(self.named)}:"]
         lines += [
-            f"  {step.config}" + (f"  ({step.gain:.2f} x)" if step.gain is not None else "") for step in self.steps
+            f"  {step.config}"
+            + (f"  ({step.gain:.2f} x)" if step.gain is not None else "")
+            + ("  (named)" if step.is_named else "")
+            for step in self.steps
         ]
         if self.weight_bytes is not None:
             lines.append(f"  weights afterwards {self.weight_bytes / 1e6:.1f} MB")
@@ -117,6 +144,11 @@ class Plan:
         lines += [f"  {line}" for preview in self.previews for line in str(preview).splitlines()]
         lines += [f"  not {skip.what}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)
+
+
+def beside(named: list[Step]) -> str:
+    """Return what stands behind the name of a goal where steps were named beside it, "" where none was."""
+    return f" beside {', '.join(type(step.config).__name__ for step in named)}" if named else ""
 
 
 def _check_values(data: dict[str, Any]) -> None:
@@ -130,11 +162,12 @@ def _check_values(data: dict[str, Any]) -> None:
     expected: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (data, of_a_plan | {"measured": told, "quality": told, "previews": list})
     ]
-    expected += [(step, {"config": dict, "gain": (int, float, type(None))}) for step in data.get("steps", [])]
+    of_a_step = {"config": dict, "gain": (int, float, type(None)), "is_named": bool}
+    expected += [(step, of_a_step) for step in data.get("steps", [])]
     expected += [(skip, {"what": str, "reason": str}) for skip in data.get("skipped", [])]
     for values, types in expected:
         for name, value in values.items():
-            if not isinstance(value, types[name]) or isinstance(value, bool):
+            if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool):
                 raise TypeError(f"{name} is {value!r}")
             if isinstance(value, int):
                 float(value)  # it is printed as one

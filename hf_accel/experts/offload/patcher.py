@@ -42,6 +42,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
     fidelity = Fidelity.EXACT
     occupies = "experts"
     saves_memory = True
+    moves_tensors = True
 
     @classmethod
     def candidates(cls, goal: Goal, setting: Setting) -> Offer:
