@@ -6,17 +6,15 @@ to fewer bits of the products. Cost: the model's empty skeleton.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from transformers.initialization import no_init_weights
 
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.steps.setting import Setting
 from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.quantization.config import WeightOnlyConfig
-from hf_accel.quantization.files.rebuilding import model_class
+from hf_accel.quantization.files.rebuilding import skeleton
 from hf_accel.quantization.patcher import WeightOnlyPatcher
 from hf_accel.quantization.targets import targets
 
@@ -38,9 +36,7 @@ def chosen_bits(config: Any, budget_bytes: int) -> WeightOnlyConfig | None:
     """
     if type(budget_bytes) is not int or budget_bytes < 1:
         raise ConfigError(f"memory_budget_bytes is a whole number, at least 1; {budget_bytes!r} was given.")
-    cls: Any = model_class(config)
-    with torch.device("meta"), no_init_weights():
-        model = cls._from_config(copy.deepcopy(config), dtype=config.dtype)
+    model = skeleton(config, config.dtype)
     model.tie_weights()
     setting = Setting(Anatomy(model, torch.device("cpu"), config.dtype))
     if setting.anatomy.weight_bytes <= budget_bytes:
@@ -49,7 +45,7 @@ def chosen_bits(config: Any, budget_bytes: int) -> WeightOnlyConfig | None:
     for rounding in LADDER:
         patcher = WeightOnlyPatcher(rounding)
         if misfits := patcher.misfits(setting.anatomy):
-            raise UnsupportedModelError(f"This {cls.__name__} cannot be read in few bits: {misfits[0]}")
+            raise UnsupportedModelError(f"This {type(model).__name__} cannot be read in few bits: {misfits[0]}")
         weights, hand = patcher.weight_bytes(setting), _largest(setting.anatomy, rounding)
         if weights + hand <= budget_bytes:
             return rounding
@@ -57,9 +53,9 @@ def chosen_bits(config: Any, budget_bytes: int) -> WeightOnlyConfig | None:
             fewest = weights, hand
     weights, hand = fewest or (0, 0)
     raise ConfigError(
-        f"A {cls.__name__} of {setting.anatomy.weight_bytes} bytes does not fit memory_budget_bytes={budget_bytes}: in "
-        f"the fewest bits its weights take {weights} bytes, and reading them {hand} more. memory_budget_bytes="
-        f"{weights + hand} is the least that fits."
+        f"A {type(model).__name__} of {setting.anatomy.weight_bytes} bytes does not fit memory_budget_bytes="
+        f"{budget_bytes}: in the fewest bits its weights take {weights} bytes, and reading them {hand} more. "
+        f"memory_budget_bytes={weights + hand} is the least that fits."
     )
 
 

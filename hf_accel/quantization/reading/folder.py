@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from transformers import AutoConfig
 from hf_accel.core.calls.report import Applied, Skip
 from hf_accel.core.failures import converting
 from hf_accel.core.steps.patcher import Fidelity
-from hf_accel.errors import CheckpointError, HfAccelError, UnsupportedModelError
+from hf_accel.errors import CheckpointError, ConfigError, HfAccelError, UnsupportedModelError
 from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.files.checkpoint import Checkpoint, read_json
 from hf_accel.quantization.files.description import CONFIG, find_description
 from hf_accel.quantization.files.loading import from_pretrained, generation_config, stem_of
 from hf_accel.quantization.files.rebuilding import model_class
 from hf_accel.quantization.reading.budget import chosen_bits
+from hf_accel.quantization.reading.kept import Kept
 from hf_accel.quantization.reading.quantizer import Reading
 from hf_accel.quantization.reading.sources import Loaded, Request
 from hf_accel.quantization.reading.stream import Stored, stored_tensors
@@ -35,66 +37,86 @@ class Folder:
     def read(self, request: Request) -> Loaded:
         """Return the model; see `Source.read`."""
         if request.config is None and request.memory_budget_bytes is None:
+            if request.cache:
+                raise ConfigError("cache=True keeps packed weights; name a WeightOnlyConfig, or memory_budget_bytes.")
             return Loaded(from_pretrained(request.name, request.dtype))
         with converting(CheckpointError, f"{request.name} cannot be loaded"):
-            place = _place(request.name)
-            if find_description(place, read_json(place / CONFIG)) is not None:
-                raise UnsupportedModelError(
-                    f"{request.name} holds weights that are packed already; they are not rounded once more. Load it "
-                    "without a config of weights and without a budget."
-                )
-            tensors = stored_tensors(Checkpoint(place, stem_of(place)))
-            config = _config(place, tensors, request.dtype)
-            rounding = request.config
-            if request.memory_budget_bytes is not None:
-                rounding = chosen_bits(config, request.memory_budget_bytes)
-            if rounding is None:
-                return Loaded(from_pretrained(place, config.dtype))
-            return _in_few_bits(request, place, config, tensors, rounding)
+            return _Saved(request).read()
 
 
-def _place(name: str) -> Path:
-    path = Path(name)
-    return path if path.is_dir() else Path(snapshot_download(name, allow_patterns=_PATTERNS))
+class _Saved:
+    """The files of one model, and how they are read."""
 
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.place = Path(request.name)
+        self.home = self.place.absolute().with_name(f"{self.place.absolute().name}.hf_accel")
+        if not self.place.is_dir():
+            self.place = Path(snapshot_download(request.name, allow_patterns=_PATTERNS))
+            hub = self.place.parents[2]  # <hub>/models--owner--name/snapshots/<revision>
+            self.home = hub.with_name("hf_accel") / self.place.parents[1].name
+        if find_description(self.place, read_json(self.place / CONFIG)) is not None:
+            raise UnsupportedModelError(
+                f"{request.name} holds weights that are packed already; they are not rounded once more. Load it "
+                "without a config of weights and without a budget."
+            )
+        self.config = AutoConfig.from_pretrained(self.place)
+        self.config.dtype = request.dtype or getattr(self.config, "dtype", None) or self._stored_dtype()
 
-def _config(place: Path, tensors: dict[str, Stored], dtype: torch.dtype | None) -> Any:
-    """Return the transformers config of a folder, with the dtype of what will not be packed."""
-    config = AutoConfig.from_pretrained(place)
-    stored = getattr(config, "dtype", None)
-    floats = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    config.dtype = dtype or stored or next(floats, torch.float32)
-    return config
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        return stored_tensors(Checkpoint(self.place, stem_of(self.place)))
 
+    def _stored_dtype(self) -> torch.dtype:
+        return next((tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point()), torch.float32)
 
-def _in_few_bits(
-    request: Request, place: Path, config: Any, tensors: dict[str, Stored], rounding: WeightOnlyConfig
-) -> Loaded:
-    """Return the model, every tensor read once."""
-    reading = Reading(rounding, request.advance)
-    cls: Any = model_class(config)
-    try:
-        model, told = cls.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=config.dtype, quantization_config=reading,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-    except HfAccelError:
-        raise
-    except Exception:
-        if reading.error is not None:
-            raise reading.error from None
-        raise
-    _check_complete(place, cls, told)
-    model.config.name_or_path = model.name_or_path = request.name
-    if model.can_generate() and (place / "generation_config.json").exists():
-        model.generation_config = generation_config(place)
-    change = reading.change
-    if change is None:
-        raise CheckpointError(f"transformers has loaded {request.name} without a quantizer; report this as a fault.")
-    entry = Applied(rounding, change.summary, change.extra_bytes, Fidelity.LOSSY.value)
-    skipped = tuple(Skip(type(rounding).__name__, reason) for reason in change.skipped)
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    return Loaded(model.eval(), (entry,), skipped, nbytes)
+    def read(self) -> Loaded:
+        """Return the model: mapped where its pack is kept, read in few bits, or as it is where that fits the budget."""
+        request, rounding = self.request, self.request.config
+        if request.memory_budget_bytes is not None:
+            rounding = chosen_bits(self.config, request.memory_budget_bytes)
+        if rounding is None:
+            return Loaded(from_pretrained(self.place, self.config.dtype))
+        kept = Kept(self.place, self.home, rounding, self.config.dtype) if request.cache else None
+        found = None if kept is None else kept.open(self.config)
+        if found is None:
+            found = self._in_few_bits(rounding)
+            if kept is not None:
+                kept.keep(*found)
+        model, told = found
+        model.config.name_or_path = model.name_or_path = request.name
+        if model.can_generate() and (self.place / "generation_config.json").exists():
+            model.generation_config = generation_config(self.place)
+        entry = Applied(rounding, told["summary"], 0, Fidelity.LOSSY.value)
+        skipped = tuple(Skip(type(rounding).__name__, reason) for reason in told["skipped"])
+        return Loaded(model, (entry,), skipped, told["weight_bytes"])
+
+    def _in_few_bits(self, rounding: WeightOnlyConfig) -> tuple[Any, dict[str, Any]]:
+        """Return the model, every tensor read once, and what was done to it."""
+        reading = Reading(rounding, self.request.advance)
+        cls: Any = model_class(self.config)
+        try:
+            model, info = cls.from_pretrained(
+                None, config=self.config, state_dict=self.tensors, dtype=self.config.dtype,
+                quantization_config=reading, ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+        except HfAccelError:
+            raise
+        except Exception:
+            if reading.error is not None:
+                raise reading.error from None
+            raise
+        _check_complete(self.place, cls, info)
+        if reading.change is None:
+            raise CheckpointError(
+                f"transformers has loaded {self.place} without our quantizer; this is a fault of ours."
+            )
+        told = {
+            "summary": reading.change.summary,
+            "skipped": list(reading.change.skipped),
+            "weight_bytes": sum(tensor.nbytes for tensor in self.tensors.values()),
+        }
+        return model.eval(), told
 
 
 def _check_complete(place: Path, cls: type, told: dict[str, Any]) -> None:
