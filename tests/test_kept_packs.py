@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import hf_accel
 from hf_accel import CheckpointError, ConfigError, DecodingConfig, WeightOnlyConfig
+from hf_accel.measure import machine
 from hf_accel.quantization.reading import folder as reading
-from hf_accel.quantization.reading import kept, pack
+from hf_accel.quantization.reading import pack
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the list that each reading of a model's own files joins."""
     found: list[str] = []
     before = reading._Saved._in_few_bits
@@ -35,7 +36,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "mixtral", "llava"])
 @pytest.mark.parametrize("config", [FOUR, WeightOnlyConfig(bits=8, embeddings=8)], ids=["four", "tables"])
-def test_models_come_back_from_their_packs(name: str, config: Any, tmp_path: Path, reads: list[str]) -> None:
+def test_models_come_back_from_their_packs(
+    name: str, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = counted(monkeypatch)
     folder = written(tmp_path, name, torch.bfloat16)
     first = hf_accel.load(folder, config, cache=True)
     second = hf_accel.load(folder, config, cache=True)
@@ -46,7 +50,7 @@ def test_models_come_back_from_their_packs(name: str, config: Any, tmp_path: Pat
     assert str(hf_accel.report(second)) == str(hf_accel.report(first))
 
 
-def test_tensors_lie_in_the_file_where_kernels_take_them(tmp_path: Path, reads: list[str]) -> None:
+def test_tensors_lie_in_the_file_where_kernels_take_them(tmp_path: Path) -> None:
     folder = written(tmp_path, "llama")
     hf_accel.load(folder, FOUR, cache=True)
     model = hf_accel.load(folder, FOUR, cache=True)
@@ -57,7 +61,8 @@ def test_tensors_lie_in_the_file_where_kernels_take_them(tmp_path: Path, reads: 
         assert any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in mapped), name
 
 
-def test_writing_to_a_mapped_model_leaves_the_pack_alone(tmp_path: Path, reads: list[str]) -> None:
+def test_writing_to_a_mapped_model_leaves_the_pack_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted(monkeypatch)
     folder = written(tmp_path, "llama")
     expected = hf_accel.load(folder, FOUR, cache=True)
     with torch.no_grad():
@@ -93,7 +98,8 @@ def add_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [change_weight, touch, change_config, add_file])
-def test_packs_of_other_files_are_refused(change: Any, tmp_path: Path, reads: list[str]) -> None:
+def test_packs_of_other_files_are_refused(change: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted(monkeypatch)
     folder = written(tmp_path, "llama")
     hf_accel.load(folder, FOUR, cache=True)
     change(folder)
@@ -105,20 +111,23 @@ def test_packs_of_other_files_are_refused(change: Any, tmp_path: Path, reads: li
     assert len(packs(folder)) == 1  # that of the old files is replaced
 
 
-def test_other_configs_dtypes_and_versions(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_configs_dtypes_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted(monkeypatch)
     folder = written(tmp_path, "llama")
     for config, dtype in ((FOUR, None), (WeightOnlyConfig(bits=8), None), (FOUR, torch.bfloat16)):
         model = hf_accel.load(folder, config, dtype=dtype, cache=True)
         assert_same(model, in_memory(folder, config, dtype=dtype or "auto"))
     assert len(reads) == len(packs(folder)) == 3
-    monkeypatch.setattr(kept, "versions", lambda: {"hf_accel": "another"})
+    another = SimpleNamespace(version=lambda name: "another", PackageNotFoundError=ImportError)
+    monkeypatch.setattr(machine, "metadata", another)
     hf_accel.load(folder, FOUR, cache=True)
     assert len(reads) == 4
 
 
 @pytest.mark.parametrize("place", [0, 20, 45, 200, -1])
-def test_damaged_packs_are_made_anew(place: int, tmp_path: Path, reads: list[str]) -> None:
+def test_damaged_packs_are_made_anew(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mark, digest, length and header, and the end of the file."""
+    reads = counted(monkeypatch)
     folder = written(tmp_path, "llama")
     hf_accel.load(folder, FOUR, cache=True)
     (path,) = packs(folder)
@@ -143,7 +152,8 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert packs(folder) == []
 
 
-def test_a_place_that_cannot_be_written_is_told_before_reading(tmp_path: Path, reads: list[str]) -> None:
+def test_a_place_that_cannot_be_written_is_told_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted(monkeypatch)
     folder = written(tmp_path, "llama")
     folder.with_name("model.hf_accel").write_text("a file")
     with pytest.raises(CheckpointError, match="cannot be kept in"):
@@ -156,7 +166,8 @@ def test_caching_what_is_not_packed_is_refused(tmp_path: Path) -> None:
         hf_accel.load(written(tmp_path, "llama"), [], cache=True)
 
 
-def test_a_budget_finds_its_pack(tmp_path: Path, reads: list[str]) -> None:
+def test_a_budget_finds_its_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted(monkeypatch)
     folder = written(tmp_path, "llama")
     budget = hf_accel.report(hf_accel.load(folder, [])).weight_bytes - 1
     first, second = (hf_accel.load(folder, [], memory_budget_bytes=budget, cache=True) for _ in range(2))
@@ -164,9 +175,8 @@ def test_a_budget_finds_its_pack(tmp_path: Path, reads: list[str]) -> None:
     assert_same(first, second)
 
 
-def test_models_of_the_hub_are_kept_beside_its_cache(
-    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_of_the_hub_are_kept_beside_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted(monkeypatch)
     snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "1234"
     snapshot.parent.mkdir(parents=True)
     shutil.move(written(tmp_path, "llama"), snapshot)
@@ -180,12 +190,20 @@ def test_models_of_the_hub_are_kept_beside_its_cache(
 def test_tensors_that_share_memory_share_it_again(tmp_path: Path) -> None:
     tensor = torch.arange(12.0)
     empty = torch.empty(0)
-    tensors = {"one": tensor, "two": tensor, "part": tensor[:4], "turned": tensor.view(3, 4).T, "none": empty}
+    tensors = {
+        "odd": torch.ones(3),
+        "one": tensor,
+        "two": tensor,
+        "part": tensor[:4],
+        "turned": tensor.view(3, 4).T,
+        "none": empty,
+    }
     pack.write(tmp_path / "a.pack", {"is": [1]}, tensors)
     found = pack.Pack(tmp_path / "a.pack")
     assert found.about == {"is": [1]}
     for name, wanted in tensors.items():
         assert torch.equal(found.tensor(name), wanted), name
+        assert found.tensor(name).data_ptr() % 64 == 0, name
     assert found.tensor("one") is found.tensor("two")
     with pytest.raises(CheckpointError, match="lacks the tensor three"):
         found.tensor("three")
