@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class _Saved:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.place = Path(request.name)
-        self.home = self.place.absolute().with_name(f"{self.place.absolute().name}.hf_accel")
+        self.home = Path(f"{os.path.abspath(request.name)}.hf_accel")
         if not self.place.is_dir():
             self.place = Path(snapshot_download(request.name, **FETCHED))
             hub = self.place.parents[2]  # <hub>/models--owner--name/snapshots/<revision>
