@@ -37,6 +37,7 @@ def floors_of(sources: Sources) -> list[set[str]]:
         {"families"},
         {"planner"},
         {"api", "recipes"},
+        {"loading"},
         {"cli"},
         {"__init__"},
     ]
