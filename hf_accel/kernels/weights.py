@@ -24,7 +24,8 @@ FORMATS: dict[int | str | None, int] = {None: 0, 8: 1, 4: 2, 2: 3, 3: 4, fp4.NAM
 """Code book or bits of a weight, or bits of keys and values -> `enum hfa_format`; None: values of the dtype."""
 MATRIX = struct.Struct("=QQqqqQQqq")
 """`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
-_SCALES = {torch.int16: 0, torch.int32: 1, torch.uint8: 2}  # the dtype of scales -> the field `stride`
+_SCALES = {torch.int16: 0, torch.int32: 1, torch.uint8: 2, torch.uint16: 3}  # the dtype of scales -> the field `stride`
+_VALUES = {torch.int16: torch.bfloat16, torch.uint16: torch.float16, torch.int32: torch.float32}
 
 
 def dense_matrix(weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> bytes:
@@ -45,8 +46,8 @@ class PackedWeight:
     """A quantized weight [rows, columns].
 
     codes: 8 bits int8 [R, Kp/2, 16, 2], 4 bits uint8 [R, Kp/8, 16, 4], 3 bits uint8 [R, Kp/32, 3, 16, 4], 2 bits uint8
-    [R, Kp/16, 16, 4], fp4 as 4 bits; scales [R, groups, 16] as the bits of bf16 (int16) or fp32 (int32) values, so that
-    casting a model leaves them alone, those of fp4 as exponents (uint8); offsets int32 (fp32 bits) or None.
+    [R, Kp/16, 16, 4], fp4 as 4 bits; scales [R, groups, 16] as the bits of bf16 (int16), fp16 (uint16) or fp32 (int32)
+    values, so that casting a model leaves them alone, those of fp4 as exponents (uint8); offsets int32 (fp32 bits) or None.
     R = ceil(rows / 16), Kp = columns rounded up to 32.
     """
 
@@ -86,13 +87,17 @@ class PackedWeight:
             codes = fp4.patterns(codes).view(torch.int8) - 8
         codes = interleaved(codes, quantized.scheme.bits)
         scales = quantized.scales.float()
-        offsets = None if quantized.zeros is None else -scales * quantized.zeros.float()
+        offsets = quantized.offsets
+        if quantized.zeros is not None:
+            offsets = -scales * quantized.zeros.float()
 
         if quantized.scheme.code_book:
             return PackedWeight(quantized.scheme, n, k, codes, _laid_out(fp4.exponents(scales)))
-        half = scales.bfloat16()
-        is_half = torch.equal(half.float(), scales)
-        bits = _laid_out(half).view(torch.int16) if is_half else _laid_out(scales).view(torch.int32)
+        bits = _laid_out(scales).view(torch.int32)
+        for half, kind in ((torch.bfloat16, torch.int16), (torch.float16, torch.uint16)):
+            if torch.equal(scales.to(half).float(), scales):
+                bits = _laid_out(scales.to(half)).view(kind)
+                break
         return PackedWeight(
             quantized.scheme, n, k, codes, bits, None if offsets is None else _laid_out(offsets).view(torch.int32)
         )
@@ -121,18 +126,31 @@ class PackedWeight:
         return to_mxfp4(self.codes)[: self.rows], _rowwise(self.scales)[: self.rows]
 
     def unpack(self, start: int = 0, stop: int | None = None) -> Affine:
-        """Return codes, scales (fp32) and zeros of rows [start, stop); start a multiple of 16."""
+        """Return codes, scales (fp32) and zeros or offsets of rows [start, stop); start a multiple of 16."""
         stop = self.rows if stop is None else min(stop, self.rows)
         part = slice(start // LANES, -(-stop // LANES))
         count, k = stop - start, self.columns
         codes = row_by_row(self.codes[part], self.scheme.bits)
         if self.scheme.code_book:
             codes = fp4.codes((codes + 8).view(torch.uint8))
-        scales, zeros = _rowwise(scale_values(self.scales[part]))[:count], None
+        scales, zeros, offsets = _rowwise(scale_values(self.scales[part]))[:count], None, None
         if self.offsets is not None:
-            safe = torch.where(scales == 0, torch.ones_like(scales), scales)
-            zeros = (-_rowwise(scale_values(self.offsets[part]))[:count] / safe).round().to(torch.int8)
-        return Affine(codes[:count, :k].contiguous(), scales, zeros, self.scheme)
+            offsets = _rowwise(scale_values(self.offsets[part]))[:count]
+            if (zeros := self._whole_zeros(scales, offsets)) is not None:
+                offsets = None
+        return Affine(codes[:count, :k].contiguous(), scales, zeros, self.scheme, offsets)
+
+    @property
+    def has_whole_zeros(self) -> bool:
+        """Return whether its offsets, if there are any, are those of zeros that are codes: other programs' need not be."""
+        if self.offsets is None:
+            return True
+        return self._whole_zeros(scale_values(self.scales), scale_values(self.offsets)) is not None
+
+    def _whole_zeros(self, scales: Tensor, offsets: Tensor) -> Tensor | None:
+        safe = torch.where(scales == 0, torch.ones_like(scales), scales)
+        zeros = (-offsets / safe).round().clamp(self.scheme.lowest, self.scheme.highest)
+        return zeros.to(torch.int8) if torch.equal(-scales * zeros, offsets) else None
 
     def slice(self, start: int, stop: int) -> PackedWeight:
         """Return rows [start, stop) on the same memory.
@@ -183,7 +201,7 @@ class PackedWeight:
         rowwise = (shape[0], groups, LANES)
         kind = torch.int8 if self.scheme.bits == 8 else torch.uint8
         fits = self.codes.dtype is kind and self.codes.shape == shape
-        kinds = (torch.uint8,) if self.scheme.code_book else (torch.int16, torch.int32)
+        kinds = (torch.uint8,) if self.scheme.code_book else (torch.int16, torch.uint16, torch.int32)
         fits = fits and self.scales.dtype in kinds and self.scales.shape == rowwise
         kept = [self.codes, self.scales]
         if self.offsets is not None:
@@ -231,7 +249,7 @@ def scale_values(bits: Tensor) -> Tensor:
     """Return the fp32 values of the scales or offsets of a packed weight, of which it keeps the bits or exponents."""
     if bits.dtype is torch.uint8:
         return fp4.scales(bits)
-    return bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32).float()
+    return bits.view(_VALUES[bits.dtype]).float()
 
 
 def _laid_out(values: Tensor) -> Tensor:
