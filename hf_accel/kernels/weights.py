@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -75,32 +76,34 @@ class PackedWeight:
         Raises:
             ValueError: groups are no multiples of 32 columns, or codes and scales are none of the scheme's code book.
         """
-        n, k = quantized.codes.shape
-        groups = quantized.scales.shape[1]
+        return PackedWeight.join([quantized])
+
+    @staticmethod
+    def join(parts: Sequence[Affine]) -> PackedWeight:
+        """Lay out the rows of several parts of one scheme below one another; all but the last have a multiple of 16.
+
+        Raises:
+            ValueError: as `pack`.
+        """
+        scheme, (n, k) = parts[0].scheme, parts[0].codes.shape
+        groups = parts[0].scales.shape[1]
         if groups > 1 and k // groups % QUANTUM:
             raise ValueError(f"groups of {k // groups} columns cannot be packed: not a multiple of {QUANTUM}")
-        rows, padded = -(-n // LANES) * LANES, -(-k // QUANTUM) * QUANTUM
-        codes = quantized.codes
-        if (rows, padded) != (n, k):
-            codes = functional.pad(codes, (0, padded - k, 0, rows - n))
-        if quantized.scheme.code_book:
-            codes = fp4.patterns(codes).view(torch.int8) - 8
-        codes = interleaved(codes, quantized.scheme.bits)
-        scales = quantized.scales.float()
-        offsets = quantized.offsets
-        if quantized.zeros is not None:
-            offsets = -scales * quantized.zeros.float()
-
-        if quantized.scheme.code_book:
-            return PackedWeight(quantized.scheme, n, k, codes, _laid_out(fp4.exponents(scales)))
+        laid_out = [_codes(part) for part in parts]
+        codes = laid_out[0] if len(parts) == 1 else torch.cat(laid_out)
+        n = sum(len(part.codes) for part in parts)
+        scales = torch.cat([part.scales.float() for part in parts])
+        if scheme.code_book:
+            return PackedWeight(scheme, n, k, codes, _laid_out(fp4.exponents(scales)))
         bits = _laid_out(scales).view(torch.int32)
         for half, kind in ((torch.bfloat16, torch.int16), (torch.float16, torch.uint16)):
             if torch.equal(scales.to(half).float(), scales):
                 bits = _laid_out(scales.to(half)).view(kind)
                 break
-        return PackedWeight(
-            quantized.scheme, n, k, codes, bits, None if offsets is None else _laid_out(offsets).view(torch.int32)
-        )
+        if parts[0].is_symmetric:
+            return PackedWeight(scheme, n, k, codes, bits)
+        offsets = torch.cat([_offsets(part) for part in parts])
+        return PackedWeight(scheme, n, k, codes, bits, _laid_out(offsets).view(torch.int32))
 
     @staticmethod
     def from_mxfp4(blocks: Tensor, exponents: Tensor) -> PackedWeight:
@@ -250,6 +253,21 @@ def scale_values(bits: Tensor) -> Tensor:
     if bits.dtype is torch.uint8:
         return fp4.scales(bits)
     return bits.view(_VALUES[bits.dtype]).float()
+
+
+def _codes(part: Affine) -> Tensor:
+    """Return codes [N, K] interleaved, with N and K padded."""
+    n, k = part.codes.shape
+    codes = part.codes
+    if n % LANES or k % QUANTUM:
+        codes = functional.pad(codes, (0, -k % QUANTUM, 0, -n % LANES))
+    if part.scheme.code_book:
+        codes = fp4.patterns(codes).view(torch.int8) - 8
+    return interleaved(codes, part.scheme.bits)
+
+
+def _offsets(part: Affine) -> Tensor:
+    return -part.scales.float() * part.zeros.float() if part.offsets is None else part.offsets  # type: ignore[union-attr]
 
 
 def _laid_out(values: Tensor) -> Tensor:

@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
-from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.inventory import OWN_TENSORS
 from hf_accel.quantization.files.layout import Layout, Source
-from hf_accel.quantization.modules.embedding import QuantizedEmbedding
+from hf_accel.quantization.modules.embedding import TABLE_BITS, QuantizedEmbedding
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
@@ -39,10 +38,10 @@ class Filler:
     def replace(self, name: str, module: Any, layout: Layout) -> None:
         """Put a packed product or table in the place of the module called `name`."""
         if isinstance(module, nn.Embedding):
-            if type(module) is not nn.Embedding or layout.scheme != Scheme(8):
+            if type(module) is not nn.Embedding or layout.scheme.bits not in TABLE_BITS:
                 raise CheckpointError(
                     f"{self.checkpoint.listing}, module {name}: a table of embeddings ({type(module).__name__}) in "
-                    f"{layout.scheme} is not served; 8 bits per row of a plain nn.Embedding are. "
+                    f"{layout.scheme} is not served; 8 or 4 bits of a plain nn.Embedding are. "
                     "Load the folder with AutoModelForCausalLM."
                 )
             rows, columns = module.weight.shape
