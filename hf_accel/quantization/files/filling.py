@@ -38,14 +38,8 @@ class Filler:
     def replace(self, name: str, module: Any, layout: Layout) -> None:
         """Put a packed product or table in the place of the module called `name`."""
         if isinstance(module, nn.Embedding):
-            if type(module) is not nn.Embedding or layout.scheme.bits not in TABLE_BITS:
-                raise CheckpointError(
-                    f"{self.checkpoint.listing}, module {name}: a table of embeddings ({type(module).__name__}) in "
-                    f"{layout.scheme} is not served; 8 or 4 bits of a plain nn.Embedding are. "
-                    "Load the folder with AutoModelForCausalLM."
-                )
             rows, columns = module.weight.shape
-            self.put(name, QuantizedEmbedding(self.packed(name, rows, columns, layout)[0], module))
+            self.put(name, self._table(name, module, self.packed(name, rows, columns, layout)[0]))
             return
         rows, columns = linear_weight(module).shape
         packed, order = self.packed(name, rows, columns, layout)
@@ -55,6 +49,18 @@ class Filler:
         if order is not None:
             product = PermutedLinear(product, order, module.bias)  # type: ignore[arg-type]
         self.put(name, product)
+
+    def _table(self, name: str, module: nn.Embedding, packed: PackedWeight) -> QuantizedEmbedding:
+        try:
+            if packed.scheme.bits in TABLE_BITS:
+                return QuantizedEmbedding(packed, module)
+            reason = f"{packed.scheme.bits} bits are none of {TABLE_BITS}"
+        except ValueError as error:
+            reason = str(error)
+        raise CheckpointError(
+            f"{self.checkpoint.listing}, module {name}: a packed table of embeddings is not served here, for {reason}. "
+            "Load the folder with AutoModelForCausalLM."
+        )
 
     def _skip_bias(self, name: str, rows: int) -> None:
         """Leave out the bias of zeros that old packers of GPTQ gave to products without one."""
