@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from hf_accel.errors import UnsupportedModelError
 from hf_accel.quantization.gguf import ropes
 from hf_accel.quantization.gguf.package import gguf_package
-from hf_accel.quantization.gguf.reader import GgufFile
+from hf_accel.quantization.gguf.reader import Header
 
 Pairs = tuple[tuple[str, str], ...]
 _COMMON: Pairs = (
@@ -87,7 +87,7 @@ ARCHITECTURES = (
     ),
     Architecture("phi3", "phi3", pairs=(("attention.sliding_window", "sliding_window"),)),
 )
-_WINDOWED = ("gemma2",)  # architectures whose windows llama.cpp has; it reads those of phi3 and leaves them out
+WINDOWED = ("gemma2",)  # architectures whose windows llama.cpp has; it reads those of phi3 and leaves them out
 _NO_HEAD_DIM = ("qwen2", "phi3")  # configs that have the width of a head from others
 
 
@@ -101,7 +101,7 @@ def written_as(model_type: str) -> Architecture | None:
     return next((row for row in ARCHITECTURES if model_type in (row.model_type, *row.also)), None)
 
 
-def config_of(file: GgufFile, row: Architecture) -> Any:
+def config_of(file: Header, row: Architecture) -> Any:
     """Return the transformers config that a file describes.
 
     Raises:
@@ -143,7 +143,7 @@ def metadata_of(config: Any, row: Architecture) -> dict[str, Any]:
     """
     found = {key: getattr(config, attribute) for key, attribute in (*_COMMON, *row.pairs)}
     found["attention.key_length"] = found["attention.value_length"] = head_dim(config)
-    if (window := getattr(config, "sliding_window", None)) and row.name not in _WINDOWED:
+    if (window := getattr(config, "sliding_window", None)) and row.name not in WINDOWED:
         # llama.cpp looks at everything: up to the length of a window there is none to be missed
         found["context_length"] = min(window, found["context_length"])
     return {key: value for key, value in found.items() if value is not None} | ropes.written(config, row.name)
@@ -190,3 +190,4 @@ def is_norm(name: str) -> bool:
 def _plain(value: Any) -> Any:
     """Return a number as a config writes it: files hold fp32, of which the shortest decimal is the one that was meant."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
+

@@ -37,45 +37,13 @@ class Entry:
     nbytes: int
 
 
-class GgufFile:
-    """A mapped GGUF file: `metadata` by key, `tensors` by name.
+@dataclass
+class Header:
+    """What a file says: `metadata` by key, `tensors` by name."""
 
-    Raises:
-        CheckpointError: it cannot be read, is no GGUF file, of another version or byte order, cut short or one of several
-            parts, or has a tensor of a type that is not known.
-        MissingDependencyError: the gguf package is not installed.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._types = {int(kind): (kind.name, *sizes) for kind, sizes in gguf_package().GGML_QUANT_SIZES.items()}
-        try:
-            with self.path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise CheckpointError(f"{self.path} cannot be read ({error}).") from error
-        self._at = 0
-        if self._bytes[:4] != b"GGUF":
-            raise self.damaged("it does not begin with GGUF; it is a file of another format")
-        self._at = 4
-        version = self._number("I")
-        if version not in _VERSIONS:
-            raise self.damaged(f"it is of version {version} or of another byte order; little-endian 2 and 3 are read")
-        count, pairs = self._number("Q"), self._number("Q")
-        self.metadata: dict[str, Any] = {}
-        for _ in range(pairs):
-            key = self._string()
-            self.metadata[key] = self._value(self._number("I"))
-        if self.metadata.get("split.count", 1) not in (0, 1):
-            raise self.damaged(f"it is one of {self.metadata['split.count']} parts; join them by llama-gguf-split --merge")
-        table = [self._described() for _ in range(count)]
-        alignment = self.metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1:
-            raise self.damaged(f"its alignment is {alignment!r}")
-        first = -(-self._at // alignment) * alignment
-        self.tensors = {name: self._entry(name, *rest, first) for name, *rest in table}
-        if len(self.tensors) != len(table):
-            raise self.damaged("two of its tensors have one name")
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Entry]
 
     def __getitem__(self, key: str) -> Any:
         """Return a value of the metadata.
@@ -91,14 +59,54 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self["general.architecture"])
 
+    def damaged(self, fault: str) -> CheckpointError:
+        """Return the error that says what is wrong with the file."""
+        return CheckpointError(f"{self.path}: {fault}. Download or write the file anew.")
+
+
+class GgufFile(Header):
+    """A mapped GGUF file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no GGUF file, of another version or byte order, cut short or one of several
+            parts, or has a tensor of a type that is not known.
+        MissingDependencyError: the gguf package is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(Path(path), {}, {})
+        self._types = {int(kind): (kind.name, *sizes) for kind, sizes in gguf_package().GGML_QUANT_SIZES.items()}
+        try:
+            with self.path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise CheckpointError(f"{self.path} cannot be read ({error}).") from error
+        self._at = 0
+        if self._bytes[:4] != b"GGUF":
+            raise self.damaged("it does not begin with GGUF; it is a file of another format")
+        self._at = 4
+        version = self._number("I")
+        if version not in _VERSIONS:
+            raise self.damaged(f"it is of version {version} or of another byte order; little-endian 2 and 3 are read")
+        count, pairs = self._number("Q"), self._number("Q")
+        for _ in range(pairs):
+            key = self._string()
+            self.metadata[key] = self._value(self._number("I"))
+        if self.metadata.get("split.count", 1) not in (0, 1):
+            raise self.damaged(f"it is one of {self.metadata['split.count']} parts; join them by llama-gguf-split --merge")
+        table = [self._described() for _ in range(count)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise self.damaged(f"its alignment is {alignment!r}")
+        first = -(-self._at // alignment) * alignment
+        self.tensors = {name: self._entry(name, *rest, first) for name, *rest in table}
+        if len(self.tensors) != len(table):
+            raise self.damaged("two of its tensors have one name")
+
     def blocks(self, entry: Entry) -> Tensor:
         """Return the bytes of a tensor, uint8 [..., bytes of a row], in the mapped file."""
         found = torch.frombuffer(self._bytes, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
         return found.view(*entry.shape[:-1], -1)
-
-    def damaged(self, fault: str) -> CheckpointError:
-        """Return the error that says what is wrong with the file."""
-        return CheckpointError(f"{self.path}: {fault}. Download or write the file anew.")
 
     def _described(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self._string(), self._number("I")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.errors import CheckpointError, described
-from hf_accel.kernels.weights import LANES, PackedWeight
+from hf_accel.kernels.weights import LANES, PackedWeight, scale_values
 from hf_accel.ops import fp4
 from hf_accel.ops.affine import Affine, Scheme, dequantize, quantize
 from hf_accel.quantization.gguf.package import gguf_package
@@ -207,42 +207,49 @@ def _dequantized(entry: Entry, blocks: Tensor) -> Tensor:
     return torch.from_numpy(values)
 
 
-def encoded(weight: PackedWeight) -> tuple[str, Tensor] | None:
-    """Return the type and the bytes, uint8 [rows, bytes of a row], that hold a packed weight bit by bit; None: none does."""
-    rows, columns = weight.shape
-    if columns % GROUP:
+def type_for(weight: PackedWeight) -> str | None:
+    """Return the type that holds a packed weight bit by bit, None where none does."""
+    if weight.columns % GROUP:
         return None
     if weight.scheme.code_book == fp4.NAME:
+        return "MXFP4"
+    scales = scale_values(weight.scales)
+    if not _fits_half(scales):
+        return None
+    if weight.offsets is None:
+        return "Q8_0" if weight.scheme.bits == 8 else "Q4_0"
+    offsets = scale_values(weight.offsets)
+    lowest = offsets - 8 * scales
+    fits = weight.scheme.bits < 8 and _fits_half(lowest) and torch.equal(lowest + 8 * scales, offsets)
+    return "Q4_1" if fits else None
+
+
+def encoded(weight: PackedWeight, kind: str) -> Tensor:
+    """Return the bytes, uint8 [rows, bytes of a row], of a packed weight in the type that `type_for` found."""
+    rows, columns = weight.shape
+    if kind == "MXFP4":
         pairs, exponents = weight.to_mxfp4()
         values = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).view(rows, -1, 2, GROUP // 2)
-        return "MXFP4", torch.cat((exponents[..., None], values[..., 0, :] | values[..., 1, :] << 4), dim=-1).flatten(1)
+        return torch.cat((exponents[..., None], values[..., 0, :] | values[..., 1, :] << 4), dim=-1).flatten(1)
     affine = weight.unpack()
-    scales = _repeated(affine.scales, columns)
-    halves = scales.half()
-    if not torch.equal(halves.float(), scales):
-        return None
     codes = affine.codes.view(rows, -1, GROUP)
-    start = halves[..., None].contiguous().view(torch.uint8)  # [rows, groups, 2]
-    if affine.is_symmetric:
-        if weight.scheme.bits == 8:
-            return "Q8_0", torch.cat((start, codes.view(torch.uint8)), dim=-1).flatten(1)
-        return "Q4_0", torch.cat((start, _paired(codes)), dim=-1).flatten(1)
-    if weight.scheme.bits == 8:
-        return None
-    offsets = affine.offsets
-    if offsets is None:
-        offsets = -affine.scales * affine.zeros.float()  # type: ignore[union-attr]
-    offsets = _repeated(offsets, columns)
-    lowest = offsets - 8 * scales
-    found = lowest.half()
-    if not torch.equal(found.float(), lowest) or not torch.equal(lowest + 8 * scales, offsets):
-        return None
-    return "Q4_1", torch.cat((start, found[..., None].contiguous().view(torch.uint8), _paired(codes)), dim=-1).flatten(1)
+    parts = [_half_bytes(affine.scales, columns)]
+    if kind == "Q4_1":
+        zeros = torch.zeros_like(affine.scales) if affine.zeros is None else affine.zeros.float()
+        offsets = -affine.scales * zeros if affine.offsets is None else affine.offsets
+        parts.append(_half_bytes(offsets - 8 * affine.scales, columns))
+    parts.append(codes.view(torch.uint8) if kind == "Q8_0" else _paired(codes))
+    return torch.cat(parts, dim=-1).flatten(1)
 
 
-def _repeated(values: Tensor, columns: int) -> Tensor:
-    """Return values per group [rows, groups] as values per 32 columns."""
-    return values.repeat_interleave(columns // GROUP // values.shape[1], dim=1)
+def _fits_half(values: Tensor) -> bool:
+    return torch.equal(values.half().float(), values)
+
+
+def _half_bytes(values: Tensor, columns: int) -> Tensor:
+    """Return values per group [rows, groups] as the bytes of fp16 numbers per 32 columns, uint8 [rows, columns / 32, 2]."""
+    repeated = values.half().repeat_interleave(columns // GROUP // values.shape[1], dim=1)
+    return repeated[..., None].contiguous().view(torch.uint8)
 
 
 def _paired(codes: Tensor) -> Tensor:
