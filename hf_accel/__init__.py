@@ -18,6 +18,7 @@ from hf_accel.errors import (
 )
 from hf_accel.families import *  # noqa: F403
 from hf_accel.gqa import convert_gqa
+from hf_accel.loading import load
 from hf_accel.quantization import convert_qat, get_qat_peft_model
 from hf_accel.quantization.drift import calibration_drift
 from hf_accel.quantization.files.loading import from_pretrained
@@ -43,6 +44,7 @@ __all__ = [
     "convert_qat",
     "from_pretrained",
     "get_qat_peft_model",
+    "load",
     "optimize",
     "optimized",
     "plan",

@@ -36,7 +36,7 @@ def floors_of(sources: Sources) -> list[set[str]]:
         families_of(sources),
         {"families"},
         {"planner"},
-        {"api", "recipes"},
+        {"api", "loading", "recipes"},
         {"cli"},
         {"__init__"},
     ]

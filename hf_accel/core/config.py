@@ -13,6 +13,7 @@ class Config:
     """Base of every config. A subclass is a frozen keyword-only dataclass whose fields are JSON values."""
 
     types: ClassVar[dict[str, type[Config]]] = {}
+    quant_method: ClassVar[str] = "hf_accel"  # the quantizer that transformers takes a config to when it loads a model
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

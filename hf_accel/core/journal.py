@@ -75,6 +75,14 @@ class Journal:
         """Record what `undo` has to do before anything else: where that raises, nothing is undone."""
         self._first.append((len(self._undo), prepare))
 
+    def refuse(self, reason: str) -> None:
+        """Refuse to undo everything: for this reason there is nothing to go back to. Later writes may be undone."""
+
+        def refused() -> None:
+            raise IrreversibleError(f"The model cannot be restored: {reason}. Load it anew.")
+
+        self._first.insert(0, (0, refused))
+
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name`; undoing restores the very object, or removes the attribute if the instance had none."""
         before = vars(owner).get(name, _MISSING)

@@ -51,6 +51,15 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         anatomy = setting.anatomy
         if (method := quantization_method(anatomy.model)) and not are_experts_alone(anatomy.model):
             return [f"the model is quantized already ({method}); quantize the original weights instead."]
+        found = self.misfits(anatomy)
+        if anatomy.dtype in native.DTYPES:
+            for target in targets(anatomy, self.config)[0]:
+                if not is_finite(target.module, setting):
+                    found.append(f"the weight of {target.path} holds NaN or infinity.")
+        return found
+
+    def misfits(self, anatomy: Anatomy) -> list[str]:
+        """Return why a model of such parts cannot be rounded as the config says, whatever its weights hold."""
         if anatomy.dtype not in native.DTYPES:
             return [f"weights of {anatomy.dtype} are not quantized; load the model in bfloat16, float16 or float32."]
         chosen, _ = targets(anatomy, self.config)
@@ -67,9 +76,6 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
             found.append(f"{kept[0]} cannot stay as it is where others of its layer's experts are packed.")
         if not chosen:
             found.append("the model has no linear product that could be quantized.")
-        for target in chosen:
-            if not is_finite(target.module, setting):
-                found.append(f"the weight of {target.path} holds NaN or infinity.")
         return found
 
     def weight_bytes(self, setting: Setting) -> int:
@@ -141,10 +147,17 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if not setting.keeps_prepared:
             return self._replacement(target, original, dtype)
         made = setting.prepared_for(original)
-        key = (target.scheme, *(scheme for _, _, scheme, _ in target.products(self.config)))
+        key = self._key(target)
         if key not in made:
             made[key] = self._replacement(target, original, dtype)
         return made[key]
+
+    def prepare(self, target: Target, replacement: nn.Module, setting: Setting) -> None:
+        """Keep the replacement of a product that was made elsewhere, for `patch` to put in place."""
+        setting.prepared_for(target.module)[self._key(target)] = replacement
+
+    def _key(self, target: Target) -> tuple[Scheme | None, ...]:
+        return (target.scheme, *(scheme for _, _, scheme, _ in target.products(self.config)))
 
     def _replacement(self, target: Target, original: Any, dtype: torch.dtype) -> nn.Module:
         if target.scheme is not None:

@@ -56,7 +56,7 @@ def from_pretrained(
         ConfigError: `dtype` is not a floating-point dtype, or the model cannot be put on `device`.
         MissingDependencyError: the folder is of a format that another package reads.
     """
-    wanted = _dtype(dtype)
+    wanted = dtype_of(dtype)
     with converting(CheckpointError, f"{folder} cannot be loaded"):  # files that fit no code, memory that is short
         try:
             model = _opened(folder, wanted)
@@ -97,7 +97,12 @@ def _by_stock(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
     return model
 
 
-def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that was named, None for the stored one.
+
+    Raises:
+        ConfigError: it is not a floating-point dtype.
+    """
     if given is None or given == "auto":
         return None
     found = getattr(torch, given, None) if isinstance(given, str) else given
@@ -108,7 +113,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     rules = opened(description, str(folder / CONFIG))
-    checkpoint = Checkpoint(folder, _stem(folder) if rules.is_public else PRIVATE_STEM)
+    checkpoint = Checkpoint(folder, stem_of(folder) if rules.is_public else PRIVATE_STEM)
     checkpoint.check_config(config, without="quantization_config")
     model = _empty_model(folder, dtype)
     if rules.is_public:
@@ -133,11 +138,16 @@ def _load(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any
     checkpoint.check_config(config)
     model.hf_quantizer = Seal()
     if model.can_generate() and (folder / "generation_config.json").exists():
-        model.generation_config = _generation_config(folder)
+        model.generation_config = generation_config(folder)
     return model.eval()
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def generation_config(folder: Path) -> GenerationConfig:
+    """Return the generation config of a folder.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
     path = folder / "generation_config.json"
     read_json(path)
     with converting(CheckpointError, f"{path} describes no generation config"):
@@ -155,7 +165,7 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
         return cls._from_config(copy.deepcopy(config), dtype=dtype or stored)
 
 
-def _stem(folder: Path) -> str:
+def stem_of(folder: Path) -> str:
     """Return what the names of the files with weights start with: AutoGPTQ once named them after bits and groups."""
     if any((folder / f"{PUBLIC_STEM}.safetensors{end}").exists() for end in ("", ".index.json")):
         return PUBLIC_STEM

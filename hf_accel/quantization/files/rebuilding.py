@@ -6,6 +6,7 @@ model's empty skeleton.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from tempfile import TemporaryDirectory
@@ -70,10 +71,11 @@ def causal_class(config: Any) -> type[PreTrainedModel] | None:
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
-def skeleton(config: Any) -> Any:
-    """Return the model that a loader builds of `config`, without memory."""
+def skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return the model that a loader builds of `config`, without memory; `dtype`: of its weights, None: as torch's."""
+    cls: Any = model_class(config)
     with torch.device("meta"), no_init_weights():
-        return model_class(config)(config)
+        return cls(config) if dtype is None else cls._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def wanted_shapes(empty: Any, schemes: Mapping[str, Scheme], tables: Iterable[str]) -> Shapes:

@@ -1,0 +1,114 @@
+"""The verb load: a model is read in few bits, one tensor at a time, and then optimised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hf_accel.api import Goal, optimize
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.config import Config
+from hf_accel.core.failures import converting
+from hf_accel.core.steps.plan import Plan
+from hf_accel.errors import ConfigError
+from hf_accel.quantization.config import WeightOnlyConfig
+from hf_accel.quantization.files.loading import dtype_of
+from hf_accel.quantization.reading.register import source_of
+from hf_accel.quantization.reading.sources import Loaded, Request
+
+
+def load(
+    name: str | os.PathLike[str],
+    goal_or_configs: Goal = "exact",
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    memory_budget_bytes: int | None = None,
+    cache: bool = False,
+    progress: Callable[[], None] | None = None,
+    **options: Any,
+) -> Any:
+    """Load a model so that memory never holds more than the result and one tensor, optimise it, and return it.
+
+    A `WeightOnlyConfig` among the configs, or a budget, rounds each weight as it is read: the result is that of
+    `optimize(model, config)` bit for bit, and the original is never in memory. All other goals and configs are applied
+    to what was read. The model is in evaluation mode, and of the class that was saved.
+
+    Args:
+        name: a folder of safetensors, or the name of a model on the hub.
+        goal_or_configs: as of `optimize`. Goals that choose bits ("fast", "memory") and configs that are fitted to text
+            measure on the original, which is then loaded whole and given up as weights are replaced.
+        dtype: of everything that is not packed; None: as stored.
+        device: where the model is put; None: the CPU.
+        memory_budget_bytes: of all weights, with the tensor at hand while they are read: the bits that lose least
+            within it are chosen. It takes the place of a `WeightOnlyConfig`.
+        cache: keep the packed model beside the folder or the hub's cache; the next call with the same files, config and
+            versions maps it, and reads nothing else.
+        progress: called after each tensor and each measurement. None: transformers' bar, then that of `optimize`.
+        options: `calibration`, `tokenizer`, `max_kl`, `draft_model` and `verify_on` of `optimize`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, truncated or of another format, or a tensor is missing, unknown or
+            of another shape; nothing is half loaded.
+        ConfigError: an argument does not exist or does not fit; or nothing fits the budget, and what would is stated.
+        Others: as `optimize`.
+    """
+    rounding, rest = _divided(goal_or_configs)
+    if memory_budget_bytes is not None and rounding is not None:
+        raise ConfigError("memory_budget_bytes chooses the bits of weights; a WeightOnlyConfig names them. Give one.")
+    request = Request(
+        name=os.fspath(name),
+        config=rounding,
+        dtype=dtype_of(dtype),
+        memory_budget_bytes=memory_budget_bytes,
+        cache=cache,
+        **({} if progress is None else {"advance": progress}),
+    )
+    loaded = source_of(request.name).read(request)
+    model = loaded.model
+    if device is not None:
+        with converting(ConfigError, f"The model cannot be put on the device {device!r}"):
+            model = loaded.model = model.to(device)
+    optimize(model, rest, originals="drop", progress=progress, **options)
+    _tell(loaded)
+    return model
+
+
+def _divided(goal_or_configs: Goal) -> tuple[WeightOnlyConfig | None, Goal]:
+    """Return how weights are rounded while they are read, if that is said, and what is done to the model then."""
+
+    def is_rounding(config: Any) -> bool:
+        return type(config) is WeightOnlyConfig
+
+    if isinstance(goal_or_configs, Plan):
+        found = [step.config for step in goal_or_configs.steps if is_rounding(step.config)]
+        steps = [step for step in goal_or_configs.steps if not is_rounding(step.config)]
+        rest: Goal = replace(goal_or_configs, steps=steps)
+    elif isinstance(goal_or_configs, (str, Config)) or not isinstance(goal_or_configs, Sequence):
+        found = [goal_or_configs] if is_rounding(goal_or_configs) else []  # type: ignore[list-item]
+        rest = [] if found else goal_or_configs
+    else:
+        given: list[Any] = list(goal_or_configs)
+        found = [config for config in given if is_rounding(config)]
+        others = [config for config in given if not is_rounding(config)]
+        rest = others[0] if len(others) == 1 and isinstance(others[0], str) else others
+    if len(found) > 1:
+        raise ConfigError("Weights are rounded by one WeightOnlyConfig; several were given.")
+    return (found[0] if found else None), rest  # type: ignore[return-value]
+
+
+def _tell(loaded: Loaded) -> None:
+    """Say in the report of the model what reading has done to it, and refuse to restore what was never there."""
+    host = host_of(loaded.model)
+    if host is None or not loaded.applied:
+        return
+    report = host.report
+    now = report.patched_weight_bytes or report.weight_bytes
+    report.applied[:0] = loaded.applied
+    report.skipped[:0] = loaded.skipped
+    report.weight_bytes, report.patched_weight_bytes = loaded.weight_bytes or report.weight_bytes, now
+    host.journal.refuse("its weights were read in few bits, and the originals were never in memory")
