@@ -42,14 +42,20 @@ _HALVES = (torch.bfloat16, torch.float16)
 class GgufModel:
     """A loaded model, and what became of the file's tensors.
 
-    types: type -> number of tensors packed as they are; converted: type -> number of tensors that were converted, and the
+    types: type -> number of tensors packed as they are; rounded: number of dense ones that were rounded; converted: type -> number of tensors that were converted, and the
     largest error of a value relative to the largest of its row; expanded: why stock transformers loaded it, or "".
     """
 
     model: Any
     types: dict[str, int] = field(default_factory=dict)
+    rounded: int = 0
     converted: dict[str, tuple[int, float]] = field(default_factory=dict)
     expanded: str = ""
+
+    @property
+    def is_close(self) -> bool:
+        """Return whether every weight has the values of the file."""
+        return not self.converted and not self.rounded
 
     def __str__(self) -> str:
         if self.expanded:
@@ -131,7 +137,7 @@ class _Loading:
     def load(self) -> GgufModel:
         model = self.model
         filler = Filler(model, self, self.dtype)  # type: ignore[arg-type]
-        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        head = model.get_output_embeddings()
         is_tied = bool(self.config.tie_word_embeddings)
         for name, module in list(model.named_modules()):
             if not isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)) or (is_tied and module is head):
@@ -146,7 +152,6 @@ class _Loading:
             for module in model.modules():
                 if getattr(module, "all_tied_weights_keys", None):
                     module.all_tied_weights_keys = {}
-        del table
         filler.fill()
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
             model.hf_quantizer = Seal()
@@ -242,6 +247,7 @@ class _Layout:
         entry, blocks = loading.blocks(f"{source.name}.weight", (rows, columns))
         source.used.add(f"{source.name}.weight")
         if self.rounded is not None:
+            loading.result.rounded += 1
             return Stored(quantize(dense(entry, blocks), self.rounded, loading.dtype), None)
         found = packed(entry, blocks)
         result = loading.result
