@@ -12,6 +12,7 @@ import torch
 from models import COMMON, Tiny, randomize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+_SCALES_AT = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}  # bytes of a block
 Kinds = Callable[[str], str]
 SIZES: dict[str, Any] = COMMON | {
     "hidden_size": 64,
@@ -148,6 +149,6 @@ def quantized(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray
         rng = np.random.default_rng(0)
         blocks = rng.integers(0, 256, (len(values), values.shape[1] // columns, nbytes), dtype=np.uint8)
         scale = np.abs(rng.standard_normal((*blocks.shape[:2], 2))).astype(np.float16) * np.float16(0.002)
-        for index, at in enumerate({"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]):
+        for index, at in enumerate(_SCALES_AT[kind.name]):
             blocks[..., at : at + 2] = scale[..., index : index + 1].view(np.uint8)
         return blocks.reshape(len(values), -1)

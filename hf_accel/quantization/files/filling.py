@@ -73,12 +73,12 @@ class Filler:
         """Put a table of embeddings that has the codes of the product `source` in the place of `name`."""
         modules = dict(self.model.named_modules())
         table, product = modules.get(name), modules.get(source)
-        if type(table) is not nn.Embedding or not isinstance(product, QuantizedLinear):
+        if not isinstance(table, nn.Embedding) or not isinstance(product, QuantizedLinear):
             raise CheckpointError(
                 f"{self.checkpoint.listing}: config.json says that {name} has the codes of {source}, but the first is "
                 "not a table of embeddings or the second is not a packed product."
             )
-        self.put(name, QuantizedEmbedding(product.packed, table))
+        self.put(name, self._table(name, table, product.packed))
 
     def fill(self) -> None:
         """Fill everything that is not packed, tie what is tied, and check that nothing is missing or left over."""

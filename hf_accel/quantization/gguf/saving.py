@@ -49,6 +49,10 @@ class GgufReport:
     rounded: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {"path": str(self.path), "types": self.types, "rounded": self.rounded, "notes": self.notes}
+
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
         lines = [f"{self.path}: {self.path.stat().st_size / 1e6:.1f} MB, {counts} tensors"]
