@@ -88,6 +88,7 @@ ARCHITECTURES = (
     Architecture("phi3", "phi3", pairs=(("attention.sliding_window", "sliding_window"),)),
 )
 WINDOWED = ("gemma2",)  # architectures whose windows llama.cpp has; it reads those of phi3 and leaves them out
+_SUFFIXES = ("weight", "bias")  # of tensors; others are an adapter's
 _NO_HEAD_DIM = ("qwen2", "phi3")  # configs that have the width of a head from others
 
 
@@ -161,7 +162,7 @@ def names(row: Architecture, layers: int, state: Iterable[str]) -> dict[str, str
     found = {}
     for name in state:
         stem, _, suffix = name.rpartition(".")
-        stored = table.get_name(stem)
+        stored = table.get_name(stem) if suffix in _SUFFIXES else None
         if stored is None and stem == "lm_head" and row.is_tied:
             continue
         if stored is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_accel.errors import CheckpointError, described
 from hf_accel.kernels.weights import LANES, PackedWeight, scale_values
 from hf_accel.ops import fp4
-from hf_accel.ops.affine import Affine, Scheme, dequantize, quantize
+from hf_accel.ops.affine import GROUP_SIZES, Affine, Scheme, dequantize, quantize
 from hf_accel.quantization.gguf.package import gguf_package
 from hf_accel.quantization.gguf.reader import Entry
 
@@ -65,7 +65,25 @@ def packed(entry: Entry, blocks: Tensor) -> Read:
         if not all(bool(t.isfinite().all()) for t in (part.scales, part.offsets) if t is not None):
             raise CheckpointError(f"The tensor {entry.name} is damaged: scales of it are NaN or infinite.")
         parts.append(part)
-    return Read(PackedWeight.join(parts), error)
+    return Read(PackedWeight.join(_merged(parts)), error)
+
+
+def _merged(parts: list[Affine]) -> list[Affine]:
+    """Return the parts with larger groups where neighbours have one scale and offset: then it was repeated in writing."""
+    scheme, columns = parts[0].scheme, parts[0].codes.shape[1]
+    for size in (*((columns,) if scheme.bits == 8 else ()), *reversed(GROUP_SIZES[1:])):
+        shared = [t.unflatten(1, (-1, size // GROUP)) for part in parts for t in (part.scales, part.offsets)
+                  if t is not None and columns % size == 0]  # fmt: skip
+        if shared and all(bool((values == values[..., :1]).all()) for values in shared):
+            merged = Scheme(scheme.bits, None if size == columns and scheme.bits == 8 else size, scheme.symmetric)
+            return [
+                Affine(
+                    part.codes, part.scales[:, :: size // GROUP], None, merged,
+                    None if part.offsets is None else part.offsets[:, :: size // GROUP],
+                )
+                for part in parts
+            ]  # fmt: skip
+    return parts
 
 
 def dense(entry: Entry, blocks: Tensor) -> Tensor:
