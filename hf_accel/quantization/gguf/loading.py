@@ -104,7 +104,11 @@ def _by_stock(file: GgufFile, dtype: torch.dtype | None) -> GgufModel:
     with converting(CheckpointError, f"{known}, and transformers cannot load it either", advice):
         folder, name = file.path.parent, file.path.name
         options = {} if dtype is None else {"dtype": dtype}
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, output_loading_info=True, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise file.damaged(f"stock transformers finds no tensor {missing[0]} of a {type(model).__name__} in it")
     return GgufModel(model.eval(), expanded=f"{known}: stock transformers loaded it, and expanded its weights")
 
 
