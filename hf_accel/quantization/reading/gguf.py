@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_accel.core.calls.report import Applied, Skip
+from hf_accel.core.calls.report import Applied
 from hf_accel.core.config import Config
 from hf_accel.core.steps.patcher import Fidelity
 from hf_accel.errors import ConfigError
@@ -43,8 +43,6 @@ class Gguf:
                 "bits that they have. Take a file of fewer bits."
             )
         found = load_gguf(request.name, request.dtype, request.config, request.advance)
-        if found.expanded:
-            return Loaded(found.model, skipped=(Skip(GgufTensors.__name__, found.expanded),))
         entries = [Applied(GgufTensors(file=request.name), str(found), 0, (Fidelity.CLOSE if found.is_close else Fidelity.LOSSY).value)]
         if request.config is not None and found.rounded:
             summary = f"{found.rounded} dense products of the file rounded as they were read"
