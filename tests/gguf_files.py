@@ -63,7 +63,9 @@ def build(name: str, seed: int = 1) -> PreTrainedModel:
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """Return the rows of q or k as llama.cpp's converter orders them (LlamaModel.permute)."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
 
 
 def tensors_of(name: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
@@ -110,7 +112,9 @@ def metadata(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def of_kind(kind: str, table: str = "F32") -> Kinds:
     """Return the types of tensors in a file of `kind`: dense norms and biases, and a table of its own."""
-    return lambda name: "F32" if "norm" in name or name.endswith("bias") else table if name.startswith("token_embd") else kind
+    return lambda name: (
+        "F32" if "norm" in name or name.endswith("bias") else table if name.startswith("token_embd") else kind
+    )
 
 
 def write(

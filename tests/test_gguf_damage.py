@@ -1,4 +1,5 @@
-"""GGUF files that are damaged, incomplete or strange: an error that names file and tensor, or stock's path with the reason."""
+"""GGUF files that are damaged, incomplete or strange: an error that names file and tensor, or stock's path with the
+reason."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def test_a_file_cut_short_anywhere_is_an_error(content: bytes, tmp_path: Path) -
     path = tmp_path / "x.gguf"
     for length in [0, 3, 4, 20, *range(24, 2500, 97), *range(2500, len(content), 1777), len(content) - 1]:
         path.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match=r"x\.gguf"):
+        with pytest.raises(CheckpointError, match=r"x\.gguf.*(cut short|cannot be read|does not begin)"):
             load_gguf(path)
 
 

@@ -36,7 +36,11 @@ def of_model(name: str, model: Any, written: dict[str, np.ndarray]) -> dict[str,
         values = torch.from_numpy(written[stored].copy())
         if name in LLAMA and stored.split(".")[-2] in ("attn_q", "attn_k"):
             heads = model.config.num_attention_heads if "attn_q" in stored else model.config.num_key_value_heads
-            values = values.view(heads, len(values) // heads // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+            values = (
+                values.view(heads, len(values) // heads // 2, 2, *values.shape[1:])
+                .transpose(1, 2)
+                .reshape(values.shape)
+            )
         if name.startswith("gemma") and stored.endswith("norm.weight"):
             values = values - 1
         found[key] = values
@@ -80,7 +84,7 @@ def test_weights_are_the_package_s_dequantization_to_the_bit(name: str, kind: st
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_text_is_that_of_the_model_with_the_file_s_values(name: str, tmp_path: Path) -> None:
-    found, written = read(tmp_path, name, of_kind("Q8_0", table="F32"), dtype=torch.float32)
+    found, written = read(tmp_path, name, of_kind("Q8_0", table="Q8_0"), dtype=torch.float32)
     ids = prompt(2, 24)
     with torch.no_grad():
         ours, expected = found.model(ids).logits, twin(name, written)(ids).logits
@@ -90,7 +94,9 @@ def test_text_is_that_of_the_model_with_the_file_s_values(name: str, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "MXFP4", "Q6_K", "F16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_logits_are_those_of_stock_s_expansion(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_those_of_stock_s_expansion(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if kind == "Q6_K":  # blocks of 256 columns
         tiny = copy.deepcopy(TINY[name])
         tiny.config.update(hidden_size=256, intermediate_size=256, head_dim=tiny.config["head_dim"] and 64)
@@ -154,7 +160,12 @@ def test_rotary_scalings_of_a_file_are_computed(kind: str, tmp_path: Path) -> No
     config = copy.deepcopy(build("llama").config)
     base = 1 / config.rope_parameters["rope_theta"] ** (np.arange(0, 32, 2) / 32)
     if kind == "llama3":
-        parameters = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        parameters = {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
         config.rope_parameters |= {"rope_type": "llama3", **parameters}
         expected = type(build("llama"))(config).model.rotary_emb.inv_freq.numpy()
     else:

@@ -19,7 +19,11 @@ from hf_accel.quantization.gguf.reader import GgufFile
 from hf_accel.quantization.gguf.splitting import GPT2, SPACE, SPLITTINGS, ScoreTwin, twin
 from hf_accel.quantization.gguf.vocabulary import SAMPLE, describe
 
-TEXT = [SAMPLE, Path(vocabulary.__file__).read_text(encoding="utf-8"), Path(splitting.__file__).read_text(encoding="utf-8")]
+TEXT = [
+    SAMPLE,
+    Path(vocabulary.__file__).read_text(encoding="utf-8"),
+    Path(splitting.__file__).read_text(encoding="utf-8"),
+]
 ROWS = 640
 
 
@@ -48,13 +52,32 @@ def split_by(*patterns: str, ignore_merges: bool = False) -> Any:
 
 
 def sentencepiece(prefix: bool = True) -> Any:
-    """Return a tokenizer of SentencePiece's kind: all pairs that make a token are merges, in the order of their tokens."""
+    """Return a tokenizer of SentencePiece's kind: all pairs that make a token are merges, in the order of their
+    tokens."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *"abcdefghilmnorstuwxy.,"]
-    made = ["he", "th", "in", "er", "an", SPACE + "th", SPACE + "the", "the", "qu", SPACE + "an", "on", "re", "nd", "and", SPACE + "and"]
+    made = [
+        "he",
+        "th",
+        "in",
+        "er",
+        "an",
+        SPACE + "th",
+        SPACE + "the",
+        "the",
+        "qu",
+        SPACE + "an",
+        "on",
+        "re",
+        "nd",
+        "and",
+        SPACE + "and",
+    ]
     tokens += [token for token in made if set(token) <= {*"".join(tokens[259:])}]
     known = set(tokens[259:])
     merges = [(t[:at], t[at:]) for t in tokens[259:] for at in range(1, len(t)) if t[:at] in known and t[at:] in known]
-    model = models.BPE({t: i for i, t in enumerate(tokens)}, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    model = models.BPE(
+        {t: i for i, t in enumerate(tokens)}, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"
+    )
     tokenizer = Tokenizer(model)
     steps = [normalizers.Prepend(SPACE)] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
@@ -69,7 +92,9 @@ def test_the_demo_model_s_tokenizer_reads_the_same_ids_from_the_file(tmp_path: P
     export_gguf(model, tmp_path / "x.gguf", demo())
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
     text = "".join(TEXT)
-    assert again(text)["input_ids"] == demo()(text)["input_ids"] == twin(GgufFile(tmp_path / "x.gguf").metadata).ids(text)
+    assert (
+        again(text)["input_ids"] == demo()(text)["input_ids"] == twin(GgufFile(tmp_path / "x.gguf").metadata).ids(text)
+    )
     fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert fields["tokenizer.ggml.tokens"].contents()[-1] == "[PAD1539]"
@@ -110,7 +135,9 @@ def crossing_lines() -> Any:
     vocab, merges = description["model"]["vocab"], description["model"]["merges"]
     last = max(vocab, key=vocab.get)
     vocab["\u010a\u0120"] = vocab.pop(last)
-    description["model"]["merges"] = [m for m in merges if "".join(m) != last and last not in m] + [["\u010a", "\u0120"]]
+    description["model"]["merges"] = [m for m in merges if "".join(m) != last and last not in m] + [
+        ["\u010a", "\u0120"]
+    ]
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)))
 
 
@@ -131,7 +158,9 @@ def with_both_ends_and_more() -> Any:
 def without_a_pair() -> Any:
     """Merges that lack one pair that makes a token: scores would merge it."""
     description = json.loads(sentencepiece().backend_tokenizer.to_str())
-    description["model"]["merges"] = [m for m in description["model"]["merges"] if m != [SPACE + "t", "he"] and m != ["t", "he"]]
+    description["model"]["merges"] = [
+        m for m in description["model"]["merges"] if m != [SPACE + "t", "he"] and m != ["t", "he"]
+    ]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(description)), bos_token="<s>", unk_token="<unk>"
     )

@@ -29,7 +29,8 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, which ends in .gguf.")],
     bits: Annotated[
-        int | None, typer.Option(help="Round weights that are not packed: 4 (Q4_0) or 8 (Q8_0).", show_default="as they are")
+        int | None,
+        typer.Option(help="Round weights that are not packed: 4 (Q4_0) or 8 (Q8_0).", show_default="as they are"),
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of what is not packed.", show_default="as stored")
@@ -64,5 +65,7 @@ def _tokenizer(model: str) -> Any:
     else:
         found = load_tokenizer(model)
     if found is None:
-        raise ConfigError(f"No tokenizer was found beside {model!r}. To write the model alone, add --without-tokenizer.")
+        raise ConfigError(
+            f"No tokenizer was found beside {model!r}. To write the model alone, add --without-tokenizer."
+        )
     return found

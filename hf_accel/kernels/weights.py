@@ -48,8 +48,8 @@ class PackedWeight:
 
     codes: 8 bits int8 [R, Kp/2, 16, 2], 4 bits uint8 [R, Kp/8, 16, 4], 3 bits uint8 [R, Kp/32, 3, 16, 4], 2 bits uint8
     [R, Kp/16, 16, 4], fp4 as 4 bits; scales [R, groups, 16] as the bits of bf16 (int16), fp16 (uint16) or fp32 (int32)
-    values, so that casting a model leaves them alone, those of fp4 as exponents (uint8); offsets int32 (fp32 bits) or None.
-    R = ceil(rows / 16), Kp = columns rounded up to 32.
+    values, so that casting a model leaves them alone, those of fp4 as exponents (uint8); offsets int32 (fp32 bits) or
+    None. R = ceil(rows / 16), Kp = columns rounded up to 32.
     """
 
     scheme: Scheme
@@ -145,7 +145,7 @@ class PackedWeight:
 
     @property
     def has_whole_zeros(self) -> bool:
-        """Return whether its offsets, if there are any, are those of zeros that are codes: other programs' need not be."""
+        """Return whether its offsets, if any, are those of zeros that are codes; other programs' need not be."""
         if self.offsets is None:
             return True
         return self._whole_zeros(scale_values(self.scales), scale_values(self.offsets)) is not None

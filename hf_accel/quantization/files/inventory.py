@@ -145,7 +145,8 @@ def take_inventory(model: Any) -> Inventory:
     for name, weight in found.packed.items():
         if not weight.has_whole_zeros:
             raise UnsupportedModelError(
-                f"The groups of {name} have offsets that are no multiples of their scales (read from a GGUF file?), which "
+                f"The groups of {name} have offsets that are no multiples of their scales (read from a GGUF file?), "
+                f"which "
                 "no format of checkpoints holds. Write the model by hf_accel.export_gguf, which does."
             )
     for name, table in tables.items():

@@ -1,4 +1,4 @@
-"""Whether the metadata of a file say of a model what its config does: found by reading them back before they are written."""
+"""Whether the metadata of a file say of a model what its config does, found by reading them before they are written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,31 @@ from hf_accel.quantization.gguf.reader import Entry, Header
 
 # attributes of a config that say nothing of what is computed from ids, or that tensors say
 _FREE = frozenset(
-    "architectures dtype torch_dtype transformers_version _name_or_path name_or_path model_type initializer_range use_cache "
-    "bos_token_id eos_token_id pad_token_id pretraining_tp vocab_size tie_word_embeddings quantization_config "
-    "attention_dropout resid_pdrop embd_pdrop max_window_layers use_sliding_window "
-    "max_position_embeddings original_max_position_embeddings".split()
+    [
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "_name_or_path",
+        "name_or_path",
+        "model_type",
+        "initializer_range",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "pretraining_tp",
+        "vocab_size",
+        "tie_word_embeddings",
+        "quantization_config",
+        "attention_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "max_window_layers",
+        "use_sliding_window",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+    ]
 )
 _BY_TENSORS = ("llama3",)  # rotary embeddings whose factors are a tensor, made of the config
 

@@ -1,8 +1,8 @@
-"""What GGUF files call the architectures that are read and written here, their hyperparameters, and how tensors differ.
+"""What GGUF files call the architectures that are read and written here, their sizes, and how their tensors differ.
 
-A row of `ARCHITECTURES` says all of it in both directions; names of tensors are the gguf package's. Sources of what llama.cpp
-does with a value: src/llama-model.cpp and conversion/ of llama.cpp. An architecture that has no row is read by stock
-transformers, expanded. Rotary frequencies are those of `ropes`.
+A row of `ARCHITECTURES` says all of it in both directions; names of tensors are the gguf package's. Sources of what
+llama.cpp does with a value: src/llama-model.cpp and conversion/ of llama.cpp. An architecture that has no row is read
+by stock transformers, expanded. Rotary frequencies are those of `ropes`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _HEADS_GEMMA2_27B = 46  # its number of layers, by which llama.cpp knows it
 class Architecture:
     """One architecture of GGUF files.
 
-    name: in files; model_type: in transformers; also: model types that are written as this one; permuted: rows of q and k
-    lie in another order within a head; norm_offset: what stored norms have more; pairs: further keys of metadata and
-    attributes of the config that they hold; fixed: what the architecture says without a key; is_tied: the head always is
-    the table of embeddings; flags: an attribute of the config, and the tensor by whose presence it is known.
+    name: in files; model_type: in transformers; also: model types that are written as this one; permuted: rows of q
+    and k lie in another order within a head; norm_offset: what stored norms have more; pairs: further keys of metadata
+    and attributes of the config that they hold; fixed: what the architecture says without a key; is_tied: the head
+    always is the table of embeddings; flags: an attribute of the config, and the tensor by whose presence it is known.
     """
 
     name: str
@@ -151,6 +151,7 @@ def metadata_of(config: Any, row: Architecture) -> dict[str, Any]:
 
 
 def head_dim(config: Any) -> int:
+    """Return the width of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -166,7 +167,9 @@ def names(row: Architecture, layers: int, state: Iterable[str]) -> dict[str, str
         if stored is None and stem == "lm_head" and row.is_tied:
             continue
         if stored is None:
-            raise UnsupportedModelError(f"GGUF files of the architecture {row.name} have no name for the tensor {name}.")
+            raise UnsupportedModelError(
+                f"GGUF files of the architecture {row.name} have no name for the tensor {name}."
+            )
         found[name] = f"{stored}.{suffix}"
     return found
 
@@ -176,7 +179,7 @@ def row_order(row: Architecture, name: str, config: Any) -> Tensor | None:
 
     name: in a file. llama.cpp turns adjacent columns of a head, transformers column i with i + half.
     """
-    if not row.permuted or ".attn_q." not in name and ".attn_k." not in name:
+    if not row.permuted or (".attn_q." not in name and ".attn_k." not in name):
         return None
     heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
     size = head_dim(config)
@@ -189,6 +192,5 @@ def is_norm(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number as a config writes it: files hold fp32, of which the shortest decimal is the one that was meant."""
+    """Return a number as a config writes it: of one in fp32 the shortest decimal is what was meant."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
-

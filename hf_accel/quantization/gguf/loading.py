@@ -1,7 +1,7 @@
 """Loading a model from a GGUF file: blocks become packed products as they lie, everything else is read as it is.
 
-The model is built empty of what the metadata say, and filled as one of ours is: every tensor of the model must be in the
-file, and each in the file must be asked for. Cost: the packed model and one tensor.
+The model is built empty of what the metadata say, and filled as one of ours is: every tensor of the model must be in
+the file, and each in the file must be asked for. Cost: the packed model and one tensor.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 class GgufModel:
     """A loaded model, and what became of the file's tensors.
 
-    types: type -> number of tensors packed as they are; rounded: number of dense ones that were rounded; converted: type -> number of tensors that were converted, and the
-    largest error of a value relative to the largest of its row; expanded: why stock transformers loaded it, or "".
+    types: type -> number of tensors packed as they are; rounded: number of dense ones that were rounded; converted:
+    type -> number of tensors that were converted, and the largest error of a value relative to the largest of its row;
+    expanded: why stock transformers loaded it, or "".
     """
 
     model: Any
@@ -80,14 +81,15 @@ def load_gguf(
 
     Args:
         path: the file.
-        dtype: of everything that is not packed; None: the smallest of bfloat16, float16 and float32 that holds all dense
-            tensors exactly.
+        dtype: of everything that is not packed; None: the smallest of bfloat16, float16 and float32 that holds all
+            dense tensors exactly.
         config: how dense products are rounded while they are read; None: they stay as they are.
         advance: called after each tensor.
 
     Raises:
-        CheckpointError: the file is damaged, cut short, of another format or of an architecture that nobody here knows; or
-            a tensor is missing, of another shape, of a type that is not known, or asked for by no part of the model.
+        CheckpointError: the file is damaged, cut short, of another format or of an architecture that nobody here
+            knows; or a tensor is missing, of another shape, of a type that is not known, or asked for by no part of
+            the model.
         MissingDependencyError: the gguf package is not installed.
     """
     with converting(CheckpointError, f"{path} cannot be loaded"):
@@ -104,9 +106,8 @@ def _by_stock(file: GgufFile, dtype: torch.dtype | None) -> GgufModel:
     with converting(CheckpointError, f"{known}, and transformers cannot load it either", advice):
         folder, name = file.path.parent, file.path.name
         options = {} if dtype is None else {"dtype": dtype}
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, output_loading_info=True, **options
-        )
+        found: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options)
+        model, report = found
     if missing := sorted(report["missing_keys"]):
         raise file.damaged(f"stock transformers finds no tensor {missing[0]} of a {type(model).__name__} in it")
     return GgufModel(model.eval(), expanded=f"{known}: stock transformers loaded it, and expanded its weights")
@@ -134,7 +135,9 @@ class _Loading:
         used = set(self.stored.values())
         for name in file.tensors:
             if name not in used and name not in _OF_ROPES:
-                raise file.damaged(f"the tensor {name} belongs to no part of a {cls.__name__} as its metadata describe it")
+                raise file.damaged(
+                    f"the tensor {name} belongs to no part of a {cls.__name__} as its metadata describe it"
+                )
         self.files = {name: file.path for name, stored in self.stored.items() if stored in file.tensors}
         self.result = GgufModel(self.model)
 
@@ -193,7 +196,9 @@ class _Loading:
         """Return a dense tensor of this shape in the dtype of the model, as `Checkpoint.tensor` does."""
         entry, blocks = self.blocks(name, shape)
         if entry.type not in DENSE:
-            raise self.damaged(name, f"it is of type {entry.type}, and this part of the model has none but dense values")
+            raise self.damaged(
+                name, f"it is of type {entry.type}, and this part of the model has none but dense values"
+            )
         values = dense(entry, blocks)
         if self.row.norm_offset and is_norm(entry.name):
             values = values.float() - self.row.norm_offset

@@ -1,4 +1,4 @@
-"""The gguf package, which knows types, names and keys of the format: an optional dependency, imported where it is used."""
+"""The gguf package, which knows types, names and keys of the format: optional, and imported where it is used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Reading a GGUF file: metadata, and the bytes of each tensor where they lie in the mapped file.
 
-The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. Every length is checked against the file before
-it is used, so that a file cut short is an error and never a tensor of other bytes. Cost: the metadata; tensors are mapped.
+The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. Every length is checked against the file
+before it is used, so that a file cut short is an error and never a tensor of other bytes. Cost: the metadata; tensors
+are mapped.
 """
 
 from __future__ import annotations
@@ -59,6 +60,14 @@ class Header:
     def architecture(self) -> str:
         return str(self["general.architecture"])
 
+    def blocks(self, entry: Entry) -> Tensor:
+        """Return the bytes of a tensor, uint8 [..., bytes of a row].
+
+        Raises:
+            CheckpointError: this is the header alone.
+        """
+        raise self.damaged(f"the bytes of {entry.name} are not here")
+
     def damaged(self, fault: str) -> CheckpointError:
         """Return the error that says what is wrong with the file."""
         return CheckpointError(f"{self.path}: {fault}. Download or write the file anew.")
@@ -68,8 +77,8 @@ class GgufFile(Header):
     """A mapped GGUF file.
 
     Raises:
-        CheckpointError: it cannot be read, is no GGUF file, of another version or byte order, cut short or one of several
-            parts, or has a tensor of a type that is not known.
+        CheckpointError: it cannot be read, is no GGUF file, of another version or byte order, cut short or one of
+            several parts, or has a tensor of a type that is not known.
         MissingDependencyError: the gguf package is not installed.
     """
 
@@ -93,13 +102,15 @@ class GgufFile(Header):
             key = self._string()
             self.metadata[key] = self._value(self._number("I"))
         if self.metadata.get("split.count", 1) not in (0, 1):
-            raise self.damaged(f"it is one of {self.metadata['split.count']} parts; join them by llama-gguf-split --merge")
-        table = [self._described() for _ in range(count)]
+            raise self.damaged(
+                f"it is one of {self.metadata['split.count']} parts; join them by llama-gguf-split --merge"
+            )
+        table: list[tuple[str, tuple[int, ...], int, int]] = [self._described() for _ in range(count)]
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
             raise self.damaged(f"its alignment is {alignment!r}")
         first = -(-self._at // alignment) * alignment
-        self.tensors = {name: self._entry(name, *rest, first) for name, *rest in table}
+        self.tensors = {name: self._entry(name, shape, kind, at, first) for name, shape, kind, at in table}
         if len(self.tensors) != len(table):
             raise self.damaged("two of its tensors have one name")
 
@@ -120,10 +131,15 @@ class GgufFile(Header):
             raise self.damaged(f"the tensor {name} is of type {kind}, which the installed gguf package does not know")
         type_name, columns, nbytes = self._types[kind]
         if shape[-1] % columns:
-            raise self.damaged(f"the tensor {name} has rows of {shape[-1]} columns, no multiple of the {columns} of {type_name}")
+            raise self.damaged(
+                f"the tensor {name} has rows of {shape[-1]} columns, no multiple of the {columns} of {type_name}"
+            )
         size = prod(shape) // columns * nbytes
         if first + offset + size > len(self._bytes):
-            raise self.damaged(f"it is cut short: the tensor {name} ends at byte {first + offset + size}, the file at {len(self._bytes)}")
+            raise self.damaged(
+                f"it is cut short: the tensor {name} ends at byte {first + offset + size}, the file at "
+                f"{len(self._bytes)}"
+            )
         return Entry(name, shape, type_name, first + offset, size)
 
     def _number(self, kind: str) -> Any:
@@ -132,7 +148,9 @@ class GgufFile(Header):
 
     def _take(self, size: int) -> bytes:
         if self._at + size > len(self._bytes):
-            raise self.damaged(f"it is cut short: its metadata go on behind byte {len(self._bytes)}, where the file ends")
+            raise self.damaged(
+                f"it is cut short: its metadata go on behind byte {len(self._bytes)}, where the file ends"
+            )
         self._at += size
         return self._bytes[self._at - size : self._at]
 

@@ -1,7 +1,8 @@
 """Rotary frequencies of GGUF files: their base, linear scaling, and factors per frequency as tensors.
 
 `rope_freqs.weight` [n] divides frequencies: Llama 3's scaling is stored so, computed. `rope_factors_short.weight` and
-`rope_factors_long.weight` are the factors of longrope. Other scalings (yarn) are refused: nothing here would compute them.
+`rope_factors_long.weight` are the factors of longrope. Other scalings (yarn) are refused: nothing here would compute
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_accel.errors import UnsupportedModelError
-from hf_accel.quantization.gguf.reader import GgufFile
+from hf_accel.quantization.gguf.reader import Header
 from hf_accel.quantization.gguf.types import DENSE, dense
 
 FACTORS = "rope_freqs.weight"
@@ -24,7 +25,7 @@ _LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "ori
 _WITH_FACTORS = ("llama",)  # architectures for which llama.cpp reads `rope_freqs.weight`
 
 
-def read(file: GgufFile, prefix: str, head_dim: int, length: int) -> dict[str, Any]:
+def read(file: Header, prefix: str, head_dim: int, length: int) -> dict[str, Any]:
     """Return transformers' `rope_parameters` of a file.
 
     Raises:
@@ -51,7 +52,9 @@ def read(file: GgufFile, prefix: str, head_dim: int, length: int) -> dict[str, A
     elif kind == "linear":
         found |= {"rope_type": "linear", "factor": float(file[f"{prefix}.rope.scaling.factor"])}
     elif kind != "none":
-        raise file.damaged(f"its rotary embeddings are scaled by {kind!r}; none, linear and factors as tensors are known")
+        raise file.damaged(
+            f"its rotary embeddings are scaled by {kind!r}; none, linear and factors as tensors are known"
+        )
     return found
 
 
@@ -106,7 +109,7 @@ def _of_factors(found: Tensor, base: float, turned: int, length: int) -> dict[st
     }  # fmt: skip
 
 
-def _values(file: GgufFile, name: str) -> Tensor:
+def _values(file: Header, name: str) -> Tensor:
     entry = file.tensors[name]
     if entry.type not in DENSE:
         raise file.damaged(f"the tensor {name} is of type {entry.type}; its values are expected as they are")

@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_accel.core.failures import converting
 from hf_accel.errors import CheckpointError, UnsupportedModelError
 from hf_accel.kernels.weights import PackedWeight
+from hf_accel.quantization.gguf.agreement import differences
 from hf_accel.quantization.gguf.architectures import (
     Architecture,
     is_norm,
@@ -27,7 +28,6 @@ from hf_accel.quantization.gguf.architectures import (
     row_order,
     written_as,
 )
-from hf_accel.quantization.gguf.agreement import differences
 from hf_accel.quantization.gguf.package import gguf_package
 from hf_accel.quantization.gguf.ropes import FACTORS, factors
 from hf_accel.quantization.gguf.types import DENSE, encoded, type_for
@@ -41,8 +41,9 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, 
 
 @dataclass
 class GgufReport:
-    """What became of a model's tensors: types: type -> their number; rounded: name -> largest error, relative to the largest
-    value of the tensor, of packed weights that no type holds, written as F16; notes: sentences on what else differs."""
+    """What became of a model's tensors: types: type -> their number; rounded: name -> largest error, relative to the
+    largest value of the tensor, of packed weights that no type holds, written as F16; notes: sentences on what else
+    differs."""
 
     path: Path
     types: dict[str, int] = field(default_factory=dict)
@@ -58,7 +59,8 @@ class GgufReport:
         lines = [f"{self.path}: {self.path.stat().st_size / 1e6:.1f} MB, {counts} tensors"]
         if self.rounded:
             lines.append(
-                f"{len(self.rounded)} packed weights are F16, within {max(self.rounded.values()):.1g} of their largest value, "
+                f"{len(self.rounded)} packed weights are F16, within {max(self.rounded.values()):.1g} of their "
+                f"largest value, "
                 "for no type of GGUF holds their scales (load the model in bfloat16 or float16 before quantizing it), "
                 f"offsets or columns: {', '.join(list(self.rounded)[:3])}"
             )
@@ -68,11 +70,11 @@ class GgufReport:
 def export_gguf(
     model: Any, path: str | os.PathLike[str], tokenizer: Any = None, advance: Callable[[], None] = lambda: None
 ) -> GgufReport:
-    """Write a model to a GGUF file that llama.cpp opens, its packed weights bit by bit, and return what became of what.
+    """Write a model to a GGUF file that llama.cpp opens, its packed weights bit by bit, and return a report.
 
-    Symmetric weights of 2 to 4 bits become Q4_0, of 8 bits Q8_0, MXFP4 stays so, those of a file in Q4_1 become that again;
-    a scale of more than 32 columns is repeated. A weight whose scales fp16 does not hold, or whose columns 32 does not
-    divide, is written as F16. Everything else keeps its dtype; norms and biases are F32.
+    Symmetric weights of 2 to 4 bits become Q4_0, of 8 bits Q8_0, MXFP4 stays so, those of a file in Q4_1 become that
+    again; a scale of more than 32 columns is repeated. A weight whose scales fp16 does not hold, or whose columns 32
+    does not divide, is written as F16. Everything else keeps its dtype; norms and biases are F32.
 
     Args:
         model: of an architecture that `gguf.architectures` has a row for.
@@ -89,7 +91,8 @@ def export_gguf(
     row = written_as(model.config.model_type)
     if row is None:
         raise UnsupportedModelError(
-            f"A {type(model).__name__} cannot be written to a GGUF file: no row of the table says what llama.cpp calls its "
+            f"A {type(model).__name__} cannot be written to a GGUF file: no row of the table says what llama.cpp "
+            f"calls its "
             "parts. Save it by hf_accel.save_pretrained, and convert that."
         )
     export = _Export(model, row, Path(path))
@@ -115,7 +118,9 @@ class _Export:
         self.packed = _packed(model)
         own = tuple(f"{name}." for name in self.packed)
         state = {
-            name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own) or name.endswith(".bias")
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if not name.startswith(own) or name.endswith(".bias")
         }
         self.tensors: dict[str, Tensor | PackedWeight] = {**state, **{f"{n}.weight": w for n, w in self.packed.items()}}
         self._leave_tied()
@@ -123,12 +128,14 @@ class _Export:
         self.rows = self.tensors[self._table()].shape[0]
         if reason := differences(config, row, self.metadata, self.stored.values(), self.rows):
             raise UnsupportedModelError(
-                f"This {type(model).__name__} cannot be written to a GGUF file: files of the architecture {row.name} do not "
+                f"This {type(model).__name__} cannot be written to a GGUF file: files of the architecture {row.name} "
+                f"do not "
                 f"say {reason}. Nothing was written."
             )
         if self.metadata["context_length"] < config.max_position_embeddings:
             self.report.notes.append(
-                f"llama.cpp has no window of {config.sliding_window} tokens for {row.name}; the file's context is as long"
+                f"llama.cpp has no window of {config.sliding_window} tokens for {row.name}; the file's context is as "
+                f"long"
             )
 
     def write(self, package: Any, path: Path, vocabulary: dict[str, Any], advance: Callable[[], None]) -> None:
@@ -163,9 +170,7 @@ class _Export:
     def _announce(self, package: Any, writer: Any, name: str, shape: Any, kind: str) -> None:
         columns, nbytes = package.GGML_QUANT_SIZES[package.GGMLQuantizationType[kind]]
         count = int(torch.Size(shape).numel()) // columns * nbytes
-        writer.add_tensor_info(
-            name, list(shape), torch.float32, count, raw_dtype=package.GGMLQuantizationType[kind]
-        )
+        writer.add_tensor_info(name, list(shape), torch.float32, count, raw_dtype=package.GGMLQuantizationType[kind])
 
     def _kind(self, name: str) -> str:
         """Return the type as which a tensor is written."""
@@ -210,7 +215,8 @@ class _Export:
             del self.tensors[f"{paths[id(head)]}.weight"]
         elif self.row.is_tied:
             raise UnsupportedModelError(
-                f"llama.cpp has one table for embeddings and head of {self.row.name}; this {type(model).__name__} has two. "
+                f"llama.cpp has one table for embeddings and head of {self.row.name}; this {type(model).__name__} "
+                f"has two. "
                 "Quantize it with head=8 and embeddings=8, which share one, or with head=None."
             )
 
@@ -227,7 +233,8 @@ def _packed(model: Any) -> dict[str, PackedWeight]:
             found[name] = module.packed
         elif type(module).__module__.startswith("hf_accel.quantization.modules"):
             raise UnsupportedModelError(
-                f"{name} is a {type(module).__name__}, whose weights no type of GGUF holds. Restore the model, or quantize it "
+                f"{name} is a {type(module).__name__}, whose weights no type of GGUF holds. Restore the model, or "
+                f"quantize it "
                 "without it."
             )
     return found

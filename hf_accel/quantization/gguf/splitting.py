@@ -53,7 +53,7 @@ SPLITTINGS = {
 def splitting_of(description: Mapping[str, Any]) -> Splitting | str:
     """Return how a byte-level tokenizer splits text, of its tokenizer.json; or why that is not one of our kinds.
 
-    A split at line ends in front of other patterns changes nothing where no token but theirs contains one: it is left out.
+    A split at line ends in front of other patterns changes nothing where no token goes across one: it is left out.
     """
     part = description["pre_tokenizer"] or {}
     steps = part.get("pretokenizers", [part]) if part.get("type") == "Sequence" else [part]
@@ -98,7 +98,9 @@ class ByteTwin:
             [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         self.tokenizer.decoder = decoders.ByteLevel()
-        self.tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == CONTROL])
+        self.tokenizer.add_special_tokens(
+            [AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == CONTROL]
+        )
         self.tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == USER_DEFINED])
 
     def ids(self, text: str) -> list[int]:
@@ -107,7 +109,7 @@ class ByteTwin:
 
 
 class ScoreTwin:
-    """Tokenizes as llama.cpp does with the metadata of a file whose pairs are merged by scores (SentencePiece's BPE)."""
+    """Tokenizes as llama.cpp does with the metadata of a file whose pairs are merged by scores, as SentencePiece's."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.tokens: list[str] = metadata["tokenizer.ggml.tokens"]

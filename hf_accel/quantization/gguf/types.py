@@ -1,10 +1,10 @@
 """The types of GGUF's tensors as packed weights of ours, and back.
 
-Read bit by bit: Q4_0 and Q4_1 (4 bits), Q5_0, Q5_1, Q8_0, IQ4_NL and IQ4_XS (as 8 bits), MXFP4, Q4_K (4 bits) and Q5_K (as 8
-bits): all of these have groups of 32 columns with a scale, or with a scale and an offset in fp32, and only their sum is
-rounded where it does not fit 24 bits. Other types that the gguf package dequantizes have smaller groups or grids of
-other kinds; they become 8 bits in groups of 32, and `Read.error` says what that changed. Layouts: ggml's ggml-common.h.
-Cost: the codes of one block of rows as bytes.
+Read bit by bit: Q4_0 and Q4_1 (4 bits), Q5_0, Q5_1, Q8_0, IQ4_NL and IQ4_XS (as 8 bits), MXFP4, Q4_K (4 bits) and Q5_K
+(as 8 bits): all of these have groups of 32 columns with a scale, or with a scale and an offset in fp32, and only their
+sum is rounded where it does not fit 24 bits. Other types that the gguf package dequantizes have smaller groups or
+grids of other kinds; they become 8 bits in groups of 32, and `Read.error` says what that changed. Layouts: ggml's
+ggml-common.h. Cost: the codes of one block of rows as bytes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def packed(entry: Entry, blocks: Tensor) -> Read:
 
 
 def _merged(parts: list[Affine]) -> list[Affine]:
-    """Return the parts with larger groups where neighbours have one scale and offset: then it was repeated in writing."""
+    """Return the parts with larger groups where neighbours share a scale and offset, repeated in writing."""
     scheme, columns = parts[0].scheme, parts[0].codes.shape[1]
     for size in (*((columns,) if scheme.bits == 8 else ()), *reversed(GROUP_SIZES[1:])):
         shared = [t.unflatten(1, (-1, size // GROUP)) for part in parts for t in (part.scales, part.offsets)
@@ -208,7 +208,9 @@ def _mxfp4(entry: Entry, blocks: Tensor) -> PackedWeight:
     parts = blocks.unflatten(-1, (-1, 17))
     values = _nibbles(parts[..., 1:])
     try:
-        return PackedWeight.from_mxfp4((values[..., ::2] | values[..., 1::2] << 4).flatten(-2), parts[..., 0].contiguous())
+        return PackedWeight.from_mxfp4(
+            (values[..., ::2] | values[..., 1::2] << 4).flatten(-2), parts[..., 0].contiguous()
+        )
     except ValueError as error:
         raise CheckpointError(f"The tensor {entry.name} is damaged: {error}.") from error
 
@@ -265,7 +267,7 @@ def _fits_half(values: Tensor) -> bool:
 
 
 def _half_bytes(values: Tensor, columns: int) -> Tensor:
-    """Return values per group [rows, groups] as the bytes of fp16 numbers per 32 columns, uint8 [rows, columns / 32, 2]."""
+    """Return values [rows, groups] as the bytes of fp16 numbers per 32 columns, uint8 [rows, columns / 32, 2]."""
     repeated = values.half().repeat_interleave(columns // GROUP // values.shape[1], dim=1)
     return repeated[..., None].contiguous().view(torch.uint8)
 

@@ -1,7 +1,8 @@
-"""A tokenizer as the metadata of a GGUF file, compared by ids with what llama.cpp will make of them before it is written.
+"""A tokenizer as the metadata of a GGUF file, compared by ids with what llama.cpp will make of them beforehand.
 
 Two kinds are written: byte-level pairs (`gpt2`), under the name of their way to split text; and SentencePiece's pairs
-(`llama`), which are merged by scores: their order of merges becomes scores, where every pair that makes a token is one.
+(`llama`), which are merged by scores: their order of merges becomes scores, where every pair that makes a token is
+one.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def describe(tokenizer: Any, rows: int) -> dict[str, Any]:
 
 def _refused(tokenizer: Any, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"This {type(tokenizer).__name__} cannot be written to a GGUF file: {reason}. Nothing was written. With tokenizer=None "
+        f"This {type(tokenizer).__name__} cannot be written to a GGUF file: {reason}. Nothing was written. With "
+        f"tokenizer=None "
         "the file holds the model alone, and programs must be given ids."
     )
 
@@ -114,7 +116,9 @@ def _of_scores(
     normalizer, splitter = description["normalizer"] or {}, description["pre_tokenizer"]
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     has_prefix = steps == _NORMALIZED
-    is_metaspace = not steps and splitter is not None and splitter["type"] == "Metaspace" and not splitter.get("split", True)
+    is_metaspace = (
+        not steps and splitter is not None and splitter["type"] == "Metaspace" and not splitter.get("split", True)
+    )
     if is_metaspace and splitter["replacement"] == SPACE and splitter["prepend_scheme"] in ("first", "always", "never"):
         has_prefix = splitter["prepend_scheme"] != "never"
     elif not (steps in (_NORMALIZED, _NORMALIZED[1:]) and splitter is None):
@@ -124,7 +128,9 @@ def _of_scores(
     for rank, (left, right) in enumerate(merges):
         if (made := left + right) != latest:
             if made in seen:
-                raise _refused(tokenizer, f"its merges that make {made!r} are not next to one another, so no score orders them")
+                raise _refused(
+                    tokenizer, f"its merges that make {made!r} are not next to one another, so no score orders them"
+                )
             seen.add(made)
             latest = made
             scores[index[made]] = -float(rank)

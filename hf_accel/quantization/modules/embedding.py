@@ -85,6 +85,10 @@ def factor_of(table: nn.Embedding) -> Tensor | None:
     probe._parameters = {"weight": nn.Parameter(torch.randn(3, 4), requires_grad=False)}
     probe.padding_idx = None
     ids = torch.tensor([2, 0])
-    if isinstance(factor, Tensor) and factor.numel() == 1 and torch.equal(probe(ids), probe.weight[ids] * factor.float()):
+    if (
+        isinstance(factor, Tensor)
+        and factor.numel() == 1
+        and torch.equal(probe(ids), probe.weight[ids] * factor.float())
+    ):
         return factor.detach().clone()
     raise ValueError(f"a {type(table).__name__} does more than look rows up and multiply them by a number")

@@ -34,16 +34,26 @@ class Gguf:
     def read(self, request: Request) -> Loaded:
         """Return the model; see `Source.read`."""
         if request.cache:
-            raise ConfigError("cache=True keeps what was packed; a GGUF file is packed and mapped as it is. Leave it out.")
+            raise ConfigError(
+                "cache=True keeps what was packed; a GGUF file is packed and mapped as it is. Leave it out."
+            )
         file_bytes = sum(entry.nbytes for entry in GgufFile(request.name).tensors.values())
         budget = request.memory_budget_bytes
         if budget is not None and file_bytes > budget:
             raise ConfigError(
-                f"{request.name} holds {file_bytes} bytes of weights, more than memory_budget_bytes={budget}; they keep the "
+                f"{request.name} holds {file_bytes} bytes of weights, more than memory_budget_bytes={budget}; they "
+                f"keep the "
                 "bits that they have. Take a file of fewer bits."
             )
         found = load_gguf(request.name, request.dtype, request.config, request.advance)
-        entries = [Applied(GgufTensors(file=request.name), str(found), 0, (Fidelity.CLOSE if found.is_close else Fidelity.LOSSY).value)]
+        entries = [
+            Applied(
+                GgufTensors(file=request.name),
+                str(found),
+                0,
+                (Fidelity.CLOSE if found.is_close else Fidelity.LOSSY).value,
+            )
+        ]
         if request.config is not None and found.rounded:
             summary = f"{found.rounded} dense products of the file rounded as they were read"
             entries.append(Applied(request.config, summary, 0, Fidelity.LOSSY.value))
