@@ -23,6 +23,7 @@ from hf_accel.quantization import convert_qat, get_qat_peft_model
 from hf_accel.quantization.drift import calibration_drift
 from hf_accel.quantization.files.loading import from_pretrained
 from hf_accel.quantization.files.seal import save_pretrained
+from hf_accel.quantization.gguf.quantizer import GGUFConfig
 from hf_accel.quantization.gguf.saving import export_gguf
 
 __version__ = "0.2.0"
@@ -32,6 +33,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConflictError",
+    "GGUFConfig",
     "HfAccelError",
     "IrreversibleError",
     "MissingDependencyError",

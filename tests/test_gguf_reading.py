@@ -211,6 +211,28 @@ def test_dense_products_of_a_file_can_be_rounded_as_they_are_read(tmp_path: Path
     assert all(torch.equal(mine[name].dequantize(), theirs[name].dequantize()) for name in mine)
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "F16"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_transformers_own_loading_takes_our_config(name: str, kind: str, tmp_path: Path) -> None:
+    """Nothing of it is exchanged: without the config transformers reads files as before."""
+    expected = read(tmp_path, name, of_kind(kind, table="Q8_0"))[0].model
+    options = {"gguf_file": "x.gguf", "quantization_config": hf_accel.GGUFConfig()}
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **options)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype is expected.dtype
+    assert packed_weights(model).keys() == packed_weights(expected).keys()
+    assert torch.equal(model(prompt(2, 20)).logits, expected(prompt(2, 20)).logits)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf")
+    assert not packed_weights(plain)
+
+
+def test_a_file_that_transformers_reads_as_another_model_is_refused_there(tmp_path: Path) -> None:
+    read(tmp_path, "gemma2", of_kind("Q4_0"))
+    with pytest.raises(hf_accel.UnsupportedModelError, match="attn_logit_softcapping = 50.0"):
+        options = {"gguf_file": "x.gguf", "quantization_config": hf_accel.GGUFConfig()}
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+
+
 def test_a_model_with_offsets_of_its_own_is_not_saved_as_a_checkpoint(tmp_path: Path) -> None:
     model = read(tmp_path, "llama", of_kind("Q4_1"))[0].model
     with pytest.raises(hf_accel.UnsupportedModelError, match="export_gguf"):

@@ -49,8 +49,12 @@ def differences(config: Any, row: Architecture, metadata: dict[str, Any], stored
     """
     tensors = {name: Entry(name, (rows, config.hidden_size), "F32", 0, 0) for name in stored}
     described = {f"{row.name}.{key}": value for key, value in metadata.items()} | {"general.architecture": row.name}
-    found = config_of(Header(Path(), described, tensors), row).to_dict()
-    mine = config.to_dict()
+    return disagreement(config, config_of(Header(Path(), described, tensors), row), row)
+
+
+def disagreement(config: Any, other: Any, row: Architecture) -> str:
+    """Return the first thing that counts in which a config differs from what a reader makes of a file, or ""."""
+    found, mine = other.to_dict(), config.to_dict()
     free = _FREE if row.name in WINDOWED else _FREE | {"sliding_window"}
     for name in sorted((mine.keys() & found.keys()) - free):
         if name == "rope_parameters" and mine[name].get("rope_type") in _BY_TENSORS:

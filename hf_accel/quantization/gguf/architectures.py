@@ -87,6 +87,8 @@ ARCHITECTURES = (
     ),
     Architecture("phi3", "phi3", pairs=(("attention.sliding_window", "sliding_window"),)),
 )
+_READ = {row.name: row for row in ARCHITECTURES}
+_WRITTEN = {kind: row for row in ARCHITECTURES for kind in (row.model_type, *row.also)}
 WINDOWED = ("gemma2",)  # architectures whose windows llama.cpp has; it reads those of phi3 and leaves them out
 _SUFFIXES = ("weight", "bias")  # of tensors; others are an adapter's
 _NO_HEAD_DIM = ("qwen2", "phi3")  # configs that have the width of a head from others
@@ -94,12 +96,12 @@ _NO_HEAD_DIM = ("qwen2", "phi3")  # configs that have the width of a head from o
 
 def read_as(name: str) -> Architecture | None:
     """Return the architecture that files call `name`, None for one that has no row."""
-    return next((row for row in ARCHITECTURES if row.name == name), None)
+    return _READ.get(name)
 
 
 def written_as(model_type: str) -> Architecture | None:
     """Return the architecture as which models of this type are written, None for one that has no row."""
-    return next((row for row in ARCHITECTURES if model_type in (row.model_type, *row.also)), None)
+    return _WRITTEN.get(model_type)
 
 
 def config_of(file: Header, row: Architecture) -> Any:

@@ -155,10 +155,8 @@ class _Loading:
         if is_tied and isinstance(model.get_input_embeddings(), QuantizedEmbedding):
             name = next(name for name, module in model.named_modules() if module is head)
             filler.put(name, QuantizedLinear(model.get_input_embeddings().packed, head.bias, self.dtype))
-            self.config.tie_word_embeddings = model.config.tie_word_embeddings = False
-            for module in model.modules():
-                if getattr(module, "all_tied_weights_keys", None):
-                    module.all_tied_weights_keys = {}
+            self.config.tie_word_embeddings = False
+            untie(model)
         filler.fill()
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
             model.hf_quantizer = Seal()
@@ -202,8 +200,10 @@ class _Loading:
         values = dense(entry, blocks)
         if self.row.norm_offset and is_norm(entry.name):
             values = values.float() - self.row.norm_offset
+        found = values.to(self.dtype, copy=True)
+        self.file.release(entry)
         self.advance()
-        return values.to(self.dtype)
+        return found
 
     def damaged(self, name: str, fault: str) -> CheckpointError:
         return self.file.damaged(f"the tensor {self.stored.get(name, name)}: {fault}")
@@ -259,6 +259,7 @@ class _Layout:
             loading.result.rounded += 1
             return Stored(quantize(dense(entry, blocks), self.rounded, loading.dtype), None)
         found = packed(entry, blocks)
+        loading.file.release(entry)
         result = loading.result
         if found.error:
             count, error = result.converted.get(entry.type, (0, 0.0))
@@ -268,7 +269,20 @@ class _Layout:
         return Stored(found.weight, None)
 
 
+def untie(model: Any) -> None:
+    """Let transformers not tie the head of a model that is new: head and table have one set of codes already."""
+    model.config.tie_word_embeddings = False
+    for module in model.modules():
+        if getattr(module, "all_tied_weights_keys", None):
+            module.all_tied_weights_keys = {}
+
+
+def packed_modules(model: Any) -> dict[str, Any]:
+    """Return name -> module of the packed products and tables of a model."""
+    kinds = (QuantizedLinear, QuantizedEmbedding)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def packed_weights(model: Any) -> dict[str, PackedWeight]:
     """Return name -> weight of the packed products and tables of a model."""
-    kinds = (QuantizedLinear, QuantizedEmbedding)
-    return {name: module.packed for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module.packed for name, module in packed_modules(model).items()}

@@ -119,6 +119,12 @@ class GgufFile(Header):
         found = torch.frombuffer(self._bytes, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
         return found.view(*entry.shape[:-1], -1)
 
+    def release(self, entry: Entry) -> None:
+        """Let the system take back the memory in which a tensor of the file was read; it can be read again."""
+        start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._bytes.madvise(mmap.MADV_DONTNEED, start, entry.start + entry.nbytes - start)
+
     def _described(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self._string(), self._number("I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
