@@ -228,8 +228,8 @@ def test_transformers_own_loading_takes_our_config(name: str, kind: str, tmp_pat
 
 def test_a_file_that_transformers_reads_as_another_model_is_refused_there(tmp_path: Path) -> None:
     read(tmp_path, "gemma2", of_kind("Q4_0"))
-    with pytest.raises(hf_accel.UnsupportedModelError, match="attn_logit_softcapping = 50.0"):
-        options = {"gguf_file": "x.gguf", "quantization_config": hf_accel.GGUFConfig()}
+    options = {"gguf_file": "x.gguf", "quantization_config": hf_accel.GGUFConfig()}
+    with pytest.raises(hf_accel.UnsupportedModelError, match=r"attn_logit_softcapping = 50\.0"):
         AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
 

@@ -1,8 +1,9 @@
-"""A quantizer for transformers' own loading: `from_pretrained(folder, gguf_file=..., quantization_config=GGUFConfig())`.
+"""A quantizer for transformers' loading: `from_pretrained(folder, gguf_file=..., quantization_config=GGUFConfig())`.
 
-transformers takes a GGUF file to the quantizer that it calls "gguf", which expands it; that name is taken, and exchanging
-what stands under it would change loads that never asked for us. So ours has a name of its own, which the config says. The
-config of the model is transformers' reading of the file; where that is another than ours, the load is refused.
+transformers takes a GGUF file to the quantizer that it calls "gguf", which expands it; that name is taken, and
+exchanging what stands under it would change loads that never asked for us. So ours has a name of its own, which the
+config says. The config of the model is transformers' reading of the file; where that is another than ours, the load is
+refused.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class GgufReadingQuantizer(HfQuantizer):
     """Puts packed modules in their places while transformers loads a GGUF file, and hands it what is dense.
 
     Raises:
-        UnsupportedModelError: no row of the table says how the architecture is read, or transformers reads another config.
+        UnsupportedModelError: no row of the table says how the architecture is read, or transformers reads another
+            config.
         CheckpointError: as `load_gguf`.
     """
 
