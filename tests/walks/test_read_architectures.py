@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from architectures import CannotBuild, architectures, tiny
+from transformers import AutoConfig
 
 import hf_accel
 from hf_accel import WeightOnlyConfig
 from hf_accel.errors import UnsupportedModelError
 
-# fused products, stacked experts whose files hold them one by one, transposed and with biases, images, a recurrence,
-# a product that is tied with its bias
-FEW = ["phi3", "qwen2_moe", "gpt_oss", "llama4_text", "llava", "mamba", "bert", "gemma3n_text"]
+# experts that are transposed and have biases, a recurrence, a product tied with its bias, buffers of one layer that
+# another computes
+FEW = ["gpt_oss", "mamba", "bert", "falcon_h1"]
 FOUR = WeightOnlyConfig(bits=4, group_size=32)
 
 
@@ -32,7 +33,8 @@ def compare(one: Any, other: Any) -> None:
     assert named[0].keys() == named[1].keys()
     for name, tensor in named[0].items():
         twin = named[1][name]
-        assert tensor.dtype == twin.dtype and not tensor.is_meta, name
+        assert not tensor.is_meta, name
+        assert tensor.dtype == twin.dtype, name
         assert torch.equal(tensor.nan_to_num(), twin.nan_to_num()), name
         assert tensor.requires_grad == twin.requires_grad, name
 
@@ -44,7 +46,11 @@ def check(model_type: str, folder: Path) -> None:
         pytest.skip(str(reason))
     original.save_pretrained(folder / "model", max_shard_size="100KB")
     cls = type(original)
-    whole, told = cls.from_pretrained(folder / "model", output_loading_info=True)
+    config = AutoConfig.from_pretrained(folder / "model")  # some types are another's class
+    try:
+        whole, told = cls.from_pretrained(folder / "model", config=config, output_loading_info=True)
+    except RuntimeError as reason:
+        pytest.skip(f"transformers does not load what it has saved: {reason}")
     if told["missing_keys"] or told["unexpected_keys"]:
         pytest.skip(f"transformers does not load all that it has saved: {told}")
     try:
@@ -53,7 +59,7 @@ def check(model_type: str, folder: Path) -> None:
         pytest.skip(str(reason))
     compare(hf_accel.load(folder / "model", FOUR, cache=True), whole)
     compare(hf_accel.load(folder / "model", FOUR, cache=True), whole)
-    compare(cls.from_pretrained(folder / "model", quantization_config=FOUR), whole)
+    compare(cls.from_pretrained(folder / "model", config=config, quantization_config=FOUR), whole)
 
 
 @pytest.mark.parametrize("model_type", FEW)

@@ -105,7 +105,7 @@ class Filler:
         for name in checkpoint.files.keys() - self.used:
             if name not in tied and not any(re.search(pattern, name) for pattern in ignorable):
                 raise checkpoint.damaged(name, "the model that config.json describes has no such tensor")
-        compute_buffers(model)
+        _compute_buffers(model)
         model.tie_weights()
 
     def _unpacked_names(self) -> list[str]:
@@ -134,7 +134,7 @@ class Filler:
         self.model.get_submodule(parent)._modules[leaf] = module
 
 
-def compute_buffers(model: Any) -> None:
+def _compute_buffers(model: Any) -> None:
     """Let modules compute the buffers that no checkpoint holds, where the architecture does so by initialising."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True

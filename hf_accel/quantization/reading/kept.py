@@ -53,7 +53,7 @@ class Kept:
             if json.loads(json.dumps(self.identity)) != pack.about["identity"]:
                 return None
             return rebuilt(config, pack.about["model"], pack), pack.about["told"]
-        except CheckpointError:
+        except (CheckpointError, KeyError, TypeError):  # damaged, or written by another version of this code
             return None
 
     def keep(self, model: Any, told: dict[str, Any]) -> None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_accel.core.journal import Journal
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Scheme
-from hf_accel.quantization.files.filling import compute_buffers
 from hf_accel.quantization.files.inventory import OWN_TENSORS
 from hf_accel.quantization.files.rebuilding import skeleton
 from hf_accel.quantization.files.seal import Seal
@@ -37,8 +35,9 @@ def described(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
             packed[path] = [weight.rows, weight.columns, asdict(weight.scheme)]
         elif isinstance(module, QuantizedExperts):
             experts[path] = module.num_experts
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    return {"packed": packed, "experts": experts, "is_tied": is_tied}, model.state_dict()
+    return {"packed": packed, "experts": experts, "is_tied": is_tied, "frozen": frozen}, _tensors(model)
 
 
 def rebuilt(config: Any, about: dict[str, Any], pack: Pack) -> Any:
@@ -73,7 +72,7 @@ def rebuilt(config: Any, about: dict[str, Any], pack: Pack) -> Any:
         _put(model, path, QuantizedExperts(gate_up, down, modules[path]))
     if not about["is_tied"]:
         untie(model, Journal())
-    _fill(model, pack, made)
+    _fill(model, pack, made, set(about["frozen"]))
     model.hf_quantizer = Seal()
     return model.eval()
 
@@ -83,21 +82,19 @@ def _put(model: Any, path: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[leaf] = module
 
 
-def _fill(model: Any, pack: Pack, made: dict[str, Any]) -> None:
-    """Put every tensor that is not packed in its place, and compute what no file holds."""
+def _fill(model: Any, pack: Pack, made: dict[str, Any], frozen: set[str]) -> None:
+    """Put every tensor that is not packed in its place: what models compute when they are built, too."""
     own = {f"{path}.{tensor}" for path in made for tensor in (*OWN_TENSORS, "bias")}
-    for name, before in model.state_dict(keep_vars=True).items():
-        if name in own:
-            continue
+    for name in _tensors(model).keys() - own:
         owner, _, leaf = name.rpartition(".")
         module, value = model.get_submodule(owner), pack.tensor(name)
         if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=before.requires_grad)
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=name not in frozen)
         else:
             module._buffers[leaf] = value
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            if (buffer := module._buffers.get(name)) is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    compute_buffers(model)
     model.tie_weights()
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """Return name -> parameter or buffer; tied ones by each of their names."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])

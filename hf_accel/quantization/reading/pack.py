@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,18 +92,17 @@ def write(path: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         entries[name] = kind, list(tensor.shape), parts[key][0]
     start, text = _placed(about, entries, end)
     try:
-        descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         try:
-            with open(descriptor, "wb") as file:
+            with open(beside, "xb") as file:
                 file.write(MARK + xxhash.xxh3_128_digest(text) + len(text).to_bytes(8, "little") + text)
                 for place, tensor in parts.values():
                     _pad(file, start + place)
                     file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
                 _pad(file, start + end)
             os.replace(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"The packed model cannot be kept as {path} ({error}). Free memory there, or load with cache=False."

@@ -8,7 +8,7 @@ for bit. Weights that are tied to others are rounded then, too: what they share 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.modules.experts import PRODUCTS, QuantizedExperts, bias_of, gate_first, ordered
 from hf_accel.quantization.modules.linear import QuantizedLinear
 from hf_accel.quantization.patcher import WeightOnlyPatcher, scale_dtype
+from hf_accel.quantization.reading.pages import MappedFiles
 from hf_accel.quantization.rounding import METHODS
 from hf_accel.quantization.targets import Target, targets
 
@@ -81,6 +82,8 @@ class ReadingQuantizer(HfQuantizer):
             )
         self.patcher = WeightOnlyPatcher(config)
         self.dtype = torch.get_default_dtype()
+        self.files = MappedFiles(())
+        self.shapes: dict[str, torch.Size] = {}  # of all that the model holds
         self.places: dict[str, tuple[Target, str]] = {}  # name in the model of what is awaited -> where it belongs
         self.packed: dict[str, list[PackedWeight]] = {}  # the same name -> what was made of it; experts are several
 
@@ -99,8 +102,10 @@ class ReadingQuantizer(HfQuantizer):
                 'device_map="cpu".'
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **options: Any) -> None:
+        self.files = MappedFiles(checkpoint_files or ())
         self.dtype = dtype = model.config.dtype
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         anatomy = Anatomy(model, torch.device("cpu"), dtype)
         if misfits := self.patcher.misfits(anatomy):
             listed = "\n  - ".join(misfits)
@@ -128,13 +133,11 @@ class ReadingQuantizer(HfQuantizer):
         if self.reading.error is not None:
             return
         if tensor.shape != wanted.shape:
-            self.reading.error = CheckpointError(
-                f"The tensor {name} of the files has the shape {tuple(tensor.shape)}; the model's config asks for "
-                f"{tuple(wanted.shape)}. Save or download the checkpoint anew."
-            )
+            self.reading.error = _misshapen(name, tensor.shape, wanted.shape)
             return
         try:
             self.packed[name] = self._rounded(target, part, tensor)
+            self.files.give_back(tensor)
         except ValueError:  # of all that could be wrong with it, the rest was asked before
             self.reading.error = UnsupportedModelError(f"The weight {name} of the files holds NaN or infinity.")
 
@@ -165,6 +168,9 @@ class ReadingQuantizer(HfQuantizer):
                 f"The files lack the tensor {absent[0]} of a {type(model).__name__}; the checkpoint is not complete. "
                 "Save or download it anew."
             )
+        for name, tensor in model.state_dict().items():  # transformers compares no shapes where there is a quantizer
+            if tensor.shape != self.shapes.get(name):
+                raise _misshapen(name, tensor.shape, self.shapes.get(name, ()))
         for name in ("is_quantized", "quantization_method"):
             vars(model).pop(name, None)
         vars(model.config).pop("quantization_config", None)
@@ -191,6 +197,13 @@ class ReadingQuantizer(HfQuantizer):
             for name in PRODUCTS
         )
         return QuantizedExperts(gate_up, down, original)
+
+
+def _misshapen(name: str, found: Iterable[int], wanted: Iterable[int]) -> CheckpointError:
+    return CheckpointError(
+        f"The tensor {name} of the files has the shape {tuple(found)}; the model's config asks for {tuple(wanted)}. "
+        "Save or download the checkpoint anew."
+    )
 
 
 class _Rounding(ConversionOps):
