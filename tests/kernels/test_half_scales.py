@@ -1,4 +1,4 @@
-"""Scales of fp16 values, as GGUF files hold them, in 16 bits: products are those of the same scales in fp32, to the bit."""
+"""Scales of fp16 values, as GGUF files hold them, in 16 bits: products are to the bit those of the same in fp32."""
 
 from __future__ import annotations
 

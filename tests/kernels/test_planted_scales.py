@@ -1,4 +1,4 @@
-"""Mistakes with scales of fp16 and with offsets turn their tests red: a further table, see `test_planted_kernels.py`."""
+"""Mistakes with scales of fp16 and with offsets turn tests red: a further table, see `test_planted_kernels.py`."""
 
 from __future__ import annotations
 
