@@ -70,7 +70,7 @@ class GgufModel:
 
 
 def load_gguf(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | GgufFile,
     dtype: torch.dtype | None = None,
     config: WeightOnlyConfig | None = None,
     advance: Callable[[], None] = lambda: None,
@@ -80,7 +80,7 @@ def load_gguf(
     An architecture that is not known here is loaded by stock transformers, which expands it; `expanded` says so.
 
     Args:
-        path: the file.
+        path: the file, or what was read of it.
         dtype: of everything that is not packed; None: the smallest of bfloat16, float16 and float32 that holds all
             dense tensors exactly.
         config: how dense products are rounded while they are read; None: they stay as they are.
@@ -92,8 +92,8 @@ def load_gguf(
             the model.
         MissingDependencyError: the gguf package is not installed.
     """
-    with converting(CheckpointError, f"{path} cannot be loaded"):
-        file = GgufFile(path)
+    with converting(CheckpointError, f"{getattr(path, 'path', path)} cannot be loaded"):
+        file = path if isinstance(path, GgufFile) else GgufFile(path)
         row = read_as(file.architecture)
         if row is None:
             return _by_stock(file, dtype)
@@ -161,6 +161,9 @@ class _Loading:
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
             model.hf_quantizer = Seal()
         model.config.name_or_path = str(self.file.path)
+        ends = [self.file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+        if len(found := sorted({end for end in ends if end is not None})) > 1 and model.can_generate():
+            model.generation_config.eos_token_id = found
         model.eval()
         return self.result
 

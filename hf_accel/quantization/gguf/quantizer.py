@@ -60,7 +60,7 @@ class GgufReadingQuantizer(HfQuantizer):
         # transformers asks again whether a quantizer of GGUF files is one: by its own name for them
         super().__init__(_Base(gguf_file=quantization_config.gguf_file), **options)
         self.pre_quantized = True
-        self.path = ""
+        self.file: Any = None
         self.read: Any = None
 
     @property
@@ -72,17 +72,17 @@ class GgufReadingQuantizer(HfQuantizer):
 
     def read_header(self, gguf_file: str) -> None:
         """Take note of the file, if its architecture is known."""
-        architecture = GgufFile(gguf_file).architecture
+        self.file = GgufFile(gguf_file)
+        architecture = self.file.architecture
         if read_as(architecture) is None:
             raise UnsupportedModelError(
                 f"No row of the table says how GGUF files of the architecture {architecture!r} are read. Leave "
                 "quantization_config out: transformers expands the weights."
             )
-        self.path = gguf_file
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         """Read the file, and return the dtype of everything that is not packed; None: as `load_gguf`."""
-        self.read = load_gguf(self.path, dtype).model  # here, where no device is in force that holds no values
+        self.read = load_gguf(self.file, dtype).model  # here, where no device is in force that holds no values
         return self.read.dtype
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
@@ -90,7 +90,7 @@ class GgufReadingQuantizer(HfQuantizer):
         reason = "it is of no known architecture" if row is None else disagreement(model.config, self.read.config, row)
         if reason:
             raise UnsupportedModelError(
-                f"transformers reads {self.path} as another model than it is: {reason}. Load it by hf_accel.load."
+                f"transformers reads {self.file.path} as another model than it is: {reason}. Load it by hf_accel.load."
             )
         for name, module in packed_modules(self.read).items():
             parent, _, leaf = name.rpartition(".")
@@ -110,7 +110,7 @@ class GgufReadingQuantizer(HfQuantizer):
         for name in ("is_quantized", "quantization_method"):
             vars(model).pop(name, None)
         vars(model.config).pop("quantization_config", None)
-        self.read = None
+        self.file = self.read = None
         model.hf_quantizer = Seal()
 
 

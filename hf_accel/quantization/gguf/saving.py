@@ -46,17 +46,24 @@ class GgufReport:
     differs."""
 
     path: Path
+    nbytes: int = 0
     types: dict[str, int] = field(default_factory=dict)
     rounded: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return {"path": str(self.path), "types": self.types, "rounded": self.rounded, "notes": self.notes}
+        return {
+            "path": str(self.path),
+            "nbytes": self.nbytes,
+            "types": self.types,
+            "rounded": self.rounded,
+            "notes": self.notes,
+        }
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
-        lines = [f"{self.path}: {self.path.stat().st_size / 1e6:.1f} MB, {counts} tensors"]
+        lines = [f"{self.path}: {self.nbytes / 1e6:.1f} MB, {counts} tensors"]
         if self.rounded:
             lines.append(
                 f"{len(self.rounded)} packed weights are F16, within {max(self.rounded.values()):.1g} of their "
@@ -102,6 +109,7 @@ def export_gguf(
     try:
         with converting(CheckpointError, f"{target} cannot be written", "Name another place, or free memory."):
             export.write(package, beside, vocabulary, advance)
+            export.report.nbytes = beside.stat().st_size
             os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
@@ -192,6 +200,7 @@ class _Export:
             made = value.detach().cpu().to(DENSE[kind])
             if self.row.norm_offset and is_norm(self.stored[name]):
                 made = made + self.row.norm_offset
+        made = made.cpu()
         if order is not None:
             made = made[torch.argsort(order)]
         return made.contiguous().view(torch.uint8)

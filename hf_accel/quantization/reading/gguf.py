@@ -37,7 +37,8 @@ class Gguf:
             raise ConfigError(
                 "cache=True keeps what was packed; a GGUF file is packed and mapped as it is. Leave it out."
             )
-        file_bytes = sum(entry.nbytes for entry in GgufFile(request.name).tensors.values())
+        file = GgufFile(request.name)
+        file_bytes = sum(entry.nbytes for entry in file.tensors.values())
         budget = request.memory_budget_bytes
         if budget is not None and file_bytes > budget:
             raise ConfigError(
@@ -45,7 +46,7 @@ class Gguf:
                 f"keep the "
                 "bits that they have. Take a file of fewer bits."
             )
-        found = load_gguf(request.name, request.dtype, request.config, request.advance)
+        found = load_gguf(file, request.dtype, request.config, request.advance)
         entries = [
             Applied(
                 GgufTensors(file=request.name),
