@@ -8,13 +8,14 @@ from typing import Any
 
 import gguf
 import pytest
-from gguf_files import build
+from gguf_files import build, of_kind, write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_accel import UnsupportedModelError, export_gguf
+from hf_accel import CheckpointError, UnsupportedModelError, export_gguf
 from hf_accel.assets import demo_path
 from hf_accel.quantization.gguf import splitting, vocabulary
+from hf_accel.quantization.gguf.loading import load_gguf
 from hf_accel.quantization.gguf.reader import GgufFile
 from hf_accel.quantization.gguf.splitting import GPT2, SPACE, SPLITTINGS, ScoreTwin, twin
 from hf_accel.quantization.gguf.vocabulary import SAMPLE, describe
@@ -99,6 +100,28 @@ def test_the_demo_model_s_tokenizer_reads_the_same_ids_from_the_file(tmp_path: P
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert fields["tokenizer.ggml.tokens"].contents()[-1] == "[PAD1539]"
     assert again.decode(again(SAMPLE)["input_ids"]) == SAMPLE
+
+
+def test_a_vocabulary_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
+    model = build("llama")
+    model.resize_token_embeddings(1536)
+    export_gguf(model, tmp_path / "x.gguf", demo())
+    content = (tmp_path / "x.gguf").read_bytes()
+    start = content.index(b"tokenizer.ggml.tokens")
+    for length in range(start + 30, start + 9000, 701):
+        (tmp_path / "x.gguf").write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match="cut short"):
+            GgufFile(tmp_path / "x.gguf")
+
+
+def test_a_text_ends_at_the_end_of_a_turn_too(tmp_path: Path) -> None:
+    def ends(writer: gguf.GGUFWriter) -> None:
+        writer.add_eos_token_id(5)
+        writer.add_eot_token_id(9)
+
+    write(tmp_path / "x.gguf", "llama", build("llama"), of_kind("Q8_0"), describe=ends)
+    model = load_gguf(tmp_path / "x.gguf").model
+    assert model.generation_config.eos_token_id == [5, 9]
 
 
 @pytest.mark.parametrize("name", SPLITTINGS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import test_gguf_damage
+import test_gguf_experts
 import test_gguf_reading
 import test_gguf_tokenizers
 import test_gguf_writing
@@ -15,7 +16,7 @@ from gguf_files import build, of_kind, write
 from planting import Defect, Patch, Test, instead, is_red
 
 from hf_accel.ops.affine import Affine, Scheme
-from hf_accel.quantization.gguf import loading, reader, ropes, saving, splitting, types, vocabulary
+from hf_accel.quantization.gguf import experts, loading, reader, ropes, saving, splitting, types, vocabulary
 from hf_accel.quantization.modules import embedding
 
 
@@ -60,6 +61,11 @@ def forgiving(patch: Patch) -> None:
             self._bytes = kept
 
     patch.setattr(reader.GgufFile, "_entry", entry)
+
+
+def interleaved(patch: Patch) -> None:
+    right = experts.layout_of
+    patch.setattr(experts, "layout_of", lambda module: replace(right(module), interleaved=True))
 
 
 WEIGHTS = test_gguf_reading.test_weights_are_the_package_s_dequantization_to_the_bit
@@ -119,6 +125,14 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "line ends that are always left out": (
         instead(splitting, "_crosses_lines", lambda vocabulary: False),
         test_gguf_tokenizers.test_a_tokenizer_that_a_file_cannot_say_is_refused_before_a_byte_is_written,
+    ),
+    "gate and up by turns": (
+        interleaved,
+        test_gguf_experts.test_experts_that_are_values_stay_so,
+    ),
+    "up above gate": (
+        instead(experts, "PARTS", {"gate_up": ("up", "gate"), "down": ("down",)}),
+        test_gguf_experts.test_experts_are_packed_as_they_lie,
     ),
     "a file cut short": (forgiving, test_gguf_damage.test_a_file_cut_short_anywhere_is_an_error),
 }

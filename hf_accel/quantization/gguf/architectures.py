@@ -41,7 +41,8 @@ class Architecture:
     name: in files; model_type: in transformers; also: model types that are written as this one; permuted: rows of q
     and k lie in another order within a head; norm_offset: what stored norms have more; pairs: further keys of metadata
     and attributes of the config that they hold; fixed: what the architecture says without a key; is_tied: the head
-    always is the table of embeddings; flags: an attribute of the config, and the tensor by whose presence it is known.
+    always is the table of embeddings; flags: an attribute of the config, and the tensor by whose presence it is known;
+    has_experts: it is read, and not written.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Architecture:
     fixed: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
     is_tied: bool = False
     flags: Pairs = ()
+    has_experts: bool = False
 
 
 def _gemma2_scale(values: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +87,33 @@ ARCHITECTURES = (
         fixed=_gemma2_scale,
         is_tied=True,
     ),
+    Architecture(
+        "qwen3moe",
+        "qwen3_moe",
+        pairs=(
+            ("expert_count", "num_experts"),
+            ("expert_used_count", "num_experts_per_tok"),
+            ("expert_feed_forward_length", "moe_intermediate_size"),
+        ),
+        fixed=lambda values: {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        flags=(("attention_bias", "blk.0.attn_q.bias"),),
+        has_experts=True,
+    ),
+    Architecture(
+        "gpt-oss",
+        "gpt_oss",
+        pairs=(
+            ("expert_count", "num_local_experts"),
+            ("expert_used_count", "num_experts_per_tok"),
+            ("expert_feed_forward_length", "intermediate_size"),
+            ("attention.sliding_window", "sliding_window"),
+        ),
+        has_experts=True,
+    ),
     Architecture("phi3", "phi3", pairs=(("attention.sliding_window", "sliding_window"),)),
 )
 _READ = {row.name: row for row in ARCHITECTURES}
-_WRITTEN = {kind: row for row in ARCHITECTURES for kind in (row.model_type, *row.also)}
+_WRITTEN = {kind: row for row in ARCHITECTURES if not row.has_experts for kind in (row.model_type, *row.also)}
 WINDOWED = ("gemma2",)  # architectures whose windows llama.cpp has; it reads those of phi3 and leaves them out
 _SUFFIXES = ("weight", "bias")  # of tensors; others are an adapter's
 _NO_HEAD_DIM = ("qwen2", "phi3")  # configs that have the width of a head from others
@@ -111,6 +136,8 @@ def config_of(file: Header, row: Architecture) -> Any:
         CheckpointError: a value is missing, or the file asks for rotary frequencies that are not known.
     """
     metadata, prefix = file.metadata, f"{row.name}."
+    if row.has_experts:
+        metadata.setdefault(f"{prefix}feed_forward_length", file[f"{prefix}expert_feed_forward_length"])
     values = {attribute: _plain(file[prefix + key]) for key, attribute in _COMMON if key != "attention.head_count_kv"}
     values["num_key_value_heads"] = metadata.get(f"{prefix}attention.head_count_kv", values["num_attention_heads"])
     per_layer = [attribute for attribute, value in values.items() if isinstance(value, list)]
@@ -165,7 +192,11 @@ def names(row: Architecture, layers: int, state: Iterable[str]) -> dict[str, str
     found = {}
     for name in state:
         stem, _, suffix = name.rpartition(".")
+        if row.has_experts and name.rpartition(".")[0].endswith(".experts"):
+            continue  # three tensors for all of a layer, which `experts` reads
         stored = table.get_name(stem) if suffix in _SUFFIXES else None
+        if stored is None and (whole := table.get_name(name)) is not None:  # a tensor that is a module's own
+            stored, suffix = whole, "weight"
         if stored is None and stem == "lm_head" and row.is_tied:
             continue
         if stored is None:

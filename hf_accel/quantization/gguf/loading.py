@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from hf_accel.core.failures import converting
-from hf_accel.core.model.anatomy import Anatomy
+from hf_accel.core.model.anatomy import Anatomy, holds_experts
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Scheme, quantize
@@ -28,6 +28,7 @@ from hf_accel.quantization.files.layout import Source, Stored
 from hf_accel.quantization.files.rebuilding import causal_class
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.gguf.architectures import Architecture, config_of, is_norm, names, read_as, row_order
+from hf_accel.quantization.gguf.experts import replace_experts, tensor_names
 from hf_accel.quantization.gguf.reader import Entry, GgufFile
 from hf_accel.quantization.gguf.ropes import FACTORS, LONG, SHORT
 from hf_accel.quantization.gguf.types import DENSE, dense, packed
@@ -96,21 +97,20 @@ def load_gguf(
         file = path if isinstance(path, GgufFile) else GgufFile(path)
         row = read_as(file.architecture)
         if row is None:
-            return _by_stock(file, dtype)
+            return _by_stock(file, dtype, f"the architecture {file.architecture!r} is not known here")
         return _Loading(file, row, dtype, config, advance).load()
 
 
-def _by_stock(file: GgufFile, dtype: torch.dtype | None) -> GgufModel:
+def _by_stock(file: GgufFile, dtype: torch.dtype | None, reason: str) -> GgufModel:
     advice = "Convert the original checkpoint, or load it by its own name."
-    known = f"{file.path} is of the architecture {file.architecture!r}, which is not known here"
-    with converting(CheckpointError, f"{known}, and transformers cannot load it either", advice):
+    with converting(CheckpointError, f"{file.path}: {reason}, and transformers cannot load it either", advice):
         folder, name = file.path.parent, file.path.name
         options = {} if dtype is None else {"dtype": dtype}
         found: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, output_loading_info=True, **options)
         model, report = found
     if missing := sorted(report["missing_keys"]):
         raise file.damaged(f"stock transformers finds no tensor {missing[0]} of a {type(model).__name__} in it")
-    return GgufModel(model.eval(), expanded=f"{known}: stock transformers loaded it, and expanded its weights")
+    return GgufModel(model.eval(), expanded=f"{reason}: stock transformers loaded it, and expanded its weights")
 
 
 class _Loading:
@@ -132,7 +132,7 @@ class _Loading:
         with no_init_weights():
             self.model = cls._from_config(self.config, dtype=self.dtype)
         self.stored = names(row, self.config.num_hidden_layers, self.model.state_dict())
-        used = set(self.stored.values())
+        used = {*self.stored.values(), *(tensor_names(self.config.num_hidden_layers) if row.has_experts else ())}
         for name in file.tensors:
             if name not in used and name not in _OF_ROPES:
                 raise file.damaged(
@@ -147,6 +147,9 @@ class _Loading:
         head = model.get_output_embeddings()
         is_tied = bool(self.config.tie_word_embeddings)
         for name, module in list(model.named_modules()):
+            if self.row.has_experts and holds_experts(module):
+                replace_experts(self, filler, name, module)
+                self.advance()
             if not isinstance(module, (nn.Embedding, *Anatomy.PRODUCTS)) or (is_tied and module is head):
                 continue
             if (layout := self._layout(name, module, head)) is not None:
@@ -166,6 +169,15 @@ class _Loading:
             model.generation_config.eos_token_id = found
         model.eval()
         return self.result
+
+    def took(self, entry: Entry, error: float) -> None:
+        """Count a packed weight."""
+        result = self.result
+        if error:
+            count, largest = result.converted.get(entry.type, (0, 0.0))
+            result.converted[entry.type] = count + 1, max(largest, error)
+        else:
+            result.types[entry.type] = result.types.get(entry.type, 0) + 1
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -263,12 +275,7 @@ class _Layout:
             return Stored(quantize(dense(entry, blocks), self.rounded, loading.dtype), None)
         found = packed(entry, blocks)
         loading.file.release(entry)
-        result = loading.result
-        if found.error:
-            count, error = result.converted.get(entry.type, (0, 0.0))
-            result.converted[entry.type] = count + 1, max(error, found.error)
-        else:
-            result.types[entry.type] = result.types.get(entry.type, 0) + 1
+        loading.took(entry, found.error)
         return Stored(found.weight, None)
 
 

@@ -22,6 +22,8 @@ FACTORS = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 _DEFAULT_BASE = 10000.0
 _LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_WITH_YARN = ("gpt-oss",)
+_YARN: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}  # gpt-oss', and llama.cpp's own
 _WITH_FACTORS = ("llama",)  # architectures for which llama.cpp reads `rope_freqs.weight`
 
 
@@ -51,6 +53,9 @@ def read(file: Header, prefix: str, head_dim: int, length: int) -> dict[str, Any
         found |= _of_factors(_values(file, FACTORS), base, turned, length)
     elif kind == "linear":
         found |= {"rope_type": "linear", "factor": float(file[f"{prefix}.rope.scaling.factor"])}
+    elif kind == "yarn" and prefix in _WITH_YARN:
+        factor = float(file[f"{prefix}.rope.scaling.factor"])
+        found |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **_YARN}
     elif kind != "none":
         raise file.damaged(
             f"its rotary embeddings are scaled by {kind!r}; none, linear and factors as tensors are known"
