@@ -90,7 +90,8 @@ def replace_experts(reads: Reads, filler: Filler, name: str, module: nn.Module) 
         raise reads.file.damaged(
             f"of the experts {name} some are packed and some are values; they are packed as one here"
         )
-    experts = QuantizedExperts(*lists, module)
+    gate_up, down = lists
+    experts = QuantizedExperts(gate_up, down, module)
     filler.put(name, experts)
     filler.filled |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
 
