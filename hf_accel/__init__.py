@@ -23,6 +23,8 @@ from hf_accel.quantization import convert_qat, get_qat_peft_model
 from hf_accel.quantization.drift import calibration_drift
 from hf_accel.quantization.files.loading import from_pretrained
 from hf_accel.quantization.files.seal import save_pretrained
+from hf_accel.quantization.gguf.quantizer import GGUFConfig
+from hf_accel.quantization.gguf.saving import export_gguf
 
 __version__ = "0.2.0"
 
@@ -31,6 +33,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConflictError",
+    "GGUFConfig",
     "HfAccelError",
     "IrreversibleError",
     "MissingDependencyError",
@@ -42,6 +45,7 @@ __all__ = [
     "calibration_drift",
     "convert_gqa",
     "convert_qat",
+    "export_gguf",
     "from_pretrained",
     "get_qat_peft_model",
     "load",

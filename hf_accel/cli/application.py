@@ -12,6 +12,7 @@ from hf_accel.cli.bench import bench
 from hf_accel.cli.convert_gqa import convert_gqa
 from hf_accel.cli.demo import demo
 from hf_accel.cli.doctor import doctor
+from hf_accel.cli.export import export
 from hf_accel.cli.output import errors
 from hf_accel.cli.plan import plan
 from hf_accel.cli.quantize import quantize
@@ -56,5 +57,5 @@ def main(
     """Makes Hugging Face `model.generate` fast: one line, the same text, everything undoable."""
 
 
-for command in (demo, plan, bench, quantize, convert_gqa, uptrain, doctor):
+for command in (demo, plan, bench, quantize, export, convert_gqa, uptrain, doctor):
     app.command()(command)

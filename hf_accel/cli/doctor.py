@@ -19,11 +19,12 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "gpu": ("triton",),
     "flash": ("flash-attn",),
     "gptq": ("gptqmodel", "optimum"),
+    "gguf": ("gguf",),
     "peft": ("peft",),
     "onnx": ("onnx", "onnxruntime"),
     "bench": ("psutil",),
     "plot": ("matplotlib",),
-    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "triton", "peft", "ruff", "mypy"),
+    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "triton", "peft", "gguf", "ruff", "mypy"),
 }
 
 

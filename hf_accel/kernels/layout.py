@@ -59,6 +59,14 @@ def row_by_row(codes: Tensor, bits: int) -> Tensor:
     return above.view(torch.int8) - (1 << bits - 1)
 
 
+def gathered(codes: Tensor, block: Tensor, lane: Tensor, bits: int) -> Tensor:
+    """Return the rows 16 * block + lane of interleaved codes of 8 or 4 bits as int8 [..., Kp]."""
+    found = codes[block, :, lane]  # [..., parts, 2 or 4]
+    if bits == 8:
+        return found.flatten(-2)
+    return _parted(found, bits).flatten(-3).view(torch.int8) - (1 << bits - 1)
+
+
 def from_mxfp4(blocks: Tensor) -> Tensor:
     """Return fp4 values interleaved, which files hold as uint8 [N, K / 2], the first of two in the low half of a byte.
 

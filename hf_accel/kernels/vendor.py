@@ -25,7 +25,7 @@ _ROUNDS = 5
 
 def int8_product(weight: Affine) -> Product | None:
     """x [M, K] -> [M, N] by `aten::_weight_int8pack_mm`; None for other schemes than 8 symmetric bits per channel."""
-    if weight.scheme.bits != 8 or weight.scales.shape[1] != 1 or weight.zeros is not None:
+    if weight.scheme.bits != 8 or weight.scales.shape[1] != 1 or not weight.is_symmetric:
         return None
     codes, scales = weight.codes.contiguous(), weight.scales.flatten()
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scales.to(x.dtype))
@@ -35,7 +35,7 @@ def int4_product(weight: Affine) -> Product | None:
     """x [M, K] bf16 -> [M, N] by `aten::_weight_int4pack_mm`; None for all but whole symmetric 4 bits in groups."""
     n, k = weight.codes.shape
     group = k // weight.scales.shape[1]
-    is_plain = weight.scheme.code_book is None and weight.zeros is None
+    is_plain = weight.scheme.code_book is None and weight.is_symmetric
     if weight.scheme.bits != 4 or not is_plain or group not in (32, 64, 128):
         return None
     codes = (weight.codes + 8).to(torch.int32)

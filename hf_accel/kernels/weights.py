@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +25,8 @@ FORMATS: dict[int | str | None, int] = {None: 0, 8: 1, 4: 2, 2: 3, 3: 4, fp4.NAM
 """Code book or bits of a weight, or bits of keys and values -> `enum hfa_format`; None: values of the dtype."""
 MATRIX = struct.Struct("=QQqqqQQqq")
 """`hfa_matrix`: weight, bias, stride, rows, inner, scales, offsets, format, group."""
-_SCALES = {torch.int16: 0, torch.int32: 1, torch.uint8: 2}  # the dtype of scales -> the field `stride`
+_SCALES = {torch.int16: 0, torch.int32: 1, torch.uint8: 2, torch.uint16: 3}  # the dtype of scales -> the field `stride`
+_VALUES = {torch.int16: torch.bfloat16, torch.uint16: torch.float16, torch.int32: torch.float32}
 
 
 def dense_matrix(weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> bytes:
@@ -51,9 +53,9 @@ class PackedWeight:
     """A quantized weight [rows, columns].
 
     codes: 8 bits int8 [R, Kp/2, 16, 2], 4 bits uint8 [R, Kp/8, 16, 4], 3 bits uint8 [R, Kp/32, 3, 16, 4], 2 bits uint8
-    [R, Kp/16, 16, 4], fp4 as 4 bits; scales [R, groups, 16] as the bits of bf16 (int16) or fp32 (int32) values, so that
-    casting a model leaves them alone, those of fp4 as exponents (uint8); offsets int32 (fp32 bits) or None.
-    R = ceil(rows / 16), Kp = columns rounded up to 32.
+    [R, Kp/16, 16, 4], fp4 as 4 bits; scales [R, groups, 16] as the bits of bf16 (int16), fp16 (uint16) or fp32 (int32)
+    values, so that casting a model leaves them alone, those of fp4 as exponents (uint8); offsets int32 (fp32 bits) or
+    None. R = ceil(rows / 16), Kp = columns rounded up to 32.
     """
 
     scheme: Scheme
@@ -80,28 +82,34 @@ class PackedWeight:
         Raises:
             ValueError: groups are no multiples of 32 columns, or codes and scales are none of the scheme's code book.
         """
-        n, k = quantized.codes.shape
-        groups = quantized.scales.shape[1]
+        return PackedWeight.join([quantized])
+
+    @staticmethod
+    def join(parts: Sequence[Affine]) -> PackedWeight:
+        """Lay out the rows of several parts of one scheme below one another; all but the last have a multiple of 16.
+
+        Raises:
+            ValueError: as `pack`.
+        """
+        scheme, (n, k) = parts[0].scheme, parts[0].codes.shape
+        groups = parts[0].scales.shape[1]
         if groups > 1 and k // groups % QUANTUM:
             raise ValueError(f"groups of {k // groups} columns cannot be packed: not a multiple of {QUANTUM}")
-        rows, padded = -(-n // LANES) * LANES, -(-k // QUANTUM) * QUANTUM
-        codes = quantized.codes
-        if (rows, padded) != (n, k):
-            codes = functional.pad(codes, (0, padded - k, 0, rows - n))
-        if quantized.scheme.code_book:
-            codes = fp4.patterns(codes).view(torch.int8) - 8
-        codes = interleaved(codes, quantized.scheme.bits)
-        scales = quantized.scales.float()
-        offsets = None if quantized.zeros is None else -scales * quantized.zeros.float()
-
-        if quantized.scheme.code_book:
-            return PackedWeight(quantized.scheme, n, k, codes, _laid_out(fp4.exponents(scales)))
-        half = scales.bfloat16()
-        is_half = torch.equal(half.float(), scales)
-        bits = _laid_out(half).view(torch.int16) if is_half else _laid_out(scales).view(torch.int32)
-        return PackedWeight(
-            quantized.scheme, n, k, codes, bits, None if offsets is None else _laid_out(offsets).view(torch.int32)
-        )
+        laid_out = [_codes(part) for part in parts]
+        codes = laid_out[0] if len(parts) == 1 else torch.cat(laid_out)
+        n = sum(len(part.codes) for part in parts)
+        scales = torch.cat([part.scales.float() for part in parts])
+        if scheme.code_book:
+            return PackedWeight(scheme, n, k, codes, _laid_out(fp4.exponents(scales)))
+        bits = _laid_out(scales).view(torch.int32)
+        for half, kind in ((torch.bfloat16, torch.int16), (torch.float16, torch.uint16)):
+            if torch.equal(scales.to(half).float(), scales):
+                bits = _laid_out(scales.to(half)).view(kind)
+                break
+        if parts[0].is_symmetric:
+            return PackedWeight(scheme, n, k, codes, bits)
+        offsets = torch.cat([_offsets(part) for part in parts])
+        return PackedWeight(scheme, n, k, codes, bits, _laid_out(offsets).view(torch.int32))
 
     @staticmethod
     def from_mxfp4(blocks: Tensor, exponents: Tensor) -> PackedWeight:
@@ -127,18 +135,31 @@ class PackedWeight:
         return to_mxfp4(self.codes)[: self.rows], _rowwise(self.scales)[: self.rows]
 
     def unpack(self, start: int = 0, stop: int | None = None) -> Affine:
-        """Return codes, scales (fp32) and zeros of rows [start, stop); start a multiple of 16."""
+        """Return codes, scales (fp32) and zeros or offsets of rows [start, stop); start a multiple of 16."""
         stop = self.rows if stop is None else min(stop, self.rows)
         part = slice(start // LANES, -(-stop // LANES))
         count, k = stop - start, self.columns
         codes = row_by_row(self.codes[part], self.scheme.bits)
         if self.scheme.code_book:
             codes = fp4.codes((codes + 8).view(torch.uint8))
-        scales, zeros = _rowwise(scale_values(self.scales[part]))[:count], None
+        scales, zeros, offsets = _rowwise(scale_values(self.scales[part]))[:count], None, None
         if self.offsets is not None:
-            safe = torch.where(scales == 0, torch.ones_like(scales), scales)
-            zeros = (-_rowwise(scale_values(self.offsets[part]))[:count] / safe).round().to(torch.int8)
-        return Affine(codes[:count, :k].contiguous(), scales, zeros, self.scheme)
+            offsets = _rowwise(scale_values(self.offsets[part]))[:count]
+            if (zeros := self._whole_zeros(scales, offsets)) is not None:
+                offsets = None
+        return Affine(codes[:count, :k].contiguous(), scales, zeros, self.scheme, offsets)
+
+    @property
+    def has_whole_zeros(self) -> bool:
+        """Return whether its offsets, if any, are those of zeros that are codes; other programs' need not be."""
+        if self.offsets is None:
+            return True
+        return self._whole_zeros(scale_values(self.scales), scale_values(self.offsets)) is not None
+
+    def _whole_zeros(self, scales: Tensor, offsets: Tensor) -> Tensor | None:
+        safe = torch.where(scales == 0, torch.ones_like(scales), scales)
+        zeros = (-offsets / safe).round().clamp(self.scheme.lowest, self.scheme.highest)
+        return zeros.to(torch.int8) if torch.equal(-scales * zeros, offsets) else None
 
     def slice(self, start: int, stop: int) -> PackedWeight:
         """Return rows [start, stop) on the same memory.
@@ -189,7 +210,7 @@ class PackedWeight:
         rowwise = (shape[0], groups, LANES)
         kind = torch.int8 if self.scheme.bits == 8 else torch.uint8
         fits = self.codes.dtype is kind and self.codes.shape == shape
-        kinds = (torch.uint8,) if self.scheme.code_book else (torch.int16, torch.int32)
+        kinds = (torch.uint8,) if self.scheme.code_book else (torch.int16, torch.uint16, torch.int32)
         fits = fits and self.scales.dtype in kinds and self.scales.shape == rowwise
         kept = [self.codes, self.scales]
         if self.offsets is not None:
@@ -237,7 +258,22 @@ def scale_values(bits: Tensor) -> Tensor:
     """Return the fp32 values of the scales or offsets of a packed weight, of which it keeps the bits or exponents."""
     if bits.dtype is torch.uint8:
         return fp4.scales(bits)
-    return bits.view(torch.bfloat16 if bits.dtype is torch.int16 else torch.float32).float()
+    return bits.view(_VALUES[bits.dtype]).float()
+
+
+def _codes(part: Affine) -> Tensor:
+    """Return codes [N, K] interleaved, with N and K padded."""
+    n, k = part.codes.shape
+    codes = part.codes
+    if n % LANES or k % QUANTUM:
+        codes = functional.pad(codes, (0, -k % QUANTUM, 0, -n % LANES))
+    if part.scheme.code_book:
+        codes = fp4.patterns(codes).view(torch.int8) - 8
+    return interleaved(codes, part.scheme.bits)
+
+
+def _offsets(part: Affine) -> Tensor:
+    return -part.scales.float() * part.zeros.float() if part.offsets is None else part.offsets  # type: ignore[union-attr]
 
 
 def _laid_out(values: Tensor) -> Tensor:

@@ -68,12 +68,20 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Affine:
-    """A quantized matrix: codes int8 [N, K]; scales float [N, groups]; zeros int8 [N, groups], None if symmetric."""
+    """A quantized matrix: codes int8 [N, K]; scales float [N, groups]; zeros int8 [N, groups], None if symmetric.
+
+    offsets: fp32 [N, groups] in place of zeros, W = code * scale + offset, for what has no whole zeros.
+    """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     scheme: Scheme
+    offsets: Tensor | None = None
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self.zeros is None and self.offsets is None
 
 
 def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Affine:
@@ -165,4 +173,7 @@ def dequantize(quantized: Affine, dtype: torch.dtype = torch.float32) -> Tensor:
     codes = quantized.codes.reshape(n, groups, k // groups).float()
     if quantized.zeros is not None:
         codes = codes - quantized.zeros[..., None].float()
-    return (codes * quantized.scales[..., None].float()).reshape(n, k).to(dtype)
+    values = codes * quantized.scales[..., None].float()
+    if quantized.offsets is not None:
+        values = values + quantized.offsets[..., None]
+    return values.reshape(n, k).to(dtype)

@@ -12,13 +12,15 @@ _OF_HALF = tl.constexpr(32768.0)  # what the smallest fp4 value, as fp16, is to 
 
 @triton.jit
 def read_scales(scales, at, mask, FORMAT: tl.constexpr):
-    """Return scales, fp32: bits of bf16 (int16) or fp32 (int32), or exponents (uint8)."""
+    """Return scales, fp32: bits of bf16 (int16), fp16 (uint16) or fp32 (int32), or exponents (uint8)."""
     found = tl.load(scales + at, mask=mask, other=0)
     if FORMAT == 20:
         wide = found.to(tl.int32)
         return tl.where(wide < 2, (wide + 1) << 21, (wide - 1) << 23).to(tl.float32, bitcast=True)
     elif scales.dtype.element_ty == tl.int16:
         return found.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    elif scales.dtype.element_ty == tl.uint16:
+        return found.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return found.to(tl.float32, bitcast=True)
 

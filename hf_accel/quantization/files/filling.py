@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from hf_accel.errors import CheckpointError
 from hf_accel.kernels.weights import PackedWeight
-from hf_accel.ops.affine import Scheme
 from hf_accel.quantization.files.checkpoint import Checkpoint
 from hf_accel.quantization.files.inventory import OWN_TENSORS
 from hf_accel.quantization.files.layout import Layout, Source
-from hf_accel.quantization.modules.embedding import QuantizedEmbedding
+from hf_accel.quantization.modules.embedding import TABLE_BITS, QuantizedEmbedding
 from hf_accel.quantization.modules.linear import QuantizedLinear, linear_weight
 from hf_accel.quantization.modules.permuted import PermutedLinear
 
@@ -39,14 +38,8 @@ class Filler:
     def replace(self, name: str, module: Any, layout: Layout) -> None:
         """Put a packed product or table in the place of the module called `name`."""
         if isinstance(module, nn.Embedding):
-            if type(module) is not nn.Embedding or layout.scheme != Scheme(8):
-                raise CheckpointError(
-                    f"{self.checkpoint.listing}, module {name}: a table of embeddings ({type(module).__name__}) in "
-                    f"{layout.scheme} is not served; 8 bits per row of a plain nn.Embedding are. "
-                    "Load the folder with AutoModelForCausalLM."
-                )
             rows, columns = module.weight.shape
-            self.put(name, QuantizedEmbedding(self.packed(name, rows, columns, layout)[0], module))
+            self.put(name, self._table(name, module, self.packed(name, rows, columns, layout)[0]))
             return
         rows, columns = linear_weight(module).shape
         packed, order = self.packed(name, rows, columns, layout)
@@ -56,6 +49,18 @@ class Filler:
         if order is not None:
             product = PermutedLinear(product, order, module.bias)  # type: ignore[arg-type]
         self.put(name, product)
+
+    def _table(self, name: str, module: nn.Embedding, packed: PackedWeight) -> QuantizedEmbedding:
+        try:
+            if packed.scheme.bits in TABLE_BITS:
+                return QuantizedEmbedding(packed, module)
+            reason = f"{packed.scheme.bits} bits are none of {TABLE_BITS}"
+        except ValueError as error:
+            reason = str(error)
+        raise CheckpointError(
+            f"{self.checkpoint.listing}, module {name}: a packed table of embeddings is not served here, for {reason}. "
+            "Load the folder with AutoModelForCausalLM."
+        )
 
     def _skip_bias(self, name: str, rows: int) -> None:
         """Leave out the bias of zeros that old packers of GPTQ gave to products without one."""
@@ -68,12 +73,12 @@ class Filler:
         """Put a table of embeddings that has the codes of the product `source` in the place of `name`."""
         modules = dict(self.model.named_modules())
         table, product = modules.get(name), modules.get(source)
-        if type(table) is not nn.Embedding or not isinstance(product, QuantizedLinear):
+        if not isinstance(table, nn.Embedding) or not isinstance(product, QuantizedLinear):
             raise CheckpointError(
                 f"{self.checkpoint.listing}: config.json says that {name} has the codes of {source}, but the first is "
                 "not a table of embeddings or the second is not a packed product."
             )
-        self.put(name, QuantizedEmbedding(product.packed, table))
+        self.put(name, self._table(name, table, product.packed))
 
     def fill(self) -> None:
         """Fill everything that is not packed, tie what is tied, and check that nothing is missing or left over."""

@@ -142,6 +142,13 @@ def take_inventory(model: Any) -> Inventory:
             found.ignore.append(name)
     if not found.packed and not tables:
         raise UnsupportedModelError(f"This {type(model).__name__} has no packed weights; save it as any other model.")
+    for name, weight in found.packed.items():
+        if not weight.has_whole_zeros:
+            raise UnsupportedModelError(
+                f"The groups of {name} have offsets that are no multiples of their scales (read from a GGUF file?), "
+                f"which "
+                "no format of checkpoints holds. Write the model by hf_accel.export_gguf, which does."
+            )
     for name, table in tables.items():
         if (product := places.get(table.packed.codes.data_ptr())) is not None:
             found.shared[name] = product

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hf_accel.quantization.reading.folder import Folder
+from hf_accel.quantization.reading.gguf import Gguf
 from hf_accel.quantization.reading.sources import Source
 
-SOURCES: list[Source] = [Folder()]
+SOURCES: list[Source] = [Gguf(), Folder()]
 
 
 def source_of(name: str) -> Source:

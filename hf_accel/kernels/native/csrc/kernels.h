@@ -108,7 +108,7 @@ static inline int hfa_code_bits(int64_t format) {
 }
 
 /* Bytes of a scale of a packed weight. */
-static inline int64_t hfa_scale_bytes(int64_t format, int64_t stride) { return format == HFA_FP4 ? 1 : stride ? 4 : 2; }
+static inline int64_t hfa_scale_bytes(int64_t format, int64_t stride) { return format == HFA_FP4 ? 1 : stride == 1 ? 4 : 2; }
 
 /* Bytes of m rows of x rounded for a packed format: codes, then per block of columns start, scale and sum. */
 static inline size_t hfa_rounded_bytes(int64_t format, int64_t m, int64_t k) {

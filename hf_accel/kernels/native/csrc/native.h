@@ -58,8 +58,8 @@ enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
  *             4; the two bits above are the higher ones of column 24 + j (part 0) and 28 + j (1), and their lowest (2)
  *   HFA_FP4   as HFA_INT4, with fp4 values of E2M1 in the place of codes: three bits say 0, .5, 1, 1.5, 2, 3, 4, 6, the fourth
  *             the sign
- *   scales [R, groups, 16], bf16 (stride 0), fp32 (stride 1) or, with HFA_FP4 and nothing else, exponents e of a byte (stride
- *   2), 2^(e - 127), not 255; offsets fp32 of the same shape, or NULL (always, with HFA_FP4); `group` columns share a scale:
+ *   scales [R, groups, 16], bf16 (stride 0), fp32 (stride 1), fp16 (stride 3) or, with HFA_FP4 and nothing else, exponents e of
+ *   a byte (stride 2), 2^(e - 127), not 255; offsets fp32 of the same shape, or NULL (always, with HFA_FP4); `group` columns share a scale:
  *   W = code * scale + offset. */
 typedef struct {
     const void *weight; const void *bias; int64_t stride, rows, inner;

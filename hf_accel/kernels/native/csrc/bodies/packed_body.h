@@ -127,6 +127,7 @@ static void round_for(int64_t format, const float *x, int64_t stride, int m, int
     for (int v = 0; v < VECTORS; v++) {                                                                               \
         vf scale = scale_bytes == 1   ? vf_load_exponents((const uint8_t *)scales + v * VW)                           \
                    : scale_bytes == 4 ? vf_load((const float *)scales + v * VW)                                       \
+                   : w->stride == 3   ? vf_load_f16((const uint16_t *)scales + v * VW)                                \
                                       : vf_load_bf16((const uint16_t *)scales + v * VW);                              \
         UNROLL(4)                                                                                                     \
         for (int m = 0; m < M; m++) total[m][v] = vf_fma(part[m][v], scale, total[m][v]);                             \
