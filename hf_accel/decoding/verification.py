@@ -19,7 +19,8 @@ import torch
 
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.drafting import Draft, Session, Speculation
-from hf_accel.core.calls.forward import Stepper, following_positions
+from hf_accel.core.calls.following import Following
+from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.choosing import NO_TOKEN, Chooser, NextTokens, choose_token, draw, next_tokens
@@ -37,16 +38,22 @@ class PlainRun:
     seconds: float = 0.0
 
 
+def stepper_of(call: Call, inputs: Following) -> Stepper:
+    """Return what makes the steps of a call whose prompt has run. inputs: those that follow on it."""
+    batch, tokens = call.input_ids.shape
+    start = [tokens] * batch, inputs.mask, inputs.positions, tokens
+    return Stepper(call.model, call.model_kwargs[CACHE], *start, others=inputs.others)
+
+
 class VerifiedSteps(Steps):
     """The steps of one call under speculation."""
 
-    def __init__(self, call: Call, speculation: Speculation, outputs: Any) -> None:
+    def __init__(self, call: Call, speculation: Speculation, outputs: Any, inputs: Following) -> None:
+        """Begin with the outputs of the prompt. inputs: those that follow on it."""
         self.call, self.speculation = call, speculation
         config, kwargs = call.generation_config, call.model_kwargs
-        mask, following = kwargs.get("attention_mask"), following_positions(kwargs, len(call.input_ids))
-        self.rows = rows = Rows(call.input_ids, mask, config.max_length)
-        self.cache = kwargs[CACHE]
-        self.stepper = Stepper(call.model, self.cache, rows.lengths, mask, following, rows.prompt_tokens)
+        self.rows = rows = Rows(call.input_ids, kwargs.get("attention_mask"), config.max_length)
+        self.cache, self.stepper = kwargs[CACHE], stepper_of(call, inputs)
         self.stepper.keep(rows.lengths)
         self.chooser = Chooser(call.logits_processor, config.do_sample, rows, speculation.has_own_draws)
         self._ends = Ends(call)
@@ -87,6 +94,8 @@ class VerifiedSteps(Steps):
         self._end_plain_run()
         if len(self.rows) == 1:
             self.stepper.keep([total - 1])
+        if self.call.generation_config.return_dict_in_generate or self.call.has_callers_cache:
+            self.stepper.settle()
         self.chooser.finish(total - self.rows.prompt_tokens)
         self.session.close()
 

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.rollback import record
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.layer_list import layer_list
 from hf_accel.speculative.costs import RowCosts
@@ -108,7 +109,7 @@ class Trials:
         if self.prepare_cache is not None:
             self.prepare_cache(cache, 128)
         if records:
-            cache.activate_past_recording()
+            record(cache)
         return cache
 
     @torch.no_grad()

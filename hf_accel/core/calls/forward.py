@@ -2,7 +2,8 @@
 
 `SingleTokens` feeds one token to every row, with the inputs that stock would give. `Stepper` feeds T tokens to every
 row of a cache, each at its own position, and `keep` says how many tokens of each row stay: one row (or rows in step)
-by cropping, which every transformers cache understands; rows apart by `RaggedLayer`, with explicit masks [B, 1, T, S].
+by cropping, which every transformers cache understands; rows apart by `RaggedLayer`, with explicit masks [B, 1, T, S];
+recurrent states by a copy, which then read again what stays.
 Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows apart, B T S bytes.
 """
 
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
+from hf_accel.core.calls.recurrent import EMPTY, RecurrentStates, crop_attention
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
 
@@ -37,12 +40,6 @@ def runner_of(model: Any) -> Callable[..., Any]:
     host = host_of(model)
     who: Callable[..., Any] = model if host is None else host.doors.get(Door.FORWARD, model)
     return who
-
-
-def following_positions(model_kwargs: dict[str, Any], rows: int) -> torch.Tensor | None:
-    """Return the position of every row's first new token, [B]; None where the model is not told positions."""
-    positions = model_kwargs.get("position_ids")
-    return None if positions is None else positions[..., -1].expand(rows) + 1
 
 
 def apart_obstacle(model: Any) -> str | None:
@@ -110,8 +107,9 @@ class Stepper:
 
     model: a causal language model. cache: it holds lengths[b] tokens of row b (padding included).
     mask: [B, T0] of the prompt, None where nothing is padded. positions: position of the next token of every row when
-    it had `prompt_tokens` tokens, [B] on the model's device; None where the model is not told positions.
+    it had `prompt_tokens` tokens, [B] or [A, B] on the model's device; None where the model is not told positions.
     layers: indices of the cache's layers that the model uses; None: all.
+    others: what else the model is given with so many tokens, see `Following`; None: nothing.
     """
 
     def __init__(
@@ -123,19 +121,40 @@ class Stepper:
         positions: torch.Tensor | None,
         prompt_tokens: int,
         layers: list[int] | None = None,
+        others: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self._run = runner_of(model)
         self.model, self.cache, self.lengths = model, cache, list(lengths)
         self.mask, self.positions, self.prompt_tokens = mask, positions, prompt_tokens
-        self.layers = layers
+        self.layers, self.others = layers, others
         self.is_ragged = False
-        self.has_windows = any(layer.is_sliding for layer in cache.layers)
+        self.has_windows = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+        self._states = RecurrentStates.of(self._layers())
+        # of recurrent states: tokens [B, n] at the ends of the rows that they have forgotten and must read again,
+        self._unread: torch.Tensor | None = None
+        # and what they have read since they were copied, when rows were so long
+        self._anchor: tuple[int, list[torch.Tensor]] | None = None
+        self._is_settled = True  # none of that will be taken back any more, but for the end of the call
+        self.is_tentative = False  # single tokens may be taken back, too
+        self.reread = 0  # how many forgotten tokens the latest pass has read again
 
     def beside(self, model: Any, layers: list[int] | None = None) -> Stepper:
         """Return a stepper of another model over the same cache, at the same lengths."""
-        found = Stepper(model, self.cache, self.lengths, self.mask, self.positions, self.prompt_tokens, layers)
-        found.is_ragged = self.is_ragged
+        found = Stepper(
+            model, self.cache, self.lengths, self.mask, self.positions, self.prompt_tokens, layers, self.others
+        )
+        found.is_ragged, found._unread, found.is_tentative = self.is_ragged, self._unread, True
         return found
+
+    @property
+    def has_states(self) -> bool:
+        """Whether layers have recurrent states."""
+        return self._states is not None
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of each row the next pass reads again, as drafts were refused behind them."""
+        return 0 if self._unread is None else self._unread.shape[1]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, T, V] for tokens [B, T] at the ends of the rows, which grow by T."""
@@ -143,8 +162,30 @@ class Stepper:
 
     def outputs(self, ids: torch.Tensor) -> Any:
         """Return all outputs of the model for tokens [B, T] at the ends of the rows, which grow by T."""
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, CACHE: self.cache}
+        if self._states is None:
+            return self._pass(ids)
+        self.reread, unread = self.unread, self._unread
+        if unread is not None:
+            self.lengths, ids = [length - self.reread for length in self.lengths], torch.cat([unread, ids], dim=1)
+        if unread is not None and self._anchor is not None:  # the states are as they were copied
+            self._anchor = self._anchor[0], []
+        elif self._is_settled:
+            self._anchor = None
+            if self.is_tentative or ids.shape[1] > 1:
+                self._states.save()
+                self._anchor = self.lengths[0], []
+        if self._anchor is not None:
+            self._anchor[1].append(ids)
+        self._unread, self._is_settled = None, False
+        found = self._pass(ids)
+        if self.reread:
+            found.logits = found.logits[:, self.reread :]
+        return found
+
+    def _pass(self, ids: torch.Tensor) -> Any:
         tokens = ids.shape[1]
+        others = {} if self.others is None else self.others(tokens)
+        inputs: dict[str, Any] = {**others, "input_ids": ids, "use_cache": True, CACHE: self.cache}
         if self.positions is not None:
             inputs["position_ids"] = self._positions(tokens)
         if self.is_ragged:
@@ -156,18 +197,21 @@ class Stepper:
         return found
 
     def _positions(self, tokens: int) -> torch.Tensor:
-        """Return the positions [B, tokens] of the tokens at the ends of the rows."""
+        """Return the positions [B, tokens] or [A, B, tokens] of the tokens at the ends of the rows."""
         starts: Any = self.positions
         if self.is_ragged:
             starts = starts + torch.tensor(self.lengths, device=starts.device) - self.prompt_tokens
         else:
             starts = starts + (self.lengths[0] - self.prompt_tokens)
         if tokens == 1:
-            return starts[:, None]  # type: ignore[no-any-return]
-        return starts[:, None] + torch.arange(tokens, device=starts.device)  # type: ignore[no-any-return]
+            return starts[..., None]  # type: ignore[no-any-return]
+        return starts[..., None] + torch.arange(tokens, device=starts.device)  # type: ignore[no-any-return]
 
     def keep(self, lengths: list[int]) -> None:
         """Let row b hold its first lengths[b] tokens only."""
+        if self._states is not None:
+            self._keep_states(self._states, lengths)
+            return
         if lengths == self.lengths and not self.has_windows:
             return
         uniform = all(length == lengths[0] for length in lengths)
@@ -182,9 +226,37 @@ class Stepper:
             if surplus or layer.is_sliding:  # cropping nothing still ends the recording of a window's past
                 layer.crop(-surplus)
 
+    def _keep_states(self, states: RecurrentStates, lengths: list[int]) -> None:
+        """Do so where layers have recurrent states: they go back to their copy, and so do keys and values."""
+        stop = lengths[0]
+        self._is_settled = stop == self.lengths[0]
+        if not self._is_settled:
+            if self._anchor is None or stop < self._anchor[0]:
+                raise RuntimeError("There is no copy of recurrent states from before the tokens that are taken back.")
+            start, read = self._anchor
+            states.give_back()
+            stay = torch.cat(read, dim=1)[:, : stop - start]
+            self._anchor, stop = (start, [stay]), start
+            self._unread = stay if stay.shape[1] else None
+        stop -= self.unread if self._is_settled else 0
+        self.lengths = list(lengths)
+        states.trim()
+        for layer in self._layers():
+            surplus = layer.get_seq_length() - stop if isinstance(layer, DynamicLayer) else 0
+            if surplus or getattr(layer, "is_sliding", False):
+                crop_attention(layer, surplus)
+
+    def settle(self) -> None:
+        """Read what recurrent states have forgotten, so that the cache is that of all tokens."""
+        if self._unread is not None:
+            tokens, self._unread, self._anchor = self._unread, None, None
+            self.lengths = [length - tokens.shape[1] for length in self.lengths]
+            self._pass(tokens)
+
     def _layers(self) -> list[Any]:
         found: list[Any] = self.cache.layers
-        return found if self.layers is None else [found[index] for index in self.layers]
+        chosen = found if self.layers is None else [found[index] for index in self.layers]
+        return [layer for layer in chosen if not isinstance(layer, EMPTY)]
 
     def _visible(self, tokens: int) -> torch.Tensor:
         """Return the mask [B, tokens]: the prompt's, and every later token is visible."""
