@@ -49,6 +49,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.expected = self.text.new_zeros((1, 0, 0), dtype=torch.float32)
+        self.has_states = False
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     @classmethod
@@ -68,6 +69,7 @@ class Trials:
         ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + TEXT_TOKENS), generator=generator).to(model.device)
         trials = cls(model, prepare_cache, ids, first_position, layers, cache_config)
         stepper = trials.stepper(1, records=False)
+        trials.has_states = stepper.has_states
         logits = stepper.forward(ids[:, :PROMPT_TOKENS])
         expected = [logits.float()]
         for at in range(PROMPT_TOKENS, PROMPT_TOKENS + (TEXT_TOKENS if writes else SINGLES)):
