@@ -80,7 +80,7 @@ def choose(
             expected[row] += reach[row]
         seconds = tokens * draft_s + costs.step(tokens + 1 + unread)
         again_s = costs.step(2 + unread) - costs.step(1) if reading.forgets else 0.0  # nothing but the last token
-        if not account.allows((seconds + again_s) / plain_s - 1):
+        if not account.allows((seconds + again_s) / costs.step(1) - 1):
             break
         if reading.forgets:  # at most all but one, unless every draft is accepted
             seconds += (1 - min(reach)) * (costs.step(1 + tokens + unread) - costs.step(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -47,14 +48,15 @@ PICTURES: dict[str, Callable[[Any, int, torch.Generator], tuple[Inputs, int]]] =
     "llava": _square,
     "mistral3": _merged,
 }
-MORE = {"gemma3": {"mm_tokens_per_image": 4}}
 
 
 def pictured(model_type: str) -> PreTrainedModel:
     """Return a fresh tiny model that reads images, whose text depends on its weights and on them."""
     config = next(iter(small_configs(model_type)))()
-    for name, value in MORE.get(model_type, {}).items():
-        setattr(config, name, value)
+    if model_type == "gemma3":
+        config.mm_tokens_per_image = 4
+    if model_type == "qwen2_5_vl":
+        config.vision_config.window_size = 112  # which is of images, not of a text
     model = _built(model_type, config)
     randomize(model, Tiny(model_type, {}, 0.25, 1.0))
     return model
@@ -74,12 +76,6 @@ def with_images(model: PreTrainedModel, lengths: list[int], seed: int = 3) -> di
     for row, tokens_of in enumerate(rows):
         ids[row, -len(tokens_of) :], mask[row, -len(tokens_of) :] = tokens_of, 1
     kinds = (ids == config.image_token_id).long()
-    named = {"gemma3": "token_type_ids"}.get(config.model_type, "mm_token_type_ids")
-    given = {named: kinds} if "pixel_values" in inputs and named in _taken(model) else {}
+    named = "token_type_ids" if config.model_type == "gemma3" else "mm_token_type_ids"
+    given = {named: kinds} if named in inspect.signature(type(model).forward).parameters else {}
     return {"input_ids": ids, "attention_mask": mask, **given, **inputs}
-
-
-def _taken(model: PreTrainedModel) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(type(model).forward).parameters)

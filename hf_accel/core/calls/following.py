@@ -152,12 +152,10 @@ class _Asked:
         return torch.cat([self.prompt, self.prompt[:, columns]], dim=1)
 
     def inputs(self, new: int, tokens: int) -> dict[str, Any]:
-        """Return the inputs of the pass that takes in the last `tokens` tokens, where `new` have followed the prompt.
-
-        Tokens before them have come one by one, those of the pass at once.
-        """
+        """Return the inputs of the pass that takes in the last `tokens` tokens, where `new` have followed the prompt."""
         kwargs = dict(self.kwargs)
-        steps = [1] * (new - tokens) + [tokens] if new <= 2 else [new]
+        # one by one as in stock's loop, where they are few: of several at once, types are copied from the prompt
+        steps = [1] * new if new <= 2 else [new]
         for count in steps:
             kwargs = self.model._update_model_kwargs_for_generation(
                 self.outputs, kwargs, is_encoder_decoder=False, num_new_tokens=count

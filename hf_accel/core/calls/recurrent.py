@@ -69,9 +69,9 @@ class RecurrentStates:
             before = old[index] if index < len(old) else None
             fits = state is not None and before is not None and _is_like(state, before)
             copies.append(before if fits else None if state is None else torch.empty_like(state))
-        pairs = [(copy, state) for copy, state in zip(copies, now, strict=True) if copy is not None]
+        pairs = [(to, state) for to, state in zip(copies, now, strict=True) if to is not None and state is not None]
         if pairs:
-            torch._foreach_copy_([copy for copy, _ in pairs], [state for _, state in pairs])
+            torch._foreach_copy_([to for to, _ in pairs], [state for _, state in pairs])
         self._saved = [(owner, key, copy) for (owner, key), copy in zip(places, copies, strict=True)]
         self._flags = [
             (layer, name, _copied(getattr(layer, name)))
