@@ -134,11 +134,25 @@ def test_a_method_that_leaves_traces_is_not_asked_ahead_of_time(method: Callable
 
 
 def test_a_method_that_writes_to_what_it_is_given() -> None:
-    def prepare(self: Any, input_ids: Any, **kwargs: Any) -> Any:
-        kwargs["position_ids"][..., 0] += 1  # of the prompt, which it was told
-        return beneath(self).prepare_inputs_for_generation(input_ids, **kwargs)
+    """Asking it ahead of time must not move what the call is given."""
 
-    assert_text(own("llama", prepare_inputs_for_generation=prepare))
+    def prepare(self: Any, input_ids: Any, window: Any = None, **kwargs: Any) -> Any:
+        inputs = beneath(self).prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs["position_ids"] = inputs["position_ids"] + window
+        window += 1
+        return inputs
+
+    model = own("llama", prepare_inputs_for_generation=prepare)
+    stock = copy.deepcopy(model)
+    hf_accel.optimize(model, [always("lookup")])
+    windows = [torch.zeros(1, dtype=torch.long) for _ in range(2)]
+    given = {"do_sample": False, **ASKED}
+    texts = [
+        one.generate(prompt(1, 6), window=each, **given) for one, each in zip((stock, model), windows, strict=True)
+    ]
+    assert torch.equal(*texts)
+    assert torch.equal(*windows)
+    assert counts(model)["plain_calls"] == {OTHERWISE: 1}
 
 
 def test_what_no_later_pass_may_be_asked_for() -> None:
@@ -166,7 +180,12 @@ def test_inputs_that_setting_up_did_not_try(name: str) -> None:
     """Are tried in the first call, which leaves caches with windows, rows apart or not, as they were."""
 
     def forward(
-        self: Any, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, extra: int = 1, **rest: Any
+        self: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        extra: int = 1,
+        **rest: Any,
     ) -> Any:
         outputs = beneath(self).forward(input_ids, attention_mask, position_ids, **rest)
         outputs.logits = outputs.logits * extra

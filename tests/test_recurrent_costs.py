@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_governor import FLAT, Scripted, candidate, rich
 
@@ -27,6 +27,7 @@ SLOPED = RowCosts({1: 1.0, 32: 8.0})
     draft_s=st.floats(0.0, 0.7),
     high=st.floats(1.0, 32.0),
 )
+@example(counts=[0], claimed=0.9, draft_s=0.0, high=25.0)
 def test_no_call_loses_more_than_is_allowed(counts: list[int], claimed: float, draft_s: float, high: float) -> None:
     """Whatever becomes of the drafts, what is left to be read again at the end of the call included."""
     account, costs = Account(), StepCosts(RowCosts({1: 1.0, 64: 1 + (high - 1) * 63 / 31}), 1)
