@@ -99,6 +99,8 @@ def inputs_after_prompt(call: Call, outputs: Any) -> Following | str:
             return "the cache does not hold the prompt's tokens"
         if batch > 1 and found.positions is None:
             return NO_POSITIONS
+        if batch > 1 and found.last is not None:
+            return "the model's inputs change before the batch ends"
     return found
 
 

@@ -4,14 +4,15 @@ Drafts stand on the inputs of a step being those of its tokens one by one, put s
 methods prepare inputs of the usual kind, they are. Elsewhere (models of images, whose positions have several axes, or
 models with a method of their own) the model itself is asked, once per call: for the next token, for the one after it,
 for both in one pass, and for the last that the call may take in. What does not fit together is decoded plainly. Cost
-of asking: four times what stock's loop does at every token, some 200 µs.
+of asking: four times what stock's loop does at every token, some 200 µs; more where inputs change at some length,
+which is looked for by halving.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from hf_accel.core.calls.inputs import CONSTANT, LeanInputs
 from hf_accel.core.drift import CACHE
 
 OTHERWISE = "the model's inputs do not follow from those before"
-UNTIL = "the model's inputs change before the call ends"
 # of verified steps every position's logits are wanted
 ALL_LOGITS = {"logits_to_keep", "num_logits_to_keep"}
 DATA = (torch.Tensor, Cache, dict, list, tuple, bool, int, float, str, type(None))
@@ -33,13 +33,15 @@ class Following:
 
     mask: [B, S] of the prompt, to which ones are added; None: the model is given none. positions: of the next token of
     every row, [B], or [A, B] where positions have A axes; None: the model is not told any. same: what is the same at
-    every step. repeated: what holds for a token, and the axis along which it is repeated for several.
+    every step. repeated: what holds for a token, and the axis along which it is repeated for several. last: how many
+    tokens a row may have in a pass with these inputs, None: as many as the call may come to.
     """
 
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     same: dict[str, Any] = field(default_factory=dict)
     repeated: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    last: int | None = None
 
     def others(self, tokens: int) -> dict[str, Any]:
         """Return what a pass of so many tokens is given beside tokens, cache, mask and positions."""
@@ -78,10 +80,10 @@ def following(
             first, second, both = asked.inputs(1, 1), asked.inputs(2, 1), asked.inputs(2, 2)
             far = max(2, last - input_ids.shape[1])
             at_end = second if far == 2 else asked.inputs(far, 1)
-        found = _fitted(input_ids, first, second, both)
-        if isinstance(found, str) or _fits(found, at_end, asked.ids(far), far):
-            return found
-        return UNTIL
+            found = _fitted(input_ids, first, second, both)
+            if isinstance(found, str) or _fits(found, at_end, asked.ids(far), far):
+                return found
+            return replace(found, last=input_ids.shape[1] + _furthest(found, asked, far))
     except _Changed:
         return "preparing the model's inputs changes the model"
     except Exception:  # whatever a method of the model's own raises when it is asked ahead of time
@@ -152,7 +154,7 @@ class _Asked:
         return torch.cat([self.prompt, self.prompt[:, columns]], dim=1)
 
     def inputs(self, new: int, tokens: int) -> dict[str, Any]:
-        """Return the inputs of the pass that takes in the last `tokens` tokens, where `new` have followed the prompt."""
+        """Return the inputs of the pass that takes in the last `tokens` of the `new` tokens that followed the prompt."""
         kwargs = dict(self.kwargs)
         # one by one as in stock's loop, where they are few: of several at once, types are copied from the prompt
         steps = [1] * new if new <= 2 else [new]
@@ -226,6 +228,18 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
     return type(one) is type(other) and isinstance(one, (bool, int, float, str)) and one == other
+
+
+def _furthest(found: Following, asked: _Asked, beyond: int) -> int:
+    """Return after how many new tokens a pass is the last that fits, where that after `beyond` does not."""
+    fits = 2
+    while fits + 1 < beyond:
+        new = (fits + beyond) // 2
+        if _fits(found, asked.inputs(new, 1), asked.ids(new), new):
+            fits = new
+        else:
+            beyond = new
+    return fits
 
 
 def _token_axis(one: Any, two: Any, many: Any) -> int | None:

@@ -57,12 +57,12 @@ def apart_obstacle(model: Any) -> str | None:
 class SingleTokens:
     """The forward passes of plain decoding, one token per row, with whatever inputs the model takes."""
 
-    def __init__(self, model: Any, model_kwargs: dict[str, Any], outputs: Any) -> None:
-        """Begin with the outputs of the prompt, from which the first tokens are chosen."""
+    def __init__(self, model: Any, model_kwargs: dict[str, Any], outputs: Any, is_first: bool = True) -> None:
+        """Begin with the outputs of the prompt, from which the first tokens are chosen, or of a later pass."""
         is_lean = LeanInputs.fit(model, model_kwargs, outputs)
         self._inputs = LeanInputs(model_kwargs) if is_lean else StockInputs(model, model_kwargs)
         self._run, self._outputs = runner_of(model), outputs
-        self._is_first, self._followed = True, 0
+        self._is_first, self._followed = is_first, 0
         self._follow = getattr(self._run, "follow", None) if is_lean else None
 
     def follow(self) -> torch.Tensor | None:
