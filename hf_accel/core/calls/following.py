@@ -154,7 +154,7 @@ class _Asked:
         return torch.cat([self.prompt, self.prompt[:, columns]], dim=1)
 
     def inputs(self, new: int, tokens: int) -> dict[str, Any]:
-        """Return the inputs of the pass that takes in the last `tokens` of the `new` tokens that followed the prompt."""
+        """Return the inputs of a pass over the last `tokens` of the `new` tokens that have followed the prompt."""
         kwargs = dict(self.kwargs)
         # one by one as in stock's loop, where they are few: of several at once, types are copied from the prompt
         steps = [1] * new if new <= 2 else [new]
