@@ -60,18 +60,18 @@ def session(states: Any, rows: RowCosts = FLAT) -> Any:
 
 
 def test_what_is_read_again_is_booked_and_counted_as_rows() -> None:
-    states = SimpleNamespace(has_states=True, unread=0, reread=0)
+    states = SimpleNamespace(unread=0, recall=SimpleNamespace(reread=0))
     made = session(states, SLOPED)
     made.observe(None, [0], 1.0)
     before = made.account.lost
-    states.reread = 4
+    states.recall.reread = 4
     made.observe(None, [0], SLOPED.at(5))
     assert made.account.lost == pytest.approx(before + SLOPED.at(5) - 1)
     assert made.costs.step(1) == pytest.approx(1.0), "a step that read others again is no plain one"
 
 
 def test_nothing_is_drafted_where_much_is_to_be_read_again() -> None:
-    states = SimpleNamespace(has_states=True, unread=MOST_UNREAD, reread=0)
+    states = SimpleNamespace(unread=MOST_UNREAD, recall=SimpleNamespace(reread=0))
     made = session(states)
     made.adaptive = False
     assert made.propose(100) is None
@@ -80,7 +80,7 @@ def test_nothing_is_drafted_where_much_is_to_be_read_again() -> None:
 
 
 def test_no_run_of_plain_steps_begins_with_tokens_to_read_again() -> None:
-    states = SimpleNamespace(has_states=True, unread=1, reread=0)
+    states = SimpleNamespace(unread=1, recall=SimpleNamespace(reread=0))
     made = session(states, RowCosts({1: 1e-4, 32: 2e-4}))
     made._idle = 50
     assert made.plain_steps(100) == 0

@@ -51,7 +51,7 @@ def _kind(model: Any, inputs: Following, stepper: Stepper) -> frozenset[str]:
     kind = inputs.kind
     if inputs.positions is None and "position_ids" in inspect.signature(model.forward).parameters:
         kind |= {"no positions"}
-    if inputs.mask is not None and stepper.has_states:
+    if inputs.mask is not None and stepper.recall is not None:
         kind |= {"a mask"}
     return kind
 
@@ -63,7 +63,8 @@ def _tried(stepper: Stepper, prompt: torch.Tensor, logits: torch.Tensor) -> str 
     What leaves a window is forgotten once tokens are known to stay, so rows never go back behind where they were.
     """
     start, tolerance = list(stepper.lengths), Tolerance.of(stepper.model)
-    stepper.is_tentative = True
+    if stepper.recall is not None:
+        stepper.recall.is_tentative = True
     expected = [logits]
     tokens = [prompt[:, -1:]]
     try:

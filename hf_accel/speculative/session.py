@@ -37,7 +37,7 @@ class SpeculativeSession:
     ) -> None:
         self.candidates, self.rows, self.costs, self.totals, self.close = candidates, rows, costs, totals, close
         self.most, self.adaptive = most, adaptive
-        self._states = stepper if stepper is not None and stepper.has_states else None  # makes the steps
+        self._stepper, self._recall = stepper, None if stepper is None else stepper.recall
         self.account = Account()
         self._idle = 0  # tokens since the last draft
         self._just_ran_plainly = False
@@ -66,7 +66,7 @@ class SpeculativeSession:
         return steps if steps > 1 and not self._just_ran_plainly else 0
 
     def observe(self, draft: Draft | None, accepted: list[int], seconds: float, steps: int = 1) -> None:
-        reread = 0 if self._states is None else self._states.reread
+        reread = 0 if self._recall is None else self._recall.reread
         tokens = reread + (1 if draft is None else 1 + draft.tokens.shape[1])
         self.costs.observe(tokens, seconds)
         self.totals.step(steps * sum(count >= 0 for count in accepted), steps)
@@ -92,7 +92,7 @@ class SpeculativeSession:
             self.account.settle(cost, 1 + min(accepted[row] for row in live))
 
     def _reading(self) -> Reading:
-        return Reading() if self._states is None else Reading(self._states.unread, True)
+        return Reading() if self._stepper is None or self._recall is None else Reading(self._stepper.unread, True)
 
     def _pays_reading(self, candidate: Candidate, length: DraftLength, left: int) -> bool:
         """Return whether drafting the tokens left gains more time than reading the prompt for it takes."""

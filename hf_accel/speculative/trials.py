@@ -69,7 +69,7 @@ class Trials:
         ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + TEXT_TOKENS), generator=generator).to(model.device)
         trials = cls(model, prepare_cache, ids, first_position, layers, cache_config)
         stepper = trials.stepper(1, records=False)
-        trials.has_states = stepper.has_states
+        trials.has_states = stepper.recall is not None
         logits = stepper.forward(ids[:, :PROMPT_TOKENS])
         expected = [logits.float()]
         for at in range(PROMPT_TOKENS, PROMPT_TOKENS + (TEXT_TOKENS if writes else SINGLES)):

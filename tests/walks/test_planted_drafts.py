@@ -14,7 +14,7 @@ from planting import Defect, Patch, Test, instead, is_red
 
 from hf_accel.core.calls import following
 from hf_accel.core.calls.forward import Stepper
-from hf_accel.core.calls.recurrent import RecurrentStates
+from hf_accel.core.calls.recurrent import Recall, RecurrentStates
 from hf_accel.speculative import building, familiarity, governor, session
 from hf_accel.speculative.familiarity import Familiarity
 from hf_accel.speculative.proof import Proof
@@ -44,7 +44,7 @@ def rows_read_again_unseen(patch: Patch) -> None:
     right = SpeculativeSession.observe
 
     def wrong(self: Any, *given: Any, **more: Any) -> None:
-        self._states.reread = 0
+        self._recall.reread = 0
         right(self, *given, **more)
 
     patch.setattr(SpeculativeSession, "observe", wrong)
@@ -59,13 +59,14 @@ def states_by_reference(patch: Patch) -> None:
 
 
 def nothing_read_again(patch: Patch) -> None:
-    right = Stepper._keep_states
+    right = Recall.keep
 
-    def wrong(self: Any, states: Any, lengths: Any) -> None:
-        right(self, states, lengths)
-        self._unread = None
+    def wrong(self: Any, length: int, stop: int) -> int:
+        kept = right(self, length, stop)
+        self.unread = None
+        return kept
 
-    patch.setattr(Stepper, "_keep_states", wrong)
+    patch.setattr(Recall, "keep", wrong)
 
 
 def proved_in_any_case(patch: Patch) -> None:

@@ -21,6 +21,7 @@ from hf_accel import SpeculativeConfig, UnsupportedModelError
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rollback import record
 from hf_accel.core.drift import CACHE
+from hf_accel.speculative.forms import without_layers
 
 # gated delta rules, state spaces alone and within a layer of attention, convolutions beside windows
 SERVED = ["qwen3_next", "mamba2", "falcon_h1", "inkling_text"]
@@ -165,7 +166,7 @@ def test_steps_and_what_is_taken_back_of_them(model_type: str) -> None:
     for turn in range(12):
         fed = prompt(1, dice.choice([1, 2, 4]), seed=turn)
         logits = stepper.forward(fed)
-        reread += stepper.reread
+        reread += stepper.recall.reread
         whole = model(torch.cat([text, fed], dim=1)).logits[:, text.shape[1] :]
         assert (logits - whole).abs().max() <= 2e-3 * (1 + whole.abs().max())
         kept = fed.shape[1] if fed.shape[1] == 1 else dice.randrange(fed.shape[1] + 1)
@@ -175,6 +176,30 @@ def test_steps_and_what_is_taken_back_of_them(model_type: str) -> None:
     stepper.settle()
     assert stepper.unread == 0
     assert cache.get_seq_length() == text.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skipped", [[0], []], ids=["without recurrent layers", "with all"])
+def test_a_stepper_beside_another_leaves_it_as_it_was(skipped: list[int]) -> None:
+    model = tiny("qwen3_next")
+    form = without_layers(model, skipped) if skipped else None
+    found = []
+    for drafts in (False, True):
+        cache: Any = DynamicCache(config=model.config)
+        stepper = Stepper(model, cache, [0], None, torch.tensor([0]), 0)
+        stepper.forward(prompt(1, 6))
+        stepper.keep([6])
+        stepper.forward(prompt(1, 4, seed=4))
+        stepper.keep([8])
+        assert stepper.unread == 2
+        if drafts:
+            beside = stepper.beside(form.model, form.layers) if form else stepper.beside(model)
+            for _ in range(3):
+                beside.forward(prompt(1, 1, seed=5))
+            beside.keep([8])
+        found.append(stepper.forward(prompt(1, 3, seed=6)))
+        assert cache.get_seq_length() == 11
+    assert torch.equal(*found)
 
 
 @torch.no_grad()

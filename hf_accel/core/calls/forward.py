@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
-from hf_accel.core.calls.recurrent import EMPTY, RecurrentStates, crop_attention
+from hf_accel.core.calls.recurrent import EMPTY, Recall, RecurrentStates, crop_attention
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
 
@@ -129,32 +129,24 @@ class Stepper:
         self.layers, self.others = layers, others
         self.is_ragged = False
         self.has_windows = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
-        self._states = RecurrentStates.of(self._layers())
-        # of recurrent states: tokens [B, n] at the ends of the rows that they have forgotten and must read again,
-        self._unread: torch.Tensor | None = None
-        # and what they have read since they were copied, when rows were so long
-        self._anchor: tuple[int, list[torch.Tensor]] | None = None
-        self._is_settled = True  # none of that will be taken back any more, but for the end of the call
-        self.is_tentative = False  # single tokens may be taken back, too
-        self.reread = 0  # how many forgotten tokens the latest pass has read again
+        states = RecurrentStates.of(self._layers())
+        self.recall = None if states is None else Recall(states)
 
     def beside(self, model: Any, layers: list[int] | None = None) -> Stepper:
         """Return a stepper of another model over the same cache, at the same lengths."""
         found = Stepper(
             model, self.cache, self.lengths, self.mask, self.positions, self.prompt_tokens, layers, self.others
         )
-        found.is_ragged, found._unread, found.is_tentative = self.is_ragged, self._unread, True
+        found.is_ragged = self.is_ragged
+        if self.recall is not None:  # it reads again what was forgotten, whatever layers it has
+            found.recall = Recall(RecurrentStates.of(found._layers()) or RecurrentStates([]), self.recall.unread)
+            found.recall.is_tentative = True
         return found
-
-    @property
-    def has_states(self) -> bool:
-        """Whether layers have recurrent states."""
-        return self._states is not None
 
     @property
     def unread(self) -> int:
         """How many tokens of each row the next pass reads again, as drafts were refused behind them."""
-        return 0 if self._unread is None else self._unread.shape[1]
+        return 0 if self.recall is None or self.recall.unread is None else self.recall.unread.shape[1]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, T, V] for tokens [B, T] at the ends of the rows, which grow by T."""
@@ -162,24 +154,12 @@ class Stepper:
 
     def outputs(self, ids: torch.Tensor) -> Any:
         """Return all outputs of the model for tokens [B, T] at the ends of the rows, which grow by T."""
-        if self._states is None:
+        if self.recall is None:
             return self._pass(ids)
-        self.reread, unread = self.unread, self._unread
-        if unread is not None:
-            self.lengths, ids = [length - self.reread for length in self.lengths], torch.cat([unread, ids], dim=1)
-        if unread is not None and self._anchor is not None:  # the states are as they were copied
-            self._anchor = self._anchor[0], []
-        elif self._is_settled:
-            self._anchor = None
-            if self.is_tentative or ids.shape[1] > 1:
-                self._states.save()
-                self._anchor = self.lengths[0], []
-        if self._anchor is not None:
-            self._anchor[1].append(ids)
-        self._unread, self._is_settled = None, False
-        found = self._pass(ids)
-        if self.reread:
-            found.logits = found.logits[:, self.reread :]
+        self.lengths = [length - self.unread for length in self.lengths]
+        found = self._pass(self.recall.read(ids, self.lengths[0]))
+        if self.recall.reread:
+            found.logits = found.logits[:, self.recall.reread :]
         return found
 
     def _pass(self, ids: torch.Tensor) -> Any:
@@ -209,8 +189,8 @@ class Stepper:
 
     def keep(self, lengths: list[int]) -> None:
         """Let row b hold its first lengths[b] tokens only."""
-        if self._states is not None:
-            self._keep_states(self._states, lengths)
+        if self.recall is not None:
+            self._keep_recalled(self.recall, lengths)
             return
         if lengths == self.lengths and not self.has_windows:
             return
@@ -226,21 +206,16 @@ class Stepper:
             if surplus or layer.is_sliding:  # cropping nothing still ends the recording of a window's past
                 layer.crop(-surplus)
 
-    def _keep_states(self, states: RecurrentStates, lengths: list[int]) -> None:
-        """Do so where layers have recurrent states: they go back to their copy, and so do keys and values."""
-        stop = lengths[0]
-        self._is_settled = stop == self.lengths[0]
-        if not self._is_settled:
-            if self._anchor is None or stop < self._anchor[0]:
-                raise RuntimeError("There is no copy of recurrent states from before the tokens that are taken back.")
-            start, read = self._anchor
-            states.give_back()
-            stay = torch.cat(read, dim=1)[:, : stop - start]
-            self._anchor, stop = (start, [stay]), start
-            self._unread = stay if stay.shape[1] else None
-        stop -= self.unread if self._is_settled else 0
+    def _keep_recalled(self, recall: Recall, lengths: list[int]) -> None:
+        """Do so where layers have recurrent states: keys and values end where the states do.
+
+        Raises:
+            ValueError: rows would be apart.
+        """
+        if len(set(lengths)) > 1:
+            raise ValueError(f"Rows with recurrent states cannot have different lengths: {lengths}.")
+        stop = recall.keep(self.lengths[0], lengths[0])
         self.lengths = list(lengths)
-        states.trim()
         for layer in self._layers():
             surplus = layer.get_seq_length() - stop if isinstance(layer, DynamicLayer) else 0
             if surplus or getattr(layer, "is_sliding", False):
@@ -248,8 +223,8 @@ class Stepper:
 
     def settle(self) -> None:
         """Read what recurrent states have forgotten, so that the cache is that of all tokens."""
-        if self._unread is not None:
-            tokens, self._unread, self._anchor = self._unread, None, None
+        tokens = None if self.recall is None else self.recall.take()
+        if tokens is not None:
             self.lengths = [length - tokens.shape[1] for length in self.lengths]
             self._pass(tokens)
 

@@ -115,6 +115,61 @@ class RecurrentStates:
                     yield layer, name
 
 
+class Recall:
+    """What recurrent states have read since they were copied, and what they have to read again.
+
+    unread: tokens [B, n] at the ends of the rows that they have forgotten. reread: how many the latest pass read again.
+    is_tentative: single tokens may be taken back, too. Rows are in step.
+    """
+
+    def __init__(self, states: RecurrentStates, unread: torch.Tensor | None = None) -> None:
+        self._states, self.unread, self.is_tentative = states, unread, False
+        self.reread = 0
+        # how long rows were when states were copied, and what they have read since
+        self._copied: tuple[int, list[torch.Tensor]] | None = None
+        self._is_settled = True  # nothing of that will be taken back any more, but at the end of the call
+
+    def read(self, ids: torch.Tensor, length: int) -> torch.Tensor:
+        """Return what to read in a pass over tokens [B, T], with rows of `length` tokens that are not forgotten."""
+        self.reread = 0
+        if self.unread is not None:
+            self.reread, ids = self.unread.shape[1], torch.cat([self.unread, ids], dim=1)
+        if self.unread is not None and self._copied is not None:  # states are as they were copied
+            self._copied = length, []
+        elif self._is_settled:
+            self._copied = None
+            if self.is_tentative or ids.shape[1] > 1:
+                self._states.save()
+                self._copied = length, []
+        if self._copied is not None:
+            self._copied[1].append(ids)
+        self.unread, self._is_settled = None, False
+        return ids
+
+    def keep(self, length: int, stop: int) -> int:
+        """Let rows of `length` tokens hold their first `stop` ones, and return how many keys and values hold then.
+
+        Raises:
+            RuntimeError: states were not copied before the tokens that are taken back.
+        """
+        self._is_settled = stop == length
+        if not self._is_settled:
+            if self._copied is None or stop < self._copied[0]:
+                raise RuntimeError("There is no copy of recurrent states from before the tokens that are taken back.")
+            start, read = self._copied
+            self._states.give_back()
+            stay = torch.cat(read, dim=1)[:, : stop - start]
+            self._copied = start, [stay]
+            self.unread = stay if stay.shape[1] else None
+        self._states.trim()
+        return stop - (0 if self.unread is None else self.unread.shape[1])
+
+    def take(self) -> torch.Tensor | None:
+        """Return what was forgotten, which is now read for good."""
+        tokens, self.unread, self._copied, self._is_settled = self.unread, None, None, True
+        return tokens
+
+
 def _get(owner: Any, key: Any) -> torch.Tensor | None:
     return owner[key] if isinstance(owner, dict) else getattr(owner, key, None)
 

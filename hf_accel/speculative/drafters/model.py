@@ -134,6 +134,7 @@ class OwnCacheDrafter(ModelDrafter):
         self.model.get_decoder()(use_cache=True, return_dict=True, **given)
         following = following_positions({"position_ids": positions}, len(rows))
         self.stepper = Stepper(self.model, cache, [prompt] * len(rows), mask, following, prompt)
-        self.stepper.is_tentative = True
+        if self.stepper.recall is not None:
+            self.stepper.recall.is_tentative = True
         self.stepper.keep(self.stepper.lengths)
         return self.stepper
