@@ -90,6 +90,20 @@ def test_planning_fires_no_hook_of_the_users() -> None:
         hook.remove()
 
 
+@pytest.mark.parametrize("drafter", ["self", "layer_skip"])
+def test_drafts_fire_no_hook_of_the_users(drafter: str) -> None:
+    """Neither where their drafter is set up nor where it drafts: what a hook sees are passes of the model itself."""
+    model = build("llama")
+    fired: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: fired.update([name]))
+    hf_accel.optimize(model, [KVCacheConfig(), DecodingConfig()])
+    text(model, speculative=SpeculativeConfig(drafter=drafter, adaptive=False))
+    counts = hf_accel.report(model).to_dict()["speculation"]
+    assert counts["proposed"][drafter]
+    assert set(fired.values()) == {1 + counts["steps"]}, "other passes than those of the prompt and of steps"
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("part", ["", "mlp.up_proj", "self_attn", "input_layernorm"])
 def test_a_hooked_layer_runs_as_it_is_and_the_report_says_so(part: str) -> None:

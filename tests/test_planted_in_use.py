@@ -14,7 +14,7 @@ import test_wrappers
 from hf_accel.attention.names import BackEndName
 from hf_accel.cache.prefix import reuse
 from hf_accel.core.calls.doors import MAKERS, Door
-from hf_accel.core.model import anatomy
+from hf_accel.core.model import anatomy, shadow
 from hf_accel.core.model import hf_config as configs
 from hf_accel.core.steps import applying
 from hf_accel.decoding import speculating
@@ -29,6 +29,10 @@ Patch = pytest.MonkeyPatch
 def plans_on_the_model_itself(patch: Patch) -> None:
     for module in (goals, audit, copies):
         patch.setattr(module, "twin", lambda model: model)
+
+
+def drafting_copies_keep_hooks(patch: Patch) -> None:
+    patch.setattr(shadow, "_is_of_library", lambda hook: True)
 
 
 def one_odd_layer_switches_off_all(patch: Patch) -> None:
@@ -75,6 +79,7 @@ def attention_taken_back(patch: Patch) -> None:
 
 DEFECTS: dict[Callable[[Patch], None], Callable[[Patch], None]] = {
     plans_on_the_model_itself: lambda patch: test_in_use.test_planning_fires_no_hook_of_the_users(),
+    drafting_copies_keep_hooks: lambda patch: test_in_use.test_drafts_fire_no_hook_of_the_users("layer_skip"),
     one_odd_layer_switches_off_all: test_in_use.test_a_layer_that_is_not_as_described_costs_only_itself,
     errors_of_steps_escape: lambda patch: test_in_use.test_foreign_errors_of_a_step(
         test_in_use.KVCacheConfig, "patch", patch

@@ -8,6 +8,7 @@ import torch
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.recurrent import is_recurrent
 from hf_accel.core.calls.rollback import rollback_obstacle
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.processors import processor_obstacle
@@ -72,4 +73,5 @@ def is_plainly_greedy(call: Call) -> bool:
 
 def can_drop_tokens(cache: Any) -> bool:
     """Return whether a cache can drop its last tokens, without having been told before that it may have to."""
-    return rollback_obstacle(cache, False) is None and not any(layer.is_sliding for layer in cache.layers)
+    is_bound = any(is_recurrent(layer) or getattr(layer, "is_sliding", False) for layer in cache.layers)
+    return not is_bound and rollback_obstacle(cache, False) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from hf_accel.core.calls.call import Call
-from hf_accel.core.calls.forward import following_positions
+from hf_accel.core.calls.following import following_positions
 from hf_accel.core.calls.rows import Rows
 
 
@@ -25,7 +25,8 @@ class Ends:
         following = following_positions(call.model_kwargs, len(call.input_ids))
         prompt_tokens = call.input_ids.shape[1]
         # of the last token of a row, which its next step begins with, beyond the row's length
-        self._offsets = [0] * len(call.input_ids) if following is None else (following - prompt_tokens).tolist()
+        offsets = None if following is None else following.view(-1, len(call.input_ids)).amax(dim=0) - prompt_tokens
+        self._offsets = [0] * len(call.input_ids) if offsets is None else offsets.tolist()
         self._rope = call.rope
 
     def room(self, rows: Rows, row: int) -> int:

@@ -7,15 +7,16 @@ from typing import Any
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.drafting import Speculation
-from hf_accel.core.calls.forward import following_positions
-from hf_accel.core.calls.inputs import LeanInputs
+from hf_accel.core.calls.following import Following, following, following_positions
 from hf_accel.core.calls.rollback import rollback_obstacle, stop_recording
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.support import foreign_inputs
 from hf_accel.decoding.ends import Ends
 from hf_accel.decoding.processors import processor_obstacle
 from hf_accel.decoding.steps import PlainSteps, Steps
-from hf_accel.decoding.verification import VerifiedSteps
+from hf_accel.decoding.verification import VerifiedSteps, stepper_of
+
+NO_POSITIONS = "the model takes no positions, so rows cannot be apart"
 
 
 def speculation_of(call: Call) -> Speculation | None:
@@ -34,10 +35,13 @@ def steps_of(call: Call, speculation: Speculation | None, outputs: Any) -> Steps
     """Return where the call gets its tokens from, now that its prompt has run with these outputs."""
     if speculation is None:
         return PlainSteps(call, outputs)
-    reason = obstacle_after_prompt(call, outputs)
-    if reason is None:
-        return VerifiedSteps(call, speculation, outputs)
-    speculation.skip(reason)
+    found = inputs_after_prompt(call, outputs)
+    reason = found if isinstance(found, str) else None
+    if isinstance(found, Following):
+        reason = speculation.obstacle_of(call, found, stepper_of(call, found), outputs.logits[:, -1:])
+        if reason is None:
+            return VerifiedSteps(call, speculation, outputs, found)
+    speculation.skip(str(reason))
     if not call.has_callers_cache:  # whose windows may record for reasons of the caller's
         stop_recording(call.model_kwargs[CACHE].layers)
     return PlainSteps(call, outputs)
@@ -61,7 +65,7 @@ def obstacle_before_prompt(call: Call) -> str | None:
     if batch > 1 and (config.return_dict_in_generate or call.has_callers_cache):
         return "the cache of a batch is the caller's"
     if batch > 1 and call.model_kwargs.get("position_ids") is None:
-        return "the model takes no positions, so rows cannot be apart"
+        return NO_POSITIONS
     return processor_obstacle(call.logits_processor) or _rope_obstacle(call)
 
 
@@ -71,8 +75,8 @@ def _rope_obstacle(call: Call) -> str | None:
     if rope is None:
         return None
     batch, prompt_tokens = call.input_ids.shape
-    following = following_positions(call.model_kwargs, batch)
-    first = prompt_tokens if following is None else int(following.max())
+    positions = following_positions(call.model_kwargs, batch)
+    first = prompt_tokens if positions is None else int(positions.max())
     stop = first + Ends(call).maximum - prompt_tokens - 1  # the last token is not taken in
     if rope.beyond is not None and first >= rope.beyond:
         return f"{rope} at every token from {rope.beyond} on"
@@ -82,15 +86,27 @@ def _rope_obstacle(call: Call) -> str | None:
     return None
 
 
-def obstacle_after_prompt(call: Call, outputs: Any) -> str | None:
-    """Return why the call must go on plainly now that its prompt has run, None if drafts can be verified."""
+def inputs_after_prompt(call: Call, outputs: Any) -> Following | str:
+    """Return the inputs of verified steps now that the prompt has run, or why the call must go on plainly."""
     if reason := foreign_inputs(call.model):
         return reason
-    cache = call.model_kwargs[CACHE]
-    if reason := rollback_obstacle(cache, call.input_ids.shape[0] > 1):
+    cache, batch = call.model_kwargs[CACHE], call.input_ids.shape[0]
+    if reason := rollback_obstacle(cache, batch > 1):
         return reason
-    if not LeanInputs.fit(call.model, call.model_kwargs, outputs):
-        return "the model's inputs do not follow from those before"
-    if cache.get_seq_length() != call.input_ids.shape[1]:
-        return "the cache does not hold the prompt's tokens"
-    return None
+    found = following(call.model, call.model_kwargs, outputs, call.input_ids, Ends(call).maximum - 1)
+    if isinstance(found, Following):
+        if not _holds(cache, call.input_ids.shape[1], call.has_callers_cache):
+            return "the cache does not hold the prompt's tokens"
+        if batch > 1 and found.positions is None:
+            return NO_POSITIONS
+        if batch > 1 and found.last is not None:
+            return "the model's inputs change before the batch ends"
+    return found
+
+
+def _holds(cache: Any, tokens: int, is_callers: bool) -> bool:
+    """Return whether a cache holds so many tokens; recurrent states alone do not tell, but they began empty."""
+    try:
+        return bool(cache.get_seq_length() == tokens)
+    except ValueError:
+        return not is_callers

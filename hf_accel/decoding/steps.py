@@ -41,8 +41,9 @@ class Steps(ABC):
 class PlainSteps(Steps):
     """One forward pass per token."""
 
-    def __init__(self, call: Call, outputs: Any) -> None:
-        self.call, self.passes = call, SingleTokens(call.model, call.model_kwargs, outputs)
+    def __init__(self, call: Call, outputs: Any, is_first: bool = True) -> None:
+        """Begin with the outputs of the prompt, or of a later pass, whose tokens are chosen already."""
+        self.call, self.passes = call, SingleTokens(call.model, call.model_kwargs, outputs, is_first)
         self.lag = lag_of(call)
         self._is_plainly_greedy = is_plainly_greedy(call)
         # of the random generator before the last steps

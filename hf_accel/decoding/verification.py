@@ -10,21 +10,23 @@ without speculation. Cost: one forward pass of B (k + 1) rows per step, and a fe
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.drafting import Draft, Session, Speculation
-from hf_accel.core.calls.forward import Stepper, following_positions
+from hf_accel.core.calls.following import Following
+from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.choosing import NO_TOKEN, Chooser, NextTokens, choose_token, draw, next_tokens
 from hf_accel.decoding.ends import Ends
-from hf_accel.decoding.steps import Steps
+from hf_accel.decoding.steps import PlainSteps, Steps
 from hf_accel.ops.acceptance import accept
 
 
@@ -37,19 +39,30 @@ class PlainRun:
     seconds: float = 0.0
 
 
+def stepper_of(call: Call, inputs: Following) -> Stepper:
+    """Return what makes the steps of a call whose prompt has run. inputs: those that follow on it."""
+    batch, tokens = call.input_ids.shape
+    start = [tokens] * batch, inputs.mask, inputs.positions, tokens
+    return Stepper(call.model, call.model_kwargs[CACHE], *start, others=inputs.others)
+
+
 class VerifiedSteps(Steps):
     """The steps of one call under speculation."""
 
-    def __init__(self, call: Call, speculation: Speculation, outputs: Any) -> None:
+    def __init__(self, call: Call, speculation: Speculation, outputs: Any, inputs: Following) -> None:
+        """Begin with the outputs of the prompt. inputs: those that follow on it."""
         self.call, self.speculation = call, speculation
         config, kwargs = call.generation_config, call.model_kwargs
-        mask, following = kwargs.get("attention_mask"), following_positions(kwargs, len(call.input_ids))
-        self.rows = rows = Rows(call.input_ids, mask, config.max_length)
-        self.cache = kwargs[CACHE]
-        self.stepper = Stepper(call.model, self.cache, rows.lengths, mask, following, rows.prompt_tokens)
+        self.rows = rows = Rows(call.input_ids, kwargs.get("attention_mask"), config.max_length)
+        self.cache, self.stepper = kwargs[CACHE], stepper_of(call, inputs)
         self.stepper.keep(rows.lengths)
         self.chooser = Chooser(call.logits_processor, config.do_sample, rows, speculation.has_own_draws)
         self._ends = Ends(call)
+        self._last = inputs.last
+        self._after: PlainSteps | None = None
+        if self._last is not None:  # then steps go on as stock's do, which is told of every pass
+            self._outputs = copy.copy(outputs)
+            self._outputs.logits = None
         collects = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         # what tokens that are not handed out yet were chosen from
         self._waiting: deque[tuple[torch.Tensor, torch.Tensor]] | None = deque() if collects else None
@@ -65,12 +78,17 @@ class VerifiedSteps(Steps):
 
     def next(self, input_ids: torch.Tensor, unfinished: torch.Tensor) -> NextTokens:
         rows = self.rows
+        if self._after is not None:
+            return self._after.next(input_ids, unfinished)
         if self._plain_run.left:
             return self._step_plainly(input_ids)
         if self._pads:
             for row, goes_on in enumerate(unfinished.tolist()):
                 rows.ended[row] |= not goes_on
         while not all(ended or rows.new_tokens(row) > self._handed_out for row, ended in enumerate(rows.ended)):
+            if self._last is not None and rows.lengths[0] > self._last:
+                self._after = self._plain_steps_after(input_ids.shape[1])
+                return self._after.next(input_ids, unfinished)
             if not self._can_step_plainly() or (count := self.session.plain_steps(self._room())) < 1:
                 self._verify()
                 continue
@@ -84,14 +102,32 @@ class VerifiedSteps(Steps):
 
     def close(self, input_ids: torch.Tensor) -> None:
         total = input_ids.shape[1]
+        if self._after is not None:
+            self._after.close(input_ids)
+            self.cache = self._after.cache
+            return
         self._end_plain_run()
         if len(self.rows) == 1:
             self.stepper.keep([total - 1])
+        if self.call.generation_config.return_dict_in_generate or self.call.has_callers_cache:
+            self.stepper.settle()
         self.chooser.finish(total - self.rows.prompt_tokens)
         self.session.close()
 
     def _room(self) -> int:
-        return min(self._ends.room(self.rows, row) for row in self.rows.live())
+        room = min(self._ends.room(self.rows, row) for row in self.rows.live())
+        return room if self._last is None else min(room, self._last - self.rows.lengths[0] + 1)
+
+    def _plain_steps_after(self, tokens: int) -> PlainSteps:
+        """Return the steps that go on where the model's inputs change: with those of its own methods, as stock does."""
+        self.stepper.settle()
+        self.chooser.pause()
+        self.session.close()
+        call, missing = self.call, tokens - self.rows.prompt_tokens - 1
+        grown = call.model._update_model_kwargs_for_generation(
+            self._outputs, dict(call.model_kwargs), is_encoder_decoder=False, num_new_tokens=missing
+        )
+        return PlainSteps(replace(call, model_kwargs=grown), self._outputs, is_first=False)
 
     def _can_step_plainly(self) -> bool:
         """Return whether all rows are in step, with every token handed out."""

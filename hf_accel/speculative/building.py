@@ -21,7 +21,7 @@ from hf_accel.errors import HfAccelError, UnsupportedModelError
 from hf_accel.speculative.config import SpeculativeConfig
 from hf_accel.speculative.costs import RowCosts
 from hf_accel.speculative.forms import DraftForm, few_bits, hosted, sped_up, to_try, without_layers
-from hf_accel.speculative.proof import SMALL_ROWS, Proof, Tolerance, apart_difference, prove
+from hf_accel.speculative.proof import OTHER, SMALL_ROWS, Proof, Tolerance, apart_difference, compare, prove
 from hf_accel.speculative.sources import Source
 from hf_accel.speculative.speculation import ModelSpeculation
 from hf_accel.speculative.trials import CONTEXT_TOKENS, Trials
@@ -52,6 +52,8 @@ def _tried(model: Any, setting: Setting, host: Host, config: SpeculativeConfig) 
     writes = config.drafters(setting.draft_model is not None) != ("lookup",)
     trials = Trials.of(model, host.doors.get(Door.DRAFT_CACHE), writes, first)
     proof = prove(trials)
+    if proof.obstacle is not None and trials.has_states:
+        raise UnsupportedModelError(f"Rejected drafts cannot be taken back from its recurrent state: {proof.obstacle}.")
     sources: list[Source] = []
     skipped: list[str] = []
     if proof.obstacle is not None:
@@ -116,6 +118,8 @@ def _model_source(
     """Return the drafter that runs a model; none where it never pays, with a sentence on it in `skipped`."""
     form, agreement = _form(name, setting, host, config, trials)
     with undisturbed(form.model):
+        if form.has_own_cache and (reason := _states_obstacle(form, host)):
+            raise UnsupportedModelError(f"The draft model cannot be used: {reason}.")
         draft_s = trials.draft_seconds(form)
         can_be_apart = not form.has_own_cache or _can_be_apart(form, host)
     share = draft_s / rows.seconds[1]
@@ -128,6 +132,14 @@ def _model_source(
     if form.layers is not None:  # those of the model itself, so that what becomes of them is followed
         form = replace(form, model=hosted(without_layers(setting.model, form.skipped).model, setting))
     return [Source.model(form, agreement, draft_s, can_be_apart)]
+
+
+def _states_obstacle(form: DraftForm, host: Host) -> str | None:
+    """Return why a draft model with a recurrent state cannot go on behind drafts that were rejected."""
+    trials = Trials.of(form.model, host.doors.get(Door.DRAFT_CACHE), writes=False)
+    if not trials.has_states or compare(trials, tolerance := Tolerance.of(form.model), False).is_equal(tolerance):
+        return None
+    return f"rejected drafts cannot be taken back from its recurrent state: {OTHER}"
 
 
 def _can_be_apart(form: DraftForm, host: Host) -> bool:

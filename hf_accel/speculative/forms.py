@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_accel.core.config import Config
 from hf_accel.core.model.layer_list import layer_list
-from hf_accel.core.model.shadow import shadow, twin
+from hf_accel.core.model.shadow import has_users_hooks, shadow, twin
 from hf_accel.core.steps.applying import apply
 from hf_accel.core.steps.patcher import Patcher, Stage
 from hf_accel.core.steps.plan import Plan
@@ -71,12 +71,12 @@ def sped_up(draft_model: Any, applied: list[Config]) -> DraftForm:
 
 
 def without_layers(model: Any, skipped: list[int]) -> DraftForm:
-    """Return the model without the layers `skipped`; the others are the model's own modules."""
+    """Return the model without the layers `skipped`; others are the model's own modules, hooked ones copies of them."""
     name, layers = layer_list(model)
     kept = [index for index in range(len(layers)) if index not in skipped]
     form = shadow(model, layers)
     owner = form.get_submodule(name.rpartition(".")[0])
-    setattr(owner, name.rpartition(".")[2], nn.ModuleList([layers[index] for index in kept]))
+    setattr(owner, name.rpartition(".")[2], nn.ModuleList([_unhooked(layers[index]) for index in kept]))
     config = owner.config
     values = vars(config)
     values["num_hidden_layers"] = len(kept)
@@ -84,6 +84,10 @@ def without_layers(model: Any, skipped: list[int]) -> DraftForm:
         values["layer_types"] = [config.layer_types[index] for index in kept]
     summary = f"the model without {len(skipped)} of its {len(layers)} layers drafts"
     return DraftForm("layer_skip", form, summary, layers=kept, skipped=skipped)
+
+
+def _unhooked(layer: nn.Module) -> Any:
+    return shadow(layer) if has_users_hooks(layer) else layer
 
 
 def hosted(form: Any, original: Setting) -> Any:

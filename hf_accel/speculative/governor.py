@@ -44,13 +44,33 @@ class Account:
         self.lost = max(-CREDIT_STEPS, self.lost + cost - tokens)
 
 
-def choose(chances: list[list[float]], draft_s: float, costs: StepCosts, account: Account, most: int) -> DraftLength:
+@dataclass(frozen=True)
+class Reading:
+    """What recurrent states read again, as steps of which drafts were refused are undone as a whole.
+
+    unread: tokens that the next step reads again, whatever it is. forgets: whether tokens that it accepts beside
+    refused drafts have to be read again by the step after it.
+    """
+
+    unread: int = 0
+    forgets: bool = False
+
+
+def choose(
+    chances: list[list[float]],
+    draft_s: float,
+    costs: StepCosts,
+    account: Account,
+    most: int,
+    reading: Reading = Reading(),
+) -> DraftLength:
     """Return how many tokens to draft.
 
     chances: per live row, the chance that its i-th draft is accepted once those before it are; a row that has fewer
     drafts than others gains nothing beyond them. draft_s: seconds per drafted token.
     """
-    plain_s = costs.step(1)
+    unread = reading.unread
+    plain_s = costs.step(1 + unread)
     best = DraftLength(0, 1 / plain_s)
     expected = [1.0] * len(chances)
     reach = [1.0] * len(chances)
@@ -58,9 +78,12 @@ def choose(chances: list[list[float]], draft_s: float, costs: StepCosts, account
         for row, chain in enumerate(chances):
             reach[row] *= chain[tokens - 1] if tokens <= len(chain) else 0.0
             expected[row] += reach[row]
-        seconds = tokens * draft_s + costs.step(tokens + 1)
-        if not account.allows(seconds / plain_s - 1):
+        seconds = tokens * draft_s + costs.step(tokens + 1 + unread)
+        again_s = costs.step(2 + unread) - costs.step(1) if reading.forgets else 0.0  # nothing but the last token
+        if not account.allows((seconds + again_s) / costs.step(1) - 1):
             break
+        if reading.forgets:  # at most all but one, unless every draft is accepted
+            seconds += (1 - min(reach)) * (costs.step(1 + tokens + unread) - costs.step(1))
         # the slowest row decides when a batch is done, the others how much is gained until then
         rate = (sum(expected) / len(expected) + min(expected)) / 2 / seconds
         if rate > best.rate * (GAIN if best.tokens == 0 else 1.0):

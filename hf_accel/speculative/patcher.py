@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host, host_of
 from hf_accel.core.calls.keywords import Keyword, register
+from hf_accel.core.calls.recurrent import is_recurrent
 from hf_accel.core.calls.report import SECTIONS, Applied
 from hf_accel.core.calls.rollback import rollback_obstacle
 from hf_accel.core.model.anatomy import Anatomy
@@ -47,7 +48,7 @@ class SpeculativePatcher(Patcher[SpeculativeConfig], config=SpeculativeConfig):
     def obstacles(self, setting: Setting) -> list[str]:
         anatomy = setting.anatomy
         model = anatomy.model
-        if getattr(model, "_is_stateful", False):
+        if getattr(model, "_is_stateful", False) and not _has_states_in_cache(model):
             return [f"{anatomy.architecture} has a recurrent state, which cannot take back rejected drafts."]
         if reason := _trial_obstacle(model):
             return [f"{reason}."]
@@ -105,6 +106,11 @@ def _draft_model_obstacles(setting: Setting) -> list[str]:
     if reason := _trial_obstacle(draft.model):
         found.append(f"the draft model cannot be used: {reason}.")
     return found
+
+
+def _has_states_in_cache(model: Any) -> bool:
+    cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return any(map(is_recurrent, cache.layers))
 
 
 def _trial_obstacle(model: Any) -> str | None:

@@ -205,6 +205,11 @@ def apart_difference(trials: Trials, tolerance: Tolerance) -> float:
     return float(relative.max()) if tolerance.typical(relative) <= tolerance.limit else math.inf
 
 
+def difference_of(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the difference [B, T] of logits [B, T, V], relative to those expected."""
+    return _relative(_subtract(found, expected), expected.float())
+
+
 def _subtract(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the difference; 0 where both are the same infinity."""
     return torch.where(found == expected, 0.0, found.float() - expected.float())

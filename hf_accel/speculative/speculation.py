@@ -9,8 +9,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.drafting import DraftModel, TokenChooser
+from hf_accel.core.calls.following import Following
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
 from hf_accel.speculative.config import SpeculativeConfig
@@ -19,6 +22,7 @@ from hf_accel.speculative.drafters.drafter import Drafter
 from hf_accel.speculative.drafters.lookup import LookupDrafter
 from hf_accel.speculative.drafters.model import OwnCacheDrafter, SharedCacheDrafter
 from hf_accel.speculative.drafters.suffixes import TenantHistory
+from hf_accel.speculative.familiarity import Familiarity
 from hf_accel.speculative.proof import SMALL_ROWS, Proof
 from hf_accel.speculative.session import SpeculativeSession
 from hf_accel.speculative.sources import Candidate, Source
@@ -39,7 +43,7 @@ class ModelSpeculation:
         self.config, self.sources, self.proof, self.rounding = config, sources, proof, rounding
         self.row_costs, self.prepare_cache = proof.rows, prepare_cache
         self.has_own_draws = config.sampling == "residual"
-        self.statistics = Statistics()
+        self.statistics, self.familiarity = Statistics(), Familiarity()
         self.history = TenantHistory(config.history_tokens) if config.history_tokens else None
         self._lock = threading.Lock()
 
@@ -63,6 +67,9 @@ class ModelSpeculation:
         if self.config.strict and 2 * batch > SMALL_ROWS:
             return f"strict, and only steps of up to {SMALL_ROWS} rows round alike"
         return None
+
+    def obstacle_of(self, call: Call, inputs: Following, stepper: Stepper, logits: torch.Tensor) -> str | None:
+        return self.familiarity.obstacle(call, inputs, stepper, logits)
 
     def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: TokenChooser) -> SpeculativeSession:
         self.statistics.opened()
@@ -98,7 +105,8 @@ class ModelSpeculation:
                 for text in rows.texts:
                     history.add(text)  # in one piece: other calls of the tenant may end at the same time
 
-        return SpeculativeSession(candidates, rows, costs, most, self.config.adaptive, self.statistics, close)
+        adaptive = self.config.adaptive
+        return SpeculativeSession(candidates, rows, costs, most, adaptive, self.statistics, close, stepper)
 
     def skip(self, reason: str) -> None:
         self.statistics.skipped(reason)

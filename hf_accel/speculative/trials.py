@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_accel.core.calls.forward import Stepper
+from hf_accel.core.calls.rollback import record
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.layer_list import layer_list
 from hf_accel.speculative.costs import RowCosts
@@ -48,6 +49,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.expected = self.text.new_zeros((1, 0, 0), dtype=torch.float32)
+        self.has_states = False
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     @classmethod
@@ -67,6 +69,7 @@ class Trials:
         ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + TEXT_TOKENS), generator=generator).to(model.device)
         trials = cls(model, prepare_cache, ids, first_position, layers, cache_config)
         stepper = trials.stepper(1, records=False)
+        trials.has_states = stepper.recall is not None
         logits = stepper.forward(ids[:, :PROMPT_TOKENS])
         expected = [logits.float()]
         for at in range(PROMPT_TOKENS, PROMPT_TOKENS + (TEXT_TOKENS if writes else SINGLES)):
@@ -108,7 +111,7 @@ class Trials:
         if self.prepare_cache is not None:
             self.prepare_cache(cache, 128)
         if records:
-            cache.activate_past_recording()
+            record(cache)
         return cache
 
     @torch.no_grad()

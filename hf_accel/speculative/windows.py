@@ -35,7 +35,7 @@ def widest_window(model: Any) -> int | None:
 
 def _in_cache(config: Any) -> list[int]:
     layers: list[Any] = DynamicCache(config=config).layers
-    return [layer.sliding_window for layer in layers if layer.is_sliding]
+    return [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
 
 
 def narrowed(model: Any) -> tuple[Any, list[int] | None, Any]:

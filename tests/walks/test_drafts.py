@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import CannotBuild, architectures, tiny
 from comparison import assert_same_outcome, run
-from models import padded, prompt
+from models import Tiny, padded, prompt, randomize
 from speculating import FEW_TOKENS, always, counts, total
 
 import hf_accel
@@ -72,3 +72,19 @@ def test_architectures_whose_steps_differ(model_type: str) -> None:
 def test_no_draft_changes_text(model_type: str) -> None:
     for report in walk(model_type, ("lookup", "self", "layer_skip")):
         assert report is None or report["plain_calls"] or total(report, "proposed"), "neither drafts nor a reason"
+
+
+def test_layers_that_share_keys_and_values() -> None:
+    """Have nothing in the cache, so that nothing has to be taken back there, whether rows are apart or not."""
+    config = copy.deepcopy(tiny("gemma4_text").config)
+    config.num_hidden_layers, config.num_kv_shared_layers = 4, 2
+    config.layer_types = ["sliding_attention", "full_attention"] * 2
+    stock = type(tiny("gemma4_text"))(config).eval()
+    randomize(stock, Tiny("gemma4_text", {}, 0.25, 0.2))
+    stock.generation_config.eos_token_id, stock.generation_config.pad_token_id = None, 0
+    expected = {title: run(call, copy.deepcopy(stock)) for title, call in CALLS.items()}
+    found, report = differences(stock, "lookup", expected)
+    assert not found
+    assert report
+    assert report["calls"] == len(CALLS)
+    assert not report["plain_calls"]

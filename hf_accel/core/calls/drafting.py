@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.following import Following
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
 
@@ -83,6 +84,12 @@ class Speculation(Protocol):
 
     def obstacle(self, call: Call) -> str | None:
         """Return why a call is decoded plainly, None if a session can be opened."""
+
+    def obstacle_of(self, call: Call, inputs: Following, stepper: Stepper, logits: torch.Tensor) -> str | None:
+        """Return why steps with inputs of this kind cannot be verified, None if they can; the prompt has run.
+
+        stepper: over the call's cache, which is left as it was. logits: [B, 1, V], which the prompt gave.
+        """
 
     def open(self, call: Call, rows: Rows, stepper: Stepper, chooser: TokenChooser) -> Session:
         """Open the session of a call whose prompt has run; `stepper` and `chooser` are those of its verification."""

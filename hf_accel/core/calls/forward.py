@@ -2,7 +2,8 @@
 
 `SingleTokens` feeds one token to every row, with the inputs that stock would give. `Stepper` feeds T tokens to every
 row of a cache, each at its own position, and `keep` says how many tokens of each row stay: one row (or rows in step)
-by cropping, which every transformers cache understands; rows apart by `RaggedLayer`, with explicit masks [B, 1, T, S].
+by cropping, which every transformers cache understands; rows apart by `RaggedLayer`, with explicit masks [B, 1, T, S];
+recurrent states by a copy, which then read again what stays.
 Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows apart, B T S bytes.
 """
 
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
+from hf_accel.core.calls.recurrent import EMPTY, Recall, RecurrentStates, crop_attention
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
 
@@ -39,12 +42,6 @@ def runner_of(model: Any) -> Callable[..., Any]:
     return who
 
 
-def following_positions(model_kwargs: dict[str, Any], rows: int) -> torch.Tensor | None:
-    """Return the position of every row's first new token, [B]; None where the model is not told positions."""
-    positions = model_kwargs.get("position_ids")
-    return None if positions is None else positions[..., -1].expand(rows) + 1
-
-
 def apart_obstacle(model: Any) -> str | None:
     """Return why the masks of rows that are apart cannot be given to `model`, None if they can."""
     if any(buffer.dtype is torch.bool and buffer.dim() > 1 for buffer in model.buffers()):
@@ -60,12 +57,12 @@ def apart_obstacle(model: Any) -> str | None:
 class SingleTokens:
     """The forward passes of plain decoding, one token per row, with whatever inputs the model takes."""
 
-    def __init__(self, model: Any, model_kwargs: dict[str, Any], outputs: Any) -> None:
-        """Begin with the outputs of the prompt, from which the first tokens are chosen."""
+    def __init__(self, model: Any, model_kwargs: dict[str, Any], outputs: Any, is_first: bool = True) -> None:
+        """Begin with the outputs of the prompt, from which the first tokens are chosen, or of a later pass."""
         is_lean = LeanInputs.fit(model, model_kwargs, outputs)
         self._inputs = LeanInputs(model_kwargs) if is_lean else StockInputs(model, model_kwargs)
         self._run, self._outputs = runner_of(model), outputs
-        self._is_first, self._followed = True, 0
+        self._is_first, self._followed = is_first, 0
         self._follow = getattr(self._run, "follow", None) if is_lean else None
 
     def follow(self) -> torch.Tensor | None:
@@ -110,8 +107,9 @@ class Stepper:
 
     model: a causal language model. cache: it holds lengths[b] tokens of row b (padding included).
     mask: [B, T0] of the prompt, None where nothing is padded. positions: position of the next token of every row when
-    it had `prompt_tokens` tokens, [B] on the model's device; None where the model is not told positions.
+    it had `prompt_tokens` tokens, [B] or [A, B] on the model's device; None where the model is not told positions.
     layers: indices of the cache's layers that the model uses; None: all.
+    others: what else the model is given with so many tokens, see `Following`; None: nothing.
     """
 
     def __init__(
@@ -123,19 +121,32 @@ class Stepper:
         positions: torch.Tensor | None,
         prompt_tokens: int,
         layers: list[int] | None = None,
+        others: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self._run = runner_of(model)
         self.model, self.cache, self.lengths = model, cache, list(lengths)
         self.mask, self.positions, self.prompt_tokens = mask, positions, prompt_tokens
-        self.layers = layers
+        self.layers, self.others = layers, others
         self.is_ragged = False
-        self.has_windows = any(layer.is_sliding for layer in cache.layers)
+        self.has_windows = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+        states = RecurrentStates.of(self._layers())
+        self.recall = None if states is None else Recall(states)
 
     def beside(self, model: Any, layers: list[int] | None = None) -> Stepper:
         """Return a stepper of another model over the same cache, at the same lengths."""
-        found = Stepper(model, self.cache, self.lengths, self.mask, self.positions, self.prompt_tokens, layers)
+        found = Stepper(
+            model, self.cache, self.lengths, self.mask, self.positions, self.prompt_tokens, layers, self.others
+        )
         found.is_ragged = self.is_ragged
+        if self.recall is not None:  # it reads again what was forgotten, whatever layers it has
+            found.recall = Recall(RecurrentStates.of(found._layers()) or RecurrentStates([]), self.recall.unread)
+            found.recall.is_tentative = True
         return found
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of each row the next pass reads again, as drafts were refused behind them."""
+        return 0 if self.recall is None or self.recall.unread is None else self.recall.unread.shape[1]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, T, V] for tokens [B, T] at the ends of the rows, which grow by T."""
@@ -143,8 +154,18 @@ class Stepper:
 
     def outputs(self, ids: torch.Tensor) -> Any:
         """Return all outputs of the model for tokens [B, T] at the ends of the rows, which grow by T."""
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, CACHE: self.cache}
+        if self.recall is None:
+            return self._pass(ids)
+        self.lengths = [length - self.unread for length in self.lengths]
+        found = self._pass(self.recall.read(ids, self.lengths[0]))
+        if self.recall.reread:
+            found.logits = found.logits[:, self.recall.reread :]
+        return found
+
+    def _pass(self, ids: torch.Tensor) -> Any:
         tokens = ids.shape[1]
+        others = {} if self.others is None else self.others(tokens)
+        inputs: dict[str, Any] = {**others, "input_ids": ids, "use_cache": True, CACHE: self.cache}
         if self.positions is not None:
             inputs["position_ids"] = self._positions(tokens)
         if self.is_ragged:
@@ -156,18 +177,21 @@ class Stepper:
         return found
 
     def _positions(self, tokens: int) -> torch.Tensor:
-        """Return the positions [B, tokens] of the tokens at the ends of the rows."""
+        """Return the positions [B, tokens] or [A, B, tokens] of the tokens at the ends of the rows."""
         starts: Any = self.positions
         if self.is_ragged:
             starts = starts + torch.tensor(self.lengths, device=starts.device) - self.prompt_tokens
         else:
             starts = starts + (self.lengths[0] - self.prompt_tokens)
         if tokens == 1:
-            return starts[:, None]  # type: ignore[no-any-return]
-        return starts[:, None] + torch.arange(tokens, device=starts.device)  # type: ignore[no-any-return]
+            return starts[..., None]  # type: ignore[no-any-return]
+        return starts[..., None] + torch.arange(tokens, device=starts.device)  # type: ignore[no-any-return]
 
     def keep(self, lengths: list[int]) -> None:
         """Let row b hold its first lengths[b] tokens only."""
+        if self.recall is not None:
+            self._keep_recalled(self.recall, lengths)
+            return
         if lengths == self.lengths and not self.has_windows:
             return
         uniform = all(length == lengths[0] for length in lengths)
@@ -182,9 +206,32 @@ class Stepper:
             if surplus or layer.is_sliding:  # cropping nothing still ends the recording of a window's past
                 layer.crop(-surplus)
 
+    def _keep_recalled(self, recall: Recall, lengths: list[int]) -> None:
+        """Do so where layers have recurrent states: keys and values end where the states do.
+
+        Raises:
+            ValueError: rows would be apart.
+        """
+        if len(set(lengths)) > 1:
+            raise ValueError(f"Rows with recurrent states cannot have different lengths: {lengths}.")
+        stop = recall.keep(self.lengths[0], lengths[0])
+        self.lengths = list(lengths)
+        for layer in self._layers():
+            surplus = layer.get_seq_length() - stop if isinstance(layer, DynamicLayer) else 0
+            if surplus or getattr(layer, "is_sliding", False):
+                crop_attention(layer, surplus)
+
+    def settle(self) -> None:
+        """Read what recurrent states have forgotten, so that the cache is that of all tokens."""
+        tokens = None if self.recall is None else self.recall.take()
+        if tokens is not None:
+            self.lengths = [length - tokens.shape[1] for length in self.lengths]
+            self._pass(tokens)
+
     def _layers(self) -> list[Any]:
         found: list[Any] = self.cache.layers
-        return found if self.layers is None else [found[index] for index in self.layers]
+        chosen = found if self.layers is None else [found[index] for index in self.layers]
+        return [layer for layer in chosen if not isinstance(layer, EMPTY)]
 
     def _visible(self, tokens: int) -> torch.Tensor:
         """Return the mask [B, tokens]: the prompt's, and every later token is visible."""

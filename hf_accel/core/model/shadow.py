@@ -23,9 +23,11 @@ LIBRARIES = frozenset({"transformers", "compressed_tensors", "accelerate", "peft
 
 
 def shadow(model: nn.Module, shared: Iterable[nn.Module] = ()) -> Any:
-    """Return a copy of `model` in evaluation mode that shares all its tensors, and the modules `shared` as they are."""
-    memo: dict[int, Any] = {id(module): module for module in shared}
-    memo |= {id(tensor): tensor for tensor in _tensors(model)}
+    """Return a copy of `model` in evaluation mode that shares all its tensors, and the modules `shared` as they are.
+
+    What it has of the user's hooks is in those modules: others would be shown what is no result of the model.
+    """
+    memo = {id(module): module for module in shared} | _kept(model)
     return copy.deepcopy(model, memo).eval()
 
 
@@ -37,19 +39,31 @@ def twin(model: nn.Module) -> Any:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and getattr(quantizer.quantization_config, "quant_method", None) != "hf_accel":
         return model
+    try:
+        made = copy.deepcopy(model, _kept(model)).eval()
+    except Exception:  # whatever a foreign module's attributes raise when they are copied
+        return model
+    for module in made.modules():
+        vars(module).update({name: value for name, value in FRESH.items() if name in vars(module)})
+    return made
+
+
+def has_users_hooks(module: nn.Module) -> bool:
+    """Return whether something that the user hooked to a module, or to a part of it, is called when it runs."""
+    return any(
+        not _is_of_library(hook) for part in module.modules() for name in HOOKS for hook in getattr(part, name).values()
+    )
+
+
+def _kept(model: nn.Module) -> dict[int, Any]:
+    """Return by `id` what copies do not copy: tensors, which they share, and hooks of the user's, which they lack."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
     for module in model.modules():
         for name in HOOKS:
             hooks = getattr(module, name)
             if hooks and not all(map(_is_of_library, hooks.values())):
                 memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if _is_of_library(hook))
-    try:
-        made = copy.deepcopy(model, memo).eval()
-    except Exception:  # whatever a foreign module's attributes raise when they are copied
-        return model
-    for module in made.modules():
-        vars(module).update({name: value for name, value in FRESH.items() if name in vars(module)})
-    return made
+    return memo
 
 
 def _is_of_library(hook: Any) -> bool:

@@ -16,8 +16,10 @@ from transformers.generation.configuration_utils import GenerationMode
 from hf_accel.core.calls.call import NewCache
 from hf_accel.core.calls.doors import CacheMaker, Door
 from hf_accel.core.calls.drafting import Draft, TokenChooser
-from hf_accel.core.calls.forward import Stepper, following_positions
+from hf_accel.core.calls.following import following_positions, text_positions
+from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.calls.rollback import record
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
 from hf_accel.speculative.drafters.drafter import CONFIDENCE, Drafter, GoesOn, Guess
@@ -116,7 +118,7 @@ class OwnCacheDrafter(ModelDrafter):
 
     def _read_prompt(self) -> Stepper:
         """Run the prompt and return the stepper that holds it."""
-        rows, mask, positions = self.rows, self.kwargs.get("attention_mask"), self.kwargs.get("position_ids")
+        rows, mask, positions = self.rows, self.kwargs.get("attention_mask"), text_positions(self.kwargs)
         cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         host, expected = host_of(self.model), rows.ids.shape[1]
         maker: CacheMaker | None = None if host is None else host.doors.get(Door.NEW_CACHE)
@@ -125,12 +127,14 @@ class OwnCacheDrafter(ModelDrafter):
             maker.fill(NewCache(cache, self.model, mode, len(rows), expected, mask))
         elif self.prepare_cache is not None:
             self.prepare_cache(cache, expected)
-        cache.activate_past_recording()
+        record(cache)
         prompt = rows.prompt_tokens
         inputs = {"input_ids": rows.ids[:, :prompt], "attention_mask": mask, "position_ids": positions, CACHE: cache}
         given = {name: value for name, value in inputs.items() if value is not None}
         self.model.get_decoder()(use_cache=True, return_dict=True, **given)
-        following = following_positions(self.kwargs, len(rows))
+        following = following_positions({"position_ids": positions}, len(rows))
         self.stepper = Stepper(self.model, cache, [prompt] * len(rows), mask, following, prompt)
+        if self.stepper.recall is not None:
+            self.stepper.recall.is_tentative = True
         self.stepper.keep(self.stepper.lengths)
         return self.stepper
