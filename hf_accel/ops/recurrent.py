@@ -1,8 +1,8 @@
 """One token of recurrent mixers: the short convolution, the gated delta rule, Mamba's two recurrences, the gated norm.
 
-Sources: Yang et al. 2024 (Gated DeltaNet, arXiv:2412.06464), Dao and Gu 2024 (Mamba-2, arXiv:2405.21060), Gu and Dao 2023
-(Mamba, arXiv:2312.00752). All is computed in fp32; what the operators of a model round in between is not rounded here,
-but for the norm, whose roundings tell its kinds apart.
+Sources: Yang et al. 2024 (Gated DeltaNet, arXiv:2412.06464), Dao and Gu 2024 (Mamba-2, arXiv:2405.21060), Gu and Dao
+2023 (Mamba, arXiv:2312.00752). All is computed in fp32; what the operators of a model round in between is not
+rounded here, but for the norm, whose roundings tell its kinds apart.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def audited(model: Any) -> dict[str, Audited]:
     tokens = torch.randint(vocabulary, (2, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    config = GenerationConfig(max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False, num_beams=1, pad_token_id=0)
+    config = GenerationConfig(
+        max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False, num_beams=1, pad_token_id=0
+    )
     with torch.no_grad(), _watching(found):
         copy.generate(
             tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=config, use_cache=True
@@ -149,4 +151,3 @@ def _watching(found: dict[str, Audited]) -> Iterator[None]:
     finally:
         for handle in hooks:
             handle.remove()
-

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_accel.kernels import native
 from hf_accel.kernels.native import Span
-from hf_accel.recurrent.forms import Form, Sizes, depthwise, norms_of, width_of
+from hf_accel.recurrent.forms import Form, Sizes, depthwise, norms_of, others_of, width_of
 
 TITLE = "gated delta rule"
 _LETTERS = frozenset("qkvzgba")
@@ -35,7 +35,7 @@ def _named_rows(children: dict[str, nn.Module]) -> dict[tuple[str, ...], str]:
 
 
 def _spans(rows: dict[tuple[str, ...], str], counts: dict[str, int], groups: int) -> dict[str, Span]:
-    """Return letter -> where its values are; groups: rows lie in so many groups that have some of each, 1: they do not."""
+    """Return letter -> where its values are; groups: rows lie in so many groups that have some of each."""
     found: dict[str, Span] = {}
     for source, letters in enumerate(rows.values()):
         of_each = [counts[letter] // groups for letter in letters]
@@ -47,7 +47,7 @@ def _spans(rows: dict[tuple[str, ...], str], counts: dict[str, int], groups: int
 
 def forms(module: Any, sizes: Sizes) -> list[Form]:
     """Return the readings of a mixer as a gated delta rule; none where it holds something else."""
-    if sizes.state is None or len(sizes.state) != 3 or getattr(module, "D", None) is not None:
+    if sizes.state is None or len(sizes.state) != 3 or others_of(module) or getattr(module, "D", None) is not None:
         return []
     (channels, taps), (heads, keys, values) = sizes.conv, sizes.state
     inner = heads * values

@@ -18,7 +18,7 @@ from hf_accel.kernels import native
 from hf_accel.ops.recurrent import GatedNorm, gated_norm
 
 Step = Callable[[Any, Tensor, Tensor, "Tensor | None"], "Tensor | None"]
-"""(module, hidden [B, 1, E], conv_state, state) -> what the mixer returns, its states moved in place; None: nothing done."""
+"""(module, hidden [B, 1, E], conv_state, state) -> its result, the states moved in place; None: nothing done."""
 
 _PROBES = 6  # rows of a norm that is run
 
@@ -90,9 +90,18 @@ class Form:
         return hidden
 
 
+_OWN = {"a_log": "A_log", "dt_bias": "dt_bias", "d": "D"}
+
+
+def others_of(module: nn.Module) -> list[str]:
+    """Return the names of a mixer's own tensors that recurrences do not have: a reading has to say what they are."""
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    return [name for name, tensor in tensors if tensor is not None and name not in _OWN.values()]
+
+
 def own_weights(module: Any) -> dict[str, Tensor | None]:
     """Return the parameters that recurrences have beside their projections."""
-    return {field: module._parameters.get(name) for field, name in (("a_log", "A_log"), ("dt_bias", "dt_bias"), ("d", "D"))}
+    return {field: module._parameters.get(name) for field, name in _OWN.items()}
 
 
 def plain_conv(conv: Any) -> Any:
@@ -104,7 +113,7 @@ def plain_conv(conv: Any) -> Any:
 
 def one_weight(norm: nn.Module) -> Tensor:
     """Return the only weight of a norm. Raises: ValueError where it has others."""
-    tensors = [tensor for tensor in (*norm.parameters(), *norm.buffers())]
+    tensors = [*norm.parameters(), *norm.buffers()]
     if len(tensors) != 1 or tensors[0].dim() != 1 or hasattr(norm, "_hf_hook"):
         raise ValueError("its norm has not one weight")
     return tensors[0]
@@ -112,10 +121,11 @@ def one_weight(norm: nn.Module) -> Tensor:
 
 def depthwise(module: nn.Module) -> list[str]:
     """Return the names of children that are short convolutions of each channel by itself."""
+    convs = {name: child for name, child in module.named_children() if type(child) is nn.Conv1d}
     return [
         name
-        for name, child in module.named_children()
-        if type(child) is nn.Conv1d and child.groups == child.in_channels == child.out_channels and child.dilation == (1,)
+        for name, conv in convs.items()
+        if conv.groups == conv.in_channels == conv.out_channels and conv.stride == conv.dilation == (1,)
     ]
 
 

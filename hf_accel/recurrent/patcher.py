@@ -31,10 +31,8 @@ _AUDITED = "audited as a recurrent mixer"
 class RecurrentStepConfig(Config):
     """Recurrent mixers (gated delta rule, Mamba, Mamba-2, short convolutions) take a single token natively.
 
-    is_tried: leave out kinds of mixers where a short trial shows no gain; False: all that pass the audit run natively.
+    Mixers of a kind that a short trial shows not to be faster so run as they are.
     """
-
-    is_tried: bool = True
 
 
 class RecurrentStepPatcher(Patcher[RecurrentStepConfig], config=RecurrentStepConfig):
@@ -86,16 +84,14 @@ class RecurrentStepPatcher(Patcher[RecurrentStepConfig], config=RecurrentStepCon
     def _forms(self, setting: Setting, mixers: dict[str, Any]) -> tuple[dict[str, Form | None], list[str]]:
         """Return path -> form, None of mixers that stay as they are, and sentences on these."""
         kept = {path: setting.prepared_for(module) for path, module in mixers.items()}
-        key = (_AUDITED, self.config.is_tried)
-        if not all(key in found for found in kept.values()):
+        if not all(_AUDITED in found for found in kept.values()):
             for path, mixer in audited(setting.model).items():
                 form, reason = mixer.form, mixer.reason
-                if form is not None and self.config.is_tried:
-                    share = share_of_time(mixer, form)
-                    if share > MARGIN:
-                        form, reason = None, f"a native step takes {share:.0%} of the time of its own"
-                kept[path][key] = form, reason
-        found = {path: kept[path][key] for path in mixers}
+                share = 0.0 if form is None else share_of_time(mixer, form)
+                if share > MARGIN:
+                    form, reason = None, f"a native step takes {share:.0%} of the time of its own"
+                kept[path][_AUDITED] = form, reason
+        found = {path: kept[path][_AUDITED] for path in mixers}
         reasons = Counter(reason for form, reason in found.values() if form is None)
         skipped = [f"{count} mixers run as they are: {reason}" for reason, count in reasons.items()]
         return {path: form for path, (form, _) in found.items()}, skipped

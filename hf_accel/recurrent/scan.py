@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from hf_accel.kernels import native
 from hf_accel.kernels.native import Span
-from hf_accel.recurrent.forms import Form, Sizes, Step, depthwise, own_weights, plain_conv, width_of
+from hf_accel.recurrent.forms import Form, Sizes, Step, depthwise, others_of, own_weights, plain_conv, width_of
 
 TITLE = "selective scan"
 _INPUTS, _TIMES = "x_proj", "dt_proj"
@@ -40,9 +40,7 @@ class ScanForm(Form):
             raise ValueError("the projection of its time steps has no bias, or another dtype or layout")
         if hasattr(getattr(module, "config", None), "_is_quantized"):  # its forward multiplies in another way then
             raise ValueError("its model was quantized by transformers")
-        convolve = native.NativeMixer(
-            self.shape, native.MixerWeights(conv=conv.weight, conv_bias=conv.bias), dtype
-        )
+        convolve = native.NativeMixer(self.shape, native.MixerWeights(conv=conv.weight, conv_bias=conv.bias), dtype)
         weights = native.MixerWeights(**own_weights(module) | {"dt_bias": times.bias})
         scan = native.NativeMixer(self.scan, weights, dtype)
         weight, rank, states = times.weight, self.rank, self.scan.key_dim
@@ -69,7 +67,7 @@ class ScanForm(Form):
 
 def forms(module: Any, sizes: Sizes) -> list[Form]:
     """Return the readings of a mixer as Mamba's scan; none where it holds something else."""
-    if sizes.state is None or len(sizes.state) != 2:
+    if sizes.state is None or len(sizes.state) != 2 or others_of(module):
         return []
     (channels, taps), (inner, states) = sizes.conv, sizes.state
     children = dict(module.named_children())
@@ -84,16 +82,14 @@ def forms(module: Any, sizes: Sizes) -> list[Form]:
         or width_of(children.get(_TIMES)) != (rank, inner)
     ):
         return []
-    norms = tuple(name for part in ("dt", "b", "c") for name in children if name.startswith(f"{part}_") and "norm" in name)
+    norms = tuple(
+        name for part in ("dt", "b", "c") for name in children if name.startswith(f"{part}_") and "norm" in name
+    )
     if len(norms) not in (0, 3):
         return []
-    silent = ("act",)  # an activation that the forward reads by name
-    known = {*linear, *norms, *depthwise(module), *silent}
-    if set(children) - known:
+    if set(children) - {*linear, *norms, *depthwise(module), "act"}:  # the last an activation that is read by name
         return []
-    conv = native.MixerShape(
-        kind="conv", parts=(Span(0, 0, inner),), channels=inner, taps=taps, is_silu=True
-    )
+    conv = native.MixerShape(kind="conv", parts=(Span(0, 0, inner),), channels=inner, taps=taps, is_silu=True)
     scan = native.MixerShape(
         kind="scan",
         parts=(Span(0, 0, inner), Span(2, 0, states), Span(3, 0, states)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_accel.kernels import native
 from hf_accel.kernels.native import Span
-from hf_accel.recurrent.forms import Form, Sizes, depthwise, width_of
+from hf_accel.recurrent.forms import Form, Sizes, depthwise, others_of, width_of
 
 TITLE = "short convolution"
 
@@ -18,7 +18,8 @@ def forms(module: Any, sizes: Sizes) -> list[Form]:
     linear = {name: width_of(child) for name, child in module.named_children() if width_of(child)[0]}
     inputs = [name for name, (_, out) in linear.items() if out == 3 * channels]
     outputs = [name for name, (read, _) in linear.items() if read == channels and name not in inputs]
-    if sizes.state is not None or (len(linear), len(inputs), len(outputs)) != (2, 1, 1):
+    own = [*module.parameters(recurse=False), *others_of(module)]
+    if sizes.state is not None or own or (len(linear), len(inputs), len(outputs)) != (2, 1, 1):
         return []
 
     def shape(after: int, is_silu: bool) -> native.MixerShape:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_accel.kernels import native
 from hf_accel.kernels.native import Span
-from hf_accel.recurrent.forms import Form, Sizes, depthwise, norms_of, width_of
+from hf_accel.recurrent.forms import Form, Sizes, depthwise, norms_of, others_of, width_of
 
 TITLE = "Mamba-2 recurrence"
 
@@ -62,6 +62,7 @@ def forms(module: Any, sizes: Sizes) -> list[Form]:
         )
 
     factors = [n for n, v in vars(module).items() if n.endswith("_multiplier") and isinstance(v, float) and v != 1.0]
-    tensors = [n for n, v in (*module._parameters.items(), *module._buffers.items()) if v is not None]
-    scales = [n for n in tensors if getattr(module, n).numel() == inner + channels + heads]
-    return [form(factor, scale) for factor in (*factors, None) for scale in (*scales, None)]
+    scales = others_of(module)
+    if len(scales) > 1 or any(getattr(module, name).numel() != inner + channels + heads for name in scales):
+        return []
+    return [form(factor, scales[0] if scales else None) for factor in (*factors, None)]

@@ -53,6 +53,11 @@ def held_states(module: Any, cache: Any) -> States | None:
     return None if conv is None else States(conv, layer.recurrent_states[0])
 
 
+def _hides(mask: Any) -> bool:
+    """Return whether a mask [B, 1] of a token may hide it in a row; most models give none with a single token."""
+    return mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 1).all()))
+
+
 class MixerStep:
     """The step of one mixer. index: of the layer, which goes up within a pass."""
 
@@ -74,7 +79,7 @@ class MixerStep:
             or hidden.dim() != 3
             or hidden.shape[1] != 1
             or not hidden.is_cpu
-            or kwargs.get("attention_mask") is not None
+            or _hides(kwargs.get("attention_mask"))
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()

@@ -49,7 +49,8 @@ def share_of_time(mixer: Audited, form: Form) -> float:
 
 @torch.no_grad()
 def _measured(mixer: Audited, form: Form) -> float:
-    assert mixer.seen is not None
+    if mixer.seen is None:
+        return float("inf")
     module, (hidden, states) = mixer.module, mixer.seen
     hidden = hidden[1:].contiguous()
     cache = _cache_of(module.layer_idx, States(*(None if s is None else s[1:] for s in states)))  # type: ignore[arg-type]

@@ -148,9 +148,8 @@ class NativeMixer:
         for name, tensor in vars(weights).items():
             if tensor is None:
                 continue
-            fits = tensor.dtype is self.dtype or (
-                tensor.dtype is torch.float32 and name in (("a_log", "dt_bias") if shape.kind == "delta" else ("a_log",))
-            )
+            may_be_f32 = name == "a_log" or (name == "dt_bias" and shape.kind == "delta")
+            fits = tensor.dtype is self.dtype or (may_be_f32 and tensor.dtype is torch.float32)
             if not fits or not tensor.is_cpu or not tensor.is_contiguous() or not tensor.data_ptr():
                 raise ValueError(f"its {name} does not lie in one piece of main memory in {self.dtype}")
             if name in sizes and tuple(tensor.shape) != sizes[name]:
@@ -167,16 +166,17 @@ class NativeMixer:
     ) -> Tensor | None:
         """Return [B, 1, width] for sources [B, 1, n] and move the states, which are written in place.
 
-        conv_state: [B, channels, taps]; state: fp32 [B, H, ...]; decay: fp32 [B, 1, H, K], logarithms per key. None, with
-        nothing written: dtypes, layouts or sizes do not fit, or memory is short.
+        conv_state: [B, channels, taps]; state: fp32 [B, H, ...]; decay: fp32 [B, 1, H, K], logarithms per key. None,
+        with nothing written: dtypes, layouts or sizes do not fit, or memory is short.
         """
         batch = sources[0].shape[0]
         shape = self.shape
+        conv_shape = None if shape.kind == "scan" else (batch, shape.channels, shape.taps)
         if (
             len(sources) != len(self._widths)
             or any(x.dtype is not self.dtype or x.shape[:2] != (batch, 1) or x.stride(-1) != 1 for x in sources)
             or any(x.shape[-1] < width for x, width in zip(sources, self._widths, strict=True))
-            or not _is_state(conv_state, None if shape.kind == "scan" else (batch, shape.channels, shape.taps), self.dtype)
+            or not _is_state(conv_state, conv_shape, self.dtype)
             or not _is_state(state, None if shape.kind == "conv" else self.state_shape(batch), torch.float32)
             or (decay is not None and not _is_state(decay, (batch, 1, shape.heads, shape.key_dim), torch.float32))
         ):
