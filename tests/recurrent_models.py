@@ -33,7 +33,7 @@ RECURRENT: dict[str, Tiny] = {
             "moe_intermediate_size": 40,
             "shared_expert_intermediate_size": 40,
         },
-    ),  # fmt: skip
+    ),
     "qwen3_5": Tiny("qwen3_5_text", DELTA),
     # beta up to two, and six projections
     "olmo_hybrid": Tiny("olmo_hybrid", DELTA | {"linear_allow_neg_eigval": True}),
@@ -42,7 +42,7 @@ RECURRENT: dict[str, Tiny] = {
         HYBRID
         | MAMBA2
         | {"num_local_experts": 0, "shared_intermediate_size": 72, "layer_types": ["mamba", "attention", "mamba"]},
-    ),  # fmt: skip
+    ),
     # multipliers, and a gate without a norm
     "falcon_h1": Tiny(
         "falcon_h1",
@@ -54,12 +54,12 @@ RECURRENT: dict[str, Tiny] = {
             "ssm_in_multiplier": 1.5,
             "ssm_multipliers": [0.5, 0.75, 1.25, 1.5, 0.8],
         },
-    ),  # fmt: skip
+    ),
     "mamba2": Tiny(
         "mamba2",
         COMMON
         | {"hidden_size": 48, "num_heads": 6, "head_dim": 16, "state_size": 20, "n_groups": 2, "num_hidden_layers": 2},
-    ),  # fmt: skip
+    ),
     "mamba": Tiny("mamba", COMMON | {"hidden_size": 48, "state_size": 19, "num_hidden_layers": 2}),
     # norms of time steps, B and C
     "jamba": Tiny(
@@ -73,7 +73,7 @@ RECURRENT: dict[str, Tiny] = {
             "mamba_d_state": 16,
             "mamba_dt_rank": 8,
         },
-    ),  # fmt: skip
+    ),
     "lfm2": Tiny("lfm2", HYBRID | {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}),
     # a decay of each key, and a gate of low rank
     "kimi_linear": Tiny(
@@ -92,7 +92,7 @@ RECURRENT: dict[str, Tiny] = {
             "v_head_dim": 12,
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
-    ),  # fmt: skip
+    ),
 }
 NAMES = list(RECURRENT)
 FEW = ["qwen3_next", "granite", "jamba", "lfm2"]  # one of each kind

@@ -70,7 +70,7 @@ class RecurrentStepPatcher(Patcher[RecurrentStepConfig], config=RecurrentStepCon
                 continue
             if step.watch.is_hooked():
                 skipped.append(f"the mixer {path} is hooked, and runs as it is as long as it is")
-            made = subclass(NativeMixer, type(module), step=step, forward=native_forward(step))
+            made = subclass(NativeMixer, type(module), step=step, forward=native_forward(step, type(module)))
             host.journal.swap_class(module, made)
             counts[form.title] += 1
         if not counts:

@@ -33,17 +33,17 @@ class ScanForm(Form):
 
     def built(self, module: Any) -> Step:
         conv, times = plain_conv(module._modules[self.conv]), module._modules[_TIMES]
-        dtype = conv.weight.dtype
-        if type(times) is not nn.Linear or type(times.weight) is not Parameter or hasattr(times, "_hf_hook"):
-            raise ValueError("the projection of its time steps is no plain product")
-        if times.bias is None or times.weight.dtype is not dtype or times.weight.stride(1) != 1:
-            raise ValueError("the projection of its time steps has no bias, or another dtype or layout")
+        weight, bias, dtype = times._parameters.get("weight"), times._parameters.get("bias"), conv.weight.dtype
+        if type(weight) is not Parameter or type(bias) is not Parameter or hasattr(times, "_hf_hook"):
+            raise ValueError("the projection of its time steps is no plain product with a bias")
+        if weight.dtype is not dtype or weight.dim() != 2 or weight.stride(1) != 1:
+            raise ValueError("the projection of its time steps has another dtype or layout")
         if hasattr(getattr(module, "config", None), "_is_quantized"):  # its forward multiplies in another way then
             raise ValueError("its model was quantized by transformers")
         convolve = native.NativeMixer(self.shape, native.MixerWeights(conv=conv.weight, conv_bias=conv.bias), dtype)
-        weights = native.MixerWeights(**own_weights(module) | {"dt_bias": times.bias})
+        weights = native.MixerWeights(**own_weights(module) | {"dt_bias": bias})
         scan = native.NativeMixer(self.scan, weights, dtype)
-        weight, rank, states = times.weight, self.rank, self.scan.key_dim
+        rank, states = self.rank, self.scan.key_dim
 
         def step(module: Any, hidden: Tensor, conv_state: Tensor, state: Tensor | None) -> Tensor | None:
             children = module._modules

@@ -6,6 +6,7 @@ modules they are; after any other change the mixer runs its own forward. What is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -129,9 +130,10 @@ class NativeMixer:
     step: MixerStep
 
 
-def native_forward(step: MixerStep) -> Callable[..., Any]:
+def native_forward(step: MixerStep, original: type) -> Callable[..., Any]:
     """Return the `forward` of a mixer: a token over states natively, all else as the class it is mixed over does."""
 
+    @functools.wraps(original.forward)  # type: ignore[attr-defined]
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = None if args else step.output(self, hidden_states, kwargs)
         return beneath(NativeMixer, self, "forward")(hidden_states, *args, **kwargs) if result is None else result
