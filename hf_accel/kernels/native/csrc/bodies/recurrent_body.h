@@ -55,6 +55,14 @@ static void NAME(sigmoids)(float *x, int64_t n, int is_silu) {
 
 static float NAME(softplus)(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
+/* log(1 + exp(x)) = max(x, 0) + log1p(t), t = exp(-|x|) <= 1, and log1p(t) = 2 artanh(s), s = t / (2 + t) <= 1/3, by its series. */
+HFA_INLINE vf NAME(softplus_of)(vf x) {
+    vf zero = vf_set1(0.0f), t = vf_exp(vf_sub(zero, vf_abs(x))), s = vf_div(t, vf_add(vf_set1(2.0f), t)), z = vf_mul(s, s);
+    vf p = vf_set1(2.0f / 13);
+    for (int n = 11; n > 0; n -= 2) p = vf_fma(p, z, vf_set1(2.0f / (float)n));
+    return vf_fma(p, s, vf_max(zero, x));
+}
+
 HFA_INLINE void NAME(taps)(T *state, const T *weight, const float *x, int64_t n, int64_t taps, float *out) {
     for (int64_t i = 0; i < n; i++, state += taps, weight += taps) {
         float sum = x[i] * LOAD1(weight + taps - 1);
@@ -260,7 +268,7 @@ static void NAME(mix_ssd)(const hfa_mixer *mixer, const hfa_mixer_call *call, in
 /* Channels begin..end of Mamba's selective scan, up to NAME(BLOCK) of them; parts: x, B, C. */
 static void NAME(mix_scan)(const hfa_mixer *mixer, const hfa_mixer_call *call, int64_t b, int64_t begin, int64_t end) {
     int64_t n = mixer->key_dim, count = end - begin, width = mixer->heads;
-    float x[NAME(BLOCK)], dt[NAME(BLOCK)], bias[NAME(BLOCK)], d[NAME(BLOCK)], gate[NAME(BLOCK)] = {0}, out[NAME(BLOCK)];
+    float x[NAME(BLOCK)], dt[NAME(BLOCK)] = {0}, bias[NAME(BLOCK)], d[NAME(BLOCK)], gate[NAME(BLOCK)] = {0}, out[NAME(BLOCK)];
     float rows[HFA_MAX_STATE], c[HFA_MAX_STATE], a[HFA_MAX_STATE + VW] = {0};
     vf zero = vf_set1(0.0f);
     NAME(gather_of)(call, &mixer->part[0], b, begin, count, x);
@@ -272,8 +280,12 @@ static void NAME(mix_scan)(const hfa_mixer *mixer, const hfa_mixer_call *call, i
     NAME(load_as)(mixer->d, 0, begin, count, d);
     NAME(sigmoids)(gate, NAME(BLOCK), 1);
     NAME(round)(gate, count);
+    for (int64_t i = 0; i < count; i++) dt[i] += bias[i];
+    NAME(round)(dt, count);
+    for (int64_t i = 0; i < NAME(BLOCK); i += VW) vf_store(dt + i, NAME(softplus_of)(vf_load(dt + i)));
+    NAME(round)(dt, count);
     for (int64_t i = 0; i < count; i++) {
-        float step = ROUND1(NAME(softplus)(ROUND1(dt[i] + bias[i])));
+        float step = dt[i];
         float adds[HFA_MAX_STATE];
         NAME(load_as)(mixer->a_log, (int)mixer->a_log_is_f32, (begin + i) * n, n, a);
         for (int64_t j = 0; j < n; j += VW)
