@@ -18,7 +18,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.recurrent import patcher
 from hf_accel.recurrent.mixers import mixers_of
-from hf_accel.recurrent.step import MixerStep, NativeMixer
+from hf_accel.recurrent.step import MixerStep, NativeMixer, cache_keyword
 
 pytestmark = pytest.mark.native
 NATIVE = [hf_accel.RecurrentStepConfig()]
@@ -176,6 +176,7 @@ def test_threads_share_the_work(name: str) -> None:
 def test_calls_that_are_no_plain_step_run_as_they_were(served: list[bool]) -> None:
     model = recurrent("qwen3_next")
     mixer = next(iter(mixers_of(model).values()))
+    keyword = cache_keyword(mixer)
     hidden = torch.randn(2, 1, 48)
 
     def cache_after_a_prompt() -> Any:
@@ -188,11 +189,11 @@ def test_calls_that_are_no_plain_step_run_as_they_were(served: list[bool]) -> No
         recording.layers[0].activate_past_recording()
         with torch.no_grad():
             return [
-                mixer(hidden, **{CACHE: cache_after_a_prompt()}, attention_mask=mask),
+                mixer(hidden, **{keyword: cache_after_a_prompt()}, attention_mask=mask),
                 mixer(hidden),
                 mixer(hidden, cache_after_a_prompt()),
-                mixer(hidden, **{CACHE: recording}),
-                mixer(hidden, **{CACHE: cache_after_a_prompt()}, attention_mask=half),
+                mixer(hidden, **{keyword: recording}),
+                mixer(hidden, **{keyword: cache_after_a_prompt()}, attention_mask=half),
             ]
 
     expected = outputs()
@@ -201,7 +202,7 @@ def test_calls_that_are_no_plain_step_run_as_they_were(served: list[bool]) -> No
     assert equal(found[:4], expected[:4])
     assert served == [False, False, False, True]  # the third gives its cache by position
     assert torch.allclose(found[4], expected[4], rtol=1e-4, atol=1e-5)
-    mixer(hidden, **{CACHE: cache_after_a_prompt()})  # with gradients
+    mixer(hidden, **{keyword: cache_after_a_prompt()})  # with gradients
     assert served[-1] is False
 
 
@@ -229,6 +230,16 @@ def test_a_model_without_mixers_is_refused_unchanged() -> None:
     with pytest.raises(hf_accel.UnsupportedModelError, match="no recurrent mixers"):
         hf_accel.optimize(model, NATIVE)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_what_a_generation_config_asks_for_does_not_disturb_the_audit() -> None:
+    model = recurrent("lfm2")
+    before = greedy(model)
+    model.generation_config.num_return_sequences = 2
+    model.generation_config.max_length = 5
+    hf_accel.optimize(model, NATIVE)
+    model.generation_config.num_return_sequences = 1
+    assert torch.equal(greedy(model), before)
 
 
 def test_the_library_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from hf_accel.core.drift import CACHE
 from hf_accel.core.model.shadow import twin
 from hf_accel.errors import VerificationError
 from hf_accel.ops import tolerances
 from hf_accel.recurrent.forms import Form, Sizes, Step
 from hf_accel.recurrent.mixers import mixers_of, readings
-from hf_accel.recurrent.step import States, held_states
+from hf_accel.recurrent.step import States, cache_keyword, held_states
 
 PROMPT_TOKENS = 9  # more than a convolution has taps
 STEPS = 3
@@ -106,12 +105,11 @@ def audited(model: Any) -> dict[str, Audited]:
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
     config = GenerationConfig(
-        max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False, num_beams=1, pad_token_id=0
+        max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False, pad_token_id=0, use_cache=True
     )
+    copy.generation_config = config  # what the user's asks for beside it stays out
     with torch.no_grad(), _watching(found):
-        copy.generate(
-            tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=config, use_cache=True
-        )
+        copy.generate(tokens, attention_mask=mask)
     return found
 
 
@@ -121,16 +119,17 @@ def _watching(found: dict[str, Audited]) -> Iterator[None]:
 
     def hook(mixer: Audited) -> list[Any]:
         held: list[States] = []
+        keyword = cache_keyword(mixer.module)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
-            states = held_states(module, kwargs.get(CACHE))
+            states = held_states(module, kwargs.get(keyword))
             held.clear()
             if hidden is not None and hidden.shape[1] == 1 and states is not None and len(args) < 2:
                 held.append(_copied(states))
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            states = held_states(module, kwargs.get(CACHE))
+            states = held_states(module, kwargs.get(keyword))
             if not held or states is None or not isinstance(output, Tensor):
                 return
             kind = type(module)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_accel.core.drift import CACHE
 from hf_accel.recurrent import delta, scan, short_conv, ssd
 from hf_accel.recurrent.forms import Form, Sizes, depthwise
+from hf_accel.recurrent.step import cache_keyword
 
 KINDS = (delta, ssd, scan, short_conv)
 TITLES = tuple(kind.TITLE for kind in KINDS)
@@ -24,7 +24,7 @@ def _is_mixer(module: nn.Module) -> bool:
     if len(depthwise(module)) != 1 or not isinstance(getattr(module, "layer_idx", None), int):
         return False
     names = list(inspect.signature(module.forward).parameters)
-    return names[:1] == ["hidden_states"] and CACHE in names
+    return names[:1] == ["hidden_states"] and bool(cache_keyword(module))
 
 
 def readings(module: Any, sizes: Sizes) -> list[Form]:

@@ -7,6 +7,7 @@ modules they are; after any other change the mixer runs its own forward. What is
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from hf_accel.core.calls.call import request_in_progress
-from hf_accel.core.drift import CACHE
+from hf_accel.core.drift import MIXER_CACHES
 from hf_accel.core.journal import beneath
 from hf_accel.core.model.watching import Surroundings, Watch
 from hf_accel.recurrent.forms import Form
@@ -32,6 +33,12 @@ class States(NamedTuple):
 
     conv: Tensor
     recurrent: Tensor | None
+
+
+def cache_keyword(module: Any) -> str:
+    """Return the keyword by which a mixer's forward takes the cache, an empty one where it takes none."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in MIXER_CACHES if name in names), "")
 
 
 def held_states(module: Any, cache: Any) -> States | None:
@@ -65,6 +72,7 @@ class MixerStep:
     def __init__(self, module: Any, form: Form, index: int, surroundings: Surroundings) -> None:
         """Raise ValueError with the reason if there is no such step over the module's tensors."""
         self.form, self.index, self.surroundings = form, index, surroundings
+        self._keyword = cache_keyword(module)
         self._refused: Watch | None = None
         self._build(module)
 
@@ -88,7 +96,7 @@ class MixerStep:
             or any(kwargs.get(name) is not None for name in _PACKED)
         ):
             return None
-        states = held_states(module, kwargs.get(CACHE))
+        states = held_states(module, kwargs.get(self._keyword))
         if states is None or states.conv.shape[0] != hidden.shape[0] or not self.is_current(module):
             return None
         return self._step(module, hidden, *states)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from hf_accel.core.drift import CACHE
 from hf_accel.core.model.watching import Surroundings
 from hf_accel.kernels import native
 from hf_accel.recurrent.audit import Audited
 from hf_accel.recurrent.forms import Form
-from hf_accel.recurrent.step import MixerStep, States
+from hf_accel.recurrent.step import MixerStep, States, cache_keyword
 
 ROUNDS = 12
 MARGIN = 0.9  # of the time of the mixer's own forward: less is a gain that noise cannot have made
@@ -54,9 +53,9 @@ def _measured(mixer: Audited, form: Form) -> float:
     module, (hidden, states) = mixer.module, mixer.seen
     hidden = hidden[1:].contiguous()
     cache = _cache_of(module.layer_idx, States(*(None if s is None else s[1:] for s in states)))  # type: ignore[arg-type]
-    _record_projections(module, form, hidden, cache)
+    kwargs = {cache_keyword(module): cache, "attention_mask": None}
+    _record_projections(module, form, hidden, kwargs)
     step = MixerStep(module, form, 0, Surroundings([module, *form.read(module)]))
-    kwargs = {CACHE: cache, "attention_mask": None}
     own = ours = float("inf")
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -78,14 +77,14 @@ def _cache_of(index: int, states: States) -> Cache:
     return Cache(layers=[*(LinearAttentionLayer() for _ in range(index)), layer])
 
 
-def _record_projections(module: Any, form: Form, hidden: Tensor, cache: Cache) -> None:
+def _record_projections(module: Any, form: Form, hidden: Tensor, kwargs: dict[str, Any]) -> None:
     """Replace the modules that the mixer calls by what they return for these hidden states."""
     rows: dict[str, Tensor] = {}
     hooks = [
         module._modules[name].register_forward_hook(lambda _, __, output, name=name: rows.__setitem__(name, output))
         for name in form.called
     ]
-    module(hidden, **{CACHE: cache, "attention_mask": None})
+    module(hidden, **kwargs)
     for hook in hooks:
         hook.remove()
     for name, output in rows.items():
