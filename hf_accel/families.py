@@ -14,6 +14,7 @@ from hf_accel.quantization import (
     QATConfig,
     WeightOnlyConfig,
 )
+from hf_accel.recurrent import RecurrentStepConfig
 from hf_accel.speculative import SpeculativeConfig
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "NativeExpertsConfig",
     "NativeLinearConfig",
     "QATConfig",
+    "RecurrentStepConfig",
     "SharedProjectionConfig",
     "SpeculativeConfig",
     "WeightOnlyConfig",

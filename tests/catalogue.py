@@ -21,6 +21,7 @@ CATALOGUE: list[Config] = [
     hf_accel.SharedProjectionConfig(max_rows=16),
     hf_accel.DecoderBlockConfig(max_rows=16),
     hf_accel.DeviceBlockConfig(max_rows=16),
+    hf_accel.RecurrentStepConfig(),
     hf_accel.AttentionConfig(),
     hf_accel.KVCacheConfig(),
     hf_accel.DecodingConfig(),

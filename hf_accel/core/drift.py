@@ -9,6 +9,9 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 CACHE = ALL_CACHE_NAMES[0]
 """The keyword by which caches are handed on, and the field of outputs: `past_key_values` to 5.23, `cache` from 5.24."""
 
+MIXER_CACHES = (CACHE, "cache_params")
+"""The keywords by which recurrent mixers are handed the cache: `cache` from 5.24, before that either of two."""
+
 
 def _initial_values_dtype(keys: torch.dtype, values: torch.dtype) -> torch.dtype:
     layer = DynamicLayer()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from guarding import Pages
+from mixer_cases import mixer_case
 from torch import Tensor
 
 from hf_accel.kernels import native
@@ -64,6 +65,9 @@ class Cases:
     def _sizes(self, most_rows: int = 257) -> tuple[int, int, int]:
         pick = self.random.choice
         return pick([m for m in ROWS if m <= most_rows]), pick(WIDTHS), pick(HEIGHTS)
+
+    def _mixer(self, kind: str) -> tuple[str, Callable[[], Tensor]]:
+        return mixer_case(kind.split()[1], self.random, self._random, self.pages.put, self.dtype)
 
     def _bias(self, n: int) -> Any:
         return self.pages.put(self._random(n)) if self.random.random() < 0.5 else None
@@ -198,5 +202,5 @@ class Cases:
 
 KINDS = [
     "linear", "transposed", "group", *SCHEMES, "attend", "attend8", "attend4", "encode8", "encode4",
-    "block", "block8", "block4",
+    "block", "block8", "block4", "mixer conv", "mixer delta", "mixer ssd", "mixer scan",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ from transformers.utils import output_capturing
 
 from hf_accel.core.model.back_ends import BACK_ENDS
 
-FUNCTIONS = itemgetter("linear", "silu", "gelu", "relu", "softmax", "scaled_dot_product_attention", "dropout")
+FUNCTIONS = itemgetter("linear", "silu", "gelu", "relu", "softmax", "scaled_dot_product_attention", "dropout", "conv1d",
+                       "softplus")  # fmt: skip
 # what Python and torch write into namespaces by themselves; the last three torch.compile into nn.Module, and no forward
 # runs through them
 BOOKKEEPING = {"__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__",
@@ -223,14 +224,19 @@ class Watch:
         """Return whether no module was exchanged or given another class."""
         return self._children == self._kept_children and list(map(type, self._modules)) == self._kinds
 
-    def is_same_but(self, names: frozenset[str], of_the_layer: frozenset[str]) -> bool:
+    def is_same_but(
+        self, names: frozenset[str], of_the_layer: frozenset[str], exchanged: frozenset[str] = frozenset()
+    ) -> bool:
         """Return whether modules, children and all attributes but `names` are as they were, whatever tensors are.
 
-        of_the_layer: further names, of the layer's own attributes.
+        of_the_layer: further names, of the layer's own attributes. exchanged: children of the layer that may be others.
         """
         first, *rest = map(differing, self._attributes, self._kept_attributes)
+        children, *others = map(differing, self._children, self._kept_children)
         return (
-            self.has_its_modules()
+            children <= exchanged
+            and not any(others)
+            and list(map(type, self._modules)) == self._kinds
             and list(map(set, self._owners)) == list(map(set, self._kept_owners))
             and first <= names | of_the_layer
             and all(changed <= names for changed in rest)

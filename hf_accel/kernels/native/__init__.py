@@ -11,6 +11,7 @@ from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, se
 from hf_accel.kernels.native.linear import DTYPES, FEW_ROWS, MAX_ROWS, best_rows, linear, linear_group
 from hf_accel.kernels.native.packed import packed_linear
 from hf_accel.kernels.native.prompt import prompt_attention, prompt_state
+from hf_accel.kernels.native.recurrent import MixerShape, MixerWeights, NativeMixer, Span
 from hf_accel.kernels.native.route import Routing, route
 from hf_accel.kernels.native.stream import stream
 
@@ -24,12 +25,16 @@ __all__ = [
     "BlockWeights",
     "Gate",
     "Heads",
+    "MixerShape",
+    "MixerWeights",
     "NativeBlock",
     "NativeExperts",
+    "NativeMixer",
     "NativeStatus",
     "Norm",
     "Projection",
     "Routing",
+    "Span",
     "attend",
     "best_expert_rows",
     "best_rows",

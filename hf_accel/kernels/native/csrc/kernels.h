@@ -37,6 +37,15 @@ typedef struct {
     void (*weigh)(const void *values, int64_t stride, int64_t n, int64_t d, const void *weights, const float *keep, float *out);
 } hfa_prompt_kernels;
 
+/* One token of a recurrent mixer, see recurrent_body.h and drivers/recurrent.c: tasks of sequence b. */
+typedef struct {
+    void (*conv)(const hfa_mixer *mixer, const hfa_mixer_call *call, int64_t b, int64_t begin, int64_t end, float *row);
+    void (*delta)(const hfa_mixer *mixer, const hfa_mixer_call *call, int64_t b, int64_t head, const float *row, float *core);
+    void (*ssd)(const hfa_mixer *mixer, const hfa_mixer_call *call, int64_t b, int64_t head, const float *row, float *core);
+    void (*norm)(const hfa_mixer *mixer, const hfa_mixer_call *call, int64_t b, int64_t group, float *core);
+    void (*scan)(const hfa_mixer *mixer, const hfa_mixer_call *call, int64_t b, int64_t begin, int64_t end);
+} hfa_recurrent_kernels;
+
 typedef struct {
     int step;        /* K padding of packed activations, elements */
     int packed_size; /* bytes of a packed element */
@@ -82,6 +91,7 @@ typedef struct {
      * stride is in words, as many as prompt->pairs says; of the lanes the first m are wanted. is_first: the block is the first that
      * these rows of W meet. */
     void (*lanes)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int m, int is_first, float *out);
+    const hfa_recurrent_kernels *recurrent;
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

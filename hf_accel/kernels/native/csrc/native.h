@@ -11,6 +11,7 @@
  *     product.[ch]  products of several weights with one activation, cut into chunks for the threads
  *     block.c, block_attention.[ch], block_run.h   a whole decoder layer in one call
  *     experts.c, route.c   the routed experts of a layer; their router
+ *     recurrent.c   one token of a recurrent mixer
  *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
  *     prompt.c      attention of many queries, tile by tile
  *     cached.[ch]   rows of a quantized cache
@@ -30,6 +31,9 @@
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
+#define HFA_MAX_STATE 256    /* rows and columns of a head's recurrent state */
+#define HFA_MAX_TAPS 8       /* of a short convolution */
+#define HFA_MIX_SOURCES 6    /* rows that a recurrent mixer's step reads */
 #define HFA_LANES 16         /* rows of a packed weight that lie interleaved */
 #define HFA_QUANTUM 32       /* columns of a packed weight come in multiples of this; activations are scaled per as many */
 
@@ -45,6 +49,7 @@ enum hfa_norm_kind { HFA_NORM_NONE = 0, HFA_RMS = 1, HFA_RMS_UNIT = 2, HFA_RMS_O
 enum hfa_norm_extent { HFA_EACH_HEAD = 0, HFA_ALL_HEADS = 1, HFA_WHOLE_ROW = 2 };
 enum hfa_rotary { HFA_NO_ROTARY = 0, HFA_HALVES = 1, HFA_PAIRS = 2, HFA_PAIRS_OF_HALVES = 3 };
 enum hfa_part { HFA_LAYER = 0, HFA_HALF = 1, HFA_ATTENTION = 2 };
+enum hfa_mix { HFA_MIX_CONV = 0, HFA_MIX_DELTA = 1, HFA_MIX_SSD = 2, HFA_MIX_SCAN = 3 };
 enum hfa_mask { HFA_MASK_NONE = 0, HFA_MASK_BOOL = 1, HFA_MASK_ADD = 2 };
 
 /* W [rows, inner], bias [rows] or NULL.
@@ -177,6 +182,40 @@ typedef struct {
     int64_t dtype, tokens, hidden, experts, stride, choices, is_normed, weights_are_f32, threads;
 } hfa_route_call;
 
+/* `count` values of a row that lie in chunks: value i is source[start + i / chunk * stride + i % chunk]. count 0: there are none. */
+typedef struct { int64_t source, start, chunk, stride, count; } hfa_span;
+
+/* What a recurrent mixer does for one token between its projections: constant over its life. All fields are 8 bytes wide.
+ * A short convolution first, but for HFA_MIX_SCAN: channel c, of `part` after `part`, times `before` if there is one, joins the
+ * conv_state, of which weight [channels, taps] makes its value, plus bias; silu of it where is_silu. Then
+ *   HFA_MIX_CONV   times gate: out [channels]
+ *   HFA_MIX_DELTA  parts: queries [groups, key_dim], keys [groups, key_dim], values [heads, value_dim]. Both of the first made unit
+ *                  vectors, queries over sqrt(key_dim); state [heads, key_dim, value_dim] of fp32:
+ *                  S = exp(-exp(a_log) softplus(rate + dt_bias)) S; S += k (v - k S) beta_scale sigmoid(beta); q S
+ *   HFA_MIX_SSD    parts: x [heads, value_dim], B and C [groups, key_dim]. State [heads, value_dim, key_dim], dt = softplus(rate +
+ *                  dt_bias): S = exp(-exp(a_log) dt) S + x dt B; S C + d x
+ *   HFA_MIX_SCAN   no convolution; parts: x [heads], B and C [key_dim]. State [heads, key_dim], dt as before of each head and a_log
+ *                  [heads, key_dim]: S = exp(-exp(a_log) dt) S + dt B x; (S C + d x) silu(gate)
+ * and, of DELTA and SSD, a norm of groups of norm_size of the result's heads * value_dim values by root mean square, its weight
+ * [norm_rows], repeated; times the sigmoid or silu of gate, before the norm where gates_first. rounds_once: not before weight and gate. norm_size
+ * 0 (SSD): no norm, times silu(gate) if there is one. a_log and dt_bias of the dtype or of fp32, the latter for DELTA only. */
+typedef struct {
+    int64_t kind, dtype, channels, taps, is_silu, heads, groups, key_dim, value_dim;
+    int64_t norm_size, norm_rows, gates_first, rounds_once, gate_is_sigmoid, a_log_is_f32, dt_bias_is_f32;
+    double norm_eps, beta_scale;
+    const void *conv_weight, *conv_bias, *a_log, *dt_bias, *d, *norm_weight;
+    hfa_span part[3], before, gate, rate, beta;
+} hfa_mixer;
+
+/* One token of each sequence. Source s of sequence b begins step[s] * b elements after that of the first. States are contiguous and
+ * written in place: conv_state [batch, channels, taps] of the dtype, state of fp32. decay [batch, heads, key_dim] or
+ * NULL: of HFA_MIX_DELTA, logarithms of a factor per key in the place of the one above. out contiguous. */
+typedef struct {
+    const void *source[HFA_MIX_SOURCES]; int64_t step[HFA_MIX_SOURCES];
+    const float *decay; void *conv_state; float *state; void *out;
+    int64_t batch, threads;
+} hfa_mixer_call;
+
 HFA_EXPORT int hfa_abi_version(void);
 HFA_EXPORT int hfa_isa_supported(int isa); /* compiled in, and this CPU and operating system have it */
 HFA_EXPORT int hfa_isa(void);
@@ -193,6 +232,7 @@ HFA_EXPORT int hfa_packed_linear(const void *x, const hfa_matrix *weight, void *
 HFA_EXPORT uint64_t hfa_stream(const void *data, int64_t bytes, int64_t threads);
 HFA_EXPORT int hfa_attend(const hfa_attend_call *call);
 HFA_EXPORT int hfa_prompt(const hfa_prompt_call *call); /* 0; -1 for arguments out of range or memory that is short */
+HFA_EXPORT int hfa_mixer_step(const hfa_mixer *mixer, const hfa_mixer_call *call); /* 0; -1 for arguments out of range or no memory */
 HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
 /* 0; -1 for arguments out of range; 1: the last of the highest logits is equal to the one after it, or some are no numbers */
 HFA_EXPORT int hfa_route(const hfa_route_call *call);

@@ -207,6 +207,7 @@ static void NAME(rotate)(float *x, const float *cosine, const float *sine, int64
 }
 
 #include "bodies/product_body.h"
+#include "bodies/recurrent_body.h"
 
 typedef T NAME(element);
 enum { NAME(STEP) = STEP };

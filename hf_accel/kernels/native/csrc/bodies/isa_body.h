@@ -56,6 +56,7 @@
      .exponentials = exponentials, .round_for = round_for,                                                             \
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
                     [HFA_FP4] = dot_fp4},                                                                              \
-     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N}
+     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N,       \
+     .recurrent = &recurrent_##N}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};
