@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_accel.core.model.architectures import STYLES
 
 import hf_accel
 from hf_accel.cli.doctor import EXTRAS
-from hf_accel.core.model.architectures import STYLES
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.kernels.native import ISAS
 from hf_accel.measure import SHAPES
