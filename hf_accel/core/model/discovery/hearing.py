@@ -112,8 +112,6 @@ class Ear(TorchFunctionMode):
         found = listener.get()
         if getattr(func, "__name__", "") in _CLAMPS:
             self.clamps.append([module for module, _ in self.running])
-        if getattr(func, "__name__", "") in _CLAMPS:
-            self.clamps.append(func.__name__)
         if func is functional.scaled_dot_product_attention and found is not None and self.running:
             given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | (kwargs or {})
             query, key, value = (given[name].detach().clone() for name in ("query", "key", "value"))
