@@ -15,7 +15,6 @@ import torch
 
 import hf_accel
 from hf_accel.cli.doctor import EXTRAS
-from hf_accel.core.model.architectures import STYLES
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.kernels.native import ISAS
 from hf_accel.measure import SHAPES
@@ -147,11 +146,6 @@ def test_config_has_one_row(config: type) -> None:
     first_table = page.partition("## Fields")[0]
     rows = re.findall(rf"^\| `{config.__name__}\(", first_table, re.MULTILINE)
     assert len(rows) == 1, f"docs/configs.md has {len(rows)} rows for {config.__name__}; it needs one"
-
-
-def test_the_architectures_with_native_layers_are_named() -> None:
-    [row] = re.findall(r"^\| (.*?) \| yes \| yes \| yes \|$", (ROOT / "docs" / "usage.md").read_text(), re.MULTILINE)
-    assert {name.removesuffix("_text") for name in STYLES} == set(row.split(", "))
 
 
 def test_shapes_are_in_the_reference() -> None:
