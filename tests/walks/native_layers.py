@@ -1,7 +1,7 @@
 """The table of docs/architectures.md: for each architecture which of its layers run natively, and why others do not.
 
-Run as a program it walks the model types that it is given, or all, and writes their rows into the page; the text of each
-must be stock's before its row is written.
+Run as a program it walks the model types that it is given, or all, and writes their rows into the page; the text of
+each must be stock's before its row is written.
 """
 
 from __future__ import annotations
