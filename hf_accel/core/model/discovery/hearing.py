@@ -5,7 +5,7 @@ It is heard under a name of ours in transformers' registry, which computes it pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class Ear(TorchFunctionMode):
     Whether values are clamped shows only where they are large, which those of a few random tokens may not be.
     """
 
-    def __init__(self, running: list[tuple[nn.Module, Tensor | None]], clamps: list[list[nn.Module]]) -> None:
+    def __init__(self, running: Sequence[tuple[nn.Module, *tuple[Any, ...]]], clamps: list[list[nn.Module]]) -> None:
         super().__init__()
         self.running, self.clamps = running, clamps
 
@@ -111,7 +111,7 @@ class Ear(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         found = listener.get()
         if getattr(func, "__name__", "") in _CLAMPS:
-            self.clamps.append([module for module, _ in self.running])
+            self.clamps.append([module for module, *_ in self.running])
         if func is functional.scaled_dot_product_attention and found is not None and self.running:
             given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | (kwargs or {})
             query, key, value = (given[name].detach().clone() for name in ("query", "key", "value"))

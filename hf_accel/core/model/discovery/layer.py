@@ -37,9 +37,10 @@ def is_product(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _FeedForward:
-    """read, gives: the values it reads and gives. paths: of the modules in it."""
+    """read, gives: the values it reads, at a place of memory, and gives."""
 
     read: Tensor
+    read_at: int
     gives: Tensor
     activation: str = "silu"
     gate: Rows | None = None
@@ -90,14 +91,17 @@ class _Layer:
                 continue  # an activation, or what a module of experts has
         return found
 
-    def normed_from(self, value: Tensor, given: Tensor) -> NormForm | None:
-        """Return the norm that makes `value` of `given`; None where it is as it is. Raises: Unexplained."""
+    def normed_from(self, value: Tensor, place: int, given: Tensor) -> NormForm | None:
+        """Return the norm that makes `value`, which lay at `place`, of `given`; None where it is as it is.
+
+        Raises: Unexplained.
+        """
         if self.same(value, given):
             return None
-        return the_only(
-            (form for form, call in self.norms if self.same(call.given, given) and self.same(call.returned, value)),
-            "what one of its parts reads",
-        )
+        found = [n for n in self.norms if self.same(n[1].given, given) and self.same(n[1].returned, value)]
+        if len(found) > 1:  # norms of equal weights, as in a model that was not trained
+            found = [(form, call) for form, call in found if call.returned_at == place]
+        return the_only((form for form, _ in found), "what one of its parts reads")
 
     def norm_after(self, value: Tensor) -> tuple[NormForm | None, Tensor]:
         """Return the norm that reads `value`, which a part of the layer gives, and what it makes of it."""
@@ -109,7 +113,9 @@ class _Layer:
     def form(self) -> BlockForm:
         record, attention = self.record, self.attention
         x = record.given
-        names: dict[str, NormForm | None] = {"input": self.normed_from(attention.read, x)}
+        names: dict[str, NormForm | None] = {
+            "input": self.normed_from(attention.read, attention.projections[0].given_at, x)
+        }
         names["attention_out"], attended = self.norm_after(attention.o.returned)
         part, structure = self._around(x, attended)
         names["mlp_out"], names["mlp"], scale, out_scale, is_parallel = structure
@@ -164,7 +170,8 @@ class _Layer:
                     norms = []
                     for given, is_parallel in ((between, False), (x, True)):
                         try:
-                            norms.append((self.normed_from(part.read, given.to(self.dtype)), is_parallel))
+                            norm = self.normed_from(part.read, part.read_at, given.to(self.dtype))
+                            norms.append((norm, is_parallel))
                         except Unexplained:
                             continue
                     if not norms and self.same(part.read, self.attention.read):
@@ -194,7 +201,7 @@ class _Layer:
         for call in self.record.calls:
             is_apart = "." not in call.path and call.path != self.attention.path.partition(".")[0]
             if is_apart and call.given.shape == call.returned.shape == hidden and not is_leaf(call.module):
-                yield _FeedForward(call.given, call.returned, module=call.path)
+                yield _FeedForward(call.given, call.given_at, call.returned, module=call.path)
 
     def _plain_feed_forwards(self, calls: list[Call]) -> Iterator[_FeedForward]:
         if not 2 <= len(calls) <= 3:
@@ -219,7 +226,13 @@ class _Layer:
                 made = act(parts[up]) if gate is None else act(parts[gate]) * parts[up]
                 if self.same(made, down.given.double()):
                     yield _FeedForward(
-                        read, down.returned, name, None if gate is None else values[gate], values[up], down.path
+                        read,
+                        ups[0].given_at,
+                        down.returned,
+                        name,
+                        None if gate is None else values[gate],
+                        values[up],
+                        down.path,
                     )
 
     def _activations(self) -> list[str]:

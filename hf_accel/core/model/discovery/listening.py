@@ -24,12 +24,17 @@ TOKENS = 7
 
 @dataclass
 class Call:
-    """One call of a module within a layer: its path, and copies of the first tensor it was given and returned."""
+    """One call of a module within a layer: its path, and copies of the first tensor it was given and returned.
+
+    given_at, returned_at: where these lay; nothing else did as long as the layer ran.
+    """
 
     path: str
     module: nn.Module
     given: Tensor
     returned: Tensor
+    given_at: int
+    returned_at: int
 
 
 @dataclass
@@ -125,6 +130,7 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
                 state[:] = [Recorded(path, layer, given.clone(), arguments, None, given)]
                 heard.clear()
                 clamps.clear()
+                alive.clear()
 
     def end(layer: Any, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() == thread and state and state[0].layer is layer:
@@ -138,18 +144,22 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread and state:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            waiting.append((module, tensors[0].clone() if tensors else None))
+            alive.extend(tensors[:1])
+            waiting.append((module, tensors[0].clone() if tensors else None, _place(tensors[0]) if tensors else 0))
 
     def after(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() == thread and state and waiting:
-            owner, given = waiting.pop()
+            owner, given, place = waiting.pop()
             first = output[0] if isinstance(output, tuple) and output else output
             if owner is module and given is not None and isinstance(first, Tensor):
-                state[0].calls.append(Call(path, module, _in_rows(given), _in_rows(first.clone())))
+                alive.append(first)
+                rows = _in_rows(given), _in_rows(first.clone())
+                state[0].calls.append(Call(path, module, *rows, place, _place(first)))
 
     heard: list[Heard] = []
     clamps: list[list[nn.Module]] = []
-    waiting: list[tuple[nn.Module, Tensor | None]] = []
+    waiting: list[tuple[nn.Module, Tensor | None, int]] = []
+    alive: list[Tensor] = []  # of the layer that runs, so that no two tensors lie in one place
     token = listener.set(heard)
     try:
         for path, layer in stacks(decoder):
@@ -165,6 +175,10 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
         listener.reset(token)
         for hook in hooks:
             hook.remove()
+
+
+def _place(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _in_rows(value: Tensor) -> Tensor:
@@ -183,7 +197,7 @@ def hidden_name(layer: Any) -> str:
     return next(iter(_names(type(layer))), "hidden_states")
 
 
-def bound(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound(kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call of a layer of this class by name."""
     return dict(zip(_names(kind), args)) | kwargs
 
