@@ -25,6 +25,7 @@ from architectures import CannotBuild, architectures, tiny  # noqa: E402
 from comparison import assert_same_outcome, run  # noqa: E402
 from models import padded, prompt  # noqa: E402
 from speculating import FEW_TOKENS, always  # noqa: E402
+from test_discovery_layers import counted  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 import hf_accel  # noqa: E402
@@ -90,7 +91,10 @@ def walked(model_type: str) -> tuple[Row, list[str]]:
         return row, []
     if blocks:
         row = _row(model_type, model)
-    found = _differences(stock, model, CALLS)
+    with counted() as calls:
+        found = _differences(stock, model, CALLS)
+    if row.whole + row.half and not calls:
+        found.append("no layer ran natively")
     hf_accel.restore(model)
     try:
         steps: list[Config] = [*blocks, hf_accel.KVCacheConfig(), hf_accel.DecodingConfig(), always("lookup")]
