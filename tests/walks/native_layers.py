@@ -89,12 +89,10 @@ def walked(model_type: str) -> tuple[Row, list[str]]:
             row = Row(model_type, 0, 0, _count(stock), _reason(str(error)))
     else:
         return row, []
-    if blocks:
-        row = _row(model_type, model)
     with counted() as calls:
         found = _differences(stock, model, CALLS)
-    if row.whole + row.half and not calls:
-        found.append("no layer ran natively")
+    if blocks:
+        row = _row(model_type, model, calls)
     hf_accel.restore(model)
     try:
         steps: list[Config] = [*blocks, hf_accel.KVCacheConfig(), hf_accel.DecodingConfig(), always("lookup")]
@@ -114,12 +112,15 @@ def _differences(stock: Any, model: Any, calls: dict[str, Callable[[Any], Any]])
     return found
 
 
-def _row(model_type: str, model: Any) -> Row:
-    forms = [module.step.block.form for module in model.modules() if isinstance(module, NativeLayer)]
-    halves = sum(form.feed_forward is not None for form in forms)
+def _row(model_type: str, model: Any, calls: list[Any]) -> Row:
+    """Return how many layers were among the native calls, whole or half."""
+    steps = [module.step for module in model.modules() if isinstance(module, NativeLayer)]
+    run = [step.block.form for step in steps if step.kernel in calls]
+    halves = sum(form.feed_forward is not None for form in run)
     skipped = [skip.reason for skip in hf_accel.report(model).skipped if "runs as it is" in skip.reason]
-    first = _reason(skipped[0]) if skipped else ""
-    return Row(model_type, len(forms) - halves, halves, len(skipped), first)
+    if len(run) < len(steps):
+        skipped += ["its keys and values go to a cache of its own"] * (len(steps) - len(run))
+    return Row(model_type, len(run) - halves, halves, len(skipped), _reason(skipped[0]) if skipped else "")
 
 
 def _count(stock: Any) -> int:
