@@ -22,7 +22,8 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "isa": native.supported_isas() or ("none",),
     "dtype": native.DTYPES,
     "size": tuple(SIZES),
-    "norm": ("rms", "rms_unit", "rms_once", "layer", "layer with bias", "rms without weight"),
+    "norm": ("rms", "rms_unit", "rms_once", "layer", "layer with bias", "layer_unit with bias",
+             "rms without weight"),
     "structure": ("pre", "post", "sandwich", "parallel", "parallel, two norms", "parallel, sandwich", "bare", "half",
                   "half, post", "attention", "attention with its norm"),
     "layout": ("one by one", "fused", "by heads", "by groups", "with a gate", "values are keys", "no keys"),
@@ -108,7 +109,7 @@ class Build:
 
     def norm(self, *size: int) -> Norm:
         kind, _, rest = self.case["norm"].partition(" ")
-        weight = self.random(*size) + (0.0 if kind == "rms_unit" else 1.0)
+        weight = self.random(*size) + (0.0 if "unit" in kind else 1.0)
         return Norm(
             kind=kind, eps=1e-5, weight=None if "without" in rest else weight.to(self.dtype),
             bias=self.random(*size) if "bias" in rest else None,

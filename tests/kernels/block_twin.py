@@ -48,7 +48,9 @@ def normed(x: Tensor, norm: Norm | None) -> Tensor:
         return x
     wide = x.float()
     weight = torch.ones(()) if norm.weight is None else norm.weight.float()
-    if norm.kind == "layer":
+    if norm.kind == "layer_unit" and norm.weight is not None:
+        weight = (1.0 + norm.weight).float()
+    if norm.kind.startswith("layer"):
         wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
     if norm.kind == "rms":

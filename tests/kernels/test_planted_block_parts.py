@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import test_native_block_parts as parts
+import torch
 from planting import Defect, Patch, is_red
 
 from hf_accel.kernels import native
@@ -106,6 +107,10 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
     "results that depend on the batch": (
         another_result(lambda hidden, found: next(iter(parts.tensors(found))) + hidden.shape[0]),
         parts.test_tokens_together_equal_tokens_one_by_one,
+    ),
+    "rows of codes under another layer": (
+        another_result(lambda hidden, found: next(iter(parts.tensors(found))) * torch.rand(())),
+        parts.test_rows_of_codes_are_read_as_the_values_they_stand_for,
     ),
     "descriptions that nobody looks at": (unchecked, parts.test_what_is_no_layer_is_named),
     "angles that nobody counts": (without_checks_of_calls, parts.test_calls_whose_angles_do_not_fit_are_refused),

@@ -158,6 +158,8 @@ class Cases:
         def projection(n: int, k: int) -> Projection:
             if packs:
                 return Projection(self._weight(n, k, packed_as if k % 32 == 0 else SCHEMES["packed8"]), self._bias(n))
+            if self.random.random() < 0.2:
+                return Projection(put(self._random(k, n) * 0.2, self.gap).T, self._bias(n))
             return Projection(put(self._random(n, k) * 0.2, self.gap), self._bias(n))
 
         packs, has_norms = self.random.random() < 0.3, self.random.random() < 0.5

@@ -45,8 +45,8 @@ def checked_dtype(shape: BlockShape, weights: BlockWeights) -> torch.dtype:
     for name, norm in weights.norms.items():
         if norm.kind not in NORM_KINDS:
             raise ValueError(f"the kind of {name}, {norm.kind!r}, is not one of {', '.join(NORM_KINDS)}")
-        if norm.bias is not None and norm.kind != "layer":
-            raise ValueError(f"{name} has a bias, which only norms of the kind 'layer' have")
+        if norm.bias is not None and not norm.kind.startswith("layer"):
+            raise ValueError(f"{name} has a bias, which only norms of the kinds 'layer' and 'layer_unit' have")
         for part, tensor in (("weight", norm.weight), ("bias", norm.bias)):
             if tensor is not None:
                 _check_tensor(f"{name}.{part}", tensor, _norm_size(name, shape), dtype)

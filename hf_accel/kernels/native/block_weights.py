@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_accel.kernels.weights import PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
-NORM_KINDS = {"rms": 1, "rms_unit": 2, "rms_once": 3, "layer": 4}
+NORM_KINDS = {"rms": 1, "rms_unit": 2, "rms_once": 3, "layer": 4, "layer_unit": 5}
 NORM_EXTENTS = {"head": 0, "heads": 1, "row": 2}
 ROTARIES = {"none": 0, "halves": 1, "pairs": 2, "pairs_of_halves": 3}
 PARTS = {"layer": 0, "half": 1, "attention": 2}
@@ -30,11 +30,11 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """One norm; without a weight it multiplies by 1, and only "layer" may have a bias.
+    """One norm; without a weight it multiplies by 1, and only those that subtract a mean may have a bias.
 
     kind "rms" multiplies the rounded x / rms by the weight (Llama). The others round once: "rms_unit" multiplies by
     1 + weight (Gemma), "rms_once" by the weight (OLMo2), "layer" subtracts the mean, multiplies by the weight and adds
-    the bias (`nn.LayerNorm`).
+    the bias (`nn.LayerNorm`), "layer_unit" so with 1 + weight, rounded (Nemotron).
     """
 
     kind: str

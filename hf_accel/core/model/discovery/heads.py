@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_accel.core.model.discovery.forms import AngleForm, Extent, Rotary
 from hf_accel.core.model.discovery.norms import NormForm, normed
-from hf_accel.core.model.discovery.readings import Unexplained, agreement, the_only
+from hf_accel.core.model.discovery.readings import Unexplained, agreement, the_best
 from hf_accel.kernels.native import Heads
 
 ROTARIES: tuple[Rotary, ...] = ("none", "halves", "pairs", "pairs_of_halves")  # see hf_accel.kernels.native.BlockShape
@@ -55,13 +55,16 @@ class CalledNorm:
         weight, bias = (None if name is None else getattr(self.module, name).detach().double() for name in names)
         return weight, bias
 
-    def read(self, heads: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether it was given these heads, in whatever order: norms of equal weights are told apart by this."""
+    def read(self, heads: Tensor, dtype: torch.dtype, *, is_exact: bool) -> bool:
+        """Return whether it was given these heads, in whatever order: norms of equal weights are told apart by this.
+
+        is_exact: to the last bit, as products gave them.
+        """
         given = self.given.double()
         if given.numel() != heads.numel():
             return False
         ours, theirs = heads.flatten().sort().values, given.flatten().sort().values
-        return bool((ours - theirs).norm() <= agreement(dtype) * theirs.norm())
+        return bool((ours - theirs).norm() <= (0.0 if is_exact else agreement(dtype)) * theirs.norm())
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def find_heads(
     """
     batch, heads, tokens, d = wanted.shape
     target = wanted.transpose(1, 2).reshape(batch * tokens, heads, d).double()  # [BT, H, D]
-    found: list[HeadsForm] = []
+    found: list[tuple[float, HeadsForm]] = []
     turns: list[tuple[Rotary, Angles | None]] = [("none", None)]
     turns += [(style, one) for one in angles for style in ROTARIES[1:]]
     for norm in [None, *norms]:
@@ -126,14 +129,21 @@ def find_heads(
                     given = _turned(rotary, before, one, batch) if is_last else before
                     made = norm(given) if is_last and norm is not None else _turned(rotary, after, one, batch)
                     for factor in factors:
-                        places = _places(made * factor, target, dtype)
-                        if places is None or (norm is not None and not norm.read(given[:, places], dtype)):
+                        error, places = _places(made * factor, target, dtype)
+                        if not places or not _is_read(norm, given[:, places], before[:, places], dtype, is_last):
                             continue
                         form, size = (AngleForm(), 0) if one is None else (one.form, one.cos.shape[-1])
                         where = heads_at(places, d, group)
                         used = None if norm is None else norm.form
-                        found.append(HeadsForm(where, used, extent, is_last, rotary, form, size, factor))
-    return the_only(found, what)
+                        found.append((error, HeadsForm(where, used, extent, is_last, rotary, form, size, factor)))
+    return the_best(found, what)
+
+
+def _is_read(norm: CalledNorm | None, given: Tensor, before: Tensor, dtype: torch.dtype, is_last: bool) -> bool:
+    """Return whether a norm was given these heads: as the products gave them, `before`, or turned."""
+    if norm is None or not is_last:
+        return norm is None or norm.read(given, dtype, is_exact=True)
+    return norm.read(given, dtype, is_exact=False) and not norm.read(before, dtype, is_exact=True)
 
 
 def _turned(rotary: str, slots: Tensor, angles: Angles | None, batch: int) -> Tensor:
@@ -169,16 +179,21 @@ def _normed_rows(
         yield extent, (slots, whole.view(rows.shape[0], -1, d))
 
 
-def _places(slots: Tensor, target: Tensor, dtype: torch.dtype) -> list[int] | None:
-    """Return the slot that each head of target [BT, H, D] is in; None where one is in none, or in two."""
-    places = []
+def _places(slots: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[float, list[int]]:
+    """Return the slot that each head of target [BT, H, D] is in, after the worst relative error of one.
+
+    No slots where a head is in none, or in two.
+    """
+    places, worst = [], 0.0
     for head in target.unbind(1):
         norm = head.norm()
-        near = ((slots - head[:, None]).flatten(2).square().sum((0, 2)).sqrt() <= agreement(dtype) * norm).nonzero()
+        errors = (slots - head[:, None]).square().sum((0, 2)).sqrt() / norm
+        near = (errors <= agreement(dtype)).nonzero()
         if len(near) != 1:
-            return None
+            return worst, []
         places.append(int(near))
-    return places
+        worst = max(worst, float(errors[int(near)]))
+    return worst, places
 
 
 def heads_at(places: list[int], d: int, group: int) -> Heads:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -197,14 +197,15 @@ def hidden_name(layer: Any) -> str:
     return next(iter(_names(type(layer))), "hidden_states")
 
 
-def bound(kind: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call of a layer of this class by name."""
     return dict(zip(_names(kind), args)) | kwargs
 
 
-@functools.cache
-def _names(kind: Hashable) -> tuple[str, ...]:
-    forward: Any = kind.forward  # type: ignore[attr-defined]
-    parameters = [*inspect.signature(forward).parameters.values()][1:]
+def _positional(kind: Any) -> tuple[str, ...]:
+    parameters = [*inspect.signature(kind.forward).parameters.values()][1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+
+
+_names: Callable[[Any], tuple[str, ...]] = functools.cache(_positional)

@@ -39,8 +39,9 @@ enum hfa_isa { HFA_PORTABLE = 0, HFA_NEON = 1, HFA_AVX2 = 2, HFA_AVX512 = 3, HFA
 enum hfa_format { HFA_DENSE = 0, HFA_INT8 = 1, HFA_INT4 = 2, HFA_CACHE_FORMATS = 3, HFA_INT2 = 3, HFA_INT3 = 4, HFA_FP4 = 5, HFA_FORMATS = 6 };
 /* relu2: relu(x)^2; quick_gelu: x * sigmoid(1.702 x), every operation rounded; the last is no layer's own */
 enum hfa_activation { HFA_SILU = 0, HFA_GELU_TANH = 1, HFA_GELU = 2, HFA_RELU = 3, HFA_RELU2 = 4, HFA_QUICK_GELU = 5, HFA_SIGMOID = 6 };
-/* weight * round(x / rms); round(x / rms * (1 + weight)); round(x / rms * weight); round((x - mean) / deviation * weight + bias) */
-enum hfa_norm_kind { HFA_NORM_NONE = 0, HFA_RMS = 1, HFA_RMS_UNIT = 2, HFA_RMS_ONCE = 3, HFA_LAYER_NORM = 4 };
+/* weight * round(x / rms); round(x / rms * (1 + weight)); round(x / rms * weight); round((x - mean) / deviation * weight + bias); the
+ * same with round(1 + weight) */
+enum hfa_norm_kind { HFA_NORM_NONE = 0, HFA_RMS = 1, HFA_RMS_UNIT = 2, HFA_RMS_ONCE = 3, HFA_LAYER_NORM = 4, HFA_LAYER_NORM_UNIT = 5 };
 enum hfa_norm_extent { HFA_EACH_HEAD = 0, HFA_ALL_HEADS = 1, HFA_WHOLE_ROW = 2 };
 enum hfa_rotary { HFA_NO_ROTARY = 0, HFA_HALVES = 1, HFA_PAIRS = 2, HFA_PAIRS_OF_HALVES = 3 };
 enum hfa_part { HFA_LAYER = 0, HFA_HALF = 1, HFA_ATTENTION = 2 };

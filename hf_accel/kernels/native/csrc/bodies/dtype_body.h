@@ -101,21 +101,32 @@ HFA_INLINE float NAME(mean)(const float *x, int64_t n) {
 
 /* Every product as stock rounds it, see enum hfa_norm_kind. */
 HFA_INLINE void NAME(norm_of_kind)(const float *x, const T *w, const T *b, int64_t n, float eps, const int64_t kind, float *out) {
-    float mean = kind == HFA_LAYER_NORM ? NAME(mean)(x, n) : 0.0f;
+    const int is_layer = kind == HFA_LAYER_NORM || kind == HFA_LAYER_NORM_UNIT;
+    float mean = is_layer ? NAME(mean)(x, n) : 0.0f;
     float inverse = 1.0f / sqrtf(NAME(sum_of_squares)(x, n, mean) / (float)n + eps);
     vf k = vf_set1(inverse), m = vf_set1(mean), one = vf_set1(1.0f);
     int64_t i = 0;
     for (; i + VW <= n; i += VW) {
-        vf v = vf_mul(kind == HFA_LAYER_NORM ? vf_sub(vf_load(x + i), m) : vf_load(x + i), k);
+        vf v = vf_mul(is_layer ? vf_sub(vf_load(x + i), m) : vf_load(x + i), k);
         if (kind == HFA_RMS) v = NAME(rounded)(v);
-        if (w) v = vf_mul(v, kind == HFA_RMS_UNIT ? vf_add(one, LOADV(w + i)) : LOADV(w + i));
+        if (w) {
+            vf g = LOADV(w + i);
+            if (kind == HFA_RMS_UNIT) g = vf_add(one, g);
+            if (kind == HFA_LAYER_NORM_UNIT) g = NAME(rounded)(vf_add(one, g));
+            v = vf_mul(v, g);
+        }
         if (b) v = vf_add(v, LOADV(b + i));
         vf_store(out + i, NAME(rounded)(v));
     }
     for (; i < n; i++) {
         float v = (x[i] - mean) * inverse;
         if (kind == HFA_RMS) v = ROUND1(v);
-        if (w) v *= kind == HFA_RMS_UNIT ? 1.0f + LOAD1(w + i) : LOAD1(w + i);
+        if (w) {
+            float g = LOAD1(w + i);
+            if (kind == HFA_RMS_UNIT) g += 1.0f;
+            if (kind == HFA_LAYER_NORM_UNIT) g = ROUND1(1.0f + g);
+            v *= g;
+        }
         if (b) v += LOAD1(b + i);
         out[i] = ROUND1(v);
     }
@@ -129,6 +140,7 @@ static void NAME(norm)(const float *x, const hfa_norm *norm, int64_t n, float *o
         case HFA_RMS_UNIT: NAME(norm_of_kind)(x, w, NULL, n, eps, HFA_RMS_UNIT, out); break;
         case HFA_RMS_ONCE: NAME(norm_of_kind)(x, w, NULL, n, eps, HFA_RMS_ONCE, out); break;
         case HFA_LAYER_NORM: NAME(norm_of_kind)(x, w, b, n, eps, HFA_LAYER_NORM, out); break;
+        case HFA_LAYER_NORM_UNIT: NAME(norm_of_kind)(x, w, b, n, eps, HFA_LAYER_NORM_UNIT, out); break;
         default: memmove(out, x, (size_t)n * sizeof(float));
     }
 }
@@ -149,27 +161,28 @@ static float NAME(activate1)(int activation, float x) {
 static void NAME(gate)(int activation, const float *gate, const float *up, int64_t n, float *out) {
     int64_t i = 0;
     vf one = vf_set1(1.0f), zero = vf_set1(0.0f), half = vf_set1(0.5f);
-    if (activation != HFA_GELU)
-        for (; i + VW <= n; i += VW) {
-            vf x = vf_load(gate + i), a;
-            if (activation == HFA_SILU) {
-                a = vf_div(x, vf_add(one, vf_exp(vf_sub(zero, x))));
-            } else if (activation == HFA_GELU_TANH) {
-                vf cube = vf_mul(vf_mul(x, x), x);
-                vf u = vf_mul(vf_set1(0.7978845608028654f), vf_fma(vf_set1(0.044715f), cube, x));
-                a = vf_mul(vf_mul(half, x), vf_add(one, vf_tanh(u)));
-            } else if (activation == HFA_QUICK_GELU) {
-                vf u = NAME(rounded)(vf_mul(vf_set1(1.702f), x));
-                a = vf_mul(x, NAME(rounded)(vf_div(one, vf_add(one, vf_exp(vf_sub(zero, u))))));
-            } else if (activation == HFA_SIGMOID) {
-                a = vf_div(one, vf_add(one, vf_exp(vf_sub(zero, x))));
-            } else {
-                a = vf_max(zero, x); /* keeps NaN */
-                if (activation == HFA_RELU2) a = vf_mul(a, a);
-            }
-            a = NAME(rounded)(a);
-            vf_store(out + i, up ? NAME(rounded)(vf_mul(a, vf_load(up + i))) : a);
+    for (; i + VW <= n; i += VW) {
+        vf x = vf_load(gate + i), a;
+        if (activation == HFA_SILU) {
+            a = vf_div(x, vf_add(one, vf_exp(vf_sub(zero, x))));
+        } else if (activation == HFA_GELU_TANH) {
+            vf cube = vf_mul(vf_mul(x, x), x);
+            vf u = vf_mul(vf_set1(0.7978845608028654f), vf_fma(vf_set1(0.044715f), cube, x));
+            a = vf_mul(vf_mul(half, x), vf_add(one, vf_tanh(u)));
+        } else if (activation == HFA_GELU) {
+            a = vf_mul(vf_mul(half, x), vf_add(one, vf_erf(vf_mul(x, vf_set1(0.7071067811865476f)))));
+        } else if (activation == HFA_QUICK_GELU) {
+            vf u = NAME(rounded)(vf_mul(vf_set1(1.702f), x));
+            a = vf_mul(x, NAME(rounded)(vf_div(one, vf_add(one, vf_exp(vf_sub(zero, u))))));
+        } else if (activation == HFA_SIGMOID) {
+            a = vf_div(one, vf_add(one, vf_exp(vf_sub(zero, x))));
+        } else {
+            a = vf_max(zero, x); /* keeps NaN */
+            if (activation == HFA_RELU2) a = vf_mul(a, a);
         }
+        a = NAME(rounded)(a);
+        vf_store(out + i, up ? NAME(rounded)(vf_mul(a, vf_load(up + i))) : a);
+    }
     for (; i < n; i++) {
         float a = ROUND1(NAME(activate1)(activation, gate[i]));
         out[i] = up ? ROUND1(a * up[i]) : a;

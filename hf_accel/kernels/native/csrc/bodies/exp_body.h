@@ -1,4 +1,4 @@
-/* Exponentials and hyperbolic tangents of fp32 vectors; included once per instruction set. */
+/* Exponentials, hyperbolic tangents and error functions of fp32 vectors; included once per instruction set. */
 
 #ifndef HFA_OWN_EXP
 /* exp by 2^n * p(r), |r| <= ln2/2; polynomial of Cephes expf (netlib.org/cephes), within 2 ulp. The clamps keep NaN
@@ -36,4 +36,22 @@ HFA_INLINE vf vf_tanh(vf x) {
     vf small = vf_fma(vf_mul(p, z), x, x);
     vf large = vf_sub(one, vf_div(vf_set1(2.0f), vf_add(vf_exp(vf_add(x, x)), one)));
     return vf_select_lt(vf_abs(x), vf_set1(0.625f), small, large);
+}
+
+/* erf: an odd rational function that is 1 to the last bits from 4 on (Eigen's, eigen.tuxfamily.org, generic_fast_erf); within 4 ulp.
+ * The clamps keep NaN. */
+HFA_INLINE vf vf_erf(vf a) {
+    vf x = vf_min(vf_set1(4.0f), vf_max(vf_set1(-4.0f), a));
+    vf z = vf_mul(x, x), p = vf_set1(-2.72614225801306e-10f), q = vf_set1(-1.45660718464996e-5f);
+    p = vf_fma(p, z, vf_set1(2.77068142495902e-8f));
+    p = vf_fma(p, z, vf_set1(-2.10102402082508e-6f));
+    p = vf_fma(p, z, vf_set1(-5.69250639462346e-5f));
+    p = vf_fma(p, z, vf_set1(-7.34990630326855e-4f));
+    p = vf_fma(p, z, vf_set1(-2.95459980854025e-3f));
+    p = vf_fma(p, z, vf_set1(-1.60960333262415e-2f));
+    q = vf_fma(q, z, vf_set1(-2.13374055278905e-4f));
+    q = vf_fma(q, z, vf_set1(-1.68282697438203e-3f));
+    q = vf_fma(q, z, vf_set1(-7.37332916720468e-3f));
+    q = vf_fma(q, z, vf_set1(-1.42647390514189e-2f));
+    return vf_div(vf_mul(p, x), q);
 }
