@@ -17,7 +17,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from hf_accel.core.model.discovery.activations import ACTIVATIONS, described_activation
 from hf_accel.core.model.discovery.norms import described_norm, normed
-from hf_accel.core.model.discovery.readings import Unexplained, the_only
+from hf_accel.core.model.discovery.readings import Unexplained, the_best, the_only
 
 SIZE = 24
 
@@ -127,6 +127,19 @@ def test_what_norms_compute(kind: str) -> None:
 def test_activations(module: nn.Module, name: str | None) -> None:
     assert described_activation(module) == name
     assert name is None or name in ACTIVATIONS
+
+
+@pytest.mark.parametrize(
+    "errors,chosen",
+    [((0.01, 0.04), None), ((0.01, 0.05), 0), ((0.05, 0.01), 1), ((0.0, 0.0), None), ((0.0, 1e-9), None)],
+)
+def test_a_reading_that_is_clearly_better(errors: tuple[float, float], chosen: int | None) -> None:
+    readings = [(error, index) for index, error in enumerate(errors)]
+    if chosen is not None:
+        assert the_best(readings, "it") == chosen
+        return
+    with pytest.raises(Unexplained, match="2 readings explain it"):
+        the_best(readings, "it")
 
 
 def test_one_reading_and_no_other() -> None:

@@ -18,8 +18,7 @@ import hf_accel
 from hf_accel import ConfigError, GPTQConfig, MixedPrecisionConfig, UnsupportedModelError, WeightOnlyConfig
 from hf_accel.assets import demo_path
 from hf_accel.core.config import Config
-from hf_accel.core.model.anatomy import Anatomy
-from hf_accel.core.model.anatomy import SIBLING_NAMES
+from hf_accel.core.model.anatomy import SIBLING_NAMES, Anatomy
 from hf_accel.core.model.shadow import twin
 from hf_accel.core.steps.patcher import Patcher
 from hf_accel.core.steps.setting import Setting
