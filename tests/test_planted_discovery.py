@@ -85,7 +85,8 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         every_attention_is_causal, left("not causal"),
     ),
     "no factors": (
-        instead(layer._Layer, "_numbers", lambda self: [1.0]), lambda: test_discovery_layers.test_structures(novel.scaled),
+        instead(layer._Layer, "_numbers", lambda self: [1.0]),
+        lambda: test_discovery_layers.test_structures(novel.scaled),
     ),
     "no feed-forward part as it is": (
         instead(layer._Layer, "_modules", lambda self: iter(())),

@@ -1,4 +1,4 @@
-"""Layers of the architectures that transformers knows run natively, with stock's text, as docs/architectures.md says."""
+"""Layers of the architectures of transformers run natively, with stock's text, as docs/architectures.md says."""
 
 from __future__ import annotations
 
