@@ -107,6 +107,7 @@ class Layer(nn.Module):
         super().__init__()
         self.mix, self.feed, self.order, self.half = mixer(config, index), feed(config), order, 0.5
         self.one, self.two, self.three, self.four = (Scale(config.hidden_size) for _ in range(4))
+        self.aside = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **more: Any) -> Tensor:
         positions, cache = more["position_ids"], more.get(CACHE)
@@ -144,6 +145,14 @@ def scaled(layer: Layer, x: Tensor, mixed: Any) -> Tensor:
 
 def scaled_at_its_end(layer: Layer, x: Tensor, mixed: Any) -> Tensor:
     return sequential(layer, x, mixed) * layer.half
+
+
+def with_something_aside(layer: Layer, x: Tensor, mixed: Any) -> Tensor:
+    return sequential(layer, x, mixed) + layer.aside(x)
+
+
+def with_a_weight_of_its_own(layer: Any, x: Tensor, mixed: Any) -> Tensor:
+    return sequential(layer, x, lambda y: layer.lift * mixed(y))
 
 
 def clamped(layer: Layer, x: Tensor, mixed: Any) -> Tensor:

@@ -117,11 +117,28 @@ def not_causal(config: Any, index: int) -> novel.Mixer:
     return made
 
 
+def with_zeros_aside() -> Any:
+    """Return a model of which a part does nothing yet, as before it is trained or its weights are loaded."""
+    model = novel.novel(novel.with_something_aside)
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.aside.weight)
+    return model
+
+
+def with_ones_in_front() -> Any:
+    model = novel.novel(novel.with_a_weight_of_its_own)
+    for layer in model.model.layers:
+        layer.lift = nn.Parameter(torch.ones(()))
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "clamped": (lambda: novel.novel(novel.clamped), "it clamps values"),
     "a norm of the sum": (lambda: novel.novel(novel.normed_sum), "nothing known explains"),
     "a hidden number": (lambda: novel.novel(novel.scaled_by_a_number_in_the_code), "nothing known explains"),
     "queries by position": (lambda: novel.novel(mixer=novel.MixerByPosition), "something else from position 1024 on"),
+    "zeros aside": (with_zeros_aside, "aside.weight is a weight of which nothing is known"),
+    "ones in front": (with_ones_in_front, "lift is a weight of which nothing is known"),
     "not causal": (lambda: novel.novel(mixer=not_causal), "its attention is not causal"),
 }
 
@@ -141,7 +158,9 @@ def attribute(model: Any) -> None:
 
 
 def module(model: Any) -> None:
-    model.model.layers[1].feed.thin = nn.Sequential(model.model.layers[1].feed.thin, nn.Tanh())
+    before = model.model.layers[1].feed.thin
+    model.model.layers[1].feed.thin = nn.Linear(before.in_features, before.out_features, bias=False)
+    model.model.layers[1].feed.thin.weight = nn.Parameter(before.weight.detach().flip(0))
 
 
 def weight(model: Any) -> None:

@@ -10,7 +10,7 @@ import test_discovery_heads
 import test_discovery_layers
 import test_discovery_parts
 import torch
-from planting import Defect, Patch, Test, instead, is_red, result
+from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
 from hf_accel.core.model.discovery import activations, attention, discovering, heads, hearing, layer, norms
 from hf_accel.core.model.discovery.forms import AngleForm, CallForm
@@ -83,6 +83,9 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     ),
     "every attention is causal": (
         every_attention_is_causal, left("not causal"),
+    ),
+    "weights that nobody asks about": (
+        instead(layer._Layer, "_check_nothing_is_left", nothing), left("zeros aside"),
     ),
     "no factors": (
         instead(layer._Layer, "_numbers", lambda self: [1.0]),
