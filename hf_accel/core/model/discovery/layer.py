@@ -125,6 +125,7 @@ class _Layer:
         if any(apart not in running for running in record.clamps):
             raise Unexplained("it clamps values")
         names |= {"q": attention.q.norm, "k": attention.k.norm, "v": attention.v.norm}
+        self._check_nothing_is_left(part, [form.path for form in names.values() if form is not None])
         heads = attention.q if attention.q.norm is not None else attention.k
         heard = attention.heard
         return BlockForm(
@@ -158,6 +159,19 @@ class _Layer:
             out_scale=out_scale,
             is_parallel=is_parallel,
         )
+
+    def _check_nothing_is_left(self, part: _FeedForward, norms: list[str]) -> None:
+        """Raise Unexplained for weights of what ran that nothing takes into account: they may be zeros only today."""
+        attention = self.attention
+        rows = [rows.path for rows in (part.gate, part.up) if rows is not None]
+        used = {*norms, *rows, part.down, attention.o.path, *(call.path for call in attention.projections)}
+        ran = {"", *(call.path for call in self.record.calls)}
+        for path, module in self.record.layer.named_modules():
+            if path not in ran or path in used or f"{path}.".startswith(f"{part.module}."):
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (path, name) != (attention.path, attention.sinks):
+                    raise Unexplained(f"{path}.{name}".lstrip(".") + " is a weight of which nothing is known")
 
     def _structures(self, x: Tensor, attended: Tensor, part: _FeedForward) -> Iterator[_Structure]:
         """Yield what explains the layer's output with this feed-forward part."""
