@@ -97,7 +97,8 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
                 host.journal.swap_class(layer, made)
         extents = " or ".join(str(rows) for rows in sorted({step.extent.many for step in steps})) or str(few)
         summary = f"{len(steps)} decoder layers run in one native call for up to {extents} rows"
-        return Change(summary, skipped=tuple(skipped))
+        kinds = dict.fromkeys(str(step.block.form) for step in steps)
+        return Change(f"{summary}; found: {' | '.join(kinds)}", skipped=tuple(skipped))
 
 
 def _replacement(step: BlockStep) -> Replacement:
@@ -194,7 +195,7 @@ def native_step(
     if reserve is None or not (is_audit or step.is_current()):
         return None
     cos, sin = angles if form.angles.is_plain else step.turned(angles)
-    if hidden.dtype is not step.dtype or (cos is not None and cos.dtype is not step.dtype):
+    if hidden.dtype is not step.dtype or not (cos is None or cos.dtype in (step.dtype, torch.float32)):
         return None
     reserved = reserve(batch, tokens, block.kv_heads, block.head_dim, hidden.dtype, hidden.device)
     if reserved is None:

@@ -41,6 +41,7 @@ def native_parts(block: DecoderBlock) -> tuple[native.BlockShape, native.BlockWe
         norms_after_rotary=form.norms_after_rotary,
         rotary=form.rotary,
         rotary_size=form.rotary_size or None,
+        rotates_once=form.rotates_once,
         part="layer" if form.feed_forward is None else "half",
     )
     norms: dict[str, Any] = {f"{name}_norm": _norm(block, name) for name in form.norms if name != "mlp_out" or up}

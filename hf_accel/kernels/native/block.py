@@ -35,7 +35,7 @@ _HEAD = struct.Struct("=16q4d")
 _HEADS = struct.Struct("=3q")
 _NORM = struct.Struct("=2Qqd")
 _LAST = struct.Struct("=2Q")
-_CALL = struct.Struct("=7Q19qQqQ")
+_CALL = struct.Struct("=7Q19qQqQq")
 _NO_MATRIX = bytes(MATRIX.size)
 _NO_HEADS = _HEADS.pack(-1, 0, 0)
 _NO_NORM = bytes(_NORM.size)
@@ -139,8 +139,8 @@ class NativeBlock:
     ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The layer's output [B, T, E] for hidden [B, T, E] contiguous; memory for at most 128 rows at a time.
 
-        cos, sin [1 or B, T, R] in the dtype of the weights, or None without rotary; keys, values: the buffers
-        [B, G, C, D] with the last dimension contiguous and C >= past + T; positions past..past+T-1 are written,
+        cos, sin [1 or B, T, R] in the dtype of the weights or in fp32, or None without rotary; keys, values: the
+        buffers [B, G, C, D] with the last dimension contiguous and C >= past + T; positions past..past+T-1 are written,
         first..past+T-1 attended to (causally without a mask). mask: bool (true: visible) or additive in the dtype,
         [1 or B, 1, T, past+T-first].
         A query that a bool mask hides everything from gets zeros from the attention. No autograd.
@@ -210,6 +210,7 @@ class NativeBlock:
             0 if row_past is None else row_past.data_ptr(),
             FORMATS[bits],
             0 if normed is None else normed.data_ptr(),
+            int(cos is not None and cos.dtype is torch.float32),
         )
         if row_past is not None and (
             row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()

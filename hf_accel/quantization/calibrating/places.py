@@ -54,7 +54,7 @@ def places_of(block: DecoderBlock, products: Sequence[Product], model: nn.Module
         norm = block.norm(name)
         if norm is None:
             reasons.append("where products read the residual as it is")
-        elif form.norms[name].kind == "layer" or form.norms[name].weight != "weight":
+        elif form.norms[name].kind.startswith("layer") or form.norms[name].weight != "weight":
             reasons.append("where a layer norm comes before")
         else:
             candidates.append((norm, None, readers, parent))

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from hf_accel.core.model.discovery.forms import AngleForm
-from hf_accel.core.model.discovery.heads import Angles, CalledNorm, HeadsForm, Projected, find_gate, find_heads
+from hf_accel.core.model.discovery.heads import (
+    Angles,
+    CalledNorm,
+    HeadsForm,
+    Projected,
+    find_gate,
+    find_heads,
+    rotated,
+)
 from hf_accel.core.model.discovery.hearing import Heard
 from hf_accel.core.model.discovery.listening import Call, Recorded
 from hf_accel.core.model.discovery.norms import described_norm
@@ -30,6 +38,7 @@ class AttentionForm:
     v: HeadsForm
     gate: Heads | None
     sinks: str | None
+    rotates_once: bool
 
     @property
     def read(self) -> Tensor:
@@ -72,9 +81,31 @@ def described_attention(record: Recorded, products: list[Call], dtype: torch.dty
     turning = [one for one in angles if one.form == q.angles]
     k = find_heads("its keys", heard.key, projected, norms, turning, 1, dtype)
     v = find_heads("its values", heard.value, projected, norms, (), 1, dtype)
+    once = _rotates_once(heard.query, q, projected, turning, norms, dtype)
     gate = find_gate(heard.output, o.given, projected, group, dtype)
     _check_together(q, k, v, norms)
-    return AttentionForm(path, heard, tuple(projections), o, q, k, v, gate, _sinks(heard))
+    return AttentionForm(path, heard, tuple(projections), o, q, k, v, gate, _sinks(heard), once)
+
+
+def _rotates_once(
+    query: Tensor, q: HeadsForm, projected: Projected, angles: list[Angles], norms: list[CalledNorm], dtype: torch.dtype
+) -> bool:
+    """Return whether turning rounds its result alone and not each product: by what is nearer to the queries."""
+    if not angles or q.rotary == "none" or q.is_normed_after or dtype in (torch.float32, torch.float64):
+        return False
+    batch, heads, tokens, d = query.shape
+    rows = projected.rows.unfold(1, d, 1)
+    slots = torch.stack([rows[:, place] for place in q.places], 1)
+    norm = next((norm for norm in norms if q.norm is not None and norm.form.path == q.norm.path), None)
+    if norm is not None and q.norm_extent == "head":
+        slots = norm(slots).to(dtype).double()
+    elif norm is not None:
+        return False
+    cos, sin = (t.expand(batch, *t.shape[1:]).reshape(batch * tokens, 1, -1) for t in (angles[0].cos, angles[0].sin))
+    found = query.transpose(1, 2).reshape(batch * tokens, heads, d)
+    once = rotated(q.rotary, slots, cos, sin).to(dtype)
+    by_steps = rotated(q.rotary, slots.to(dtype), cos.to(dtype), sin.to(dtype))
+    return bool((once == found).sum() > (by_steps == found).sum())
 
 
 def _factors(heard: Heard) -> list[float]:

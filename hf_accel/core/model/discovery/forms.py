@@ -107,6 +107,7 @@ class BlockForm:
     norms_after_rotary: bool
     rotary: Rotary
     rotary_size: int
+    rotates_once: bool
     angles: AngleForm
     activation: str
     scale: float
@@ -115,3 +116,12 @@ class BlockForm:
     residual_scale: float
     out_scale: float
     is_parallel: bool
+
+    def __str__(self) -> str:
+        """Say in a few words what the layer is made of."""
+        kinds = dict.fromkeys(form.kind for form in self.norms.values())
+        order = "parallel" if self.is_parallel else "sequential"
+        turned = "no rotary" if self.rotary == "none" else f"rotary {self.rotary} of {self.rotary_size}"
+        part = "a module of its own" if self.up is None else f"{'gated ' if self.gate else ''}{self.activation}"
+        heads = f"{self.heads} heads over {self.kv_heads}"
+        return f"{order}, norms {' and '.join(kinds)} ({', '.join(self.norms)}), {heads}, {turned}, feed-forward {part}"

@@ -69,7 +69,7 @@ class CalledNorm:
 
 @dataclass(frozen=True)
 class HeadsForm:
-    """Where heads lie, and how they are normed, turned by which angles, and multiplied.
+    """Where heads lie, and how they are normed, turned by which angles, and multiplied. places: of each head in a row.
 
     norm_extent: see `hf_accel.kernels.native.BlockShape`.
     """
@@ -82,6 +82,7 @@ class HeadsForm:
     angles: AngleForm
     rotary_size: int
     factor: float
+    places: tuple[int, ...]
 
 
 def rotated(style: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -135,7 +136,10 @@ def find_heads(
                         form, size = (AngleForm(), 0) if one is None else (one.form, one.cos.shape[-1])
                         where = heads_at(places, d, group)
                         used = None if norm is None else norm.form
-                        found.append((error, HeadsForm(where, used, extent, is_last, rotary, form, size, factor)))
+                        starts = tuple(place * d for place in places)
+                        found.append(
+                            (error, HeadsForm(where, used, extent, is_last, rotary, form, size, factor, starts))
+                        )
     return the_best(found, what)
 
 

@@ -150,6 +150,7 @@ class _Layer:
             norms_after_rotary=heads.is_normed_after,
             rotary=attention.q.rotary,
             rotary_size=attention.q.rotary_size,
+            rotates_once=attention.rotates_once,
             angles=attention.q.angles,
             activation=part.activation,
             scale=heard.scale * attention.q.factor,

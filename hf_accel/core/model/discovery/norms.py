@@ -70,8 +70,8 @@ def described_norm(path: str, module: nn.Module, size: int) -> NormForm:
             raise Unexplained(f"{path} is no norm of one input") from error
         found = {
             (kind, eps)
-            for kind in ("rms", "rms_unit", "layer")
-            if kind != "rms_unit" or weight is not None
+            for kind in ("rms", "rms_unit", "layer", "layer_unit")
+            if not kind.endswith("unit") or weight is not None
             for eps in dict.fromkeys((*given.values(), *_EPSILONS))
             if _worst_row(normed(kind, eps, x.double(), w, b), expected) < agreement(torch.float32)
         }
@@ -87,11 +87,11 @@ def described_norm(path: str, module: nn.Module, size: int) -> NormForm:
 
 def normed(kind: str, eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return rows of x, or their last dimension, normed; without roundings in between."""
-    if kind == "layer":
+    if kind.startswith("layer"):
         x = x - x.mean(-1, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        x = x * (1 + weight if kind == "rms_unit" else weight)
+        x = x * (1 + weight if kind.endswith("unit") else weight)
     return x if bias is None else x + bias
 
 

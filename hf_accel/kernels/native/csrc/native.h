@@ -113,6 +113,7 @@ typedef struct {
     const int64_t *row_past;
     int64_t format; /* of keys and values: HFA_DENSE, or rows of bytes as in cached.h, whose strides are in bytes */
     void *normed;   /* [B,T,E], of an attention half: what its feed-forward part reads; `out` is the residual then */
+    int64_t angles_are_f32; /* cos and sin; else of the dtype */
 } hfa_block_call;
 
 /* Attention over a piece of a cache, to be merged with others. query [B,H,T,D]; keys [B,G,n,D] and values [B,G,n,Dv] as in

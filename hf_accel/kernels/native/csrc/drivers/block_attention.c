@@ -66,13 +66,13 @@ static void prepare_head(const hfa_block_run *run, float *x, const hfa_norm *nor
 /* cos and sin of token t as `rotate` wants them */
 static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *angles) {
     const hfa_block_call *call = run->call;
-    int64_t size = run->kernels->element, count = rotary_size(run), half = count / 2;
+    const hfa_kernels *kernels = call->angles_are_f32 ? run->single : run->kernels;
+    int64_t size = kernels->element, count = rotary_size(run), half = count / 2;
     if (!run->block->rotary) return;
     if (run->block->rotary == HFA_PAIRS_OF_HALVES) count = half;
     b += run->sequence, t += run->token;
-    run->kernels->load((const char *)call->cos + (b * call->cos_stride_b + t * call->cos_stride_t) * size, angles, count);
-    run->kernels->load((const char *)call->sin + (b * call->sin_stride_b + t * call->sin_stride_t) * size,
-                       angles + HFA_MAX_HEAD_DIM, count);
+    kernels->load((const char *)call->cos + (b * call->cos_stride_b + t * call->cos_stride_t) * size, angles, count);
+    kernels->load((const char *)call->sin + (b * call->sin_stride_b + t * call->sin_stride_t) * size, angles + HFA_MAX_HEAD_DIM, count);
     if (run->block->rotary == HFA_HALVES) return;
     for (float *to = angles; to <= angles + HFA_MAX_HEAD_DIM; to += HFA_MAX_HEAD_DIM) {
         for (int64_t i = 0; run->block->rotary == HFA_PAIRS && i < half; i++) to[i] = to[2 * i];
