@@ -234,3 +234,8 @@ def test_describing_leaves_the_model_alone() -> None:
     assert not fired
     assert {name: vars(module).copy() for name, module in model.named_modules()} == before
     handle.remove()
+
+
+def test_configs_may_hold_anything() -> None:
+    config = {"patches": {1: 4}, "text": {"max_position_embeddings": 9, "seq_length": 5, "n_ctx": None}, "hidden": 7}
+    assert sorted(discovering._lengths(config)) == [5, 9]
