@@ -120,11 +120,11 @@ TINY: dict[str, Tiny] = {
             "v_head_dim": 12,
         },
     ),
-    # hf_accel has no description of a StableLM layer (layer norms with bias, partial rotary)
-    "stablelm": Tiny("stablelm", SMALL | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    # no layer of BitNet is understood: a norm lies between attention and its output product
+    "bitnet": Tiny("bitnet", SMALL),
 }
 NAMES = list(TINY)
-UNDESCRIBED = "stablelm"
+UNDESCRIBED = "bitnet"
 # one of each kind that our paths tell apart: native layers, windows, fused, biases, learned positions
 FEW = ["llama", "gemma3", "qwen2", "gpt2"]
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_accel.core.drift import CACHE
 
-NAMES = ["llama", "gemma3", "gpt2", "stablelm"]
+NAMES = ["llama", "gemma3", "gpt2", "bitnet"]
 TOKENS = 9
 # the model drafts for itself, has a draft, or drafts for another model in "self", "draft" and "drafts"
 STRATEGIES = ["greedy", "sample", "beams", "lookup", "self", "draft", "drafts"]

@@ -185,7 +185,7 @@ def test_rows_that_see_nothing_are_stocks() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3", "stablelm"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3", "bitnet"])
 def test_padded_batches_and_verification_steps(name: str) -> None:
     stock = build(name)
     patched = optimised(stock, [AttentionConfig()])

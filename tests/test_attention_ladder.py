@@ -198,11 +198,11 @@ def test_auto_takes_what_was_faster_by_kind_and_length(monkeypatch: pytest.Monke
 def test_where_nothing_is_faster_it_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladders, "chosen", lambda kind, *_: (Chosen(str(kind), 32, "stock", 1.0),))
     monkeypatch.setattr(ladders, "grouped_gain", lambda *_: 1.0)
-    plan = hf_accel.plan(build("stablelm"))
+    plan = hf_accel.plan(build("bitnet"))
     skipped = {skip.what: skip.reason for skip in plan.skipped}
     assert skipped["AttentionConfig"] == "no attention kernel here is faster than stock's"
-    model = optimised("stablelm", "auto")  # where it is named it does no harm
-    assert_equal_calls(build("stablelm"), model, lambda m: m.generate(**padded(LENGTHS), max_new_tokens=3))
+    model = optimised("bitnet", "auto")  # where it is named it does no harm
+    assert_equal_calls(build("bitnet"), model, lambda m: m.generate(**padded(LENGTHS), max_new_tokens=3))
 
 
 def test_trials_choose_what_is_shown_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:

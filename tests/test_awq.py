@@ -33,7 +33,9 @@ from hf_accel.quantization.targets import targets
 TEXT = prompt(10, 48)
 AWQ = GPTQConfig(bits=3, group_size=32, scaling="awq", solver="nearest", head=None)
 BOTH = GPTQConfig(bits=3, group_size=32, scaling="awq", head=None)
-DESCRIBED = [name for name, tiny in TINY.items() if Anatomy.of(build(name)).blocks]
+DESCRIBED = [
+    name for name in TINY if any(b.form.norms["input"].kind.startswith("rms") for b in Anatomy.of(build(name)).blocks)
+]
 
 
 def uneven(name: str, heads: int | None = None) -> Any:
@@ -51,7 +53,7 @@ def uneven(name: str, heads: int | None = None) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in Anatomy.of(model).blocks:
-            for norm in (block.input_norm, block.mlp_norm):
+            for norm in (block.norm("input"), block.norm("mlp")):
                 strong = torch.rand(len(norm.weight), generator=generator) < 0.1
                 norm.weight[strong] = norm.weight[strong] * 12 + 3
     return model

@@ -149,11 +149,6 @@ def test_config_has_one_row(config: type) -> None:
     assert len(rows) == 1, f"docs/configs.md has {len(rows)} rows for {config.__name__}; it needs one"
 
 
-def test_the_architectures_with_native_layers_are_named() -> None:
-    [row] = re.findall(r"^\| (.*?) \| yes \| yes \| yes \|$", (ROOT / "docs" / "usage.md").read_text(), re.MULTILINE)
-    assert {name.removesuffix("_text") for name in STYLES} == set(row.split(", "))
-
-
 def test_shapes_are_in_the_reference() -> None:
     reference = (ROOT / "docs" / "reference.md").read_text()
     assert all(f"`{name}`" in reference for name in SHAPES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from catalogue import exact
 from fingerprint import changes, fingerprint
-from models import build, padded, prompt
+from models import UNDESCRIBED, build, padded, prompt
 
 import hf_accel
 import hf_accel.planner.timing
@@ -122,10 +122,10 @@ def test_a_hooked_layer_runs_as_it_is_and_the_report_says_so(part: str) -> None:
 def test_a_layer_that_is_not_as_described_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     layer = model.model.layers[2]
-    layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
+    layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj, torch.nn.Tanh())
     expected = text(model)
     hf_accel.optimize(model, [KVCacheConfig(), DecoderBlockConfig(), DecodingConfig()])
-    assert "layer 2 runs as it is" in reasons(model, "DecoderBlockConfig")
+    assert "layers.2 runs as it is: self_attn.o_proj.1, a Tanh, is no norm" in reasons(model, "DecoderBlockConfig")
     calls: list[int] = []
     call = native.NativeBlock.__call__
     monkeypatch.setattr(native.NativeBlock, "__call__", lambda *a, **k: (calls.append(1), call(*a, **k))[1])
@@ -185,8 +185,8 @@ def test_a_step_that_writes_other_logits_is_left_out(monkeypatch: pytest.MonkeyP
     from hf_accel.cache.layers.growing import GrowingLayer
 
     update = GrowingLayer.update
-    monkeypatch.setattr(GrowingLayer, "update", lambda s, k, v, *a, **o: update(s, k, v * 1.05, *a, **o))
-    model = build("stablelm")
+    monkeypatch.setattr(GrowingLayer, "update", lambda s, k, v, *a, **o: update(s, k * 1.05, v, *a, **o))
+    model = build(UNDESCRIBED)
     expected = text(model)
     hf_accel.optimize(model)
     assert "logits differ from stock's" in reasons(model, "KVCacheConfig")

@@ -91,7 +91,7 @@ def test_an_undescribed_architecture_gets_what_is_safe(monkeypatch: pytest.Monke
     hf_accel.optimize(model)
     found = hf_accel.report(model)
     assert "DecodingConfig" in {type(step.config).__name__ for step in found.applied}
-    assert UNDESCRIBED in skips(found)["DecoderBlockConfig"]
+    assert type(model).__bases__[0].__name__ in skips(found)["DecoderBlockConfig"]
     assert torch.equal(text(model), expected)
 
 

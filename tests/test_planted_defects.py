@@ -225,8 +225,8 @@ def grouped_attention_with_other_groups(patch: Patch) -> None:
 def native_layer_without_mask(patch: Patch) -> None:
     call = NativeBlock.__call__
 
-    def wrong(self, hidden, cos, sin, keys, values, past, first=0, mask=None):
-        return call(self, hidden, cos, sin, keys, values, past, first, None)
+    def wrong(self, hidden, cos, sin, keys, values, past, first=0, mask=None, *rest):
+        return call(self, hidden, cos, sin, keys, values, past, first, None, *rest)
 
     patch.setattr(NativeBlock, "__call__", wrong)
 
@@ -234,15 +234,15 @@ def native_layer_without_mask(patch: Patch) -> None:
 def native_layer_at_another_position(patch: Patch) -> None:
     call = NativeBlock.__call__
 
-    def wrong(self, hidden, cos, sin, keys, values, past, first=0, mask=None):
+    def wrong(self, hidden, cos, sin, keys, values, past, first=0, mask=None, *rest):
         ones, zeros = torch.ones_like(cos), torch.zeros_like(sin)
-        return call(self, hidden, ones, zeros, keys, values, past, first, mask)
+        return call(self, hidden, ones, zeros, keys, values, past, first, mask, *rest)
 
     patch.setattr(NativeBlock, "__call__", wrong)
 
 
 DEFECTS: dict[Callable[[Patch], None], str] = {
-    lean_inputs_without_mask: "stablelm",
+    lean_inputs_without_mask: "bitnet",
     mask_grown_by_zeros: "llama",
     positions_from_the_mask: "llama",
     positions_that_stand_still: "gemma3",
@@ -255,14 +255,14 @@ DEFECTS: dict[Callable[[Patch], None], str] = {
     raw_logits_as_scores: "gpt2",
     keyword_dropped: "gpt2",
     lean_inputs_for_everything: "gpt2",
-    append_off_by_one: "stablelm",
-    append_over_the_last_token: "gpt2",
+    append_off_by_one: "bitnet",
+    append_over_the_last_token: "bitnet",
     reserve_off_by_one: "llama",
-    crop_one_too_few: "stablelm",
+    crop_one_too_few: "bitnet",
     window_off_by_one: "gemma3",
     beams_not_reordered: "gpt2",
-    grouped_attention_without_mask: "stablelm",
-    grouped_attention_with_other_groups: "stablelm",
+    grouped_attention_without_mask: "bitnet",
+    grouped_attention_with_other_groups: "bitnet",
     native_layer_without_mask: "llama",
     native_layer_at_another_position: "gemma3",
 }

@@ -38,8 +38,8 @@ def drafting_copies_keep_hooks(patch: Patch) -> None:
 def one_odd_layer_switches_off_all(patch: Patch) -> None:
     find = anatomy.described_blocks
 
-    def wrong(model: Any) -> Any:
-        found, odd, missing = find(model)
+    def wrong(model: Any, known: Any = None) -> Any:
+        found, odd, missing = find(model, known)
         return ([], (), odd[0]) if odd else (found, odd, missing)
 
     patch.setattr(anatomy, "described_blocks", wrong)

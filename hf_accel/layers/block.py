@@ -227,6 +227,7 @@ def with_feed_forward(block: DecoderBlock, residual: torch.Tensor, normed: torch
     """Return the layer's output after its attention half, with the feed-forward part as the module it is."""
     found: Any = block.feed_forward(normed)  # type: ignore[misc]
     added: torch.Tensor = found[0] if isinstance(found, tuple) else found
+    added = added.view(residual.shape)  # some give flat rows
     norm, form = block.norm("mlp_out"), block.form
     if norm is not None:
         added = norm(added)

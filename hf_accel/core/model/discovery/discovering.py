@@ -89,7 +89,7 @@ def _lengths(config: dict[str, Any]) -> Iterator[int]:
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _lengths(value)
-        elif type(value) is int and _LENGTH.search(name):
+        elif type(value) is int and _LENGTH.search(str(name)):
             yield value
 
 

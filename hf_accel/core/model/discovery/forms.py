@@ -15,7 +15,7 @@ from hf_accel.kernels.native import Heads
 Extent = Literal["head", "heads", "row"]
 Rotary = Literal["halves", "pairs", "pairs_of_halves", "none"]
 # arguments that a layer hands on, or of which it has no use once it is given its mask and angles
-CARRIED = frozenset({"position_embeddings", "position_ids", "cache_position", "use_cache"})
+CARRIED = frozenset({"position_embeddings", "position_ids", "cache_position", "use_cache", "logits_to_keep"})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ R = TypeVar("R")
 _AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+_ROUNDING = 1e-7  # of single precision: readings that leave no more are as good as one another
 _CLEARLY_LESS = 4
 
 
@@ -47,7 +48,7 @@ def the_best(readings: Iterable[tuple[float, R]], what: str) -> R:
     Raises: Unexplained, as `the_only`.
     """
     found = sorted(readings, key=lambda reading: reading[0])
-    if len(found) > 1 and found[0][0] * _CLEARLY_LESS <= found[1][0]:
+    if len(found) > 1 and max(found[0][0], _ROUNDING) * _CLEARLY_LESS < found[1][0]:
         found = found[:1]
     return the_only((reading for _, reading in found), what)
 
