@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import novel
@@ -31,15 +30,6 @@ def every_attention_is_causal(patch: Patch) -> None:
 
 def the_first_reading(readings: Any, what: str) -> Any:
     return next(iter(readings))[1]
-
-
-def one_axis_for_all_columns(patch: Patch) -> None:
-    of = AngleForm.of
-
-    def wrong(self: AngleForm, given: Any) -> Any:
-        return of(self, given) if self.axes is None else of(replace(self, axes=(0,) * len(self.axes)), given)
-
-    patch.setattr(AngleForm, "of", wrong)
 
 
 def left(case: str) -> Test:
@@ -82,8 +72,9 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         instead(AngleForm, "of", lambda self, given: (given[0][0], given[1][0])),
         test_discovery_heads.test_angles_by_axis,
     ),
-    "one axis for images": (
-        one_axis_for_all_columns, lambda: test_image_text.test_text_after_images("qwen2_vl"),
+    "calls after images that never fit": (
+        instead(CallForm, "fits", lambda self, arguments: False),
+        lambda: test_image_text.test_text_after_images("qwen2_vl"),
     ),
     "norms by their weights alone": (
         instead(CalledNorm, "read", lambda *given, **options: True),
