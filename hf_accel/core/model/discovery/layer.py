@@ -16,7 +16,7 @@ from hf_accel.core.model.discovery.attention import AttentionForm, described_att
 from hf_accel.core.model.discovery.forms import CARRIED, BlockForm, CallForm, Rows
 from hf_accel.core.model.discovery.listening import Call, Recorded, hidden_name
 from hf_accel.core.model.discovery.norms import NormForm, described_norm, is_leaf
-from hf_accel.core.model.discovery.readings import Unexplained, agrees, the_only
+from hf_accel.core.model.discovery.readings import Unexplained, agrees, the_best, the_only
 from hf_accel.kernels.weights import PackedProduct
 
 
@@ -91,31 +91,29 @@ class _Layer:
                 continue  # an activation, or what a module of experts has
         return found
 
-    def normed_from(self, value: Tensor, place: int, given: Tensor) -> NormForm | None:
-        """Return the norm that makes `value`, which lay at `place`, of `given`; None where it is as it is.
-
-        Raises: Unexplained.
-        """
-        if self.same(value, given):
+    def input_norm(self) -> NormForm | None:
+        """Return the norm between the layer's input and what attention reads; None: it reads the input as it is."""
+        read, place = self.attention.read, self.attention.projections[0].given_at
+        if torch.equal(read, self.record.given):
             return None
-        found = [n for n in self.norms if self.same(n[1].given, given) and self.same(n[1].returned, value)]
+        found = [
+            n for n in self.norms if torch.equal(n[1].given, self.record.given) and torch.equal(n[1].returned, read)
+        ]
         if len(found) > 1:  # norms of equal weights, as in a model that was not trained
             found = [(form, call) for form, call in found if call.returned_at == place]
-        return the_only((form for form, _ in found), "what one of its parts reads")
+        return the_only((form for form, _ in found), "what its attention reads")
 
     def norm_after(self, value: Tensor) -> tuple[NormForm | None, Tensor]:
         """Return the norm that reads `value`, which a part of the layer gives, and what it makes of it."""
         for form, call in self.norms:
-            if self.same(call.given, value):
+            if torch.equal(call.given, value):
                 return form, call.returned
         return None, value
 
     def form(self) -> BlockForm:
         record, attention = self.record, self.attention
         x = record.given
-        names: dict[str, NormForm | None] = {
-            "input": self.normed_from(attention.read, attention.projections[0].given_at, x)
-        }
+        names: dict[str, NormForm | None] = {"input": self.input_norm()}
         names["attention_out"], attended = self.norm_after(attention.o.returned)
         part, structure = self._around(x, attended)
         names["mlp_out"], names["mlp"], scale, out_scale, is_parallel = structure
@@ -174,25 +172,41 @@ class _Layer:
                 if parameter is not None and (path, name) != (attention.path, attention.sinks):
                     raise Unexplained(f"{path}.{name}".lstrip(".") + " is a weight of which nothing is known")
 
-    def _structures(self, x: Tensor, attended: Tensor, part: _FeedForward) -> Iterator[_Structure]:
-        """Yield what explains the layer's output with this feed-forward part."""
+    def _structures(self, x: Tensor, attended: Tensor, part: _FeedForward) -> Iterator[tuple[float, _Structure]]:
+        """Yield what explains the layer's output with this feed-forward part, and the share of it that is left.
+
+        Sums are made in the layer's own dtype: beside a large residual what joins it is less than what rounding is.
+        """
         norm_after, fed = self.norm_after(part.gives)
-        x, attended, fed, out = (t.double() for t in (x, attended, fed, self.record.returned))
-        for scale in self._numbers():
-            for out_scale in self._numbers():
-                between = x + scale * attended
-                if self.same((between + scale * fed) * out_scale, out):
-                    norms = []
-                    for given, is_parallel in ((between, False), (x, True)):
-                        try:
-                            norm = self.normed_from(part.read, part.read_at, given.to(self.dtype))
-                            norms.append((norm, is_parallel))
-                        except Unexplained:
-                            continue
-                    if not norms and self.same(part.read, self.attention.read):
-                        norms.append((None, True))
-                    for norm, is_parallel in norms:
-                        yield norm_after, norm, scale, out_scale, is_parallel
+        out = self.record.returned
+        for norm, is_parallel, read in self._read_by(part):
+            for scale in self._numbers():
+                a, f = (t if scale == 1.0 else t * scale for t in (attended, fed))
+                between = x + a
+                left = 0.0 if is_parallel else _different(between, read)
+                sums = [x + (a + f), between + f, (x + f) + a] if is_parallel else [between + f]
+                for out_scale in self._numbers():
+                    made = sums if out_scale == 1.0 else [total * out_scale for total in sums]
+                    if (is_parallel or self.same(between, read)) and self.same(made[0], out):
+                        error = max(left, min(_different(total, out) for total in made))
+                        yield error, (norm_after, norm, scale, out_scale, is_parallel)
+
+    def _read_by(self, part: _FeedForward) -> Iterator[tuple[NormForm | None, bool, Tensor]]:
+        """Yield the norm before the feed-forward part, whether it reads the layer's input, and what it reads.
+
+        The input is told from its sum with what attention gives by where it lay: these may be equal.
+        """
+        at, attention = self.record.given_at, self.attention.projections[0]
+        if part.read_at == attention.given_at:
+            yield None, True, attention.given
+            return
+        found = [(form, call) for form, call in self.norms if torch.equal(call.returned, part.read)]
+        if len(found) > 1:
+            found = [(form, call) for form, call in found if call.returned_at == part.read_at]
+        for form, call in found:
+            yield form, call.given_at == at and torch.equal(call.given, self.record.given), call.given
+        if not found:
+            yield None, part.read_at == at and torch.equal(part.read, self.record.given), part.read
 
     def _numbers(self) -> list[float]:
         """Return the factors that the layer could apply: 1, and the numbers that it holds."""
@@ -206,9 +220,9 @@ class _Layer:
         inside = f"{self.attention.path}."
         others = [call for call in self.products if not call.path.startswith(inside)]
         for parts in (self._plain_feed_forwards(others), self._modules()):
-            found = [(part, structure) for part in parts for structure in self._structures(x, attended, part)]
+            found = [(e, (part, found)) for part in parts for e, found in self._structures(x, attended, part)]
             if found:
-                return the_only(found, "what joins its residual")
+                return the_best(found, "what joins its residual")
         raise Unexplained("nothing known explains what joins its residual")
 
     def _modules(self) -> Iterator[_FeedForward]:
@@ -288,3 +302,8 @@ class _Layer:
         if length and any(entry is not None for entry in output[1:]):
             raise Unexplained("it returns more than its hidden states")
         return CallForm(hidden_name(record.layer), cache, mask, tuple(fixed), length)
+
+
+def _different(one: Tensor, other: Tensor) -> float:
+    """Return the share of elements in which two tensors differ."""
+    return float((one != other).double().mean())

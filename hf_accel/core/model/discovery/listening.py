@@ -41,9 +41,9 @@ class Call:
 class Recorded:
     """What one decoder layer was given and returned.
 
-    arguments: by name, without the hidden states. output: as its forward returned it. calls: of the modules within, in
-    order of their ends. clamps: for each time that values were clamped, the modules that ran then: whether they are
-    shows only where they are large, which those of a few random tokens may not be.
+    given_at: where the hidden states lay. arguments: by name, without these. output: as its forward returned it. calls:
+    of the modules within, in order of their ends. clamps: for each time that values were clamped, the modules that ran
+    then: whether they are shows only where they are large, which those of a few random tokens may not be.
     """
 
     path: str
@@ -52,6 +52,7 @@ class Recorded:
     arguments: dict[str, Any]
     output: Any
     returned: Tensor
+    given_at: int
     calls: list[Call] = field(default_factory=list)
     heard: list[Heard] = field(default_factory=list)
     clamps: list[list[nn.Module]] = field(default_factory=list)
@@ -127,7 +128,7 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
             arguments = bound(type(layer), args, kwargs)
             given = arguments.pop(hidden_name(layer), None)
             if _is_hidden(given):
-                state[:] = [Recorded(path, layer, given.clone(), arguments, None, given)]
+                state[:] = [Recorded(path, layer, given.clone(), arguments, None, given, _place(given))]
                 heard.clear()
                 clamps.clear()
                 alive.clear()
