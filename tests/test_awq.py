@@ -10,7 +10,7 @@ import pytest
 import torch
 from fingerprint import changes, fingerprint
 from mixtures import MIXTURES
-from models import TINY, build, prompt, randomize
+from models import TINY, UNDESCRIBED, build, prompt, randomize
 from test_calibrating import calibrated
 from test_calibrating_resume import Killed, killing, same, state
 from torch import Tensor, nn
@@ -263,9 +263,13 @@ def test_what_is_left_and_said() -> None:
     _, run = calibrated(model, BOTH, TEXT)
     assert "not scaled where weights are shared with another module: 2 places" in run.notes
     _, run = calibrated(build("gpt2"), BOTH, TEXT)
-    assert any("there is no description of a gpt2 decoder layer" in note for note in run.notes)
-    with pytest.raises(UnsupportedModelError, match="there is nothing to scale: there is no description of a gpt2"):
-        hf_accel.optimize(build("gpt2"), AWQ, calibration=TEXT)
+    assert "not scaled where a layer norm comes before: 4 places" in run.notes
+    model = build(UNDESCRIBED)
+    _, run = calibrated(model, BOTH, TEXT)
+    missing = f"no decoder layer of this {type(model).__name__} is understood"
+    assert any(missing in note for note in run.notes)
+    with pytest.raises(UnsupportedModelError, match=f"there is nothing to scale: {missing}"):
+        hf_accel.optimize(build(UNDESCRIBED), AWQ, calibration=TEXT)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import test_discovery_heads
 import test_discovery_layers
 import test_discovery_parts
+import test_image_text
 import torch
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
@@ -70,6 +71,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "one axis for all columns": (
         instead(AngleForm, "of", lambda self, given: (given[0][0], given[1][0])),
         test_discovery_heads.test_angles_by_axis,
+    ),
+    "calls after images that never fit": (
+        instead(CallForm, "fits", lambda self, arguments: False),
+        lambda: test_image_text.test_text_after_images("qwen2_vl"),
     ),
     "norms by their weights alone": (
         instead(CalledNorm, "read", lambda *given, **options: True),

@@ -40,7 +40,7 @@ def native_parts(block: DecoderBlock) -> tuple[native.BlockShape, native.BlockWe
         norm_extent=form.norm_extent,
         norms_after_rotary=form.norms_after_rotary,
         rotary=form.rotary,
-        rotary_size=form.rotary_size or None,
+        rotary_size=None if form.rotary_size in (0, form.head_dim) else form.rotary_size,
         rotates_once=form.rotates_once,
         part="layer" if form.feed_forward is None else "half",
     )

@@ -26,7 +26,10 @@ from hf_accel.layers.device_block import DeviceLayer, ProbeCache, device_step
 from hf_accel.layers.guard import BlockStep
 from hf_accel.ops import cached
 
-DESCRIBED = [name for name in NAMES if Anatomy.of(build(name)).blocks]
+# layers of the parts that Llama and Gemma have
+DESCRIBED = [
+    name for name in NAMES if any(b.form.norms["input"].kind.startswith("rms") for b in Anatomy.of(build(name)).blocks)
+]
 CAPACITY = 24
 
 

@@ -25,6 +25,7 @@ from hf_accel.quantization.calibrating.layers import Layer, first_of
 from hf_accel.quantization.calibrating.places import Place, places_of
 from hf_accel.quantization.calibrating.products import Product
 from hf_accel.quantization.calibrating.refining import put_weights
+from hf_accel.quantization.modules.linear import linear_weight
 from hf_accel.quantization.observing import Moment
 from hf_accel.quantization.patcher import scale_dtype
 
@@ -189,12 +190,13 @@ def _fold(place: Place, scales: Tensor, found: Scaled, paths: dict[int, str]) ->
         place.source._parameters["weight"] = nn.Parameter(new, requires_grad=False)
         found.values[f"{paths[id(place.source)]}.weight"] = new
     else:
-        weight = place.source._parameters["weight"].detach()  # type: ignore[union-attr]
+        weight = linear_weight(place.source).detach()
         by = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
         by[place.rows] = scales
         path = paths[id(place.source)]
         found.rows[path] = by * found.rows.get(path, 1.0)
         divided = (weight.float() / by[:, None]).to(weight.dtype)
+        divided = divided if isinstance(place.source, nn.Linear) else divided.T.contiguous()  # a Conv1D
         place.source._parameters["weight"] = nn.Parameter(divided, requires_grad=False)
         if (bias := place.source._parameters.get("bias")) is not None:
             new = (bias.detach().float() / by).to(bias.dtype)

@@ -122,6 +122,8 @@ class Calibrator:
         done = 0
         if folder is not None:
             done = folder.finished(len(layers), names)
+        blocks = self._blocks() if done < len(layers) else {}  # describing runs the model, with all of its weights
+        if folder is not None:
             for index in range(done):
                 yield Calibrated(chosen[index], *folder.load(index, self._device))
                 self._forget(chosen[index])
@@ -131,7 +133,6 @@ class Calibrator:
         def first(row: int) -> Tensor:
             return first_inputs(self.model, layers, self.ids[row : row + 1].to(self._device))
 
-        blocks = self._blocks()
         with Room(self.config.max_activation_bytes, None if folder is None else folder.path) as room:
             streams = [Stream(room, name, done, len(self.ids), first) for name in names]
             for index in range(done, len(layers)):
