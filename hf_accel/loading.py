@@ -49,7 +49,8 @@ def load(
         cache: keep the packed model beside the folder or the hub's cache; the next call with the same files, config and
             versions maps it, and reads nothing else.
         progress: called after each tensor and each measurement. None: transformers' bar, then that of `optimize`.
-        options: `calibration`, `tokenizer`, `max_kl`, `draft_model` and `verify_on` of `optimize`.
+        options: `draft_model` and `verify_on` of `optimize`; where the model is loaded whole, its `calibration`,
+            `tokenizer` and `max_kl`, too.
 
     Raises:
         CheckpointError: a file is missing, damaged, truncated or of another format, or a tensor is missing, unknown or
@@ -60,6 +61,8 @@ def load(
     rounding, rest = _divided(goal_or_configs)
     if memory_budget_bytes is not None and rounding is not None:
         raise ConfigError("memory_budget_bytes chooses the bits of weights; a WeightOnlyConfig names them. Give one.")
+    if rounding is not None or memory_budget_bytes is not None:
+        _check_options(options)
     request = Request(
         name=os.fspath(name),
         config=rounding,
@@ -70,6 +73,8 @@ def load(
     )
     loaded = source_of(request.name).read(request)
     model = loaded.model
+    if loaded.applied:
+        _check_options(options)
     if device is not None:
         with converting(ConfigError, f"The model cannot be put on the device {device!r}"):
             model = loaded.model = model.to(device)
@@ -99,6 +104,19 @@ def _divided(goal_or_configs: Goal) -> tuple[WeightOnlyConfig | None, Goal]:
     if len(found) > 1:
         raise ConfigError("Weights are rounded by one WeightOnlyConfig; several were given.")
     return (found[0] if found else None), rest  # type: ignore[return-value]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse text: what it would be measured against, or fitted to, is never in memory.
+
+    Raises:
+        ConfigError: there is some.
+    """
+    if given := [name for name in ("calibration", "max_kl") if options.get(name) is not None]:
+        raise ConfigError(
+            f"{given[0]} measures against the original, which is never in memory where weights are read in few bits. "
+            "Leave it out, or load the model whole and call hf_accel.optimize(model, config, calibration=...)."
+        )
 
 
 def _tell(loaded: Loaded) -> None:

@@ -102,6 +102,9 @@ def test_configs_that_do_not_round_to_nearest(tmp_path: Path) -> None:
             AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     with pytest.raises(ConfigError, match="several were given"):
         hf_accel.load(folder, [FOUR, WeightOnlyConfig(bits=8)])
+    for options in ({"calibration": "some text"}, {"max_kl": 0.1}):
+        with pytest.raises(ConfigError, match="measures against the original"):
+            hf_accel.load(folder, FOUR, **options)
     with pytest.raises(ConfigError, match="takes a goal, configs"):
         hf_accel.load(folder, 4)  # type: ignore[arg-type]
     devices = {"model": "cpu", "lm_head": "disk"}

@@ -35,6 +35,9 @@ from hf_accel.quantization.files.saving import PRIVATE_STEM, PUBLIC_STEM
 from hf_accel.quantization.files.seal import Seal
 from hf_accel.quantization.modules.experts import known_layout
 
+# of a model on the hub; not what lies beside it in the format of whoever trained it: the same weights a second time
+FETCHED: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
+
 
 def from_pretrained(
     folder: str | os.PathLike[str], dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
@@ -73,7 +76,7 @@ def _opened(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> Any:
     if not path.is_dir():
         if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is None and not _is_beside(folder):
             return _by_stock(folder, dtype)
-        path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
+        path = Path(snapshot_download(str(folder), **FETCHED))
     config = read_json(path / CONFIG)
     description = find_description(path, config)
     return _by_stock(folder, dtype) if description is None else _load(path, config, description, dtype)

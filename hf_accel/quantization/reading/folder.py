@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,13 @@ from hf_accel.errors import CheckpointError, ConfigError, HfAccelError, Unsuppor
 from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.files.checkpoint import Checkpoint, read_json
 from hf_accel.quantization.files.description import CONFIG, find_description
-from hf_accel.quantization.files.loading import from_pretrained, generation_config, stem_of
+from hf_accel.quantization.files.loading import FETCHED, from_pretrained, generation_config, stem_of
 from hf_accel.quantization.files.rebuilding import model_class
 from hf_accel.quantization.reading.budget import chosen_bits
 from hf_accel.quantization.reading.kept import Kept
 from hf_accel.quantization.reading.quantizer import Reading
 from hf_accel.quantization.reading.sources import Loaded, Request
 from hf_accel.quantization.reading.stream import Stored, stored_tensors
-
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 class Folder:
@@ -50,9 +49,9 @@ class _Saved:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.place = Path(request.name)
-        self.home = self.place.absolute().with_name(f"{self.place.absolute().name}.hf_accel")
+        self.home = Path(f"{os.path.abspath(request.name)}.hf_accel")
         if not self.place.is_dir():
-            self.place = Path(snapshot_download(request.name, allow_patterns=_PATTERNS))
+            self.place = Path(snapshot_download(request.name, **FETCHED))
             hub = self.place.parents[2]  # <hub>/models--owner--name/snapshots/<revision>
             self.home = hub.with_name("hf_accel") / self.place.parents[1].name
         if find_description(self.place, read_json(self.place / CONFIG)) is not None:
