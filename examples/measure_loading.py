@@ -105,9 +105,9 @@ def load(folder: Path, way: str) -> None:
     peak = _peak_bytes() / 1e9
     print(
         f"{way}: importing {imported:.1f} s, loading {took[0]:.1f} s (processor {took[1]:.1f}), first token "
-        f"{first[0]:.1f} s, in all {time.perf_counter() - BEGAN:.1f} s; packed {packed:.2f} GB, at most {peak:.2f} GB "
-        f"in memory; token {token}"
+        f"{first[0]:.1f} s ({first[1]:.1f}), in all {time.perf_counter() - BEGAN:.1f} s ({time.process_time():.1f})"
     )
+    print(f"packed {packed:.2f} GB, at most {peak:.2f} GB in memory; token {token}")
 
 
 def _peak_bytes() -> int:
