@@ -199,7 +199,7 @@ def is_finite(module: Any, setting: Setting) -> bool:
 def packed_bytes(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> int:
     """Return the bytes of a packed weight [rows, columns] in a model of `dtype`, scales and padding included."""
     lanes, padded = -(-rows // LANES) * LANES, -(-columns // QUANTUM) * QUANTUM
-    scale = 2 if scale_dtype(scheme, dtype) is torch.bfloat16 else 4
+    scale = scale_dtype(scheme, dtype).itemsize
     groups = columns // scheme.columns_per_scale(columns)
     return lanes * padded * scheme.bits // 8 + lanes * groups * (scale + (0 if scheme.symmetric else 4))
 
