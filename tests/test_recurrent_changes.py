@@ -118,6 +118,32 @@ def test_what_may_not_is_stocks(title: str, served: list[bool]) -> None:
     assert not served or not all(served)
 
 
+@pytest.mark.peft
+# peft 0.21 asks transformers 5.23 for an attribute under its old name
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("is_before", [True, False])
+def test_adapters_on_projections_are_called(is_before: bool, served: list[bool]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(4)
+        lora = LoraConfig(
+            r=2, target_modules=["in_proj_qkvz", "out_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        return get_peft_model(model, lora).eval()
+
+    expected, model = texts(adapted(recurrent("qwen3_next"))), recurrent("qwen3_next")
+    before = texts(model)
+    if is_before:
+        found = hf_accel.optimize(adapted(model), NATIVE)
+    else:
+        found = adapted(hf_accel.optimize(model, NATIVE))
+    served.clear()
+    assert equal(texts(found), expected)
+    assert not equal(expected, before)
+    assert all(served)
+
+
 def test_a_function_that_is_patched_is_seen(served: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model = recurrent("lfm2")
     hf_accel.optimize(model, NATIVE)

@@ -115,7 +115,7 @@ def audited(model: Any) -> dict[str, Audited]:
 
 @contextmanager
 def _watching(found: dict[str, Audited]) -> Iterator[None]:
-    survivors: dict[Any, list[Form]] = {}  # of mixers of one class, what agreed for the first one
+    survivors: dict[Any, list[Form]] = {}  # of mixers of one class and size, what agreed for the first one
 
     def hook(mixer: Audited) -> list[Any]:
         held: list[States] = []
@@ -132,7 +132,7 @@ def _watching(found: dict[str, Audited]) -> Iterator[None]:
             states = held_states(module, kwargs.get(keyword))
             if not held or states is None or not isinstance(output, Tensor):
                 return
-            kind = type(module)
+            kind = (type(module), *(None if state is None else state.shape for state in states))
             hidden = args[0] if args else kwargs["hidden_states"]
             mixer.look(hidden.clone(), held[0], output, states, survivors.get(kind))
             if mixer.alive:
