@@ -66,7 +66,7 @@ ORDERS: dict[Any, tuple[dict[str, str], bool, float, float]] = {
     novel.sequential: ({"input": "one", "mlp": "two"}, False, 1.0, 1.0),
     novel.sandwich: (SANDWICH, False, 1.0, 1.0),
     novel.post_norm: ({"attention_out": "three", "mlp_out": "four"}, False, 1.0, 1.0),
-    novel.parallel: ({"input": "one", "mlp": "one"}, True, 1.0, 1.0),
+    novel.parallel: ({"input": "one"}, True, 1.0, 1.0),
     novel.parallel_with_two_norms: ({"input": "one", "mlp": "two"}, True, 1.0, 1.0),
     novel.scaled: ({"input": "one", "mlp": "two"}, False, 0.5, 1.0),
     novel.scaled_at_its_end: ({"input": "one", "mlp": "two"}, False, 1.0, 0.5),

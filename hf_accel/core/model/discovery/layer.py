@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel.core.model.discovery.activations import ACTIVATIONS, described_activation
 from hf_accel.core.model.discovery.attention import AttentionForm, described_attention
-from hf_accel.core.model.discovery.forms import CARRIED, BlockForm, CallForm, Rows
-from hf_accel.core.model.discovery.listening import Call, Recorded, hidden_name
+from hf_accel.core.model.discovery.calling import described_call
+from hf_accel.core.model.discovery.forms import BlockForm, Rows
+from hf_accel.core.model.discovery.listening import Call, Recorded
 from hf_accel.core.model.discovery.norms import NormForm, described_norm, is_leaf
 from hf_accel.core.model.discovery.readings import Unexplained, agrees, the_best, the_only
 from hf_accel.kernels.weights import PackedProduct
@@ -129,7 +129,7 @@ class _Layer:
         return BlockForm(
             attention=attention.path,
             index=self._index(),
-            call=self._call(),
+            call=described_call(record),
             projections=tuple(call.path for call in attention.projections),
             o=attention.o.path,
             gate=part.gate,
@@ -283,25 +283,6 @@ class _Layer:
         if not isinstance(index, int):
             raise Unexplained("its attention does not say which layer of the cache is its own")
         return index
-
-    def _call(self) -> CallForm:
-        record, arguments = self.record, self.record.arguments
-        caches = [name for name, value in arguments.items() if isinstance(value, Cache)]
-        masks = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 4]
-        cache = the_only(caches, "where it is given the cache")
-        mask = the_only(masks, "where it is given the mask")
-        fixed = []
-        for name, value in arguments.items():
-            if name in CARRIED or name in (cache, mask):
-                continue
-            if not isinstance(value, (bool, int, float, str, type(None))):
-                raise Unexplained(f"it is given {name}, of which nothing is known")
-            fixed.append((name, value))
-        output = record.output
-        length = len(output) if isinstance(output, tuple) else 0
-        if length and any(entry is not None for entry in output[1:]):
-            raise Unexplained("it returns more than its hidden states")
-        return CallForm(hidden_name(record.layer), cache, mask, tuple(fixed), length)
 
 
 def _different(one: Tensor, other: Tensor) -> float:
