@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_accel.core.model.architectures import STYLES
 
 import hf_accel
 from hf_accel.cli.doctor import EXTRAS
