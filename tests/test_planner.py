@@ -87,11 +87,11 @@ def test_a_plan_leaves_the_model_untouched_and_names_every_candidate(name: str) 
 def test_an_undescribed_architecture_gets_what_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_everything(monkeypatch)
     model = build(UNDESCRIBED)
-    expected = text(model)
+    name, expected = type(model).__name__, text(model)
     hf_accel.optimize(model)
     found = hf_accel.report(model)
     assert "DecodingConfig" in {type(step.config).__name__ for step in found.applied}
-    assert type(model).__bases__[0].__name__ in skips(found)["DecoderBlockConfig"]
+    assert name in skips(found)["DecoderBlockConfig"]
     assert torch.equal(text(model), expected)
 
 

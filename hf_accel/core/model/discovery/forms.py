@@ -73,7 +73,7 @@ class CallForm:
         for name, value in arguments.items():
             if value is None or name in CARRIED or name == self.cache or name == self.mask:
                 continue
-            if value is not False and (name, value) not in self.fixed:
+            if isinstance(value, Tensor) or (value is not False and (name, value) not in self.fixed):
                 return False
         return True
 
