@@ -95,12 +95,12 @@ def _divided(goal_or_configs: Goal) -> tuple[WeightOnlyConfig | None, Goal]:
         rest: Goal = replace(goal_or_configs, steps=steps)
     elif isinstance(goal_or_configs, (str, Config)) or not isinstance(goal_or_configs, Sequence):
         found = [goal_or_configs] if is_rounding(goal_or_configs) else []  # type: ignore[list-item]
-        rest = [] if found else goal_or_configs
+        rest = Plan.of([]) if found else goal_or_configs
     else:
         given: list[Any] = list(goal_or_configs)
         found = [config for config in given if is_rounding(config)]
         others = [config for config in given if not is_rounding(config)]
-        rest = others[0] if len(others) == 1 and isinstance(others[0], str) else others
+        rest = others[0] if len(others) == 1 and isinstance(others[0], str) else others or Plan.of([])
     if len(found) > 1:
         raise ConfigError("Weights are rounded by one WeightOnlyConfig; several were given.")
     return (found[0] if found else None), rest  # type: ignore[return-value]

@@ -120,6 +120,7 @@ TINY: dict[str, Tiny] = {
             "v_head_dim": 12,
         },
     ),
+    "stablelm": Tiny("stablelm", SMALL | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     # no layer of BitNet is understood: a norm lies between attention and its output product
     "bitnet": Tiny("bitnet", SMALL),
 }

@@ -20,7 +20,7 @@ from hf_accel.errors import ConfigError, UnsupportedModelError
 from hf_accel.gqa.conversion import reshaped_model, skeleton, with_kv_heads
 from hf_accel.gqa.heads import AttentionLayer, Heads, attention_layers, read_heads, write_heads
 
-WITHOUT_HEADS = {"deepseek_v3"}
+WITHOUT_HEADS = {"deepseek_v3", "bitnet"}
 READ = [name for name in [*NAMES, *tiny.OWN] if name not in WITHOUT_HEADS]
 IDS = prompt(2, 9)
 FUSED = ["gpt2", "gpt_neox", "phi3", "bigcode", "bigcode_one", "bloom", "mpt", "persimmon", "codegen"]

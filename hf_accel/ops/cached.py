@@ -3,9 +3,8 @@
 8 bits: round to nearest, symmetric, one scale. 4 bits: a scale and a minimum; keys are turned by a Hadamard matrix
 first (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456, section 4), which spreads the few large channels that keys have
 (KIVI, Liu et al. 2024, arXiv:2402.02750, section 3) over all of them. Scores do not change when queries turn, too.
-KIVI's own remedy, scales per channel over blocks of tokens, is a little better but needs the last tokens unrounded
-until their block is full: the same token would then read differently before and after, and a step taken back or a
-prefix reused would give other text. Cost: D + 2 or D/2 + 4 bytes of a row, against 2 D in 16 bits.
+KIVI's scales per channel over blocks leave the last tokens unrounded until their block is full: a step taken back or a
+prefix reused would then give other text. Cost: D + 2 or D/2 + 4 bytes of a row, against 2 D in 16 bits.
 """
 
 from __future__ import annotations

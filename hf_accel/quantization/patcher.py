@@ -147,16 +147,16 @@ class WeightOnlyPatcher(Patcher[WeightOnlyConfig], config=WeightOnlyConfig):
         if not setting.keeps_prepared:
             return self._replacement(target, original, dtype)
         made = setting.prepared_for(original)
-        key = self._key(target)
+        key = self._rounded_key(target)
         if key not in made:
             made[key] = self._replacement(target, original, dtype)
         return made[key]
 
     def prepare(self, target: Target, replacement: nn.Module, setting: Setting) -> None:
         """Keep the replacement of a product that was made elsewhere, for `patch` to put in place."""
-        setting.prepared_for(target.module)[self._key(target)] = replacement
+        setting.prepared_for(target.module)[self._rounded_key(target)] = replacement
 
-    def _key(self, target: Target) -> tuple[Scheme | None, ...]:
+    def _rounded_key(self, target: Target) -> tuple[Scheme | None, ...]:
         return (target.scheme, *(scheme for _, _, scheme, _ in target.products(self.config)))
 
     def _replacement(self, target: Target, original: Any, dtype: torch.dtype) -> nn.Module:

@@ -1,7 +1,6 @@
 """The contract between what verifies drafts and what makes them, so that neither has to import the other.
 
-`Speculation` belongs to a model and opens a `Session` for each call, which gives drafts; `TokenChooser` belongs to the
-verification of that call, and drafters choose tokens by it.
+`Speculation` belongs to a model and opens a `Session` per call, which gives drafts; `TokenChooser` chooses its tokens.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ class GgufTensors(Config):
 
     file: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str):
+            raise ConfigError(f"GgufTensors.file is {self.file!r}; it takes the name of a file.")
+
 
 class Gguf:
     """A GGUF file on this machine."""
