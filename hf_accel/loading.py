@@ -79,7 +79,7 @@ def load(
         with converting(ConfigError, f"The model cannot be put on the device {device!r}"):
             model = loaded.model = model.to(device)
     optimize(model, rest, originals="drop", progress=progress, **options)
-    _tell(loaded)
+    _tell(loaded, rounding)
     return model
 
 
@@ -119,13 +119,20 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _tell(loaded: Loaded) -> None:
-    """Say in the report of the model what reading has done to it, and refuse to restore what was never there."""
+def _tell(loaded: Loaded, rounding: WeightOnlyConfig | None) -> None:
+    """Say in the report of the model what reading has done to it, and refuse to restore what was never there.
+
+    rounding: the config by which weights were rounded, which stands in a list with a goal as it does without.
+    """
     host = host_of(loaded.model)
     if host is None or not loaded.applied:
         return
     report = host.report
     now = report.patched_weight_bytes or report.weight_bytes
+    if (more := report.addition) is not None:
+        named = f'["{more.goal}", {rounding.written()}' if rounding is not None else f'["{more.goal}"'
+        written = named + more.written.removeprefix(f'["{more.goal}"')
+        report.addition = replace(more, written=f'"{more.goal}"' if written == f'["{more.goal}"]' else written)
     report.applied[:0] = loaded.applied
     report.skipped[:0] = loaded.skipped
     report.weight_bytes, report.patched_weight_bytes = loaded.weight_bytes or report.weight_bytes, now
