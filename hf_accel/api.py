@@ -120,7 +120,9 @@ def optimize(
         verify(*references, host)
         if asked.goal is None and host.report.goal == Plan.goal:
             configs = [step.config for step in chosen.plan.steps]
-            host.report.addition = addition(Setting.of(setting.model, draft_model=setting.draft_model), configs)
+            glance = Setting.of(setting.model, draft_model=setting.draft_model)
+            glance.is_glance = True
+            host.report.addition = addition(glance, configs)
     return model
 
 

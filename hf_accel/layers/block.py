@@ -59,7 +59,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
 
     def obstacles(self, setting: Setting) -> list[str]:
         found = native_obstacles(setting.anatomy)
-        if not setting.anatomy.blocks:
+        if not setting.is_glance and not setting.anatomy.blocks:
             found.append(f"{setting.anatomy.blocks_missing}.")
         return found
 

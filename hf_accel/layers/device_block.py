@@ -57,7 +57,7 @@ class DeviceBlockPatcher(Patcher[DeviceBlockConfig], config=DeviceBlockConfig):
             found.append(f"{reason}.")
         if anatomy.dtype not in device.DTYPES:
             found.append(f"there are no kernels in Triton for {anatomy.dtype}.")
-        if not anatomy.blocks:
+        if not setting.is_glance and not anatomy.blocks:
             found.append(f"{anatomy.blocks_missing}.")
         return found
 

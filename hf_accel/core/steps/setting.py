@@ -19,6 +19,7 @@ class Setting:
     draft_model: a smaller model with the same tokenizer, if the user has one.
     progress: called after each part of a step that takes long.
     originals: what becomes of weights that steps replace, see `Journal`.
+    is_glance: nothing will be applied, so that what takes a run of the model to know is not asked.
     calibration: the text that the user gave, a `hf_accel.measure.quality.CalibrationText`, if any.
     """
 
@@ -38,6 +39,7 @@ class Setting:
         Journal(originals)  # refuses what it does not know before anything is measured
         self.anatomy, self.draft_model, self.progress, self.originals = anatomy, draft_model, progress, originals
         self.calibration: Any = None
+        self.is_glance = False
         # what was made of a weight, or found out about a layer, by the weight, which copies of the model share
         self._prepared: WeakIdKeyDictionary | None = None
 
