@@ -139,6 +139,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "queries by position": (lambda: novel.novel(mixer=novel.MixerByPosition), "something else from position 1024 on"),
     "zeros aside": (with_zeros_aside, "aside.weight is a weight of which nothing is known"),
     "ones in front": (with_ones_in_front, "lift is a weight of which nothing is known"),
+    "a window of its own": (lambda: novel.novel(mixer=novel.MixerWithAWindow), "not given the mask that the layer"),
     "not causal": (lambda: novel.novel(mixer=not_causal), "its attention is not causal"),
 }
 

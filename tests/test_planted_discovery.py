@@ -86,6 +86,9 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "the beginning of a text alone": (
         instead(discovering, "_far", lambda model: []), left("queries by position"),
     ),
+    "masks that nobody follows": (
+        instead(attention, "_has_its_mask", lambda record, heard: True), left("a window of its own"),
+    ),
     "every attention is causal": (
         every_attention_is_causal, left("not causal"),
     ),

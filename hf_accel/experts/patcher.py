@@ -45,11 +45,7 @@ class NativeExpertsPatcher(Patcher[NativeExpertsConfig], config=NativeExpertsCon
 
     def obstacles(self, setting: Setting) -> list[str]:
         anatomy = setting.anatomy
-        found = []
-        if not native.is_available():
-            found.append(f"the native library is not there: {native.status().reason}")
-        if anatomy.device.type != "cpu":
-            found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
+        found = native.obstacles(anatomy.device)
         if not any(isinstance(module, RoutedExperts) or _is_dense(module) for module in anatomy.model.modules()):
             found.append("the model has no stacked experts that transformers' registry of implementations serves.")
         names = {m.config._experts_implementation for m in anatomy.model.modules() if _is_dense(m)}

@@ -182,7 +182,7 @@ def native_step(
     form = step.block.form
     cache, mask = kwargs.get(form.call.cache), kwargs.get(form.call.mask)
     angles = kwargs.get("position_embeddings") if form.rotary != "none" else NO_ANGLES
-    if cache is None or angles is None or kwargs.get("output_attentions") or getattr(cache, "offloading", True):
+    if cache is None or angles is None or getattr(cache, "offloading", True):
         return None
     block = step.block
     if cache.layer_class_to_replicate is not None:

@@ -122,7 +122,7 @@ def device_step(
         return None
     cache, positions = kwargs.get(block.form.call.cache), kwargs.get("position_embeddings")
     layers = getattr(cache, "layers", ())
-    if positions is None or kwargs.get("output_attentions") or block.index >= len(layers):
+    if positions is None or block.index >= len(layers):
         return None
     layer = layers[block.index]
     if not is_static(layer) or not (is_audit or step.is_current()):

@@ -97,11 +97,7 @@ class NativeLinearPatcher(Patcher[NativeLinearConfig], config=NativeLinearConfig
 
 def native_obstacles(anatomy: Anatomy) -> list[str]:
     """Return why the native library cannot serve this model."""
-    found = []
-    if not native.is_available():
-        found.append(f"the native library is not there: {native.status().reason}")
-    if anatomy.device.type != "cpu":
-        found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
+    found = native.obstacles(anatomy.device)
     if anatomy.dtype not in native.DTYPES:
         found.append(f"the native library has no {anatomy.dtype} products.")
     return found

@@ -43,11 +43,7 @@ class RecurrentStepPatcher(Patcher[RecurrentStepConfig], config=RecurrentStepCon
 
     def obstacles(self, setting: Setting) -> list[str]:
         anatomy = setting.anatomy
-        found = []
-        if not native.is_available():
-            found.append(f"the native library is not there: {native.status().reason}")
-        if anatomy.device.type != "cpu":
-            found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
+        found = native.obstacles(anatomy.device)
         if anatomy.dtype not in native.DTYPES:
             found.append(f"the native library has no {anatomy.dtype} mixers.")
         if not mixers_of(anatomy.model):

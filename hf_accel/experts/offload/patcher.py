@@ -50,11 +50,7 @@ class ExpertOffloadPatcher(Patcher[ExpertOffloadConfig], config=ExpertOffloadCon
 
     def obstacles(self, setting: Setting) -> list[str]:
         anatomy = setting.anatomy
-        found = []
-        if not native.is_available():
-            found.append(f"the native library is not there: {native.status().reason}")
-        if anatomy.device.type != "cpu":
-            found.append(f"the native library is for CPUs, the model is on {anatomy.device}.")
+        found = native.obstacles(anatomy.device)
         if not hasattr(os, "preadv"):
             found.append("this system has no preadv, by which experts are read.")
         stored, skipped = described(anatomy.model, anatomy.dtype)

@@ -7,7 +7,15 @@ from hf_accel.kernels.native.attend import MAX_HEAD_DIM, attend, encode
 from hf_accel.kernels.native.block import NativeBlock
 from hf_accel.kernels.native.block_weights import BlockShape, BlockWeights, Heads, Norm, Projection, heads_in_order
 from hf_accel.kernels.native.experts import Gate, NativeExperts, best_expert_rows
-from hf_accel.kernels.native.library import ISAS, NativeStatus, is_available, set_isa, status, supported_isas
+from hf_accel.kernels.native.library import (
+    ISAS,
+    NativeStatus,
+    is_available,
+    obstacles,
+    set_isa,
+    status,
+    supported_isas,
+)
 from hf_accel.kernels.native.linear import DTYPES, FEW_ROWS, MAX_ROWS, best_rows, linear, linear_group
 from hf_accel.kernels.native.packed import packed_linear
 from hf_accel.kernels.native.prompt import prompt_attention, prompt_state
@@ -43,6 +51,7 @@ __all__ = [
     "is_available",
     "linear",
     "linear_group",
+    "obstacles",
     "packed_linear",
     "prompt_attention",
     "prompt_state",

@@ -144,6 +144,16 @@ def is_available() -> bool:
     return _load().library is not None
 
 
+def obstacles(device: torch.device) -> list[str]:
+    """Return why the library cannot serve a model on this device, as sentences for the user."""
+    found = []
+    if not is_available():
+        found.append(f"the native library is not there: {_load().reason}")
+    if device.type != "cpu":
+        found.append(f"the native library is for CPUs, the model is on {device}.")
+    return found
+
+
 def supported_isas() -> tuple[str, ...]:
     """Instruction sets this build and this machine have, slowest first; empty without the library."""
     loaded = _load().library

@@ -55,6 +55,8 @@ def described_attention(record: Recorded, products: list[Call], dtype: torch.dty
     heard = record.heard[0]
     if getattr(heard.module, "is_causal", True) is not True:
         raise Unexplained("its attention is not causal")
+    if not _has_its_mask(record, heard):
+        raise Unexplained("its attention is not given the mask that the layer is given")
     if heard.options:
         raise Unexplained(f"its attention is asked for {', '.join(sorted(heard.options))}")
     batch, heads, tokens, d = heard.query.shape
@@ -85,6 +87,13 @@ def described_attention(record: Recorded, products: list[Call], dtype: torch.dty
     gate = find_gate(heard.output, o.given, projected, group, dtype)
     _check_together(q, k, v, norms)
     return AttentionForm(path, heard, tuple(projections), o, q, k, v, gate, _sinks(heard), once)
+
+
+def _has_its_mask(record: Recorded, heard: Heard) -> bool:
+    """Return whether attention sees what the layer's mask shows, as it lies: a window of its own may be far away."""
+    given = [value for value in record.arguments.values() if isinstance(value, Tensor) and value.dim() == 4]
+    mask = heard.mask
+    return mask is not None and any(mask.data_ptr() == t.data_ptr() and mask.shape == t.shape for t in given)
 
 
 def _rotates_once(

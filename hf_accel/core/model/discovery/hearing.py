@@ -30,13 +30,14 @@ _INERT = frozenset({"dropout", "position_ids", "use_cache", "sliding_window", "c
 class Heard:
     """One call of attention: queries [B, H, T, D], keys and values [B, G, S, D], and what came out, [B, T, H, D].
 
-    options: what the module asked for beside these, as its name and value.
+    mask: as it was given, not a copy. options: what the module asked for beside these, as its name and value.
     """
 
     module: Any
     query: Tensor
     key: Tensor
     value: Tensor
+    mask: Tensor | None
     scale: float
     softcap: float | None
     sinks: Tensor | None
@@ -86,7 +87,7 @@ def _heard_attention(
         if is_causal is False:
             rest["is_causal"] = False
         q, k, v = (t.detach().clone() for t in (query, key, value))
-        found.append(Heard(module, q, k, v, float(scale), softcap, s_aux, rest, output.clone()))
+        found.append(Heard(module, q, k, v, attention_mask, float(scale), softcap, s_aux, rest, output.clone()))
     return output, None
 
 
@@ -118,8 +119,8 @@ class Ear(TorchFunctionMode):
             mask, scale = given.get("attn_mask"), given.get("scale")
             options = {"a mask of each head": mask} if mask is not None and mask.shape[1] != 1 else {}
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            module = self.running[-1][0]
-            found.append(Heard(module, query, key, value, scale, None, None, options, output.transpose(1, 2).clone()))
+            kept = query, key, value, mask, scale, None, None, options, output.transpose(1, 2).clone()
+            found.append(Heard(self.running[-1][0], *kept))
         return output
 
 
