@@ -20,6 +20,7 @@ import hf_accel
 from hf_accel.experts.offload import ExpertOffloadConfig, patcher
 from hf_accel.experts.offload.describing import described
 from hf_accel.kernels import native
+from hf_accel.kernels.native import library
 
 pytestmark = pytest.mark.native
 
@@ -87,7 +88,7 @@ def test_models_and_machines_that_do_not_fit_are_refused(monkeypatch: pytest.Mon
     refused(build("llama"), config, "no stacked experts that can be moved")
     refused(mixture(UNREGISTERED), config, "no stacked experts that can be moved to a file .* no gate in transformers'")
     refused(mixture("mixtral").double(), config, "no products of torch.float64")
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(library, "is_available", lambda: False)
     refused(mixture("mixtral"), config, "the native library is not there")
 
 

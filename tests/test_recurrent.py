@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import hf_accel
 from hf_accel.core.drift import CACHE
-from hf_accel.kernels import native
+from hf_accel.kernels.native import library
 from hf_accel.recurrent import patcher
 from hf_accel.recurrent.mixers import mixers_of
 from hf_accel.recurrent.step import MixerStep, NativeMixer, cache_keyword
@@ -243,6 +243,6 @@ def test_what_a_generation_config_asks_for_does_not_disturb_the_audit() -> None:
 
 
 def test_the_library_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(library, "is_available", lambda: False)
     with pytest.raises(hf_accel.UnsupportedModelError, match="native library is not there"):
         hf_accel.optimize(recurrent("lfm2"), NATIVE)

@@ -149,7 +149,7 @@ def test_all_else_goes_to_the_layers_own_forward(monkeypatch: pytest.MonkeyPatch
 
     def served(hidden: torch.Tensor = hidden, **changed: Any) -> bool:
         kwargs = {CACHE: static_cache(model, len(hidden))[0], "position_embeddings": positions, **changed}
-        return device_step(step, hidden, kwargs) is not None
+        return block.form.call.fits(kwargs) and device_step(step, hidden, kwargs) is not None
 
     with torch.no_grad():
         assert served()
