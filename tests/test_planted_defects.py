@@ -129,6 +129,7 @@ def without_the_cache_returned(call: Any) -> None:
 
 
 def two_draws(patch: Patch) -> None:
+    patch.setattr(choosing, "selected", lambda *_: None)
     choose = choosing.choose_token
     patch.setattr(
         choosing, "choose_token", lambda scores, samples: (choose(scores, samples), choose(scores, samples))[1]
@@ -136,6 +137,7 @@ def two_draws(patch: Patch) -> None:
 
 
 def greedy_always(patch: Patch) -> None:
+    patch.setattr(choosing, "selected", lambda *_: None)
     patch.setattr(choosing, "choose_token", lambda scores, samples: scores.argmax(-1))
 
 

@@ -17,6 +17,7 @@ from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.calls.rows import Rows
 from hf_accel.decoding.draws import Draws
 from hf_accel.decoding.processors import are_pointwise, for_row
+from hf_accel.decoding.selecting import selected
 from hf_accel.ops.acceptance import coupled
 
 # what `Chooser.choose` returns where there is nothing to draw from
@@ -40,6 +41,10 @@ def next_tokens(outputs: Any, input_ids: torch.Tensor, call: Call) -> NextTokens
     if isinstance(outputs, StepOutputs) and not (config.do_sample or call.logits_processor or collects):
         chosen: Any = outputs.choices
         return NextTokens(chosen[:, -1].to(device=input_ids.device, copy=True), None, None, outputs)
+    if not collects and (config.do_sample or call.logits_processor):
+        tokens = selected(outputs.logits[:, -1], input_ids, call.logits_processor, config.do_sample)
+        if tokens is not None:
+            return NextTokens(tokens, None, None, outputs)
     logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
     scores = call.logits_processor(input_ids, logits)
     return NextTokens(choose_token(scores, call.generation_config.do_sample), scores, logits, outputs)

@@ -6,6 +6,7 @@ Optional: where the library was not built, `is_available()` is false and `status
 from hf_accel.kernels.native.attend import MAX_HEAD_DIM, attend, encode
 from hf_accel.kernels.native.block import NativeBlock
 from hf_accel.kernels.native.block_weights import BlockShape, BlockWeights, Heads, Norm, Projection, heads_in_order
+from hf_accel.kernels.native.choose import Rules, choose, exponentials
 from hf_accel.kernels.native.experts import Gate, NativeExperts, best_expert_rows
 from hf_accel.kernels.native.library import (
     ISAS,
@@ -42,11 +43,14 @@ __all__ = [
     "Norm",
     "Projection",
     "Routing",
+    "Rules",
     "Span",
     "attend",
     "best_expert_rows",
     "best_rows",
+    "choose",
     "encode",
+    "exponentials",
     "heads_in_order",
     "is_available",
     "linear",

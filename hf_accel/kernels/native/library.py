@@ -90,6 +90,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.hfa_block_forward.argtypes = [ctypes.c_char_p] * 2
     library.hfa_mixer_step.argtypes = [ctypes.c_char_p] * 2
     library.hfa_route.argtypes = [ctypes.c_char_p]
+    library.hfa_choose.argtypes = [ctypes.c_char_p]
+    library.hfa_exponentials.argtypes = [pointer, pointer, integer]
     library.hfa_experts_forward.argtypes = [ctypes.c_char_p] * 2
 
 

@@ -18,6 +18,7 @@
 #define HFA_SECTION 256 /* words of x that lanes meet before the next: a block of them stays in L1, and short chains of additions err less */
 #define HFA_PANEL_ROWS 60 /* rows of W that go over a panel of x: a multiple of 2, 3 and 4 */
 
+#define HFA_TWISTER_WORDS 624 /* of the state of MT19937 */
 #define HFA_STRETCH 1024 /* positions of K and V that are made ready for all queries of a task: they stay in L2 */
 #define HFA_SPAN 128  /* ... that a block of queries meets together, at most: with their scores they stay in L1 */
 #define HFA_STRIP 32  /* ... that lie together where operands are pairs: spans are whole strips */
@@ -92,6 +93,8 @@ typedef struct {
      * these rows of W meet. */
     void (*lanes)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int m, int is_first, float *out);
     const hfa_recurrent_kernels *recurrent;
+    void (*twist)(uint32_t *words); /* of a generator, see choose_body.h */
+    int (*block_maxima)(const float *x, int64_t n, int64_t block, float *maxima);
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

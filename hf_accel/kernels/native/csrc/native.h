@@ -15,6 +15,7 @@
  *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
  *     prompt.c      attention of many queries, tile by tile
  *     cached.[ch]   rows of a quantized cache
+ *     choose.c      chooses tokens: penalty, temperature, top-k, top-p, min-p, the draw
  *     stream.c      reads memory, to measure it
  *   bodies/         the inner kernels, written once over a vector type and included per instruction set
  *   arch/           per machine: vec_*.h, one fp32 vector type per instruction set, and isa_*.c, which compile the bodies
@@ -216,6 +217,16 @@ typedef struct {
     int64_t batch, threads;
 } hfa_mixer_call;
 
+/* The next token of each row of logits [rows, vocabulary], of the dtype, `stride` elements apart, as transformers' processors and
+ * torch.multinomial choose it: penalty (0: none) on the ids [rows, length] from starts [rows] on (NULL: 0), temperature (0: none), top_k
+ * (0: none), top_p (from 1 on: none), min_p (0: none), in this order. state: torch.get_rng_state() of a CPU, which is advanced as the draws of all
+ * rows advance it; NULL: the token of the highest score after the penalty, nothing else is read. */
+typedef struct {
+    const void *logits; const int64_t *ids, *starts; void *state; int64_t *tokens;
+    int64_t dtype, rows, vocabulary, stride, length, top_k;
+    double penalty, temperature, top_p, min_p;
+} hfa_choose_call;
+
 HFA_EXPORT int hfa_abi_version(void);
 HFA_EXPORT int hfa_isa_supported(int isa); /* compiled in, and this CPU and operating system have it */
 HFA_EXPORT int hfa_isa(void);
@@ -236,6 +247,11 @@ HFA_EXPORT int hfa_mixer_step(const hfa_mixer *mixer, const hfa_mixer_call *call
 HFA_EXPORT int hfa_encode(const hfa_encode_call *call);
 /* 0; -1 for arguments out of range; 1: the last of the highest logits is equal to the one after it, or some are no numbers */
 HFA_EXPORT int hfa_route(const hfa_route_call *call);
+/* 0; -1 for arguments out of range or no memory; 1: undecided, as rounding or the order of equal values decides, or as scores are NaN or
+ * infinite. The state is written only with 0. */
+HFA_EXPORT int hfa_choose(const hfa_choose_call *call);
+/* Fills out [n] as torch fills it by exponential_(1) from this state of the generator, which is advanced; 0, or -1. */
+HFA_EXPORT int hfa_exponentials(void *state, float *out, int64_t n);
 HFA_EXPORT int hfa_experts_forward(const hfa_experts *layer, const hfa_experts_call *call); /* 0, or -1 for arguments out of range */
 /* 0; -1 for arguments out of range; 1: there is no result, as a score of the attention is not finite, or as a mask or row_past asks
  * of more than HFA_MAX_ROWS rows what only as many can do: row_past, a summand, or to see beyond what a pass computes. */

@@ -5,6 +5,7 @@
 #include "bodies/float_body.h"
 #include "bodies/packed_body.h"
 #include "bodies/cached_body.h"
+#include "bodies/choose_body.h"
 
 #define DTYPE 0
 #include "bodies/dtype_body.h"
@@ -57,6 +58,6 @@
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
                     [HFA_FP4] = dot_fp4},                                                                              \
      .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N,       \
-     .recurrent = &recurrent_##N}
+     .recurrent = &recurrent_##N, .twist = twist, .block_maxima = block_maxima}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};
