@@ -161,6 +161,7 @@ def test_processors_that_do_something_else_are_asked() -> None:
         [changed(warm, temperature=-1.0)],
         [changed(warm, temperature=torch.tensor(0.5))],
         [changed(few, top_k=10**30)],
+        [changed(few, top_k=5.0)],
         [changed(share, top_p=math.nan)],
     ):
         assert selecting.rules_of(LogitsProcessorList(others)) is None

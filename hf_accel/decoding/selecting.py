@@ -21,7 +21,7 @@ from hf_accel.decoding.draws import random_state, set_random_state
 from hf_accel.kernels import native
 from hf_accel.kernels.native import Rules
 
-# what is served, in this order: the attribute that says how, which is the rule's name, and from where to where it may be
+# what is served, in this order: the attribute that says how, as the rule is called, and from where to where it may be
 _SERVED = {
     stock.RepetitionPenaltyLogitsProcessor: ("penalty", 1e-30, 1e30),
     stock.TemperatureLogitsWarper: ("temperature", 1e-30, 1e30),
@@ -46,7 +46,8 @@ def rules_of(processors: Any) -> Rules | None:
         rule, least, most = _SERVED[type(processor)]
         value, filtered = getattr(processor, rule), getattr(processor, "filter_value", -math.inf)
         is_least = rule == "top_k" or getattr(processor, "min_tokens_to_keep", 1) == 1  # of top-k the k has it already
-        if type(value) not in (int, float) or not least <= value <= most or filtered != -math.inf or not is_least:
+        is_number = type(value) is int or (type(value) is float and rule != "top_k")
+        if not is_number or not least <= value <= most or filtered != -math.inf or not is_least:
             return None
         found[rule] = value
     return Rules(**found)

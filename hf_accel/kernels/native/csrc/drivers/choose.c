@@ -33,6 +33,9 @@ static inline uint32_t word_at(stream *s, int64_t i) {
     return y ^ y >> 18;
 }
 
+/* At most the uniform number of draw i, of its first 21 bits. */
+static inline float least_uniform_at(stream *s, int64_t i) { return (float)(word_at(s, 2 * i) & ((1u << 21) - 1)) * 0x1p-21f; }
+
 /* uniform in [0, 1): draw i of the stream, in double precision as torch makes it */
 static inline double uniform_at(stream *s, int64_t i) {
     uint64_t high = word_at(s, 2 * i), low = word_at(s, 2 * i + 1);
@@ -92,11 +95,10 @@ static inline float tempered(float score, const hfa_choose_call *call) {
 typedef struct { float *scores, *maxima, *values; candidate *found, **order; int64_t padded, block; } room;
 
 /* Values that stay after temperature and top-k, in the order of their ids; -1: undecided. */
-static int64_t select_top(const hfa_choose_call *call, room *r) {
-    int64_t vocabulary = call->vocabulary, k = call->top_k > 0 && call->top_k < vocabulary ? call->top_k : 0, count = 0;
-    int64_t blocks = r->padded / r->block;
+static int64_t select_top(const hfa_choose_call *call, room *r, int64_t k) {
+    int64_t vocabulary = call->vocabulary, blocks = r->padded / r->block, count = 0;
     float least = -INFINITY;
-    if (k && k <= blocks) { /* so many blocks have a value that is not below */
+    if (k <= blocks) { /* so many blocks have a value that is not below */
         memcpy(r->values, r->maxima, sizeof(float) * (size_t)blocks);
         least = largest(r->values, blocks, k);
         least -= fabsf(least) * 0x1p-21f; /* quotients of near values may be equal */
@@ -110,7 +112,7 @@ static int64_t select_top(const hfa_choose_call *call, room *r) {
                 r->found[count++] = (candidate){.score = tempered(r->scores[i], call), .id = (int32_t)i};
             }
     }
-    if (!k || count < k) return count; /* the others are -inf, as is the k-th */
+    if (count < k) return count; /* the others are -inf, as is the k-th */
     float threshold = tempered(largest(r->values, count, k), call);
     if (call->temperature > 0.0 && fabsf(threshold) < LEAST_THRESHOLD) return -1;
     int64_t kept = 0;
@@ -119,11 +121,26 @@ static int64_t select_top(const hfa_choose_call *call, room *r) {
     return kept;
 }
 
-/* Which of the candidates, of weights that sum up to `total`, top-p leaves: removed from below as long as their sum, each one's own
- * weight included, is at most 1 - p of all; the last one stays. Returns how many there are then. */
-static int64_t keep_top_p(const hfa_choose_call *call, room *r, int64_t count, double total) {
-    double close = NEAR + ROUNDING * (64.0 + (double)(count < call->vocabulary / 4 ? count : call->vocabulary / 4));
-    double limit = (double)(float)(1.0 - call->top_p) * total, low = limit * (1.0 - close), high = limit * (1.0 + close), below = 0.0;
+/* Sums up to which values are removed by top-p for certain (low), or perhaps (high), where n values sum up to `total`. */
+typedef struct { double total, low, high; } limits;
+static limits limits_of(const hfa_choose_call *call, int64_t n, double total) {
+    double limit = (double)(float)(1.0 - call->top_p) * total;
+    double close = NEAR + ROUNDING * (64.0 + (double)(n < call->vocabulary / 4 ? n : call->vocabulary / 4)); /* 4 lanes at least */
+    return (limits){total, limit * (1.0 - close), limit * (1.0 + close)};
+}
+
+static double sum_of(const float *x, int64_t n) { /* n a multiple of 8 */
+    double parts[8] = {0.0};
+    for (int64_t i = 0; i < n; i += 8)
+        for (int j = 0; j < 8; j++) parts[j] += (double)x[i + j];
+    for (int j = 1; j < 8; j++) parts[0] += parts[j];
+    return parts[0];
+}
+
+/* Which of the candidates, beside values that weigh `below` and are removed, top-p leaves: removed from below as long as their sum,
+ * each one's own weight included, is at most 1 - p of all; the last one stays. Returns how many there are then. */
+static int64_t keep_top_p(room *r, int64_t count, limits sums, double below) {
+    double low = sums.low, high = sums.high;
     /* only the values near the limit need an order: levels of an eighth of a power of two find them */
     double mass[LEVELS];
     float floor = 0.0f, roof = INFINITY;
@@ -144,8 +161,10 @@ static int64_t keep_top_p(const hfa_choose_call *call, room *r, int64_t count, d
         if (level < LEVELS) memcpy(&roof, &bits, 4);
     }
     int64_t near = 0, kept = 0;
-    for (int64_t i = 0; i < count; i++)
-        if (r->found[i].weight >= floor && r->found[i].weight < roof) r->order[near++] = &r->found[i];
+    for (int64_t i = 0; i < count; i++) {
+        r->order[near] = &r->found[i];
+        near += r->found[i].weight >= floor && r->found[i].weight < roof;
+    }
     qsort(r->order, (size_t)near, sizeof *r->order, rising);
     for (int64_t i = 0, next; i < near; i = next) {
         double weight = (double)r->order[i]->weight, first = below + weight;
@@ -154,8 +173,10 @@ static int64_t keep_top_p(const hfa_choose_call *call, room *r, int64_t count, d
         int state = is_last || first > high ? 0 : below < low && !(next == near && roof == INFINITY) ? -1 : 1;
         for (int64_t j = i; j < next; j++) r->order[j]->maybe = state;
     }
-    for (int64_t i = 0; i < count; i++)
-        if (r->found[i].weight >= floor && r->found[i].maybe >= 0) r->found[kept++] = r->found[i];
+    for (int64_t i = 0; i < count; i++) {
+        r->found[kept] = r->found[i];
+        kept += r->found[i].weight >= floor && r->found[i].maybe >= 0;
+    }
     return kept;
 }
 
@@ -172,22 +193,25 @@ static int64_t keep_min_p(const hfa_choose_call *call, room *r, int64_t count, f
     return kept;
 }
 
-/* The winner of the race, which has draws from draw `first` on; -1: it is not clear. */
-static int64_t race(stream *s, const candidate *found, int64_t count, int64_t first) {
-    double best = 0.0, second = 0.0;
-    const candidate *winner = NULL;
-    for (int64_t i = 0; i < count; i++) {
-        double u = uniform_at(s, first + found[i].id), weight = (double)found[i].weight;
-        if (weight < u * second) continue; /* an exponential is at least as large as its uniform number */
-        double ratio = weight / -log1p(-u);
-        if (!(ratio < INFINITY)) return -1;
-        if (ratio > best) {
-            second = best;
-            best = ratio;
-            winner = found + i;
-        } else if (ratio > second) second = ratio;
-    }
-    return !winner || winner->maybe || second > best * (1.0 - NEAR) ? -1 : winner->id;
+/* The winner of a race, which has draws from draw `first` on. */
+typedef struct { stream *draws; int64_t first, winner; double best, second; float bar; int maybe; } race;
+
+static inline void enter(race *r, int64_t id, float weight, int maybe) {
+    /* an exponential is at least as large as its uniform number */
+    if (weight < least_uniform_at(r->draws, r->first + id) * r->bar) return;
+    double ratio = (double)weight / -log1p(-uniform_at(r->draws, r->first + id));
+    if (ratio > r->best) {
+        r->second = r->best;
+        r->best = ratio;
+        r->winner = id;
+        r->maybe = maybe;
+    } else if (ratio > r->second) r->second = ratio;
+    r->bar = (float)r->second * (1.0f - 1e-6f); /* what comes to less is neither the best nor near it */
+}
+
+/* -1: it is not clear who it is. */
+static int64_t winner_of(const race *r) {
+    return !(r->best < INFINITY) || r->maybe || r->second > r->best * (1.0 - NEAR) ? -1 : r->winner;
 }
 
 /* Logits of row b in fp32, with the penalty; padded with -inf. */
@@ -207,6 +231,48 @@ static const float *scores_of(const hfa_choose_call *call, room *r, int64_t b) {
     return r->scores;
 }
 
+/* Candidates after temperature, top-k and top-p. */
+static int64_t keep_top_k(const hfa_choose_call *call, room *r, int64_t k, float highest) {
+    int64_t count = select_top(call, r, k), padded = (count + 15) / 16 * 16;
+    for (int64_t i = 0; i < count; i++) r->values[i] = r->found[i].score;
+    for (int64_t i = count; i < padded; i++) r->values[i] = -INFINITY;
+    if (count > 0) hfa_active_kernels(HFA_F32)->exponentials(r->values, padded, highest);
+    for (int64_t i = 0; i < count; i++) r->found[i].weight = r->values[i];
+    return count < 0 || call->top_p >= 1.0 ? count : keep_top_p(r, count, limits_of(call, count, sum_of(r->values, padded)), 0.0);
+}
+
+/* The weights of all values. */
+static void weigh_all(const hfa_choose_call *call, room *r, float highest) {
+    for (int64_t i = 0; i < r->padded; i++) r->values[i] = tempered(r->scores[i], call);
+    hfa_active_kernels(HFA_F32)->exponentials(r->values, r->padded, highest);
+}
+
+/* The same without top-k: all values, but for those that top-p or min-p remove for certain. */
+static int64_t keep_of_all(const hfa_choose_call *call, room *r, float highest) {
+    weigh_all(call, r, highest);
+    limits sums = {0};
+    float least = 0.0f;
+    if (call->top_p < 1.0) {
+        sums = limits_of(call, call->vocabulary, sum_of(r->values, r->padded));
+        least = (float)(sums.low / (double)call->vocabulary * (1.0 - 1e-6)); /* all below together are not more than `low` */
+    } else if (call->min_p > 0.0) least = (float)(call->min_p * (1.0 - 2.0 * NEAR));
+    int64_t count = 0;
+    double kept = 0.0;
+    for (int64_t j = 0; j < r->padded / r->block; j++) {
+        if (expf(tempered(r->maxima[j], call) - highest) < 0.99f * least) continue;
+        int64_t end = (j + 1) * r->block < call->vocabulary ? (j + 1) * r->block : call->vocabulary;
+        for (int64_t i = j * r->block; i < end; i++) { /* without a branch, which none could foresee */
+            r->found[count] = (candidate){.score = r->scores[i], .weight = r->values[i], .id = (int32_t)i};
+            count += r->values[i] >= least && r->values[i] > 0.0f;
+        }
+    }
+    for (int64_t i = 0; i < count; i++) {
+        r->found[i].score = tempered(r->found[i].score, call);
+        kept += (double)r->found[i].weight;
+    }
+    return call->top_p >= 1.0 ? count : keep_top_p(r, count, sums, sums.total > kept ? sums.total - kept : 0.0);
+}
+
 static int choose_row(const hfa_choose_call *call, room *r, stream *s, int64_t b) {
     const hfa_kernels *kernels = hfa_active_kernels((int)call->dtype);
     if (!scores_of(call, r, b) || !kernels->block_maxima(r->scores, r->padded, r->block, r->maxima)) return UNDECIDED;
@@ -220,18 +286,20 @@ static int choose_row(const hfa_choose_call *call, room *r, stream *s, int64_t b
         call->tokens[b] = i;
         return 0;
     }
-    int64_t count = select_top(call, r);
-    if (count < 0) return UNDECIDED;
-    top = tempered(top, call);
-    if (!isfinite(top)) return UNDECIDED;
-    for (int64_t i = 0; i < count; i++) r->values[i] = r->found[i].score;
-    for (int64_t i = count; i % 16; i++) r->values[i] = -INFINITY;
-    kernels->exponentials(r->values, (count + 15) / 16 * 16, top);
-    double total = 0.0;
-    for (int64_t i = 0; i < count; i++) total += (double)(r->found[i].weight = r->values[i]);
-    if (call->top_p < 1.0) count = keep_top_p(call, r, count, total);
-    if (call->min_p > 0.0) count = keep_min_p(call, r, count, top);
-    call->tokens[b] = race(s, r->found, count, b * call->vocabulary);
+    float highest = tempered(top, call);
+    if (!isfinite(highest)) return UNDECIDED;
+    int64_t k = call->top_k > 0 && call->top_k < call->vocabulary ? call->top_k : 0;
+    race one = {.draws = s, .first = b * call->vocabulary, .winner = -1};
+    if (!k && call->top_p >= 1.0 && call->min_p <= 0.0) {
+        weigh_all(call, r, highest);
+        for (int64_t i = 0; i < call->vocabulary; i++) enter(&one, i, r->values[i], 0);
+    } else {
+        int64_t count = k ? keep_top_k(call, r, k, highest) : keep_of_all(call, r, highest);
+        if (count < 0) return UNDECIDED;
+        if (call->min_p > 0.0) count = keep_min_p(call, r, count, highest);
+        for (int64_t i = 0; i < count; i++) enter(&one, r->found[i].id, r->found[i].weight, r->found[i].maybe);
+    }
+    call->tokens[b] = winner_of(&one);
     return call->tokens[b] < 0 ? UNDECIDED : 0;
 }
 
@@ -242,13 +310,13 @@ int hfa_choose(const hfa_choose_call *call) {
     for (int64_t b = 0; call->starts && b < call->rows; b++)
         if (call->starts[b] < 0) return -1;
     room r = {.padded = (call->vocabulary + 127) / 128 * 128};
-    r.block = r.padded / 128 >= 2 * call->top_k && r.padded >= 8192 ? 128 : 16;
+    r.block = r.padded / 128 >= 2 * call->top_k && r.padded >= 8192 ? 128 : 32;
     size_t n = (size_t)r.padded;
-    char *memory = hfa_scratch(n * (2 * sizeof(float) + sizeof(candidate) + sizeof(candidate *)) + n / 16 * sizeof(float));
+    char *memory = hfa_scratch((n + 1) * (2 * sizeof(float) + sizeof(candidate) + sizeof(candidate *)) + n / 32 * sizeof(float));
     if (!memory) return -1;
     r.found = (candidate *)memory;
-    r.order = (candidate **)(r.found + n);
-    r.scores = (float *)(r.order + n);
+    r.order = (candidate **)(r.found + n + 1);
+    r.scores = (float *)(r.order + n + 1);
     r.values = r.scores + n;
     r.maxima = r.values + n;
     stream s;
