@@ -77,7 +77,8 @@ def selected(logits: torch.Tensor, input_ids: torch.Tensor, processors: Any, sam
 
 def _is_served(logits: torch.Tensor, input_ids: torch.Tensor) -> bool:
     is_plain = type(logits) is torch.Tensor and logits.is_cpu and input_ids.is_cpu and logits.dtype in native.DTYPES
-    is_whole = logits.dim() == 2 and logits.numel() > 0 and logits.stride(1) == 1 and not logits.requires_grad
+    is_whole = logits.dim() == 2 and logits.stride(1) == 1 and len(logits) > 0 and not logits.requires_grad
+    is_whole = is_whole and 0 < logits.shape[1] <= 1 << 24  # of more, torch draws none
     return is_plain and is_whole and input_ids.dtype is torch.int64 and native.is_available()
 
 
