@@ -21,6 +21,8 @@ from hf_accel.kernels.native.packed import packed_linear
 from hf_accel.kernels.native.prompt import prompt_attention, prompt_state
 from hf_accel.kernels.native.recurrent import MixerShape, MixerWeights, NativeMixer, Span
 from hf_accel.kernels.native.route import Routing, route
+from hf_accel.kernels.native.step import NativeStep
+from hf_accel.kernels.native.step_parts import StepEnds, StepMemory
 from hf_accel.kernels.native.stream import stream
 
 __all__ = [
@@ -39,10 +41,13 @@ __all__ = [
     "NativeExperts",
     "NativeMixer",
     "NativeStatus",
+    "NativeStep",
     "Norm",
     "Projection",
     "Routing",
     "Span",
+    "StepEnds",
+    "StepMemory",
     "attend",
     "best_expert_rows",
     "best_rows",
