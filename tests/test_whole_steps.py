@@ -18,6 +18,7 @@ import hf_accel
 from hf_accel import AttentionConfig, DecoderBlockConfig, DecodingConfig, KVCacheConfig, NativeLinearConfig
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
+from hf_accel.kernels.native import set_isa, status, supported_isas
 from hf_accel.layers.stepping import StepRunner
 
 pytestmark = pytest.mark.native
@@ -67,6 +68,18 @@ def test_a_step_gives_the_logits_of_layers_one_by_one(name: str, dtype: torch.dt
     assert torch.equal(found.sequences, expected.sequences)
     for one, other in zip(found.logits, expected.logits, strict=True):
         assert float((one - other).norm() / other.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_on_every_instruction_set(isa: str) -> None:
+    usual = status().isa
+    set_isa(isa)
+    try:
+        for name in ("llama", "gpt2"):
+            model, runner = whole(name)
+            assert served(runner, lambda: assert_equal_calls(stock(name), model, plain())) == NEW - 1  # noqa: B023
+    finally:
+        set_isa(usual)
 
 
 CALLS: dict[str, tuple[dict[str, Any], bool]] = {

@@ -72,7 +72,9 @@ class StepGuard:
         self._kernels = [step.kernel for step in self.steps]
         self._versions = self._buffer_versions()
         self._learned = 2**62 if ends.positions is None else len(ends.positions) - ends.offset
+        threads = self.step.threads if hasattr(self, "step") else 0
         self.step = native.NativeStep(self._kernels, ends, self.hollow.angles(min(positions, self._learned)))
+        self.step.threads = threads
 
     def _buffer_versions(self) -> list[int]:
         buffers = (b for m in self.hollow.model.modules() for b in m._buffers.values() if b is not None)
@@ -88,6 +90,7 @@ class StepGuard:
                 return None
             wanted = min(max(2 * step.positions, position + 1), self._learned)
             self.step = native.NativeStep(step.blocks, step.ends, self.hollow.angles(wanted))
+            self.step.threads = step.threads
             return self.step
 
     def is_in_place(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from hf_accel.layers.guard import BlockStep
 from hf_accel.ops import tolerances
 
 PROVEN = (0, 1, 2, 3)  # positions at which a step is compared with the model's own
+
+LENGTH = 256  # of the text in which threads are tried
+TRIED_BYTES = 2**24  # smaller models are tried with one thread: waking others takes longer than their share of the work
 
 
 def ends_of(model: Any, form: EndsForm) -> native.StepEnds:
@@ -42,7 +46,7 @@ def ends_of(model: Any, form: EndsForm) -> native.StepEnds:
 
 
 def prove(anatomy: Anatomy, step: native.NativeStep, steps: list[BlockStep]) -> None:
-    """Compare a few steps with the model's own, on a copy.
+    """Compare a few steps with the model's own, on a copy, and let it have the threads that it runs fastest with.
 
     Raises:
         Unexplained: rounding does not explain the difference.
@@ -64,3 +68,19 @@ def prove(anatomy: Anatomy, step: native.NativeStep, steps: list[BlockStep]) -> 
         found = step(memory, position)
         if found is None or not (found.double() - expected).norm() <= bound * expected.norm():
             raise Unexplained("a step of the whole model in one call gave other logits than the model")
+    if anatomy.weight_bytes < TRIED_BYTES:
+        step.threads = min((0, 1), key=lambda threads: _seconds(step, steps, threads))
+
+
+def _seconds(step: native.NativeStep, steps: list[BlockStep], threads: int) -> float:
+    """Return the least time of a step in a text of usual length."""
+    memory, position = native.StepMemory(len(steps), step.hidden), min(LENGTH, step.positions) - 1
+    for index, part in enumerate(part.block for part in steps):
+        keys = torch.zeros((1, part.kv_heads, position + 1, part.head_dim), dtype=step.dtype)
+        memory.place(index, keys, keys, position, 0, None)
+    best, step.threads = float("inf"), threads
+    for _ in range(40):
+        start = time.perf_counter()
+        step(memory, position)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -41,6 +41,7 @@ class NativeStep:
         self.vocabulary = ends.head.weight.shape[0]
         self._blocks = [ctypes.create_string_buffer(block.packed, len(block.packed)) for block in blocks]
         self.angles = list(angles)
+        self.threads = 0  # of its calls; 0: as many as torch has
         self._pack()
 
     def _check(self) -> None:
@@ -94,5 +95,5 @@ class NativeStep:
         """
         logits = torch.empty((1, 1, self.vocabulary), dtype=self.dtype)
         call = memory.call
-        call[2], call[5], call[6] = logits.data_ptr(), position, _get_num_threads()
+        call[2], call[5], call[6] = logits.data_ptr(), position, self.threads or _get_num_threads()
         return None if self._function(self._address, memory.address) else logits
