@@ -44,6 +44,10 @@ class Writing:
         # criteria that ask for no more than the last token and the length
         self._are_simple = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in self._criteria)
         self._ends: list[Any] = [criterion for criterion in self._criteria if type(criterion) is EosTokenCriteria]
+        # what ends the text of a single row, where the host has its tokens without waiting; None: criteria are asked
+        self._end_ids: frozenset[int] | None = None
+        if rows == 1 and self._device.type == "cpu" and self._are_simple:
+            self._end_ids = frozenset(token for end in self._ends for token in end.eos_token_id.flatten().tolist())
         positions = getattr(call.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._certain = min([*lengths, *([positions] if positions else [])], default=0)  # from here on, never late
 
@@ -85,7 +89,9 @@ class Writing:
         self._new.append(tokens)
         self._length += 1
         is_done: torch.Tensor | bool = 0 < self._most <= self._length
-        if not self._are_simple:
+        if self._end_ids is not None:
+            is_done = is_done or (bool(self._end_ids) and int(tokens) in self._end_ids)
+        elif not self._are_simple:
             self.unfinished = self.unfinished & ~self._criteria(self.input_ids, self._collected.scores)
             is_done = ~self.unfinished.any()
         elif self._ends:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host
 from hf_accel.core.config import Config
 from hf_accel.core.journal import beneath, subclass
 from hf_accel.core.model.blocks import DecoderBlock
 from hf_accel.core.model.discovery.listening import bound
+from hf_accel.core.model.discovery.readings import Unexplained
 from hf_accel.core.model.modes import evaluating
 from hf_accel.core.model.watching import Surroundings
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
@@ -31,6 +33,8 @@ from hf_accel.kernels.weights import PackedProduct
 from hf_accel.layers.audit import PROMPT_TOKENS, Audit, Replacement
 from hf_accel.layers.guard import BlockStep
 from hf_accel.layers.linear import native_obstacles
+from hf_accel.layers.step_guard import StepGuard
+from hf_accel.layers.stepping import StepRunner
 from hf_accel.layers.trial import ROUNDS, Extent, tried_rows
 from hf_accel.ops import tolerances
 
@@ -91,14 +95,27 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
                 if step.extent.many > native.MAX_ROWS:
                     most = layer_bound(step.block, anatomy.dtype)
                     audit.check(step.block, _replacement(step), most, PROMPT_TOKENS)
+            whole = self._whole(setting, steps, skipped)
             for step in steps:
                 layer = step.block.layer
                 made = subclass(NativeLayer, type(layer), step=step, forward=native_forward(step))
                 host.journal.swap_class(layer, made)
+            if whole is not None:
+                whole.watch()
+                host.stand(Door.FORWARD, StepRunner(anatomy.model, whole))
         extents = " or ".join(str(rows) for rows in sorted({step.extent.many for step in steps})) or str(few)
         summary = f"{len(steps)} decoder layers run in one native call for up to {extents} rows"
         kinds = dict.fromkeys(str(step.block.form) for step in steps)
+        summary += "" if whole is None else ", and a token of one text in one for all of them, embedding and head"
         return Change(f"{summary}; found: {' | '.join(kinds)}", skipped=tuple(skipped))
+
+    def _whole(self, setting: Setting, steps: list[BlockStep], skipped: list[str]) -> StepGuard | None:
+        """Return the step of the whole model, None where there is none."""
+        try:
+            return StepGuard(setting.anatomy, steps, [type(step.block.layer) for step in steps])
+        except (Unexplained, ValueError) as error:
+            skipped.append(f"a token runs layer by layer: {error}")
+            return None
 
 
 def _replacement(step: BlockStep) -> Replacement:

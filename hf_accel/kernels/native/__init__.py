@@ -22,6 +22,8 @@ from hf_accel.kernels.native.packed import packed_linear
 from hf_accel.kernels.native.prompt import prompt_attention, prompt_state
 from hf_accel.kernels.native.recurrent import MixerShape, MixerWeights, NativeMixer, Span
 from hf_accel.kernels.native.route import Routing, route
+from hf_accel.kernels.native.step import NativeStep
+from hf_accel.kernels.native.step_parts import StepEnds, StepMemory
 from hf_accel.kernels.native.stream import stream
 
 __all__ = [
@@ -40,11 +42,14 @@ __all__ = [
     "NativeExperts",
     "NativeMixer",
     "NativeStatus",
+    "NativeStep",
     "Norm",
     "Projection",
     "Routing",
     "Rules",
     "Span",
+    "StepEnds",
+    "StepMemory",
     "attend",
     "best_expert_rows",
     "best_rows",

@@ -45,7 +45,8 @@ _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
 
-def _matrix(projection: Projection | None) -> bytes:
+def packed_matrix(projection: Projection | None) -> bytes:
+    """Return its `hfa_matrix`."""
     if projection is None:
         return _NO_MATRIX
     weight, bias = projection.weight, projection.bias
@@ -62,7 +63,8 @@ def _heads(heads: Heads | None) -> bytes:
     return _NO_HEADS if heads is None else _HEADS.pack(heads.start, heads.stride, heads.step)
 
 
-def _norm(norm: Norm | None) -> bytes:
+def packed_norm(norm: Norm | None) -> bytes:
+    """Return its `hfa_norm`."""
     if norm is None:
         return _NO_NORM
     return _NORM.pack(_pointer(norm.weight), _pointer(norm.bias), NORM_KINDS[norm.kind], norm.eps)
@@ -97,7 +99,7 @@ def _packed(shape: BlockShape, weights: BlockWeights, dtype: torch.dtype) -> byt
     matrices = (*projections, w.o, w.gate, w.up, w.down)
     norms = (w.input_norm, w.attention_out_norm, w.mlp_norm, w.mlp_out_norm, w.q_norm, w.k_norm, w.v_norm)
     places = (shape.q, shape.k, shape.v, shape.gate)
-    parts = (*map(_heads, places), *map(_matrix, matrices), *map(_norm, norms))
+    parts = (*map(_heads, places), *map(packed_matrix, matrices), *map(packed_norm, norms))
     return b"".join((head, *parts, _LAST.pack(_pointer(sinks), _pointer(w.slopes))))
 
 
@@ -115,7 +117,7 @@ class NativeBlock:
         self._function: Any = _library.library().hfa_block_forward
         self.is_half = shape.part == "half"
         self._width = weights.o.weight.shape[0]
-        self._packed = _packed(shape, weights, self.dtype)
+        self.packed = _packed(shape, weights, self.dtype)
 
     def __reduce__(self) -> tuple[type[NativeBlock], tuple[BlockShape, BlockWeights]]:
         return NativeBlock, (self.shape, self.weights)
@@ -216,7 +218,7 @@ class NativeBlock:
             row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()
         ):
             raise ValueError(f"row_past must be contiguous int64 [{batch}], got {row_past.dtype} {[*row_past.shape]}")
-        status = -1 if past + tokens > keys.shape[2] else self._function(self._packed, call)
+        status = -1 if past + tokens > keys.shape[2] else self._function(self.packed, call)
         if status == _NO_RESULT:
             return None
         if status:

@@ -88,6 +88,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.hfa_prompt.argtypes = [ctypes.c_char_p]
     library.hfa_encode.argtypes = [ctypes.c_char_p]
     library.hfa_block_forward.argtypes = [ctypes.c_char_p] * 2
+    library.hfa_step_forward.argtypes = [pointer] * 2
     library.hfa_mixer_step.argtypes = [ctypes.c_char_p] * 2
     library.hfa_route.argtypes = [ctypes.c_char_p]
     library.hfa_choose.argtypes = [ctypes.c_char_p]

@@ -10,6 +10,7 @@
  *     packed.c      the same for weights of 8 to 2 bits and of MXFP4, and for any number of rows of x
  *     product.[ch]  products of several weights with one activation, cut into chunks for the threads
  *     block.c, block_attention.[ch], block_run.h   a whole decoder layer in one call
+ *     step.c        one token through all layers of a decoder, its embedding and its head
  *     experts.c, route.c   the routed experts of a layer; their router
  *     recurrent.c   one token of a recurrent mixer
  *     attend.[ch], attention.c   one piece of attention; attention over parts of a cache
@@ -227,6 +228,26 @@ typedef struct {
     double penalty, temperature, top_p, min_p;
 } hfa_choose_call;
 
+/* A decoder of which a token runs in one call: constant but for its tables of angles. layer: of each its block and the rows of cos and sin by
+ * position, [positions, angles] of the dtype or of fp32; NULL without rotary. embedding [vocabulary, hidden], times embedding_scale; then the
+ * row position + positions_offset of positions [positions_rows, hidden], or NULL, is added. norm and head follow on the last layer;
+ * logits times logit_scale, then softcap * tanh(logits / softcap) where it is not 0. Every operation is rounded. */
+typedef struct { const hfa_block *block; const void *cos, *sin; int64_t angles, stride, are_f32; } hfa_step_layer;
+typedef struct {
+    int64_t dtype, layers, hidden, vocabulary;
+    const void *embedding; int64_t embedding_stride; double embedding_scale;
+    const void *positions; int64_t positions_stride, positions_offset, positions_rows;
+    hfa_norm norm; hfa_matrix head; double logit_scale, softcap;
+    const hfa_step_layer *layer;
+} hfa_step;
+
+/* choice: the token, afterwards the best of the logits. layer [layers]: of each its keys and values, their strides and format, past and first;
+ * the rest is written here. row [hidden] of the dtype, room: twice the hidden size rounded up to 16, fp32; logits [rows of the head]. */
+typedef struct {
+    hfa_block_call *layer; void *row, *logits; float *room; int64_t *choice;
+    int64_t position, threads;
+} hfa_step_call;
+
 HFA_EXPORT int hfa_abi_version(void);
 HFA_EXPORT int hfa_isa_supported(int isa); /* compiled in, and this CPU and operating system have it */
 HFA_EXPORT int hfa_isa(void);
@@ -256,4 +277,5 @@ HFA_EXPORT int hfa_experts_forward(const hfa_experts *layer, const hfa_experts_c
 /* 0; -1 for arguments out of range; 1: there is no result, as a score of the attention is not finite, or as a mask or row_past asks
  * of more than HFA_MAX_ROWS rows what only as many can do: row_past, a summand, or to see beyond what a pass computes. */
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
+HFA_EXPORT int hfa_step_forward(const hfa_step *step, const hfa_step_call *call); /* as hfa_block_forward */
 #endif
