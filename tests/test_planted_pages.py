@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import test_large_pages
+import test_topology
 import torch
 from planting import Defect, Patch, Test, instead, is_red, nothing
 
 from hf_accel import loading
 from hf_accel.cache import buffers
+from hf_accel.cli import advice
 from hf_accel.core.journal import Journal
 from hf_accel.kernels import pages
+from hf_accel.measure import threads, topology
 from hf_accel.pages import patcher
 from hf_accel.quantization.modules import linear
 from hf_accel.quantization.reading import folder
@@ -29,6 +32,22 @@ def copies_of_zeros(patch: Patch) -> None:
 def inner_pages_only(patch: Patch) -> None:
     honest = pages._range
     patch.setattr(pages, "_range", lambda tensor: (honest(tensor)[0] + (4 << 20), honest(tensor)[1]))
+
+
+def grants_of_the_nearest(patch: Patch) -> None:
+    patch.setattr(topology, "min", lambda granted, default: max(granted, default=default), raising=False)
+
+
+def threads_stay(patch: Patch) -> None:
+    honest = threads.thread_trial
+
+    def wrong(topology: Any) -> Any:
+        try:
+            return honest(topology)
+        finally:
+            torch.set_num_threads(torch.get_num_threads() + 1)
+
+    patch.setattr(test_topology, "thread_trial", wrong)
 
 
 PLANTED: dict[str, tuple[Defect, Test]] = {
@@ -66,6 +85,20 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         instead(loading, "_has_large_pages", lambda configs: False),
         test_large_pages.test_packs_are_read_instead_of_mapped,
     ),
+    "more threads for nothing": (
+        instead(threads, "_WORTH", 1.0),
+        test_topology.test_few_threads_are_best_where_more_gain_nothing,
+    ),
+    "threads that stay as tried": (threads_stay, test_topology.test_a_trial_leaves_the_threads_as_they_were),
+    "a list that is misread": (
+        instead(topology, "_numbers", lambda text: {int(part[0]) for part in text.split(",") if part}),
+        test_topology.test_nodes_and_siblings,
+    ),
+    "grants of the nearest group only": (
+        grants_of_the_nearest,
+        test_topology.test_what_the_control_group_grants,
+    ),
+    "nodes that nobody hears of": (instead(advice, "_nodes", lambda *given: []), test_topology.test_advice),
     "half a model": (
         instead(folder, "_check_complete", nothing),
         test_large_pages.test_a_file_that_lacks_a_tensor_is_refused,
