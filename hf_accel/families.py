@@ -7,6 +7,7 @@ from hf_accel.decoding import DecodingConfig
 from hf_accel.experts import ExpertOffloadConfig, NativeExpertsConfig
 from hf_accel.gqa import GQAConfig
 from hf_accel.layers import DecoderBlockConfig, DeviceBlockConfig, NativeLinearConfig, SharedProjectionConfig
+from hf_accel.pages import LargePagesConfig
 from hf_accel.quantization import (
     CompressedTensorsConfig,
     GPTQConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "GPTQConfig",
     "GQAConfig",
     "KVCacheConfig",
+    "LargePagesConfig",
     "MixedPrecisionConfig",
     "NativeExpertsConfig",
     "NativeLinearConfig",

@@ -15,6 +15,7 @@ from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
 from hf_accel.core.steps.plan import Plan
 from hf_accel.errors import ConfigError
+from hf_accel.pages import LargePagesConfig
 from hf_accel.quantization.config import WeightOnlyConfig
 from hf_accel.quantization.files.loading import dtype_of
 from hf_accel.quantization.reading.register import source_of
@@ -36,7 +37,8 @@ def load(
 
     A `WeightOnlyConfig` among the configs, or a budget, rounds each weight as it is read: the result is that of
     `optimize(model, config)` bit for bit, and the original is never in memory. All other goals and configs are applied
-    to what was read. The model is in evaluation mode, and of the class that was saved.
+    to what was read. With a `LargePagesConfig` among them files are read straight into large pages, and nothing is
+    mapped. The model is in evaluation mode, and of the class that was saved.
 
     Args:
         name: a folder of safetensors, or the name of a model on the hub.
@@ -69,6 +71,7 @@ def load(
         dtype=dtype_of(dtype),
         memory_budget_bytes=memory_budget_bytes,
         cache=cache,
+        large_pages=_has_large_pages(rest),
         **({} if progress is None else {"advance": progress}),
     )
     loaded = source_of(request.name).read(request)
@@ -104,6 +107,14 @@ def _divided(goal_or_configs: Goal) -> tuple[WeightOnlyConfig | None, Goal]:
     if len(found) > 1:
         raise ConfigError("Weights are rounded by one WeightOnlyConfig; several were given.")
     return (found[0] if found else None), rest  # type: ignore[return-value]
+
+
+def _has_large_pages(goal_or_configs: Goal) -> bool:
+    if isinstance(goal_or_configs, Plan):
+        return any(isinstance(step.config, LargePagesConfig) for step in goal_or_configs.steps)
+    if isinstance(goal_or_configs, Sequence):
+        return any(isinstance(config, LargePagesConfig) for config in goal_or_configs)
+    return isinstance(goal_or_configs, LargePagesConfig)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ CATALOGUE: list[Config] = [
     hf_accel.NativeExpertsConfig(),
     hf_accel.ExpertOffloadConfig(share=0.7),
     hf_accel.SharedProjectionConfig(max_rows=16),
+    hf_accel.LargePagesConfig(),
     hf_accel.DecoderBlockConfig(max_rows=16),
     hf_accel.DeviceBlockConfig(max_rows=16),
     hf_accel.RecurrentStepConfig(),
@@ -32,7 +33,8 @@ CATALOGUE: list[Config] = [
 ]
 # the others change the weights, and with them the text, copies and what is saved
 LOSSLESS = [config for config in CATALOGUE if Patcher.for_config(config).fidelity is not Fidelity.LOSSY]
-BY_NAME_ONLY = ("ExpertOffloadConfig",)  # no goal offers it: it saves memory, and takes time
+# no goal offers them: one saves memory and takes time, one may take memory
+BY_NAME_ONLY = ("ExpertOffloadConfig", "LargePagesConfig")
 
 
 def example(name: str) -> Config:

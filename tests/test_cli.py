@@ -84,7 +84,11 @@ def test_doctor_says_what_is_there_and_what_to_do() -> None:
     assert found["read_bandwidth_bytes_per_s"] > 1e8
     assert found["native"]["available"] == native.is_available()
     assert found["native"]["isa"] == native.status().isa
+    assert found["topology"]["threads"] == found["threads"]["threads"] == 1
+    assert found["threads"]["products"]["1"] > 1e7
+    assert (found["large_pages"]["trial"] is None) == (found["large_pages"]["obstacle"] is not None)
     text = succeed("doctor", "--threads", "1").stdout
+    assert all("".join(advice.split()) in "".join(text.split()) for advice in found["advice"] if " x " not in advice)
     for extra, packages in found["extras"].items():
         # rich wraps lines, so the pip line is compared without white space
         offers = f"pipinstall'hf-accel[{extra}]'" in "".join(text.split())

@@ -3,7 +3,7 @@
 Stock `DynamicLayer.update` is `torch.cat`: a step at S tokens reads and writes the whole cache, O(S) per token. Here
 an append writes T positions and growth is geometric, O(1) amortised; dropping the last n tokens moves a counter.
 Cost: up to 1.5 times the bytes in use, or what the call expects; the operating system backs untouched pages of them
-with no memory.
+with no memory, large pages of 2 MiB where it grants them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from hf_accel.cache.codec import Codec
 from hf_accel.core.calls.held import Held, Part
 from hf_accel.core.drift import VALUES_FOLLOW_KEYS
+from hf_accel.kernels import pages
 
 MINIMUM_TOKENS = 64
 
@@ -191,7 +192,8 @@ class Buffers:
 
     def _new(self, like: torch.Tensor, dtype: torch.dtype, room: int) -> torch.Tensor:
         batch, heads, _, size = like.shape
-        return like.new_empty((batch, heads, room, self.codec.row(size)), dtype=self.codec.kept_dtype(dtype))
+        shape = batch, heads, room, self.codec.row(size)
+        return pages.advise(like.new_empty(shape, dtype=self.codec.kept_dtype(dtype)))
 
     def grow(self, tokens: int) -> None:
         """Move what is in use to the front of new buffers with room for `tokens` more."""
@@ -203,7 +205,7 @@ class Buffers:
         self.start, self.stop = 0, used
 
     def _moved(self, before: torch.Tensor, used: int, room: int) -> torch.Tensor:
-        buffer = before.new_empty((*before.shape[:2], room, before.shape[3]))
+        buffer = pages.advise(before.new_empty((*before.shape[:2], room, before.shape[3])))
         if used:
             buffer.narrow(2, 0, used).copy_(before.narrow(2, self.start, used))
         if self.rows is not None:

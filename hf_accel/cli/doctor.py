@@ -9,10 +9,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from hf_accel.cli.advice import advice
 from hf_accel.cli.models import AsJson, Threads, use_threads
 from hf_accel.cli.output import progress, results, write_json
-from hf_accel.kernels import native
+from hf_accel.kernels import native, pages
 from hf_accel.measure import Machine, read_bandwidth, versions
+from hf_accel.measure.pages import page_trial
+from hf_accel.measure.threads import ThreadTrial, thread_trial
+from hf_accel.measure.topology import Topology
 
 # distributions that each extra of hf-accel brings, as in pyproject.toml (a test compares)
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -29,9 +33,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def doctor(threads: Threads = None, as_json: AsJson = False) -> None:
-    """Show the machine, the native kernels, the memory bandwidth and the optional packages, with what to do."""
+    """Show the machine, its memory and threads, the native kernels and the optional packages, with what to do."""
     use_threads(threads)
-    with progress("measuring the memory bandwidth"):
+    with progress("trying memory and threads"):
         found = examine()
     if as_json:
         write_json(found)
@@ -46,13 +50,27 @@ def doctor(threads: Threads = None, as_json: AsJson = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Return everything `doctor` shows, as JSON values."""
+    topology = Topology.here()
+    trial, in_pages = _tried(topology), None if pages.obstacle() else page_trial()
     return {
         "machine": asdict(Machine.here()),
         "versions": versions(),
         "native": asdict(native.status()) | {"supported_isas": list(native.supported_isas())},
         "read_bandwidth_bytes_per_s": read_bandwidth("cpu"),
+        "topology": asdict(topology),
+        "threads": None if trial is None else trial.to_dict(),
+        "large_pages": {"obstacle": pages.obstacle(), "trial": None if in_pages is None else in_pages.to_dict()},
+        "advice": advice(topology, trial, in_pages),
         "extras": {name: {package: _version(package) for package in packages} for name, packages in EXTRAS.items()},
     }
+
+
+def _tried(topology: Topology) -> ThreadTrial | None:
+    """Return the trial of threads, None where memory is too short for it."""
+    try:
+        return thread_trial(topology)
+    except RuntimeError:
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -70,6 +88,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("GPU", machine["gpu"] or "none that torch can use"),
         ("threads", f"{machine['threads']}{_advice_on_threads(machine)}"),
         ("memory reads", f"{found['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
+        *_tried_rows(found),
+        *(("advice" if place == 0 else "", escape(text)) for place, text in enumerate(found["advice"])),
         ("versions", ", ".join(f"{name} {version}" for name, version in installed.items())),
     ]
     if kernels["available"]:
@@ -87,6 +107,23 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             state = f"[dim]without {', '.join(missing)}[/]: pip install 'hf-accel\\[{name}]'"
             present = f"{present}; {state}" if present else state
         rows.append((f"extra {name}", present))
+    return rows
+
+
+def _tried_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    topology, trial, in_pages = found["topology"], found["threads"], found["large_pages"]["trial"]
+    granted = "" if topology["quota"] is None else f", {topology['quota']:g} of them granted"
+    nodes = len(topology["nodes"])
+    rows = [
+        ("", f"{topology['logical']} processors on {topology['physical']} cores and {nodes} memory nodes{granted}"),
+    ]
+    if trial is not None:
+        rates = ", ".join(f"{rate / 1e9:.1f} with {count}" for count, rate in trial["products"].items())
+        rows.append(("products read", f"{rates} threads (GB/s)"))
+    if in_pages is not None:
+        rows.append(
+            ("large pages", f"{in_pages['large'] / 1e9:.1f} GB/s, {in_pages['small'] / 1e9:.1f} from small ones")
+        )
     return rows
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_accel.errors import UnsupportedModelError
+from hf_accel.kernels import pages
 from hf_accel.kernels.packed import dequantized_linear, packed_linear
 from hf_accel.kernels.weights import PackedWeight
 from hf_accel.ops.affine import Scheme
@@ -134,6 +135,7 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("offsets", packed.offsets)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self._packed = packed
+        pages.settle(packed.codes, packed.scales, packed.offsets)
 
     @property
     def packed(self) -> PackedWeight:

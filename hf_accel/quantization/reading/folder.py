@@ -38,7 +38,8 @@ class Folder:
         if request.config is None and request.memory_budget_bytes is None:
             if request.cache:
                 raise ConfigError("cache=True keeps packed weights; name a WeightOnlyConfig, or memory_budget_bytes.")
-            return Loaded(from_pretrained(request.name, request.dtype))
+            if not request.large_pages:
+                return Loaded(from_pretrained(request.name, request.dtype))
         with converting(CheckpointError, f"{request.name} cannot be loaded"):
             return _Saved(request).read()
 
@@ -54,7 +55,8 @@ class _Saved:
             self.place = Path(snapshot_download(request.name, **FETCHED))
             hub = self.place.parents[2]  # <hub>/models--owner--name/snapshots/<revision>
             self.home = hub.with_name("hf_accel") / self.place.parents[1].name
-        if find_description(self.place, read_json(self.place / CONFIG)) is not None:
+        self.is_packed = find_description(self.place, read_json(self.place / CONFIG)) is not None
+        if self.is_packed and (request.config is not None or request.memory_budget_bytes is not None):
             raise UnsupportedModelError(
                 f"{request.name} holds weights that are packed already; they are not rounded once more. Load it "
                 "without a config of weights and without a budget."
@@ -72,40 +74,35 @@ class _Saved:
     def read(self) -> Loaded:
         """Return the model: mapped where its pack is kept, read in few bits, or as it is where that fits the budget."""
         request, rounding = self.request, self.request.config
+        if self.is_packed:  # packing lays its tensors out anew in memory
+            return Loaded(from_pretrained(request.name, request.dtype))
         if request.memory_budget_bytes is not None:
             rounding = chosen_bits(self.config, request.memory_budget_bytes)
         if rounding is None:
-            return Loaded(from_pretrained(self.place, self.config.dtype))
+            if not request.large_pages:
+                return Loaded(from_pretrained(self.place, self.config.dtype))
+            return Loaded(self._named(self._made()))
         kept = Kept(self.place, self.home, rounding, self.config.dtype) if request.cache else None
-        found = None if kept is None else kept.open(self.config)
+        found = None if kept is None else kept.open(self.config, large_pages=request.large_pages)
         if found is None:
             found = self._in_few_bits(rounding)
             if kept is not None:
                 kept.keep(*found)
         model, told = found
-        model.config.name_or_path = model.name_or_path = request.name
-        if model.can_generate() and (self.place / "generation_config.json").exists():
-            model.generation_config = generation_config(self.place)
         entry = Applied(rounding, told["summary"], 0, Fidelity.LOSSY.value)
         skipped = tuple(Skip(type(rounding).__name__, reason) for reason in told["skipped"])
-        return Loaded(model, (entry,), skipped, told["weight_bytes"])
+        return Loaded(self._named(model), (entry,), skipped, told["weight_bytes"])
+
+    def _named(self, model: Any) -> Any:
+        model.config.name_or_path = model.name_or_path = self.request.name
+        if model.can_generate() and (self.place / "generation_config.json").exists():
+            model.generation_config = generation_config(self.place)
+        return model
 
     def _in_few_bits(self, rounding: WeightOnlyConfig) -> tuple[Any, dict[str, Any]]:
-        """Return the model, every tensor read once, and what was done to it."""
+        """Return the model in few bits, every tensor read once, and what was done to it."""
         reading = Reading(rounding, self.request.advance)
-        cls: Any = model_class(self.config)
-        try:
-            model, info = cls.from_pretrained(
-                None, config=self.config, state_dict=self.tensors, dtype=self.config.dtype,
-                quantization_config=reading, ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-        except HfAccelError:
-            raise
-        except Exception:
-            if reading.error is not None:
-                raise reading.error from None
-            raise
-        _check_complete(self.place, cls, info)
+        model = self._made(reading)
         if reading.change is None:
             raise CheckpointError(
                 f"transformers has loaded {self.place} without our quantizer; this is a fault of ours."
@@ -115,7 +112,24 @@ class _Saved:
             "skipped": list(reading.change.skipped),
             "weight_bytes": sum(tensor.nbytes for tensor in self.tensors.values()),
         }
-        return model.eval(), told
+        return model, told
+
+    def _made(self, reading: Reading | None = None) -> Any:
+        """Return the model, every tensor read once into memory of its own; without `reading` as it is stored."""
+        cls: Any = model_class(self.config)
+        try:
+            model, info = cls.from_pretrained(
+                None, config=self.config, state_dict=self.tensors, dtype=self.config.dtype,
+                quantization_config=reading, ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+        except HfAccelError:
+            raise
+        except Exception:
+            if reading is not None and reading.error is not None:
+                raise reading.error from None
+            raise
+        _check_complete(self.place, cls, info)
+        return model.eval()
 
 
 def _check_complete(place: Path, cls: type, told: dict[str, Any]) -> None:

@@ -46,10 +46,10 @@ class Kept:
         if not os.access(home, os.W_OK):
             raise CheckpointError(f"The packed model cannot be kept in {home}: it may not be written. Use cache=False.")
 
-    def open(self, config: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Return the model, mapped, and what was told of it; None where there is no pack of just this."""
+    def open(self, config: Any, *, large_pages: bool = False) -> tuple[Any, dict[str, Any]] | None:
+        """Return the model, mapped or read into large pages, and what was told of it; None without a pack of this."""
         try:
-            pack = Pack(self.path)
+            pack = Pack(self.path, is_read=large_pages)
             if json.loads(json.dumps(self.identity)) != pack.about["identity"]:
                 return None
             return rebuilt(config, pack.about["model"], pack), pack.about["told"]

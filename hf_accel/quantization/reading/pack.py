@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor
 
 from hf_accel.errors import CheckpointError
+from hf_accel.quantization.reading.stream import Stored
 
 MARK = b"hf_accel pack 1\n"
 ALIGNMENT, PAGE = 64, 4096
@@ -29,11 +30,13 @@ _START = len(MARK) + 16 + 8  # mark, digest, length
 class Pack:
     """An open pack: `about` is what was written with it; `names` are those of its tensors.
 
+    is_read: it is read into memory, of large pages where the system grants them, instead of being mapped.
+
     Raises:
         CheckpointError: there is no such file, or it is damaged or truncated.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_read: bool = False) -> None:
         try:
             with open(path, "rb") as file:
                 start = file.read(_START)
@@ -46,7 +49,11 @@ class Pack:
                     raise CheckpointError(f"{path} has {size} bytes of {header['size']}. Delete it.")
                 if hasattr(os, "posix_fadvise"):  # read ahead, while the model is built
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            self._storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+            self._storage = (
+                Stored(path, "of all bytes", torch.uint8, (size,), 0)[...].untyped_storage()
+                if is_read
+                else torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+            )
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error}).") from error
         self.path, self.about = path, header["about"]

@@ -30,6 +30,7 @@ class Request:
     memory_budget_bytes: what weights may take, with the tensor at hand while they are read; the source chooses the bits
         that lose least within it, and `config` is None.
     cache: what was packed is kept beside the model, and mapped the next time.
+    large_pages: tensors are read into memory of large pages, where the system grants it, and none is mapped.
     advance: to be called after each tensor.
     """
 
@@ -38,6 +39,7 @@ class Request:
     dtype: torch.dtype | None = None
     memory_budget_bytes: int | None = None
     cache: bool = False
+    large_pages: bool = False
     advance: Callable[[], None] = _nothing
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.errors import CheckpointError
+from hf_accel.kernels import pages
 from hf_accel.quantization.files.checkpoint import Checkpoint
 
 DTYPES = {
@@ -48,7 +49,7 @@ class Stored:
         Raises:
             CheckpointError: the file has become shorter, or cannot be read.
         """
-        values = torch.empty(self.shape, dtype=self.dtype)
+        values = pages.advise(torch.empty(self.shape, dtype=self.dtype))
         if self.nbytes:
             _fill(values.reshape(-1).view(torch.uint8), self)
         return values if index is Ellipsis else values[index]

@@ -4,6 +4,9 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include "native.h"
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
@@ -86,6 +89,20 @@ static void release(void *p) {
 
 static void create_key(void) { pthread_key_create(&scratch_key, release); }
 
+enum { PAGE = 4096, LARGE_PAGE = 2 << 20 };
+
+/* Memory that fills large pages begins at one and asks for them; the system may refuse, and memory is memory. */
+static void *allocate(size_t bytes) {
+#ifdef __linux__
+    if (bytes >= LARGE_PAGE) {
+        void *memory = aligned_alloc(LARGE_PAGE, bytes);
+        if (memory) madvise(memory, bytes / LARGE_PAGE * LARGE_PAGE, MADV_HUGEPAGE);
+        if (memory) return memory;
+    }
+#endif
+    return aligned_alloc(PAGE, bytes);
+}
+
 static void *scratch_of(int kind, size_t bytes) {
     static _Thread_local scratch *mine;
     if (!mine) {
@@ -95,9 +112,10 @@ static void *scratch_of(int kind, size_t bytes) {
         pthread_setspecific(scratch_key, mine);
     }
     if (mine->bytes[kind] < bytes) {
-        size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+        size_t page = bytes + bytes / 4 < LARGE_PAGE ? PAGE : LARGE_PAGE;
+        size_t rounded = (bytes + bytes / 4 + page - 1) / page * page;
         free(mine->memory[kind]);
-        mine->memory[kind] = aligned_alloc(4096, rounded);
+        mine->memory[kind] = allocate(rounded);
         mine->bytes[kind] = mine->memory[kind] ? rounded : 0;
     }
     return mine->memory[kind];
