@@ -111,7 +111,7 @@ def test_a_refusing_system_is_not_asked_for_every_page(monkeypatch: Patch) -> No
     asked: list[int] = []
     monkeypatch.setattr(pages, "_madvise", lambda start, stop, advice: bool(asked.append(start)))
     assert pages.collapse(torch.empty(64 << 20, dtype=torch.uint8)) == 0
-    assert len(asked) <= 4
+    assert len(asked) <= 5  # the whole of it, and four pages
 
 
 def never(root: Path, patch: Patch) -> None:

@@ -74,7 +74,13 @@ def collapse(tensor: Tensor) -> int:
     if not _is_served(tensor):
         return 0
     (start, stop), page, found, refused = _range(tensor), page_bytes(), 0, 0
-    for place in range(start // page * page, stop, page):
+    first, last = -(-start // page) * page, stop // page * page
+    places = [*range(start // page * page, first, page), *range(last, stop, page)]
+    if _madvise(first, last, _COLLAPSE):  # in one call, which takes far less than one for each page
+        found = last - first
+    else:
+        places += range(first, last, page)
+    for place in places:
         if _madvise(place, place + page, _COLLAPSE):
             found, refused = found + min(place + page, stop) - max(place, start), 0
         elif (refused := refused + 1) == _PATIENCE:
