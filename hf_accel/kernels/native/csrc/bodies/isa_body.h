@@ -42,14 +42,21 @@
 #endif
 #define LANES_f16 NULL
 
-#ifdef PANELS_FROM
-#define FROM PANELS_FROM
+#define WITHOUT_PANELS (HFA_DOT_ROWS + 1)
+#ifndef PANELS_FROM
+#define FROM_bf16 WITHOUT_PANELS
 #else
-#define FROM (HFA_DOT_ROWS + 1)
+#define FROM_bf16 PANELS_FROM
 #endif
+#ifdef HFA_DOT_BF16
+#define FROM_f16 WITHOUT_PANELS
+#else
+#define FROM_f16 FROM_bf16
+#endif
+#define FROM_f32 FROM_f16
 #define TABLE_ENTRY(N)                                                                                                \
     {.step = STEP_##N, .packed_size = sizeof(packed_##N), .element = sizeof(element_##N), .rows_together = 4,         \
-     .panels_from = FROM, .pack = pack_##N,                                                                           \
+     .panels_from = FROM_##N, .pack = pack_##N,                                                                           \
      .pack_f32 = pack_f32_##N, .dot = dot_##N, .axpy = axpy_##N, .load = load_##N, .store = store_##N,                \
      .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .norm = norm_##N,                        \
      .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \
