@@ -92,6 +92,8 @@ typedef struct {
      * these rows of W meet. */
     void (*lanes)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int m, int is_first, float *out);
     const hfa_recurrent_kernels *recurrent;
+    /* NULL, or as `lanes`, to the last bit, for blocks of x that begin `block` words apart: out[block][n][HFA_MAX_ROWS]. */
+    void (*lanes_blocks)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int64_t block, int m, float *out);
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

@@ -32,15 +32,21 @@
 #define PAIRS 1
 #include "bodies/lanes_body.h"
 #define LANES_bf16 lanes_pairs
+#define BLOCKS_bf16 lanes_blocks_pairs
 #else
 #define LANES_bf16 NULL
+#define BLOCKS_bf16 NULL
 #endif
 #define LANES_f32 lanes_words
+#define BLOCKS_f32 lanes_blocks_words
 #else
 #define LANES_bf16 NULL
 #define LANES_f32 NULL
+#define BLOCKS_bf16 NULL
+#define BLOCKS_f32 NULL
 #endif
 #define LANES_f16 NULL
+#define BLOCKS_f16 NULL
 
 #define WITHOUT_PANELS (HFA_DOT_ROWS + 1)
 #ifndef PANELS_FROM
@@ -63,7 +69,7 @@
      .exponentials = exponentials, .round_for = round_for,                                                             \
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
                     [HFA_FP4] = dot_fp4},                                                                              \
-     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N,       \
+     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N, .lanes_blocks = BLOCKS_##N, \
      .recurrent = &recurrent_##N}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};
