@@ -226,7 +226,7 @@ static void NAME(dot_group)(const T *w, int64_t stride, int64_t rows, int64_t k,
  * of W pass over that before the next panel. Between panels the sums rest in memory as they are, vectors: the additions
  * of an output are those of dot_tile, one by one and in its order. AVX2: twelve sums in registers hide the latency of the
  * additions: 48 G products per second and core where the machine can make 50 (Zen 3, bf16, W in the cache); left to gcc,
- * 20 to 35. vdpbf16ps (Zen 4, two cores, W from memory, 2,048 x 8,192): 8 rows of x 147 G products per second where
+ * 20 to 35. vdpbf16ps (Zen 4, two cores, W from memory, 2,048 x 8,192): 8 rows of x 150 G products per second where
  * x from L2 gave 80 and the memory allows 160; 16 rows 171 for 111 of 234 that the instruction makes. */
 #define NEXT_ROWS 6 /* how far ahead W is prefetched */
 #ifdef HFA_DOT_BF16
