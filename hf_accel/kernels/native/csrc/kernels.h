@@ -95,6 +95,8 @@ typedef struct {
     const hfa_recurrent_kernels *recurrent;
     void (*twist)(uint32_t *words); /* of a generator, see choose_body.h */
     int (*block_maxima)(const float *x, int64_t n, int64_t block, float *maxima);
+    /* NULL, or as `lanes`, to the last bit, for blocks of x that begin `block` words apart: out[block][n][HFA_MAX_ROWS]. */
+    void (*lanes_blocks)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int64_t block, int m, float *out);
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];

@@ -33,31 +33,44 @@
 #define PAIRS 1
 #include "bodies/lanes_body.h"
 #define LANES_bf16 lanes_pairs
+#define BLOCKS_bf16 lanes_blocks_pairs
 #else
 #define LANES_bf16 NULL
+#define BLOCKS_bf16 NULL
 #endif
 #define LANES_f32 lanes_words
+#define BLOCKS_f32 lanes_blocks_words
 #else
 #define LANES_bf16 NULL
 #define LANES_f32 NULL
+#define BLOCKS_bf16 NULL
+#define BLOCKS_f32 NULL
 #endif
 #define LANES_f16 NULL
+#define BLOCKS_f16 NULL
 
-#ifdef PANELS_FROM
-#define FROM PANELS_FROM
+#define WITHOUT_PANELS (HFA_DOT_ROWS + 1)
+#ifndef PANELS_FROM
+#define FROM_bf16 WITHOUT_PANELS
 #else
-#define FROM (HFA_DOT_ROWS + 1)
+#define FROM_bf16 PANELS_FROM
 #endif
+#ifdef HFA_DOT_BF16
+#define FROM_f16 WITHOUT_PANELS
+#else
+#define FROM_f16 FROM_bf16
+#endif
+#define FROM_f32 FROM_f16
 #define TABLE_ENTRY(N)                                                                                                \
     {.step = STEP_##N, .packed_size = sizeof(packed_##N), .element = sizeof(element_##N), .rows_together = 4,         \
-     .panels_from = FROM, .pack = pack_##N,                                                                           \
+     .panels_from = FROM_##N, .pack = pack_##N,                                                                           \
      .pack_f32 = pack_f32_##N, .dot = dot_##N, .axpy = axpy_##N, .load = load_##N, .store = store_##N,                \
      .round = round_##N, .finish = finish_##N, .finish_f32 = finish_f32_##N, .norm = norm_##N,                        \
      .gate = gate_##N, .add = add_##N, .rotate = rotate_##N, .scale_scores = scale_scores, .maximum = maximum,        \
      .exponentials = exponentials, .round_for = round_for,                                                             \
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
                     [HFA_FP4] = dot_fp4},                                                                              \
-     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N,       \
+     .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N, .lanes_blocks = BLOCKS_##N, \
      .recurrent = &recurrent_##N, .twist = twist, .block_maxima = block_maxima}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

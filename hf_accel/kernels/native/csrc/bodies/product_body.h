@@ -79,10 +79,30 @@ static void NAME(pack)(const void *x, int64_t stride, int m, int64_t k, void *pa
     }
 }
 
-#ifdef PANELS_FROM
+/* With products of bf16 by the instruction only these go over panels: x of fp32 is twice as long, and its sections are as they are. */
+#undef HAS_PANELS
+#if defined(PANELS_FROM) && (!defined(HFA_DOT_BF16) || DTYPE == 0)
+#define HAS_PANELS 1
+#else
+#define HAS_PANELS 0
+#endif
+
+#if HAS_PANELS && !defined(HFA_DOT_BF16)
 #include "arch/x86/tile_avx2.h"
 #else
 HFA_INLINE void NAME(tile_step)(const int R, const int M, vf acc[4][HFA_PACK_ROWS], const T *w, int64_t stride, const NAME(packed) *x) {
+#if defined(HFA_DOT_BF16) && DTYPE == 0 /* a load takes as long as a product: each number is loaded once, W and then x */
+    NAME(wide) rows[4];
+    UNROLL(4)
+    for (int r = 0; r < R; r++) rows[r] = NAME(wide_load)(w + r * stride);
+    UNROLL(8)
+    for (int m = 0; m < M; m++) {
+        NAME(wide) one = NAME(wide_load)(x + m * STEP);
+        UNROLL(4)
+        for (int r = 0; r < R; r++) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], rows[r].a, one.a);
+    }
+    return;
+#endif
     UNROLL(4)
     for (int r = 0; r < R; r++) {
         NAME(wide) v = NAME(wide_load)(w + r * stride);
@@ -200,24 +220,31 @@ static void NAME(dot_group)(const T *w, int64_t stride, int64_t rows, int64_t k,
 #undef DOT_CASE
 #undef SINGLE_ROW_FROM
 
-#ifdef PANELS_FROM
+#if HAS_PANELS
 /* Many rows of x do not fit L1 over their whole length, and then each row of W waits for them to come from L2 again. So
  * the columns go in panels: SECTION of them for HFA_PACK_ROWS rows of x is half of a 32 KB L1, and HFA_PANEL_ROWS rows
  * of W pass over that before the next panel. Between panels the sums rest in memory as they are, vectors: the additions
- * of an output are those of dot_tile, one by one and in its order. Twelve sums in registers hide the latency of the
+ * of an output are those of dot_tile, one by one and in its order. AVX2: twelve sums in registers hide the latency of the
  * additions: 48 G products per second and core where the machine can make 50 (Zen 3, bf16, W in the cache); left to gcc,
- * 20 to 35. */
+ * 20 to 35. vdpbf16ps (Zen 4, two cores, W from memory, 2,048 x 8,192): 8 rows of x 150 G products per second where
+ * x from L2 gave 80 and the memory allows 160; 16 rows 171 for 111 of 234 that the instruction makes. */
 #define NEXT_ROWS 6 /* how far ahead W is prefetched */
-#define SECTION (32 * STEP) /* for fp32, where dot_tile starts a new section */
+#ifdef HFA_DOT_BF16
+#define SECTION(M) ((M) > HFA_PACK_ROWS ? 16 * STEP : 32 * STEP) /* two groups of x stay in L1 together */
+#define WHOLE_GROUP 8 /* up to so many rows of x go beside each row of W; larger groups in halves */
+#else
+#define SECTION(M) (32 * STEP) /* for fp32, where dot_tile starts a new section */
+#define WHOLE_GROUP 6
+#endif
 
 /* R rows of W against M rows of x out of a packed group of G, over the columns of a panel; sums lie in order [R][G]. */
 HFA_INLINE void NAME(panel_tile)(const int R, const int M, const int G, const T *w, int64_t stride, int64_t k,
-                                 const NAME(packed) *x, const T *ahead, int share, float *sums, int is_last, float *out, int64_t ldo) {
+                                 const NAME(packed) *x, const T *ahead, int share, float *sums, int is_first, int is_last, float *out, int64_t ldo) {
     vf acc[4][HFA_PACK_ROWS];
     UNROLL(4)
     for (int r = 0; r < R; r++)
         UNROLL(8)
-        for (int m = 0; m < M; m++) acc[r][m] = DTYPE == 2 ? vf_set1(0.0f) : vf_load(sums + (r * G + m) * VW);
+        for (int m = 0; m < M; m++) acc[r][m] = DTYPE == 2 || is_first ? vf_set1(0.0f) : vf_load(sums + (r * G + m) * VW);
     int64_t i = 0;
     for (; i + STEP <= k; i += STEP, x += G * STEP) {
         if (ahead && i * (int64_t)sizeof(T) % (M < G ? 128 : 64) == 64 * share) {
@@ -239,19 +266,19 @@ HFA_INLINE void NAME(panel_tile)(const int R, const int M, const int G, const T 
         UNROLL(8)
         for (int m = 0; m < M; m++) {
             float *sum = sums + (r * G + m) * VW;
-            if (DTYPE == 2) acc[r][m] = vf_add(vf_load(sum), acc[r][m]);
+            if (DTYPE == 2) acc[r][m] = vf_add(is_first ? vf_set1(0.0f) : vf_load(sum), acc[r][m]);
             if (!is_last) vf_store(sum, acc[r][m]);
         }
     if (is_last) NAME(finish_tile)(R, M, acc, out, ldo);
 }
 
-/* R rows of W against a group of G rows of x. From 7 on the group goes in halves, which leave registers for W. */
+/* R rows of W against a group of G rows of x. A large group goes in halves where these leave registers for W. */
 HFA_INLINE void NAME(panel_rows)(const int R, const int G, const T *w, int64_t stride, int64_t k, const NAME(packed) *x,
-                                 const T *ahead, float *sums, int is_last, float *out, int64_t ldo) {
-    const int M = G < 7 ? G : 4;
-    NAME(panel_tile)(R, M, G, w, stride, k, x, ahead, 0, sums, is_last, out, ldo);
+                                 const T *ahead, float *sums, int is_first, int is_last, float *out, int64_t ldo) {
+    const int M = G <= WHOLE_GROUP ? G : 4;
+    NAME(panel_tile)(R, M, G, w, stride, k, x, ahead, 0, sums, is_first, is_last, out, ldo);
     if (M < G)
-        NAME(panel_tile)(R, G - M, G, w, stride, k, x + M * STEP, ahead, 1, sums + M * VW, is_last, out + M * ldo, ldo);
+        NAME(panel_tile)(R, G - M, G, w, stride, k, x + M * STEP, ahead, 1, sums + M * VW, is_first, is_last, out + M * ldo, ldo);
 }
 
 #define PANEL_CASE(G)                                                                                                 \
@@ -261,14 +288,14 @@ HFA_INLINE void NAME(panel_rows)(const int R, const int G, const T *w, int64_t s
             float *sum = sums + n * G * VW;                                                                           \
             if (next) ahead = n + NEXT_ROWS < rows ? wn + NEXT_ROWS * stride : next + (n + NEXT_ROWS - rows) * stride; \
             R = n + PANEL_ROWS_FOR(G) <= rows ? PANEL_ROWS_FOR(G) : 1;                                                \
-            if (R > 1) NAME(panel_rows)(PANEL_ROWS_FOR(G), G, wn, stride, k, x, ahead, sum, is_last, out + n, ldo);   \
-            else NAME(panel_rows)(1, G, wn, stride, k, x, ahead, sum, is_last, out + n, ldo);                         \
+            if (R > 1) NAME(panel_rows)(PANEL_ROWS_FOR(G), G, wn, stride, k, x, ahead, sum, is_first, is_last, out + n, ldo); \
+            else NAME(panel_rows)(1, G, wn, stride, k, x, ahead, sum, is_first, is_last, out + n, ldo);               \
         }                                                                                                             \
         break;
 
 /* `rows` rows of W over one panel; next: where the row lies that follows them, NULL: W is in the cache already */
 static void NAME(panel_group)(const T *w, int64_t stride, int64_t rows, int64_t k, const NAME(packed) *x, int g,
-                              const T *next, float *sums, int is_last, float *out, int64_t ldo) {
+                              const T *next, float *sums, int is_first, int is_last, float *out, int64_t ldo) {
     switch (g) {
         PANEL_CASE(1) PANEL_CASE(2) PANEL_CASE(3) PANEL_CASE(4) PANEL_CASE(5) PANEL_CASE(6) PANEL_CASE(7) PANEL_CASE(8)
     }
@@ -282,20 +309,20 @@ static void NAME(dot_panels)(const T *weight, int64_t stride, int64_t rows, int6
     for (int64_t n = 0; n < rows; n += HFA_PANEL_ROWS) {
         const T *w = weight + n * stride;
         int64_t count = rows - n < HFA_PANEL_ROWS ? rows - n : HFA_PANEL_ROWS;
-        memset(sums, 0, (size_t)(count * m * VW) * sizeof(float));
         for (int64_t i = 0, columns; i < k; i += columns) {
-            columns = k - i < SECTION + STEP ? k - i : SECTION; /* the rest of a row belongs to its last section */
+            columns = k - i < SECTION(m) + STEP ? k - i : SECTION(m); /* the rest of a row belongs to its last section */
             int is_last = i + columns == k;
             const T *next = is_last ? w + count * stride : w + i + columns;
             for (int m0 = 0; m0 < m; m0 += HFA_PACK_ROWS, next = NULL) {
                 int g = m - m0 < HFA_PACK_ROWS ? m - m0 : HFA_PACK_ROWS;
                 NAME(panel_group)(w + i, stride, count, columns, x + m0 * padded + i * g, g, next, sums + m0 * count * VW,
-                                  is_last, out + m0 * ldo + n, ldo);
+                                  i == 0, is_last, out + m0 * ldo + n, ldo);
             }
         }
     }
 }
 #undef SECTION
+#undef WHOLE_GROUP
 #undef NEXT_ROWS
 #endif
 
@@ -304,7 +331,7 @@ static void NAME(dot)(const void *weight, int64_t stride, int64_t rows, int64_t 
     const T *w = weight;
     const NAME(packed) *x = packed;
     int64_t padded = (k + STEP - 1) / STEP * STEP;
-#ifdef PANELS_FROM
+#if HAS_PANELS
     if (m >= PANELS_FROM && k > HFA_MAX_HEAD_DIM) { /* shorter rows of x fit L1 */
         NAME(dot_panels)(w, stride, rows, k, x, m, out, ldo);
         return;

@@ -86,7 +86,7 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
     const hfa_kernels *kernels = run->kernels;
     const hfa_matrix *gate = &run->block->gate, *up = &run->block->up;
     int64_t size = kernels->element;
-    float g[HFA_MAX_ROWS * HFA_TILE], u[HFA_MAX_ROWS * HFA_TILE];
+    float g[HFA_MAX_ROWS * HFA_TILE], u[HFA_MAX_ROWS * HFA_TILE], gates[HFA_ROOM], ups[HFA_ROOM];
     int64_t step = hfa_tile_rows(gate, run->rows) < hfa_tile_rows(up, run->rows) ? hfa_tile_rows(gate, run->rows) : hfa_tile_rows(up, run->rows);
     for (int64_t chunk; (chunk = hfa_ranges_take(run->ranges[3], run->threads, self)) >= 0;) {
         int64_t first = chunk * run->gate_rows, end = first + run->gate_rows < gate->rows ? first + run->gate_rows : gate->rows;
@@ -94,8 +94,8 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
             for (int m0 = 0; m0 < run->rows; m0 += HFA_MAX_ROWS) {
                 int m = run->rows - m0 < HFA_MAX_ROWS ? run->rows - m0 : HFA_MAX_ROWS;
                 int64_t n = end - row < step ? end - row : step;
-                hfa_product_tile(kernels, gate, row, n, x, m0, m, g);
-                hfa_product_tile(kernels, up, row, n, x, m0, m, u);
+                hfa_product_tile(kernels, gate, row, n, x, m0, m, gates, g);
+                hfa_product_tile(kernels, up, row, n, x, m0, m, ups, u);
                 for (int i = 0; i < m; i++) {
                     float *gi = g + i * HFA_TILE, *ui = u + i * HFA_TILE;
                     kernels->finish_f32(gi, gate->bias ? (const char *)gate->bias + row * size : NULL, n, gi);

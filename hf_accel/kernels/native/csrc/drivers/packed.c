@@ -72,7 +72,7 @@ static void packed_task(void *arg, int thread, int team) {
                 int m = call->m - m0 < HFA_DOT_ROWS ? call->m - m0 : HFA_DOT_ROWS;
                 hfa_activations x = {{NULL}};
                 x.packed[widens ? wide.format : w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
-                hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, acc);
+                hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, NULL, acc);
                 for (int i = 0; i < m; i++)
                     kernels->finish(acc + i * HFA_TILE, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
             }

@@ -61,17 +61,27 @@ static void pack_lanes(const hfa_kernels *kernels, const float *rows, int64_t st
 }
 
 /* acc[m * HFA_TILE + n] as hfa_product_tile */
-static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const void *x, int m, int is_first, float *acc) {
-    float sums[HFA_TILE * HFA_MAX_ROWS];
-    int64_t each = kernels->prompt->pairs ? 2 : 1;
-    kernels->lanes((const char *)w->weight + row * w->stride * kernels->element, w->stride / each, rows, w->inner / each, x, m,
-                   is_first, sums);
+static void dot_lanes(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *a, int m0, int m,
+                      float *room, float *acc) {
+    float one[HFA_TILE * HFA_MAX_ROWS], *sums = one;
+    const char *from = (const char *)w->weight + row * w->stride * kernels->element;
+    const void *x = (const char *)a->packed[HFA_DENSE] + hfa_packed_bytes(kernels, m0, w->inner);
+    int64_t each = kernels->prompt->pairs ? 2 : 1, stride = w->stride / each, words = w->inner / each;
+    int before = m0 % HFA_TOGETHER, many = a->rows - m0 < HFA_TOGETHER ? a->rows - m0 : HFA_TOGETHER;
+    if (room && kernels->lanes_blocks) {
+        sums = room + before * rows;
+        int64_t block = (int64_t)hfa_packed_bytes(kernels, HFA_MAX_ROWS, w->inner) / 4;
+        if (!before) kernels->lanes_blocks(from, stride, rows, words, x, block, many, room);
+    } else {
+        kernels->lanes(from, stride, rows, words, x, m, !m0, sums);
+    }
     kernels->prompt->transpose(sums, HFA_MAX_ROWS, rows, m, acc, HFA_TILE);
 }
 
 size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, hfa_activations *x) {
     size_t used = 0;
     x->lanes = takes_lanes(p, k);
+    x->rows = p->m;
     for (int f = 0; f <= HFA_TRANSPOSED; f++) x->packed[f] = NULL;
     for (int i = 0; i < p->count; i++) {
         int64_t kind = kind_of(p->item[i].matrix);
@@ -121,13 +131,14 @@ static void multiply_transposed(const hfa_kernels *kernels, const hfa_matrix *w,
     }
 }
 
-void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc) {
+void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m,
+                      float *room, float *acc) {
     if (kind_of(w) == HFA_TRANSPOSED)
         multiply_transposed(kernels, w, row, rows, x, m0, m, acc, HFA_TILE);
     else if (w->format != HFA_DENSE)
         kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_TILE);
     else if (x->lanes)
-        dot_lanes(kernels, w, row, rows, rows_from(kernels, x, HFA_DENSE, w->inner, m0), m, !m0, acc);
+        dot_lanes(kernels, w, row, rows, x, m0, m, room, acc);
     else
         for (int i = 0; i < m; i += HFA_DOT_ROWS) /* from the second on, W comes from the cache */
             kernels->dot((const char *)w->weight + row * w->stride * kernels->element, w->stride, rows, w->inner,
@@ -191,7 +202,7 @@ static void run_transposed(const hfa_products *p, const hfa_product *item, int64
 }
 
 void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range *ranges, int threads, int self) {
-    float acc[HFA_MAX_ROWS * HFA_TILE];
+    float acc[HFA_MAX_ROWS * HFA_TILE], room[HFA_ROOM];
     for (int64_t chunk; (chunk = hfa_ranges_take(ranges, threads, self)) >= 0;) {
         int i = 0;
         while (chunk >= p->first_chunk[i + 1]) i++;
@@ -207,7 +218,7 @@ void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range
             int64_t n = end - row < step ? end - row : step;
             for (int m0 = 0; m0 < p->m; m0 += HFA_MAX_ROWS) {
                 int m = p->m - m0 < HFA_MAX_ROWS ? p->m - m0 : HFA_MAX_ROWS;
-                hfa_product_tile(p->kernels, w, row, n, x, m0, m, acc);
+                hfa_product_tile(p->kernels, w, row, n, x, m0, m, room, acc);
                 finish(p, item, row, n, m0, m, acc, HFA_TILE);
             }
         }

@@ -7,11 +7,14 @@
 
 #define HFA_TILE 64 /* rows of W whose results wait in fp32 before bias and rounding */
 
+#define HFA_TOGETHER 128 /* rows of x, whole blocks of lanes, that meet rows of W while these are in L1 */
+#define HFA_ROOM (HFA_TILE * HFA_TOGETHER)
+
 #define HFA_TRANSPOSED HFA_FORMATS /* the kind of a dense weight that lies transposed; of others it is their format */
 
 /* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. lanes: for dense weights blocks of
  * HFA_MAX_ROWS rows lie [words][HFA_MAX_ROWS], a row in a lane, as in the attention of prompts. */
-typedef struct { void *packed[HFA_FORMATS + 1]; int lanes; } hfa_activations;
+typedef struct { void *packed[HFA_FORMATS + 1]; int lanes, rows; } hfa_activations;
 
 /* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. activates: with keeps_f32, what is
  * rounded goes through `activation`. */
@@ -30,8 +33,10 @@ int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w);
 size_t hfa_activations_lay_out(const hfa_products *products, int64_t k, char *memory, hfa_activations *x);
 /* Packs fp32 rows m0..m0+m that hold values of the dtype; m0 is a multiple of HFA_DOT_ROWS, and so is m but at the end. */
 void hfa_activations_pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, int m0, int m, const hfa_activations *x);
-/* acc[m * HFA_TILE + n] for n < rows <= HFA_TILE rows of W from `row` on and the rows of x from m0 on, m <= HFA_MAX_ROWS */
-void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
+/* acc[m * HFA_TILE + n] for n < rows <= HFA_TILE rows of W from `row` on and the rows of x from m0 on, m <= HFA_MAX_ROWS. room: NULL,
+ * or HFA_ROOM numbers of the thread's own, kept from m0 = 0 to the last rows of x: the first call of a tile computes there for many. */
+void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m,
+                      float *room, float *acc);
 /* Rows of W that meet all m rows of x before the next ones. */
 int64_t hfa_tile_rows(const hfa_matrix *w, int m);
 

@@ -356,7 +356,9 @@ static void fill(void) {
     table[HFA_BF16].pack = pack;
     table[HFA_BF16].pack_f32 = pack_f32;
     table[HFA_BF16].rows_together = ROWS;
+    table[HFA_BF16].panels_from = HFA_DOT_ROWS + 1;
     table[HFA_BF16].lanes = lanes;
+    table[HFA_BF16].lanes_blocks = NULL;
 }
 
 const hfa_kernels *hfa_kernels_amx(void) {

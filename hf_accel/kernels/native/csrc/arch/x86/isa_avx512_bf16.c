@@ -15,6 +15,8 @@
 #define TABLE hfa_kernels_avx512_bf16
 #define HFA_DOT_BF16
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
+#define PANELS_FROM 3
+#define PANEL_ROWS_FOR(G) ((G) <= 6 ? 4 : 2)
 #define PROMPT_VECTORS 2
 #define PROMPT_ROWS 8
 #include "bodies/isa_body.h"
