@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets in the order of `enum hfa_isa`; later ones are preferred."""
 
