@@ -31,11 +31,11 @@ def missing() -> str:
     return f"{' and '.join(tools)} not found: apt-get install {PACKAGES}" if tools else ""
 
 
-def build(folder: Path, root: Path = ROOT) -> tuple[Path, Path]:
-    """Compile the library of the checkout at `root`, and what calls it, with the options of pyproject.toml."""
+def build(folder: Path, root: Path = ROOT, *more: str) -> tuple[Path, Path]:
+    """Compile the library of the checkout at `root`, and what calls it, with pyproject.toml's options and `more`."""
     extension = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
     library, caller = folder / "library.so", folder / "guest"
-    options = [*extension["extra-compile-args"], "-Wall", "-Werror", "-fPIC", "-shared"]
+    options = [*extension["extra-compile-args"], "-Wall", "-Werror", "-fPIC", "-shared", *more]
     libraries = [f"-l{name}" for name in extension["libraries"]]
     subprocess.run([COMPILER, *options, *extension["sources"], *libraries, "-o", library], cwd=root, check=True)
     subprocess.run([COMPILER, "-O2", Path(__file__).with_name("guest.c"), "-ldl", "-o", caller], check=True)

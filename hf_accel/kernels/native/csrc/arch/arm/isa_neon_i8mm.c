@@ -1,4 +1,4 @@
-/* Kernels for AArch64 Advanced SIMD with 8-bit dot products (sdot) and bf16 dot products (bfdot). */
+/* Kernels for AArch64 Advanced SIMD with 8-bit dot products (sdot) and matrix products (smmla), and with bf16 dot products (bfdot). */
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #include <math.h>
@@ -11,6 +11,7 @@
 #endif
 #include "arch/portable/scalar.h"
 #define HFA_DOT_INT8
+#define HFA_MATRIX_INT8
 #define HFA_DOT_BF16
 #include "arch/arm/vec_neon.h"
 #include "arch/portable/vec_int.h"

@@ -78,3 +78,22 @@ HFA_INLINE int32x4_t v4_dot(int32x4_t sum, int32x4_t w, int32x4_t x) {
     return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
 #endif
 }
+#ifdef HFA_MATRIX_INT8
+/* Two rows of x at a time by smmla, which multiplies two rows of eight columns with two: sums of rows 0 and 1, 2 and 3 of W with both */
+#define HFA_PAIRS_OF_ROWS
+typedef struct { int32x4_t low, high; } v4_pair;
+HFA_INLINE v4_pair v4_pair_begin(const int32_t *start) {
+    int32x4_t both = vcombine_s32(vld1_s32(start), vld1_s32(start));
+    return (v4_pair){both, both};
+}
+/* four rows of W, columns 0 to 3 and 4 to 7; x: eight columns of a row, then of the other */
+HFA_INLINE v4_pair v4_pair_dot(v4_pair sum, int32x4_t first, int32x4_t second, const void *x) {
+    int8x16_t b = vld1q_s8((const int8_t *)x);
+    sum.low = vmmlaq_s32(sum.low, vreinterpretq_s8_s32(vzip1q_s32(first, second)), b);
+    sum.high = vmmlaq_s32(sum.high, vreinterpretq_s8_s32(vzip2q_s32(first, second)), b);
+    return sum;
+}
+HFA_INLINE int32x4_t v4_pair_row(v4_pair sum, const int row) {
+    return row ? vuzp2q_s32(sum.low, sum.high) : vuzp1q_s32(sum.low, sum.high);
+}
+#endif
