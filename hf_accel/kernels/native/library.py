@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 ABI_VERSION = 13
-ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx")
-"""Instruction sets in the order of `enum hfa_isa`; later ones are preferred."""
+ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx", "neon_dot", "neon_i8mm")
+"""Instruction sets in the order of `enum hfa_isa`; of those of a machine, later ones are preferred."""
 
 RETRY_S = 1.0  # asking costs microseconds, looking for the library some tenths of a millisecond
 _THREADING_SYMBOLS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

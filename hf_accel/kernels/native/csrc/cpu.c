@@ -17,7 +17,7 @@ static uint64_t saved_state(void) {
 static int supported(int isa) {
     uint32_t a, b, c, d, b7, c7, d7, a71 = 0;
     if (isa == HFA_PORTABLE) return 1;
-    if (isa == HFA_NEON) return 0;
+    if (isa == HFA_NEON || isa > HFA_AMX) return 0;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     int osxsave = (c >> 27) & 1, avx = (c >> 28) & 1, fma = (c >> 12) & 1, f16c = (c >> 29) & 1;
     if (!osxsave || !avx || !fma || !f16c || (saved_state() & 0x6) != 0x6) return 0;
@@ -51,8 +51,42 @@ static const hfa_kernels *table(int isa) {
     }
 }
 #elif defined(__aarch64__)
-static int supported(int isa) { return isa == HFA_PORTABLE || isa == HFA_NEON; }
-static const hfa_kernels *table(int isa) { return isa == HFA_NEON ? hfa_kernels_neon : hfa_kernels_portable; }
+#if defined(__APPLE__)
+#include <stddef.h>
+#include <sys/sysctl.h>
+static int has(const char *name) {
+    int is_there = 0;
+    size_t size = sizeof is_there;
+    return sysctlbyname(name, &is_there, &size, NULL, 0) == 0 && is_there;
+}
+static int has_dot(void) { return has("hw.optional.arm.FEAT_DotProd"); }
+static int has_i8mm_and_bf16(void) { return has("hw.optional.arm.FEAT_I8MM") && has("hw.optional.arm.FEAT_BF16"); }
+#elif defined(__linux__)
+#include <sys/auxv.h>
+static int has_dot(void) { return (getauxval(AT_HWCAP) >> 20) & 1; } /* HWCAP_ASIMDDP; older headers lack the names */
+static int has_i8mm_and_bf16(void) { return ((getauxval(AT_HWCAP2) >> 13) & 3) == 3; } /* HWCAP2_I8MM, HWCAP2_BF16 */
+#else
+static int has_dot(void) { return 0; }
+static int has_i8mm_and_bf16(void) { return 0; }
+#endif
+
+static int supported(int isa) {
+    switch (isa) {
+        case HFA_PORTABLE: case HFA_NEON: return 1;
+        case HFA_NEON_DOT: return has_dot();
+        case HFA_NEON_I8MM: return has_dot() && has_i8mm_and_bf16();
+        default: return 0;
+    }
+}
+
+static const hfa_kernels *table(int isa) {
+    switch (isa) {
+        case HFA_NEON: return hfa_kernels_neon;
+        case HFA_NEON_DOT: return hfa_kernels_neon_dot;
+        case HFA_NEON_I8MM: return hfa_kernels_neon_i8mm;
+        default: return hfa_kernels_portable;
+    }
+}
 #else
 static int supported(int isa) { return isa == HFA_PORTABLE; }
 static const hfa_kernels *table(int isa) { (void)isa; return hfa_kernels_portable; }

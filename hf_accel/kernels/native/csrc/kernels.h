@@ -109,7 +109,7 @@ const hfa_kernels *hfa_kernels_amx(void);
 int hfa_amx_permitted(void);
 #endif
 #elif defined(__aarch64__)
-extern const hfa_kernels hfa_kernels_neon[HFA_DTYPES];
+extern const hfa_kernels hfa_kernels_neon[HFA_DTYPES], hfa_kernels_neon_dot[HFA_DTYPES], hfa_kernels_neon_i8mm[HFA_DTYPES];
 #endif
 const hfa_kernels *hfa_active_kernels(int dtype);
 

@@ -40,7 +40,8 @@
 #define HFA_QUANTUM 32       /* columns of a packed weight come in multiples of this; activations are scaled per as many */
 
 enum hfa_dtype { HFA_BF16 = 0, HFA_F16 = 1, HFA_F32 = 2, HFA_DTYPES = 3 };
-enum hfa_isa { HFA_PORTABLE = 0, HFA_NEON = 1, HFA_AVX2 = 2, HFA_AVX512 = 3, HFA_AVX512_BF16 = 4, HFA_AMX = 5, HFA_ISAS = 6 };
+enum hfa_isa { HFA_PORTABLE = 0, HFA_NEON = 1, HFA_AVX2 = 2, HFA_AVX512 = 3, HFA_AVX512_BF16 = 4, HFA_AMX = 5,
+               HFA_NEON_DOT = 6, HFA_NEON_I8MM = 7, HFA_ISAS = 8 };
 /* rows of a cache have one of the first HFA_CACHE_FORMATS */
 enum hfa_format { HFA_DENSE = 0, HFA_INT8 = 1, HFA_INT4 = 2, HFA_CACHE_FORMATS = 3, HFA_INT2 = 3, HFA_INT3 = 4, HFA_FP4 = 5, HFA_FORMATS = 6 };
 /* relu2: relu(x)^2; quick_gelu: x * sigmoid(1.702 x), every operation rounded; the last is no layer's own */

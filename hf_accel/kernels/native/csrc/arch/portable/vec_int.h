@@ -24,13 +24,13 @@ HFA_INLINE vi vi_look(vi table, vi a) {
 HFA_INLINE vi vi_lookup(vi a, const int from, vi table) { return vi_look(table, vi_field(a, from, 4, 0)); }
 HFA_INLINE int32_t v4_start(int first, int second) { return first + second; }
 HFA_INLINE v4 v4_begin(vi start) { return start; }
+#ifndef HFA_OWN_DOT
 HFA_INLINE v4 v4_dot(v4 sum, vi w, vi x) { /* bytes of W without, of x with a sign */
     UNROLL(4)
     for (int i = 0; i < 32; i += 8) sum += (vi)((vi_bits)w >> i & 255) * ((vi)((vi_bits)x << (24 - i)) >> 24);
     return sum;
 }
 HFA_INLINE vf vi_float(vi a) { float f[4]; for (int i = 0; i < 4; i++) f[i] = (float)a[i]; return vf_load(f); }
-HFA_INLINE vf v4_end(v4 sum) { return vi_float(sum); }
 HFA_INLINE vi vi_load_int8(const void *p) { /* eight, widened to 16 bits */
     const int8_t *b = p;
     int16_t wide[8];
@@ -42,3 +42,5 @@ HFA_INLINE vi vi_load_int8(const void *p) { /* eight, widened to 16 bits */
 HFA_INLINE vi vi_dot16(vi sum, vi w, vi x) {
     return sum + ((vi)((vi_bits)w << 16) >> 16) * ((vi)((vi_bits)x << 16) >> 16) + (w >> 16) * (x >> 16);
 }
+#endif
+HFA_INLINE vf v4_end(v4 sum) { return vi_float(sum); }

@@ -11,9 +11,9 @@
 #endif
 #include "arch/portable/scalar.h"
 #define HFA_DOT_VNNI
+#define HFA_DOT_BF16
 #include "arch/x86/vec_avx512.h"
 #define TABLE hfa_kernels_avx512_bf16
-#define HFA_DOT_BF16
 #define ROWS_FOR(M) ((M) <= 4 ? 4 : 2) /* 32 vector registers */
 #define PANELS_FROM 3
 #define PANEL_ROWS_FOR(G) ((G) <= 6 ? 4 : 2)

@@ -78,6 +78,11 @@ HFA_INLINE void vf_pair_bf16(const uint16_t *p, vf *even, vf *odd) {
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000u)));
 }
+#ifdef HFA_DOT_BF16
+/* pairs of bf16 numbers as words; sum + the products of both */
+HFA_INLINE vf vf_load_pairs(const uint16_t *p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+HFA_INLINE vf vf_dot_pairs(vf sum, vf a, vf b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
 
 /* Integer products of packed weights, sixteen 32-bit lanes: one row of W each. */
 typedef __m512i vi;
