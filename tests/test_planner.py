@@ -29,8 +29,8 @@ from hf_accel import (
 )
 from hf_accel.cache.layers.growing import GrowingLayer
 from hf_accel.core.steps.plan import Step
-from hf_accel.decoding import choosing
 from hf_accel.decoding.loop import TokenLoop
+from hf_accel.decoding.writing import Writing
 from hf_accel.kernels import native
 from hf_accel.layers.block import DecoderBlockPatcher
 from hf_accel.planner.timing import Times, is_slower
@@ -97,13 +97,13 @@ def test_an_undescribed_architecture_gets_what_is_safe(monkeypatch: pytest.Monke
 
 def test_a_slow_candidate_is_dropped_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_accel.planner.timing, "OVERHEAD_SHOWS_S", math.inf)  # however busy the machine is
-    choose = choosing.choose_token
+    take = Writing.take
 
-    def slow(scores: torch.Tensor, samples: bool) -> torch.Tensor:
+    def slow(self: Writing, step: Any) -> None:
         time.sleep(0.05)
-        return choose(scores, samples)
+        take(self, step)
 
-    monkeypatch.setattr(choosing, "choose_token", slow)
+    monkeypatch.setattr(Writing, "take", slow)
     model = build("llama")
     plan = hf_accel.plan(model)
     assert "DecodingConfig" not in names(plan)

@@ -95,7 +95,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
                 if step.extent.many > native.MAX_ROWS:
                     most = layer_bound(step.block, anatomy.dtype)
                     audit.check(step.block, _replacement(step), most, PROMPT_TOKENS)
-            whole = self._whole(setting, steps, skipped)
+            whole, token = self._whole(setting, steps)
             for step in steps:
                 layer = step.block.layer
                 made = subclass(NativeLayer, type(layer), step=step, forward=native_forward(step))
@@ -106,16 +106,15 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
         extents = " or ".join(str(rows) for rows in sorted({step.extent.many for step in steps})) or str(few)
         summary = f"{len(steps)} decoder layers run in one native call for up to {extents} rows"
         kinds = dict.fromkeys(str(step.block.form) for step in steps)
-        summary += "" if whole is None else ", and a token of one text in one for all of them, embedding and head"
-        return Change(f"{summary}; found: {' | '.join(kinds)}", skipped=tuple(skipped))
+        return Change(f"{summary}; {token}; found: {' | '.join(kinds)}", skipped=tuple(skipped))
 
-    def _whole(self, setting: Setting, steps: list[BlockStep], skipped: list[str]) -> StepGuard | None:
-        """Return the step of the whole model, None where there is none."""
+    def _whole(self, setting: Setting, steps: list[BlockStep]) -> tuple[StepGuard | None, str]:
+        """Return the step of the whole model, None where there is none, and a clause for the report."""
         try:
-            return StepGuard(setting.anatomy, steps, [type(step.block.layer) for step in steps])
+            found = StepGuard(setting.anatomy, steps, [type(step.block.layer) for step in steps])
         except (Unexplained, ValueError) as error:
-            skipped.append(f"a token runs layer by layer: {error}")
-            return None
+            return None, f"a token runs layer by layer ({error})"
+        return found, "a token of one text runs in one call for all of them, embedding and head"
 
 
 def _replacement(step: BlockStep) -> Replacement:

@@ -42,8 +42,10 @@ class StepGuard:
         self.hollow = Hollow(model, self._blocks)
         self.form: EndsForm = described_ends(self.hollow)
         self._model, self._model_vars = weakref.ref(model), vars(model)
+        self._threads = 0
         self._build(model, POSITIONS)
         prove(anatomy, self.step, steps)
+        self._threads = self.step.threads
 
     def watch(self) -> None:
         """Begin to watch: the model as it is from here on is what was proven."""
@@ -72,9 +74,8 @@ class StepGuard:
         self._kernels = [step.kernel for step in self.steps]
         self._versions = self._buffer_versions()
         self._learned = 2**62 if ends.positions is None else len(ends.positions) - ends.offset
-        threads = self.step.threads if hasattr(self, "step") else 0
         self.step = native.NativeStep(self._kernels, ends, self.hollow.angles(min(positions, self._learned)))
-        self.step.threads = threads
+        self.step.threads = self._threads
 
     def _buffer_versions(self) -> list[int]:
         buffers = (b for m in self.hollow.model.modules() for b in m._buffers.values() if b is not None)
