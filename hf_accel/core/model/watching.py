@@ -29,10 +29,12 @@ from hf_accel.core.model.back_ends import BACK_ENDS
 
 FUNCTIONS = itemgetter("linear", "silu", "gelu", "relu", "softmax", "scaled_dot_product_attention", "dropout", "conv1d",
                        "softplus")  # fmt: skip
-# what Python and torch write into namespaces by themselves; the last three torch.compile into nn.Module, and no forward
+# what Python, torch and (the last) transformers write into namespaces by themselves; the three before it torch.compile
+# into nn.Module, and no forward
 # runs through them
 BOOKKEEPING = {"__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__",
-               "___needs_generation_tag_patch", "__init__", "__setstate__"}  # fmt: skip
+               "___needs_generation_tag_patch", "__init__", "__setstate__",
+               "_can_set_attn_implementation_cached_value"}  # fmt: skip
 
 _data_ptr, _stride, _size = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size
 _dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
