@@ -97,7 +97,7 @@ HFA_INLINE void NAME(tile_step)(const int R, const int M, vf acc[4][HFA_PACK_ROW
     for (int m = 0; m < M; m++) {
         NAME(wide) one = NAME(wide_load)(x + m * STEP);
         UNROLL(4)
-        for (int r = 0; r < R; r++) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], rows[r].a, one.a);
+        for (int r = 0; r < R; r++) acc[r][m] = vf_dot_pairs(acc[r][m], rows[r].a, one.a);
     }
     return;
 #endif
