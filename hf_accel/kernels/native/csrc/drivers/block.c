@@ -87,7 +87,8 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
     const hfa_matrix *gate = &run->block->gate, *up = &run->block->up;
     int64_t size = kernels->element;
     float g[HFA_MAX_ROWS * HFA_TILE], u[HFA_MAX_ROWS * HFA_TILE];
-    int64_t step = hfa_tile_rows(gate, run->rows) < hfa_tile_rows(up, run->rows) ? hfa_tile_rows(gate, run->rows) : hfa_tile_rows(up, run->rows);
+    int64_t step = hfa_tile_rows(kernels, gate, run->rows), other = hfa_tile_rows(kernels, up, run->rows);
+    if (other < step) step = other;
     for (int64_t chunk; (chunk = hfa_ranges_take(run->ranges[3], run->threads, self)) >= 0;) {
         int64_t first = chunk * run->gate_rows, end = first + run->gate_rows < gate->rows ? first + run->gate_rows : gate->rows;
         for (int64_t row = first; row < end; row += step)
@@ -368,7 +369,7 @@ static void deal_products(hfa_block_run *run, int64_t attention_tasks) {
     int64_t chunks;
     if (run->gate_up.count == 2) {
         int64_t row_bytes = hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
-        int64_t together = larger(hfa_rows_together(kernels, &block->gate), hfa_rows_together(kernels, &block->up));
+        int64_t together = larger(hfa_rows_together(kernels, &block->gate, run->rows), hfa_rows_together(kernels, &block->up, run->rows));
         int64_t wanted = larger(hfa_rows_wanted(kernels, &block->gate, run->rows),
                                 hfa_rows_wanted(kernels, &block->up, run->rows));
         run->gate_rows = hfa_chunk_rows(together, wanted, row_bytes, block->inner * row_bytes, run->threads);

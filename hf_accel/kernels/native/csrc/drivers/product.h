@@ -23,9 +23,9 @@ typedef struct {
     int64_t chunk_rows[HFA_MAX_GROUP], first_chunk[HFA_MAX_GROUP + 1];
 } hfa_products;
 
-/* Bytes of a row of W, scales included; rows of W that are computed together. */
+/* Bytes of a row of W, scales included; rows of W that are computed together beside m rows of x. */
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w);
-int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w);
+int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w, int m);
 /* Bytes of the activations for m rows of x and all weights; lays them out in `memory` when it is not NULL. */
 size_t hfa_activations_lay_out(const hfa_products *products, int64_t k, char *memory, hfa_activations *x);
 /* Packs fp32 rows m0..m0+m that hold values of the dtype; m0 is a multiple of HFA_DOT_ROWS, and so is m but at the end. */
@@ -33,7 +33,7 @@ void hfa_activations_pack(const hfa_products *products, const float *rows, int64
 /* acc[m * HFA_TILE + n] for n < rows <= HFA_TILE rows of W from `row` on and the rows of x from m0 on, m <= HFA_MAX_ROWS */
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
 /* Rows of W that meet all m rows of x before the next ones. */
-int64_t hfa_tile_rows(const hfa_matrix *w, int m);
+int64_t hfa_tile_rows(const hfa_kernels *kernels, const hfa_matrix *w, int m);
 
 /* Chooses the chunks; returns their number. */
 int64_t hfa_products_plan(hfa_products *products, int threads);
