@@ -57,7 +57,8 @@ static void packed_task(void *arg, int thread, int team) {
     packed_call *call = arg;
     const hfa_kernels *kernels = call->kernels;
     const hfa_matrix *w = call->weight;
-    float acc[HFA_DOT_ROWS * HFA_TILE];
+    int in_bands = hfa_goes_in_bands(w, call->m), most = in_bands ? HFA_BAND : HFA_DOT_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
+    float acc[HFA_BAND * HFA_BAND_ROWS]; /* or HFA_DOT_ROWS * HFA_TILE, which are fewer */
     float *loaded = (float *)call->loaded + (int64_t)thread * HFA_ROUNDED_ROWS * w->inner;
     for (int64_t group; (group = hfa_ranges_take(call->pack_ranges, call->threads, thread)) >= 0;) round_group(call, group, loaded);
     hfa_barrier_wait(call->barrier, team);
@@ -69,13 +70,13 @@ static void packed_task(void *arg, int thread, int team) {
             int widens = call->widened && call->m > MANY;
             hfa_matrix wide;
             if (widens) wide = widen(w, row, n, (uint8_t *)call->widened + call->widened_bytes * (size_t)thread);
-            for (int m0 = 0; m0 < call->m; m0 += HFA_DOT_ROWS) {
-                int m = call->m - m0 < HFA_DOT_ROWS ? call->m - m0 : HFA_DOT_ROWS;
+            for (int m0 = 0; m0 < call->m; m0 += most) {
+                int m = call->m - m0 < most ? call->m - m0 : most;
                 hfa_activations x = {{NULL}};
                 x.packed[widens ? wide.format : w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
-                hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, acc);
+                (in_bands ? hfa_product_band : hfa_product_tile)(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, acc);
                 for (int i = 0; i < m; i++)
-                    kernels->finish(acc + i * HFA_TILE, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
+                    kernels->finish(acc + i * width, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
             }
         }
     }

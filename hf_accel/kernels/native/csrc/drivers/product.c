@@ -135,9 +135,15 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
                          acc + i * HFA_TILE, HFA_TILE);
 }
 
+int hfa_goes_in_bands(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE; }
+
+void hfa_product_band(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc) {
+    kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_BAND_ROWS);
+}
+
 /* Few rows of x: many of W per call; many: 16 or 32 packed ones, which stay in the cache while x passes. */
 int64_t hfa_tile_rows(const hfa_kernels *kernels, const hfa_matrix *w, int m) {
-    return m > HFA_DOT_ROWS && w->format != HFA_DENSE ? kernels->packed_together : HFA_TILE;
+    return hfa_goes_in_bands(w, m) ? kernels->packed_together : HFA_TILE;
 }
 
 static int64_t columns_of_chunk(int64_t columns, int threads) {
@@ -193,7 +199,7 @@ static void run_transposed(const hfa_products *p, const hfa_product *item, int64
 }
 
 void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range *ranges, int threads, int self) {
-    float acc[HFA_MAX_ROWS * HFA_TILE];
+    float acc[HFA_BAND * HFA_BAND_ROWS]; /* or HFA_MAX_ROWS * HFA_TILE, which are fewer */
     for (int64_t chunk; (chunk = hfa_ranges_take(ranges, threads, self)) >= 0;) {
         int i = 0;
         while (chunk >= p->first_chunk[i + 1]) i++;
@@ -207,10 +213,11 @@ void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range
         }
         for (int64_t step = hfa_tile_rows(p->kernels, w, p->m); row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
-            for (int m0 = 0; m0 < p->m; m0 += HFA_MAX_ROWS) {
-                int m = p->m - m0 < HFA_MAX_ROWS ? p->m - m0 : HFA_MAX_ROWS;
-                hfa_product_tile(p->kernels, w, row, n, x, m0, m, acc);
-                finish(p, item, row, n, m0, m, acc, HFA_TILE);
+            int in_bands = hfa_goes_in_bands(w, p->m), most = in_bands ? HFA_BAND : HFA_MAX_ROWS;
+            for (int m0 = 0; m0 < p->m; m0 += most) {
+                int m = p->m - m0 < most ? p->m - m0 : most;
+                (in_bands ? hfa_product_band : hfa_product_tile)(p->kernels, w, row, n, x, m0, m, acc);
+                finish(p, item, row, n, m0, m, acc, in_bands ? HFA_BAND_ROWS : HFA_TILE);
             }
         }
     }

@@ -32,6 +32,11 @@ size_t hfa_activations_lay_out(const hfa_products *products, int64_t k, char *me
 void hfa_activations_pack(const hfa_products *products, const float *rows, int64_t stride, int64_t k, int m0, int m, const hfa_activations *x);
 /* acc[m * HFA_TILE + n] for n < rows <= HFA_TILE rows of W from `row` on and the rows of x from m0 on, m <= HFA_MAX_ROWS */
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
+/* Beside many rows of x packed weights take HFA_BAND of them in a call: acc[m * HFA_BAND_ROWS + n] for n < rows <= HFA_BAND_ROWS. */
+#define HFA_BAND 128
+#define HFA_BAND_ROWS 32
+int hfa_goes_in_bands(const hfa_matrix *w, int m);
+void hfa_product_band(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
 /* Rows of W that meet all m rows of x before the next ones. */
 int64_t hfa_tile_rows(const hfa_kernels *kernels, const hfa_matrix *w, int m);
 
