@@ -16,6 +16,7 @@ import test_native_experts
 import test_native_fp4
 import test_native_linear
 import test_native_packed
+import test_native_packed_rows
 import test_native_ragged
 import test_native_route
 import test_vendor
@@ -85,6 +86,18 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
     "packed products": (
         result(test_native_packed, "packed_linear", lambda y: y * 1.01),
         test_native_packed.test_equals_integer_sums_in_plain_loops,
+    ),
+    "packed products of many rows": (
+        result(test_native_packed_rows, "packed_linear", lambda y: y.add(1.0) if len(y) > 32 else y),
+        test_native_packed_rows.test_sums_of_whole_numbers_are_exact,
+    ),
+    "packed rows that see others": (
+        result(test_native_packed_rows, "packed_linear", lambda y: y * (1.0 + len(y) / 64)),
+        test_native_packed_rows.test_a_row_among_many_equals_the_row_alone,
+    ),
+    "packed products of one instruction set": (
+        result(test_native_packed_rows, "packed_linear", lambda y: y * (1.0 + (native.status().isa == "avx2"))),
+        test_native_packed_rows.test_instruction_sets_agree_to_the_last_bit,
     ),
     "packed products of 3 bits": (wrong_at(3), test_native_packed.test_equals_integer_sums_in_plain_loops),
     "packed products of 2 bits": (wrong_at(2), test_native_packed.test_equals_integer_sums_in_plain_loops),

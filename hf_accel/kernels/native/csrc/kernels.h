@@ -97,6 +97,7 @@ typedef struct {
     int (*block_maxima)(const float *x, int64_t n, int64_t block, float *maxima);
     /* NULL, or as `lanes`, to the last bit, for blocks of x that begin `block` words apart: out[block][n][HFA_MAX_ROWS]. */
     void (*lanes_blocks)(const void *w, int64_t stride, int64_t rows, int64_t words, const void *x, int64_t block, int m, float *out);
+    int packed_together; /* rows of W that `dot_packed` takes at once beside many rows of x */
 } hfa_kernels;
 
 extern const hfa_kernels hfa_kernels_portable[HFA_DTYPES];
@@ -113,7 +114,7 @@ extern const hfa_kernels hfa_kernels_neon[HFA_DTYPES], hfa_kernels_neon_dot[HFA_
 #endif
 const hfa_kernels *hfa_active_kernels(int dtype);
 
-#define HFA_ROUNDED_ROWS 4 /* rows of x that meet a packed weight together: what 16 vector registers hold */
+#define HFA_ROUNDED_ROWS 8 /* rows of x that are rounded together: what meets a packed weight at once where there are 32 vector registers */
 
 static inline int64_t hfa_padded(int64_t k) { return (k + HFA_QUANTUM - 1) / HFA_QUANTUM * HFA_QUANTUM; }
 

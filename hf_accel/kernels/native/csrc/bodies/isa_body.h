@@ -71,6 +71,7 @@
      .dot_packed = {[HFA_INT8] = dot_int8, [HFA_INT4] = dot_int4, [HFA_INT2] = dot_int2, [HFA_INT3] = dot_int3,        \
                     [HFA_FP4] = dot_fp4},                                                                              \
      .dot_cached = dot_cached, .axpy_cached = axpy_cached, .prompt = &PROMPT_##N, .lanes = LANES_##N, .lanes_blocks = BLOCKS_##N, \
-     .recurrent = &recurrent_##N, .twist = twist, .block_maxima = block_maxima}
+     .recurrent = &recurrent_##N, .twist = twist, .block_maxima = block_maxima,                            \
+     .packed_together = STRIPS * HFA_LANES}
 
 const hfa_kernels TABLE[HFA_DTYPES] = {TABLE_ENTRY(bf16), TABLE_ENTRY(f16), TABLE_ENTRY(f32)};

@@ -2,7 +2,7 @@
  *
  * A lane is a row of W, so sums need no reduction over lanes and scales load as vectors. Per block of 32 columns the
  * products are summed exactly in integers, then scaled and added in fp32; a row's result is therefore the same to the
- * last bit however many rows of x there are. Rounded rows of x come in groups of g <= 4:
+ * last bit however many rows of x there are. Rounded rows of x come in groups of g <= 8:
  *   int8: int16 [Kp / 2][g][2], fewer bits: int8 [Kp / 8][g][8];   then, Kp / 32 times g each:
  *   int32 start (what sums of products begin at: it undoes the 2, 4, 8 or 12 added to codes; int16 for columns 0, 1 and 2, 3 of
  *   every four where such pairs are summed apart), fp32 scale, fp32 sum of x (for weights with offsets). */
@@ -22,9 +22,8 @@ HFA_INLINE rounded rounded_parts(const void *packed, int g, int64_t k, int bytes
     return r;
 }
 
-/* 32 values to integers in [-top, top]; returns the scale, NaN if a value is not finite. Adding 1.5 * 2^23 rounds to
- * the nearest integer, ties to even, into the low bits. */
-HFA_INLINE float round_block(const float *x, float top, int32_t *codes) {
+/* What 32 values are multiplied by to lie in [-top, top]; *scale undoes it, and is NaN if a value is not finite. */
+HFA_INLINE float inverse_scale(const float *x, float top, float *scale) {
     vf most = vf_set1(0.0f), strange = vf_set1(0.0f), zero = vf_set1(0.0f);
     for (int i = 0; i < HFA_QUANTUM; i += VW) {
         vf v = vf_load(x + i);
@@ -36,14 +35,40 @@ HFA_INLINE float round_block(const float *x, float top, int32_t *codes) {
         inverse = 0.0f;
         largest = 0.0f;
     }
-    for (int i = 0; i < HFA_QUANTUM; i++) codes[i] = (int32_t)(hfa_bits(x[i] * inverse + 12582912.0f) - 0x4b400000u);
-    return largest / top + vf_sum(strange);
+    *scale = largest / top + vf_sum(strange);
+    return inverse;
 }
 
-HFA_INLINE void load_block(const float *x, int64_t k, int64_t i, float *block) {
-    int64_t n = k - i < HFA_QUANTUM ? k - i : HFA_QUANTUM;
-    memcpy(block, x + i, (size_t)n * sizeof(float));
-    for (; n < HFA_QUANTUM; n++) block[n] = 0.0f;
+/* 32 values times `inverse` to the nearest integers, ties to even, as bytes or (wide) int16; sums: of columns i, i + 4, ... */
+HFA_INLINE void round_block(const int is_wide, const float *x, float inverse, void *codes, int32_t sums[4]) {
+#ifdef VW_AVX
+    vi sum = vi_zero();
+    vf by = vf_set1(inverse);
+    UNROLL(4)
+    for (int i = 0; i < HFA_QUANTUM; i += VW) {
+        vi some = vi_nearest(vf_load(x + i), by);
+        sum = vi_add(sum, some);
+        if (is_wide) vi_store_shorts((int16_t *)codes + i, some);
+        else vi_store_bytes((int8_t *)codes + i, some);
+    }
+    _mm_storeu_si128((__m128i *)sums, vi_sums_of_4(sum));
+#else /* adding 1.5 * 2^23 leaves them in the low bits */
+    for (int c = 0; c < 4; c++) sums[c] = 0;
+    for (int i = 0; i < HFA_QUANTUM; i++) {
+        int32_t code = (int32_t)(hfa_bits(x[i] * inverse + 12582912.0f) - 0x4b400000u);
+        sums[i % 4] += code;
+        if (is_wide) ((int16_t *)codes)[i] = (int16_t)code;
+        else ((int8_t *)codes)[i] = (int8_t)code;
+    }
+#endif
+}
+
+/* Columns i to i + 31 of a row of k: where they lie, or with zeros behind the last in `block`. */
+HFA_INLINE const float *block_of(const float *x, int64_t k, int64_t i, float *block) {
+    if (k - i >= HFA_QUANTUM) return x + i;
+    memcpy(block, x + i, (size_t)(k - i) * sizeof(float));
+    for (int64_t n = k - i; n < HFA_QUANTUM; n++) block[n] = 0.0f;
+    return block;
 }
 
 /* The codes of MXFP4: twice the fp4 values, which are whole numbers, plus 12. In the sums of int16 that some instruction sets
@@ -60,14 +85,13 @@ static void round_to_8(int half, float unit, const float *x, int64_t stride, int
         rounded r = rounded_parts(at, g, k, 1);
         for (int i = 0; i < g; i++)
             for (int64_t b = 0; b < padded / HFA_QUANTUM; b++) {
-                float block[HFA_QUANTUM];
-                int32_t codes[HFA_QUANTUM], sums[4] = {0};
+                float room[HFA_QUANTUM], scale;
+                int32_t sums[4];
                 int8_t bytes[HFA_QUANTUM];
-                load_block(x + (m0 + i) * stride, k, b * HFA_QUANTUM, block);
-                float scale = unit * round_block(block, 127.0f, codes);
-                for (int j = 0; j < HFA_QUANTUM; j++) bytes[j] = (int8_t)codes[j];
-                for (int j = 0; j < HFA_QUANTUM; j += 4)
-                    for (int c = 0; c < 4; c++) sums[c] += codes[j + c];
+                const float *block = block_of(x + (m0 + i) * stride, k, b * HFA_QUANTUM, room);
+                float inverse = inverse_scale(block, 127.0f, &scale);
+                round_block(0, block, inverse, bytes, sums);
+                scale *= unit;
                 int first = sums[0] + sums[1], second = sums[2] + sums[3];
                 char *to = r.codes + b * HFA_QUANTUM * g + i * 8;
                 for (int j = 0; j < PER_BLOCK; j++) memcpy(to + j * 8 * g, bytes + j * 8, 8);
@@ -87,16 +111,15 @@ static void round_to_16(const float *x, int64_t stride, int m, int64_t k, void *
         rounded r = rounded_parts(at, g, k, 2);
         for (int i = 0; i < g; i++)
             for (int64_t b = 0; b < padded / HFA_QUANTUM; b++) {
-                float block[HFA_QUANTUM];
-                int32_t codes[HFA_QUANTUM], sum = 0;
-                load_block(x + (m0 + i) * stride, k, b * HFA_QUANTUM, block);
-                float scale = round_block(block, 32767.0f, codes);
+                float room[HFA_QUANTUM], scale;
+                int32_t sums[4];
+                int16_t codes[HFA_QUANTUM];
+                const float *block = block_of(x + (m0 + i) * stride, k, b * HFA_QUANTUM, room);
+                float inverse = inverse_scale(block, 32767.0f, &scale);
+                round_block(1, block, inverse, codes, sums);
                 char *to = r.codes + b * HFA_QUANTUM * 2 * g + i * 4;
-                for (int j = 0; j < HFA_QUANTUM; j += 2) {
-                    int16_t pair[2] = {(int16_t)codes[j], (int16_t)codes[j + 1]};
-                    memcpy(to + j * 2 * g, pair, 4);
-                    sum += pair[0] + pair[1];
-                }
+                for (int j = 0; j < HFA_QUANTUM; j += 2) memcpy(to + j * 2 * g, codes + j, 4);
+                int32_t sum = sums[0] + sums[1] + sums[2] + sums[3];
                 r.start[b * g + i] = 0;
                 r.scale[b * g + i] = scale;
                 r.sum[b * g + i] = scale * (float)sum;
@@ -111,65 +134,104 @@ static void round_for(int64_t format, const float *x, int64_t stride, int m, int
     else round_to_8(1 << (hfa_code_bits(format) - 1), 1.0f, x, stride, m, k, packed);
 }
 
-/* of the group: += sums * scale of x, and the sums of x */
+/* How many strips of HFA_LANES rows of W go together, and at most how many rows of x they meet before the next: what the vector
+ * registers hold. Two strips halve the loads of x, which many rows of it are short of; a single row waits for memory. */
+#if VW == 16
+enum { STRIPS = 2, TILE_ROWS = 8, MOST_V = STRIPS * VECTORS };
+#else
+enum { STRIPS = 1, TILE_ROWS = 4, MOST_V = STRIPS * VECTORS };
+#endif
+
+/* Rows m0.. of a group of g rounded rows: parts of row m are at m, of the next block g further; a code takes `bytes`. */
+typedef struct { const char *codes; const int32_t *start; const float *scale, *sum; int64_t g; } rounded_rows;
+
+HFA_INLINE rounded_rows rows_of_group(const void *packed, int g, int m0, int64_t k, int bytes) {
+    rounded r = rounded_parts(packed, g, k, bytes);
+    return (rounded_rows){r.codes + m0 * (bytes == 2 ? 4 : 8), r.start + m0, r.scale + m0, r.sum + m0, g};
+}
+
+/* of the group: += sums * scale of x, and the sums of x. A group of one block has its first addition left out: to zero. */
 #define ADD_BLOCK(VALUE)                                                                                              \
-    UNROLL(4)                                                                                                         \
-    for (int v = 0; v < VECTORS; v++) {                                                                               \
+    UNROLL(8)                                                                                                         \
+    for (int m = 0; m < M; m++) {                                                                                     \
+        vf by = vf_set1(x.scale[m]);                                                                                  \
         UNROLL(4)                                                                                                     \
-        for (int m = 0; m < M; m++) part[m][v] = vf_fma(VALUE, vf_set1(x.scale[b * M + m]), part[m][v]);              \
+        for (int v = 0; v < V; v++) part[m][v] = IS_SINGLE ? vf_mul(VALUE, by) : vf_fma(VALUE, by, part[m][v]);       \
     }                                                                                                                 \
-    if (offsets)                                                                                                      \
-        for (int m = 0; m < M; m++) below[m] += x.sum[b * M + m];
+    if (offsets) {                                                                                                    \
+        UNROLL(8)                                                                                                     \
+        for (int m = 0; m < M; m++) below[m] += x.sum[m];                                                             \
+    }                                                                                                                 \
+    x.start += x.g, x.scale += x.g, x.sum += x.g;
 
 /* totals += those of the group * its scale, and + its offset * sums of x */
 #define ADD_GROUP                                                                                                     \
-    UNROLL(4)                                                                                                         \
-    for (int v = 0; v < VECTORS; v++) {                                                                               \
-        vf scale = scale_bytes == 1   ? vf_load_exponents((const uint8_t *)scales + v * VW)                           \
-                   : scale_bytes == 4 ? vf_load((const float *)scales + v * VW)                                       \
-                   : w->stride == 3   ? vf_load_f16((const uint16_t *)scales + v * VW)                                \
-                                      : vf_load_bf16((const uint16_t *)scales + v * VW);                              \
+    UNROLL(8)                                                                                                         \
+    for (int m = 0; m < M; m++) {                                                                                     \
         UNROLL(4)                                                                                                     \
-        for (int m = 0; m < M; m++) total[m][v] = vf_fma(part[m][v], scale, total[m][v]);                             \
-        if (offsets)                                                                                                  \
-            for (int m = 0; m < M; m++)                                                                               \
-                total[m][v] = vf_fma(vf_load(offsets + v * VW), vf_set1(below[m]), total[m][v]);                      \
+        for (int v = 0; v < V; v++) total[m][v] = vf_fma(part[m][v], scale[v], total[m][v]);                          \
     }                                                                                                                 \
-    __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                      \
-    scales += HFA_LANES * scale_bytes;                                                                                \
-    offsets += offsets ? HFA_LANES : 0;
+    if (offsets) {                                                                                                    \
+        UNROLL(4)                                                                                                     \
+        for (int v = 0; v < V; v++) {                                                                                 \
+            vf offset = vf_load(offsets + v / VECTORS * offset_strip + v % VECTORS * VW);                             \
+            UNROLL(8)                                                                                                 \
+            for (int m = 0; m < M; m++) total[m][v] = vf_fma(offset, vf_set1(below[m]), total[m][v]);                 \
+        }                                                                                                             \
+        offsets += HFA_LANES;                                                                                         \
+    }
 
-#define BEGIN_TILE(FORMAT, BYTES)                                                                                     \
-    int64_t padded = hfa_padded(w->inner), part = row / HFA_LANES, groups = (padded + w->group - 1) / w->group;       \
-    int64_t scale_bytes = hfa_scale_bytes(FORMAT, w->stride);                                                         \
-    const char *codes = (const char *)w->weight + row * padded * hfa_code_bits(FORMAT) / 8;                            \
-    const char *scales = (const char *)w->scales + part * groups * HFA_LANES * scale_bytes;                           \
-    const float *offsets = w->offsets ? w->offsets + part * groups * HFA_LANES : NULL;                                \
-    rounded x = rounded_parts(packed, M, w->inner, BYTES);                                                            \
-    const char *xc = x.codes;                                                                                         \
-    vf total[HFA_ROUNDED_ROWS][VECTORS];                                                                              \
-    UNROLL(4)                                                                                                         \
+/* What lies ahead of a strip that goes together with the next one is the strip after both. */
+#define BEGIN_TILE(FORMAT)                                                                                            \
+    const int V = S * VECTORS;                                                                                        \
+    int64_t padded = hfa_padded(w->inner), strip = row / HFA_LANES, groups = (padded + w->group - 1) / w->group;      \
+    int64_t scale_bytes = hfa_scale_bytes(FORMAT, w->stride), code_strip = padded * hfa_code_bits(FORMAT) / 8 * HFA_LANES; \
+    int64_t offset_strip = groups * HFA_LANES, scale_strip = offset_strip * scale_bytes;                              \
+    const char *codes = (const char *)w->weight + strip * code_strip;                                                 \
+    const char *scales = (const char *)w->scales + strip * scale_strip;                                               \
+    const float *offsets = w->offsets ? w->offsets + strip * offset_strip : NULL;                                     \
+    const char *turn = codes + code_strip - HFA_PREFETCH_BYTES / 2;                                                   \
+    vf total[TILE_ROWS][MOST_V];                                                                                                   \
+    UNROLL(8)                                                                                                         \
     for (int m = 0; m < M; m++)                                                                                       \
         UNROLL(4)                                                                                                     \
-        for (int v = 0; v < VECTORS; v++) total[m][v] = vf_set1(0.0f);
+        for (int v = 0; v < V; v++) total[m][v] = vf_set1(0.0f);
+
+#define AHEAD(OFFSET)                                                                                                 \
+    UNROLL(4)                                                                                                         \
+    for (int s = 0; s < S; s++) __builtin_prefetch(ahead + s * code_strip + (OFFSET), 0, HFA_PREFETCH_LEVEL);
 
 /* blocks b of every group */
 #define FOR_BLOCKS                                                                                                    \
     for (int64_t b = 0, end = 0; b < padded / HFA_QUANTUM;) {                                                         \
-        vf part[HFA_ROUNDED_ROWS][VECTORS];                                                                           \
-        float below[HFA_ROUNDED_ROWS] = {0};                                                                          \
+        vf part[TILE_ROWS][MOST_V], scale[MOST_V];                                                                    \
+        float below[TILE_ROWS];                                                                                       \
         UNROLL(4)                                                                                                     \
-        for (int m = 0; m < M; m++)                                                                                   \
+        for (int v = 0; v < V; v++) {                                                                                 \
+            const char *at = scales + v / VECTORS * scale_strip + v % VECTORS * VW * scale_bytes;                     \
+            scale[v] = scale_bytes == 1   ? vf_load_exponents((const uint8_t *)at)                                    \
+                       : scale_bytes == 4 ? vf_load((const float *)at)                                                \
+                       : w->stride == 3   ? vf_load_f16((const uint16_t *)at)                                         \
+                                          : vf_load_bf16((const uint16_t *)at);                                       \
+        }                                                                                                             \
+        __builtin_prefetch(scales + HFA_PREFETCH_BYTES / 16, 0, HFA_PREFETCH_LEVEL);                                  \
+        scales += HFA_LANES * scale_bytes;                                                                            \
+        UNROLL(8)                                                                                                     \
+        for (int m = 0; m < M; m++) {                                                                                 \
+            below[m] = 0.0f;                                                                                          \
             UNROLL(4)                                                                                                 \
-            for (int v = 0; v < VECTORS; v++) part[m][v] = vf_set1(0.0f);                                             \
-        for (end += w->group / HFA_QUANTUM; b < end; b++)
+            for (int v = 0; v < V; v++) part[m][v] = vf_set1(0.0f);                                                   \
+        }                                                                                                             \
+        for (end += IS_SINGLE ? 1 : w->group / HFA_QUANTUM; b < end; b++)
 
-HFA_INLINE void store_tile(const int M, vf total[HFA_ROUNDED_ROWS][VECTORS], int64_t rows, float *out, int64_t ldo) {
+#define TILE_BEGINS_BLOCK const char *ahead = codes + HFA_PREFETCH_BYTES / 2 + (S > 1 && codes >= turn ? (S - 1) * code_strip : 0);
+
+HFA_INLINE void store_tile(const int M, const int S, vf total[TILE_ROWS][MOST_V], int64_t rows, float *out, int64_t ldo) {
     for (int m = 0; m < M; m++) {
-        float values[HFA_LANES];
-        float *to = rows >= HFA_LANES ? out + m * ldo : values;
-        for (int v = 0; v < VECTORS; v++) vf_store(to + v * VW, total[m][v]);
-        if (rows < HFA_LANES) memcpy(out + m * ldo, values, (size_t)rows * sizeof(float));
+        float values[STRIPS * HFA_LANES];
+        float *to = rows >= S * HFA_LANES ? out + m * ldo : values;
+        for (int v = 0; v < S * VECTORS; v++) vf_store(to + v * VW, total[m][v]);
+        if (rows < S * HFA_LANES) memcpy(out + m * ldo, values, (size_t)rows * sizeof(float));
     }
 }
 
@@ -196,22 +258,21 @@ HFA_INLINE void load_codes(const int FORMAT, const int i, const char *codes, vi 
 
 #ifdef HFA_PAIRS_OF_ROWS
 /* The sums of a block for an even number of rows of x, two at a time; they are exact, and so the same as row by row. */
-HFA_INLINE void block_in_pairs(const int FORMAT, const int M, const char *codes, const char *xc, const int32_t *start,
-                               v4 sum[HFA_ROUNDED_ROWS][VECTORS]) {
-    v4_pair pairs[HFA_ROUNDED_ROWS / 2][VECTORS];
+HFA_INLINE void block_in_pairs(const int FORMAT, const int M, const char *codes, rounded_rows x, v4 sum[TILE_ROWS][MOST_V]) {
+    v4_pair pairs[TILE_ROWS / 2][VECTORS];
     UNROLL(2)
     for (int p = 0; p < M / 2; p++)
         UNROLL(4)
-        for (int v = 0; v < VECTORS; v++) pairs[p][v] = v4_pair_begin(start + 2 * p);
+        for (int v = 0; v < VECTORS; v++) pairs[p][v] = v4_pair_begin(x.start + 2 * p);
     UNROLL(4)
-    for (int i = 0; i < PER_BLOCK; i++, xc += 8 * M) {
+    for (int i = 0; i < PER_BLOCK; i++, x.codes += 8 * x.g) {
         if (i < hfa_code_bits(FORMAT)) __builtin_prefetch(codes + i * 4 * HFA_LANES + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
         UNROLL(4)
         for (int v = 0; v < VECTORS; v++) {
             vi low, high;
             load_codes(FORMAT, i, codes + v * 4 * VW, &low, &high);
             UNROLL(2)
-            for (int p = 0; p < M / 2; p++) pairs[p][v] = v4_pair_dot(pairs[p][v], low, high, xc + 16 * p);
+            for (int p = 0; p < M / 2; p++) pairs[p][v] = v4_pair_dot(pairs[p][v], low, high, x.codes + 16 * p);
         }
     }
     UNROLL(4)
@@ -221,108 +282,286 @@ HFA_INLINE void block_in_pairs(const int FORMAT, const int M, const char *codes,
 }
 #endif
 
-/* Weights of fewer than 8 bits. */
-HFA_INLINE void tile_few(const int FORMAT, const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out,
-                         int64_t ldo) {
+/* gcc would load what later columns of x need long before, and run out of registers */
+#define LOADS_STAY if (S > 1) __asm__ volatile("" : : : "memory");
+
+/* Weights of fewer than 8 bits. IS_SINGLE: groups are one block. */
+HFA_INLINE void tile_few(const int FORMAT, const int M, const int S, const int IS_SINGLE, const hfa_matrix *w, int64_t row, int64_t rows,
+                         rounded_rows x, float *out, int64_t ldo) {
     const int BITS = hfa_code_bits(FORMAT);
-    BEGIN_TILE(FORMAT, 1)
+    BEGIN_TILE(FORMAT)
     FOR_BLOCKS {
-        v4 sum[HFA_ROUNDED_ROWS][VECTORS];
+        TILE_BEGINS_BLOCK
+        v4 sum[TILE_ROWS][MOST_V];
 #ifdef HFA_PAIRS_OF_ROWS
-        if (M % 2 == 0) {
-            block_in_pairs(FORMAT, M, codes, xc, x.start + b * M, sum);
+        if (S == 1 && M % 2 == 0) {
+            block_in_pairs(FORMAT, M, codes, x, sum);
             codes += BITS * HFA_QUANTUM * HFA_LANES / 8;
-            xc += HFA_QUANTUM * M;
+            x.codes += HFA_QUANTUM * x.g;
             ADD_BLOCK(v4_end(sum[m][v]))
             continue;
         }
 #endif
+        UNROLL(8)
+        for (int m = 0; m < M; m++) {
+            v4 start = v4_begin(vi_repeat(x.start + m));
+            UNROLL(4)
+            for (int v = 0; v < V; v++) sum[m][v] = start;
+        }
         UNROLL(4)
-        for (int m = 0; m < M; m++)
+        for (int i = 0; i < PER_BLOCK; i++, x.codes += 8 * x.g) {
+            vi low[MOST_V], high[MOST_V];
+            if (i < BITS) AHEAD(i * 4 * HFA_LANES)
             UNROLL(4)
-            for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_begin(vi_repeat(x.start + b * M + m));
-        UNROLL(4)
-        for (int i = 0; i < PER_BLOCK; i++, xc += 8 * M) {
-            vi low[VECTORS], high[VECTORS];
-            if (i < BITS) __builtin_prefetch(codes + i * 4 * HFA_LANES + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
-            UNROLL(4)
-            for (int v = 0; v < VECTORS; v++) load_codes(FORMAT, i, codes + v * 4 * VW, &low[v], &high[v]);
-            UNROLL(4)
+            for (int v = 0; v < V; v++) load_codes(FORMAT, i, codes + v / VECTORS * code_strip + v % VECTORS * 4 * VW, &low[v], &high[v]);
+            UNROLL(8)
             for (int m = 0; m < M; m++) {
-                vi xl = vi_repeat(xc + 8 * m), xh = vi_repeat(xc + 8 * m + 4);
+                vi xl = vi_repeat(x.codes + 8 * m), xh = vi_repeat(x.codes + 8 * m + 4);
                 UNROLL(4)
-                for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_dot(v4_dot(sum[m][v], low[v], xl), high[v], xh);
+                for (int v = 0; v < V; v++) sum[m][v] = v4_dot(v4_dot(sum[m][v], low[v], xl), high[v], xh);
             }
+            LOADS_STAY
         }
         codes += BITS * HFA_QUANTUM * HFA_LANES / 8;
         ADD_BLOCK(v4_end(sum[m][v]))
     }
     ADD_GROUP
     } /* of the group */
-    store_tile(M, total, rows, out, ldo);
+    store_tile(M, S, total, rows, out, ldo);
 }
 
-HFA_INLINE void tile_int8(const int M, const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, float *out, int64_t ldo) {
-    BEGIN_TILE(HFA_INT8, 2)
+HFA_INLINE void tile_int8(const int M, const int S, const int IS_SINGLE, const hfa_matrix *w, int64_t row, int64_t rows, rounded_rows x,
+                          float *out, int64_t ldo) {
+    BEGIN_TILE(HFA_INT8)
     FOR_BLOCKS {
-        vi sum[HFA_ROUNDED_ROWS][VECTORS];
-        UNROLL(4)
+        TILE_BEGINS_BLOCK
+        vi sum[TILE_ROWS][MOST_V];
+        UNROLL(8)
         for (int m = 0; m < M; m++)
             UNROLL(4)
-            for (int v = 0; v < VECTORS; v++) sum[m][v] = vi_zero();
+            for (int v = 0; v < V; v++) sum[m][v] = vi_zero();
         UNROLL(16)
-        for (int i = 0; i < HFA_QUANTUM / 2; i++, codes += 2 * HFA_LANES, xc += 4 * M) {
-            vi wide[VECTORS];
-            if (i % 2 == 0) __builtin_prefetch(codes + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
+        for (int i = 0; i < HFA_QUANTUM / 2; i++, codes += 2 * HFA_LANES, x.codes += 4 * x.g) {
+            vi wide[MOST_V];
+            if (i % 2 == 0) AHEAD(i * 2 * HFA_LANES)
             UNROLL(4)
-            for (int v = 0; v < VECTORS; v++) wide[v] = vi_load_int8(codes + v * 2 * VW);
-            UNROLL(4)
+            for (int v = 0; v < V; v++) wide[v] = vi_load_int8(codes + v / VECTORS * code_strip + v % VECTORS * 2 * VW);
+            UNROLL(8)
             for (int m = 0; m < M; m++) {
-                vi both = vi_repeat(xc + 4 * m);
+                vi both = vi_repeat(x.codes + 4 * m);
                 UNROLL(4)
-                for (int v = 0; v < VECTORS; v++) sum[m][v] = vi_dot16(sum[m][v], wide[v], both);
+                for (int v = 0; v < V; v++) sum[m][v] = vi_dot16(sum[m][v], wide[v], both);
             }
+            LOADS_STAY
         }
         ADD_BLOCK(vi_float(sum[m][v]))
     }
     ADD_GROUP
     } /* of the group */
-    store_tile(M, total, rows, out, ldo);
+    store_tile(M, S, total, rows, out, ldo);
 }
 
-/* 16 rows of W at a time meet all rows of x, so that they are read from memory once */
-#define PACKED_DOT(NAME, TILE, BYTES)                                                                                 \
+#if VW == 16
+/* Weights of fewer than 8 bits, groups of more than a block, beside so many rows of x that taking codes apart for each tile costs: a
+ * stretch of 32 rows is taken apart once, stays in L1, and meets all rows of x; their totals wait in `out`. Same operations in the
+ * same order as tile_few, whose registers run out beside 8 rows of x where sums of groups take some, too. */
+enum { APART_FROM = HFA_MAX_ROWS + 1, STRETCH = 512, STRETCH_BLOCKS = STRETCH / HFA_QUANTUM, BOTH = STRIPS * HFA_LANES };
+typedef struct {
+    uint8_t codes[STRETCH_BLOCKS][HFA_QUANTUM / 4][BOTH][4];
+    float scales[STRETCH_BLOCKS][BOTH]; /* of groups */
+    const float *offsets[STRIPS];
+    int64_t blocks, per_group;
+} taken_apart;
+
+HFA_INLINE void take_apart(const int FORMAT, const hfa_matrix *w, int64_t row, int64_t from, taken_apart *a) {
+    int64_t padded = hfa_padded(w->inner), groups = (padded + w->group - 1) / w->group, scale_bytes = hfa_scale_bytes(FORMAT, w->stride);
+    a->blocks = (padded - from < STRETCH ? padded - from : STRETCH) / HFA_QUANTUM;
+    a->per_group = w->group / HFA_QUANTUM;
+    for (int s = 0; s < STRIPS; s++) {
+        int64_t strip = row / HFA_LANES + s, at = (strip * groups + from / w->group) * HFA_LANES;
+        const char *codes = (const char *)w->weight + (strip * padded + from) * HFA_LANES * hfa_code_bits(FORMAT) / 8;
+        a->offsets[s] = w->offsets ? w->offsets + at : NULL;
+        for (int64_t b = 0; b < a->blocks; b++, codes += HFA_QUANTUM * HFA_LANES * hfa_code_bits(FORMAT) / 8)
+            UNROLL(4)
+            for (int i = 0; i < PER_BLOCK; i++) {
+                vi low, high;
+                load_codes(FORMAT, i, codes, &low, &high);
+                if (i < hfa_code_bits(FORMAT)) __builtin_prefetch(codes + i * 64 + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
+                vf_store((float *)a->codes[b][2 * i][s * HFA_LANES], (vf)low);
+                vf_store((float *)a->codes[b][2 * i + 1][s * HFA_LANES], (vf)high);
+            }
+        for (int64_t g = 0; g < a->blocks / a->per_group; g++, at += HFA_LANES) {
+            const char *scales = (const char *)w->scales + at * scale_bytes;
+            vf_store(a->scales[g] + s * HFA_LANES, scale_bytes == 1   ? vf_load_exponents((const uint8_t *)scales)
+                                                   : scale_bytes == 4 ? vf_load((const float *)scales)
+                                                   : w->stride == 3   ? vf_load_f16((const uint16_t *)scales)
+                                                                      : vf_load_bf16((const uint16_t *)scales));
+        }
+    }
+}
+
+/* What follows the sums of a block: is it the first, is it the last of its group? */
+#define ADD_APART(IS_FIRST, IS_LAST)                                                                                  \
+    UNROLL(8)                                                                                                         \
+    for (int m = 0; m < M; m++) {                                                                                     \
+        vf by = vf_set1(x.scale[m]);                                                                                  \
+        UNROLL(2)                                                                                                     \
+        for (int v = 0; v < STRIPS; v++) {                                                                            \
+            vf value = v4_end(sum[m][v]), all = IS_FIRST ? vf_mul(value, by) : vf_fma(value, by, vf_load(part[m][v])); \
+            float *to = out + m * ldo + v * HFA_LANES;                                                                \
+            if (IS_LAST) vf_store(to, vf_fma(all, vf_load(a->scales[group] + v * HFA_LANES), vf_load(to)));            \
+            else vf_store(part[m][v], all);                                                                           \
+        }                                                                                                             \
+    }
+
+HFA_INLINE void tile_apart(const int M, const taken_apart *a, rounded_rows x, float *out, int64_t ldo) {
+    float part[TILE_ROWS][STRIPS][HFA_LANES] __attribute__((aligned(64))) = {0}, below[TILE_ROWS] = {0};
+    const uint8_t *codes = &a->codes[0][0][0][0];
+    for (int64_t b = 0, group = 0, inside = 0; b < a->blocks; b++) {
+        v4 sum[TILE_ROWS][STRIPS];
+        UNROLL(8)
+        for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = v4_begin(vi_repeat(x.start + m));
+        UNROLL(4)
+        for (int i = 0; i < PER_BLOCK; i++, codes += 2 * 4 * BOTH, x.codes += 8 * x.g) {
+            vi low[STRIPS] = {vi_load(codes), vi_load(codes + 64)}, high[STRIPS] = {vi_load(codes + 128), vi_load(codes + 192)};
+            UNROLL(8)
+            for (int m = 0; m < M; m++) {
+                vi xl = vi_repeat(x.codes + 8 * m), xh = vi_repeat(x.codes + 8 * m + 4);
+                UNROLL(2)
+                for (int v = 0; v < STRIPS; v++) sum[m][v] = v4_dot(v4_dot(sum[m][v], low[v], xl), high[v], xh);
+            }
+            __asm__ volatile("" : : : "memory");
+        }
+        UNROLL(8)
+        for (int m = 0; m < M; m++) __asm__ volatile("" : "+v"(sum[m][0]), "+v"(sum[m][1])); /* gcc would put half of them off */
+        int is_last = ++inside == a->per_group;
+        if (inside == 1) { ADD_APART(1, 0) }
+        else if (is_last) { ADD_APART(0, 1) }
+        else { ADD_APART(0, 0) }
+        if (a->offsets[0]) {
+            for (int m = 0; m < M; m++) below[m] += x.sum[m];
+            for (int m = 0; is_last && m < M; m++) {
+                for (int v = 0; v < STRIPS; v++) {
+                    float *to = out + m * ldo + v * HFA_LANES;
+                    vf_store(to, vf_fma(vf_load(a->offsets[v] + group * HFA_LANES), vf_set1(below[m]), vf_load(to)));
+                }
+                below[m] = 0.0f;
+            }
+        }
+        if (is_last) inside = 0, group++;
+        x.start += x.g, x.scale += x.g, x.sum += x.g;
+    }
+}
+#undef ADD_APART
+
+#define APART_FOR(M) case M: tile_apart(M, a, x, to, ldo); break;
+static __attribute__((noinline)) void meet_all(const taken_apart *a, int64_t from, int64_t k, const char *packed, int m, float *out, int64_t ldo) {
+    int64_t padded = hfa_padded(k);
+    size_t row_bytes = (size_t)(padded + padded / HFA_QUANTUM * 12);
+    for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS) {
+        int g = m - m0 < HFA_ROUNDED_ROWS ? m - m0 : HFA_ROUNDED_ROWS;
+        rounded_rows x = rows_of_group(packed + row_bytes * (size_t)m0, g, 0, k, 1);
+        int64_t block = from / HFA_QUANTUM * g;
+        float *to = out + m0 * ldo;
+        x.codes += from * g, x.start += block, x.scale += block, x.sum += block;
+        switch (g) {
+            APART_FOR(1) APART_FOR(2) APART_FOR(3) APART_FOR(4) APART_FOR(5) APART_FOR(6) APART_FOR(7) APART_FOR(8)
+        }
+    }
+}
+
+/* out[m][BOTH] of 32 rows of W from `row` on */
+HFA_INLINE void dot_apart(const int FORMAT, const hfa_matrix *w, int64_t row, const char *packed, int m, float *out, int64_t ldo) {
+    taken_apart a;
+    for (int i = 0; i < m; i++) memset(out + i * ldo, 0, BOTH * sizeof(float));
+    for (int64_t from = 0; from < hfa_padded(w->inner); from += STRETCH) {
+        take_apart(FORMAT, w, row, from, &a);
+        meet_all(&a, from, w->inner, packed, m, out, ldo);
+    }
+}
+#undef APART_FOR
+#define GOES_APART(FORMAT) ((FORMAT) != HFA_INT8 && m >= APART_FROM && goes_together && count == BOTH && w->group > HFA_QUANTUM && STRETCH % w->group == 0 && w->inner % w->group == 0)
+#else
+#define GOES_APART(FORMAT) 0
+#define dot_apart(...)
+#endif
+
+/* A tile of its own for every number of rows. */
+#define TILE_FOR(M, TILE, S, IS_SINGLE) case M: TILE(M, S, IS_SINGLE, w, row + n, count, x, to, ldo); break;
+#define TILES(TILE)                                                                                                   \
+    switch (some) {                                                                                                   \
+        case 1:                                                                                                       \
+            if (g == 1) { /* the steps of a single row, known to the compiler */                                      \
+                x.g = 1;                                                                                              \
+                TILE(1, 1, 0, w, row + n, count, x, to, ldo);                                                         \
+                break;                                                                                                \
+            }                                                                                                         \
+            TILE(1, 1, 0, w, row + n, count, x, to, ldo);                                                             \
+            break;                                                                                                    \
+        TILE_FOR(2, TILE, 1, 0) TILE_FOR(3, TILE, 1, 0) TILE_FOR(4, TILE, 1, 0)                                       \
+    }
+#if VW == 16
+#define UP_TO_4(TILE, IS_SINGLE)                                                                                      \
+    TILE_FOR(1, TILE, 2, IS_SINGLE) TILE_FOR(2, TILE, 2, IS_SINGLE) TILE_FOR(3, TILE, 2, IS_SINGLE) TILE_FOR(4, TILE, 2, IS_SINGLE)
+#define UP_TO_8(TILE, IS_SINGLE)                                                                                      \
+    TILE_FOR(5, TILE, 2, IS_SINGLE) TILE_FOR(6, TILE, 2, IS_SINGLE) TILE_FOR(7, TILE, 2, IS_SINGLE) TILE_FOR(8, TILE, 2, IS_SINGLE)
+#define TILES_TOGETHER(TILE, IS_FEW)                                                                                  \
+    if (!(IS_FEW)) switch (some) { UP_TO_4(TILE, 0) UP_TO_8(TILE, 0) }                                                \
+    else if (w->group != HFA_QUANTUM) switch (some) { UP_TO_4(TILE, 0) }                                              \
+    else switch (some) { UP_TO_4(TILE, 1) UP_TO_8(TILE, 1) }
+#else
+#define TILES_TOGETHER(TILE, IS_FEW) {}
+#endif
+
+/* 16 or 32 rows of W at a time meet all rows of x, so that they are read from memory once */
+#define PACKED_DOT(NAME, FORMAT, TILE, BYTES)                                                                                 \
     static void NAME(const hfa_matrix *w, int64_t row, int64_t rows, const void *packed, int m, float *out, int64_t ldo) { \
-        size_t group_bytes = (size_t)(hfa_padded(w->inner) * HFA_ROUNDED_ROWS * (BYTES)                               \
-                                      + hfa_padded(w->inner) / HFA_QUANTUM * 12 * HFA_ROUNDED_ROWS);                  \
-        for (int64_t n = 0; n < rows; n += HFA_LANES) {                                                               \
-            int64_t some = rows - n < HFA_LANES ? rows - n : HFA_LANES;                                               \
-            const char *x = packed;                                                                                   \
-            float *to = out + n;                                                                                      \
-            for (int m0 = 0; m0 < m; m0 += HFA_ROUNDED_ROWS, x += group_bytes, to += HFA_ROUNDED_ROWS * ldo)          \
-                switch (m - m0) {                                                                                     \
-                    case 1: TILE(1, w, row + n, some, x, to, ldo); break;                                             \
-                    case 2: TILE(2, w, row + n, some, x, to, ldo); break;                                             \
-                    case 3: TILE(3, w, row + n, some, x, to, ldo); break;                                             \
-                    default: TILE(4, w, row + n, some, x, to, ldo); break;                                            \
-                }                                                                                                     \
+        size_t row_bytes = (size_t)(hfa_padded(w->inner) * (BYTES) + hfa_padded(w->inner) / HFA_QUANTUM * 12);        \
+        for (int64_t n = 0, together; n < rows; n += together) {                                                      \
+            int goes_together = STRIPS > 1 && m > 1 && rows - n > HFA_LANES;                                          \
+            together = goes_together ? STRIPS * HFA_LANES : HFA_LANES;                                                \
+            int64_t count = rows - n < together ? rows - n : together;                                                \
+            if (GOES_APART(FORMAT)) {                                                                                 \
+                dot_apart(FORMAT, w, row + n, packed, m, out + n, ldo);                                               \
+                continue;                                                                                             \
+            }                                                                                                         \
+            for (int m0 = 0, some; m0 < m; m0 += some) {                                                              \
+                int inside = m0 % HFA_ROUNDED_ROWS, first = m0 - inside;                                              \
+                int g = m - first < HFA_ROUNDED_ROWS ? m - first : HFA_ROUNDED_ROWS;                                  \
+                rounded_rows x = rows_of_group((const char *)packed + row_bytes * (size_t)first, g, inside, w->inner, BYTES); \
+                float *to = out + n + m0 * ldo;                                                                       \
+                int most = goes_together && ((BYTES) == 2 || w->group == HFA_QUANTUM) ? TILE_ROWS : 4; /* with sums of groups, registers run out */ \
+                some = g - inside < most ? g - inside : most;                                                         \
+                if (!goes_together) TILES(TILE)                                                                       \
+                else TILES_TOGETHER(TILE, (BYTES) == 1)                                                               \
+            }                                                                                                         \
         }                                                                                                             \
     }
 #define TILE_INT4(...) tile_few(HFA_INT4, __VA_ARGS__)
 #define TILE_INT3(...) tile_few(HFA_INT3, __VA_ARGS__)
 #define TILE_INT2(...) tile_few(HFA_INT2, __VA_ARGS__)
 #define TILE_FP4(...) tile_few(HFA_FP4, __VA_ARGS__)
-PACKED_DOT(dot_int8, tile_int8, 2)
-PACKED_DOT(dot_int4, TILE_INT4, 1)
-PACKED_DOT(dot_int3, TILE_INT3, 1)
-PACKED_DOT(dot_int2, TILE_INT2, 1)
-PACKED_DOT(dot_fp4, TILE_FP4, 1)
+PACKED_DOT(dot_int8, HFA_INT8, tile_int8, 2)
+PACKED_DOT(dot_int4, HFA_INT4, TILE_INT4, 1)
+PACKED_DOT(dot_int3, HFA_INT3, TILE_INT3, 1)
+PACKED_DOT(dot_int2, HFA_INT2, TILE_INT2, 1)
+PACKED_DOT(dot_fp4, HFA_FP4, TILE_FP4, 1)
 #undef TILE_INT4
 #undef TILE_INT3
 #undef TILE_INT2
 #undef TILE_FP4
+#undef TILE_FOR
+#undef TILES
+#undef TILES_TOGETHER
+#undef UP_TO_4
+#undef UP_TO_8
+#undef GOES_APART
+#undef dot_apart
 #undef PACKED_DOT
 #undef BEGIN_TILE
+#undef TILE_BEGINS_BLOCK
+#undef AHEAD
+#undef LOADS_STAY
 #undef FOR_BLOCKS
 #undef ADD_BLOCK
 #undef ADD_GROUP

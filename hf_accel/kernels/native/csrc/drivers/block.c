@@ -86,18 +86,26 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
     const hfa_kernels *kernels = run->kernels;
     const hfa_matrix *gate = &run->block->gate, *up = &run->block->up;
     int64_t size = kernels->element;
-    float g[HFA_MAX_ROWS * HFA_TILE], u[HFA_MAX_ROWS * HFA_TILE], gates[HFA_ROOM], ups[HFA_ROOM];
-    int64_t step = hfa_tile_rows(gate, run->rows) < hfa_tile_rows(up, run->rows) ? hfa_tile_rows(gate, run->rows) : hfa_tile_rows(up, run->rows);
+    float g[HFA_BAND * HFA_BAND_ROWS], u[HFA_BAND * HFA_BAND_ROWS], gates[HFA_ROOM], ups[HFA_ROOM]; /* or HFA_MAX_ROWS * HFA_TILE, which are fewer */
+    int in_bands = hfa_goes_in_bands(gate, run->rows) && hfa_goes_in_bands(up, run->rows);
+    int most = in_bands ? HFA_BAND : HFA_MAX_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
+    int64_t step = hfa_tile_rows(kernels, gate, run->rows), other = hfa_tile_rows(kernels, up, run->rows);
+    if (other < step) step = other;
     for (int64_t chunk; (chunk = hfa_ranges_take(run->ranges[3], run->threads, self)) >= 0;) {
         int64_t first = chunk * run->gate_rows, end = first + run->gate_rows < gate->rows ? first + run->gate_rows : gate->rows;
         for (int64_t row = first; row < end; row += step)
-            for (int m0 = 0; m0 < run->rows; m0 += HFA_MAX_ROWS) {
-                int m = run->rows - m0 < HFA_MAX_ROWS ? run->rows - m0 : HFA_MAX_ROWS;
+            for (int m0 = 0; m0 < run->rows; m0 += most) {
+                int m = run->rows - m0 < most ? run->rows - m0 : most;
                 int64_t n = end - row < step ? end - row : step;
-                hfa_product_tile(kernels, gate, row, n, x, m0, m, gates, g);
-                hfa_product_tile(kernels, up, row, n, x, m0, m, ups, u);
+                if (in_bands) {
+                    hfa_product_band(kernels, gate, row, n, x, m0, m, g);
+                    hfa_product_band(kernels, up, row, n, x, m0, m, u);
+                } else {
+                    hfa_product_tile(kernels, gate, row, n, x, m0, m, gates, g);
+                    hfa_product_tile(kernels, up, row, n, x, m0, m, ups, u);
+                }
                 for (int i = 0; i < m; i++) {
-                    float *gi = g + i * HFA_TILE, *ui = u + i * HFA_TILE;
+                    float *gi = g + i * width, *ui = u + i * width;
                     kernels->finish_f32(gi, gate->bias ? (const char *)gate->bias + row * size : NULL, n, gi);
                     kernels->finish_f32(ui, up->bias ? (const char *)up->bias + row * size : NULL, n, ui);
                     memset(gi + n, 0, (size_t)(padded(n) - n) * sizeof(float)); /* whole vectors: no tail with other rounding */
@@ -368,7 +376,7 @@ static void deal_products(hfa_block_run *run, int64_t attention_tasks) {
     int64_t chunks;
     if (run->gate_up.count == 2) {
         int64_t row_bytes = hfa_row_bytes(kernels, &block->gate) + hfa_row_bytes(kernels, &block->up);
-        int64_t together = larger(hfa_rows_together(kernels, &block->gate), hfa_rows_together(kernels, &block->up));
+        int64_t together = larger(hfa_rows_together(kernels, &block->gate, run->rows), hfa_rows_together(kernels, &block->up, run->rows));
         int64_t wanted = larger(hfa_rows_wanted(kernels, &block->gate, run->rows),
                                 hfa_rows_wanted(kernels, &block->up, run->rows));
         run->gate_rows = hfa_chunk_rows(together, wanted, row_bytes, block->inner * row_bytes, run->threads);

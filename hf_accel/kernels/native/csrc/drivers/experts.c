@@ -90,10 +90,10 @@ static const char *bias_at(const experts_run *run, const hfa_matrix *w, int64_t 
     return w->bias ? (const char *)w->bias + row * run->kernels->element : NULL;
 }
 
-/* Rows of W that are multiplied together: for many rows of x packed weights go 16 at a time, which stay in L1 meanwhile. */
+/* Rows of W that are multiplied together: for many rows of x packed weights go 16 or 32 at a time, which stay in the cache meanwhile. */
 static int64_t tile_rows(const experts_run *run, const hfa_matrix *w, int64_t count) {
     if (run->layer->transposed) return WIDE;
-    return count > HFA_DOT_ROWS && w->format != HFA_DENSE ? HFA_LANES : HFA_TILE;
+    return count > HFA_DOT_ROWS && w->format != HFA_DENSE ? run->kernels->packed_together : HFA_TILE;
 }
 
 /* The hit with the last first_<of> that is not above `index`. */
@@ -304,7 +304,7 @@ static void plan(experts_run *run, int64_t threads) {
         at->first_group = groups;
         groups += (at->count + HFA_DOT_ROWS - 1) / HFA_DOT_ROWS;
         at->chunk_rows = layer->transposed ? WIDE
-                                           : hfa_chunk_rows(hfa_rows_together(kernels, w), hfa_rows_wanted(kernels, w, m),
+                                           : hfa_chunk_rows(hfa_rows_together(kernels, w, m), hfa_rows_wanted(kernels, w, m),
                                                             hfa_row_bytes(kernels, w), total, run->threads);
         at->first_chunk = chunks;
         chunks += (w->rows + at->chunk_rows - 1) / at->chunk_rows;

@@ -1,7 +1,7 @@
 /* y = x W^T + b for any number of rows of x: one read of W per PASS rows. For packed weights, and dense ones.
  *
  * Few rows are rounded (for dense weights: packed) by the calling thread; of many, every thread takes its share first.
- * Then each chunk of W, 16 packed rows of it at a time, meets all rows of x while it is in the cache. */
+ * Then each chunk of W, 16 or 32 packed rows of it at a time, meets all rows of x while it is in the cache. */
 #include "drivers/product.h"
 
 enum { PASS = 256 }; /* rows of x per read of W: their rounded copies stay small, the read costs nothing beside the products */
@@ -12,7 +12,7 @@ typedef struct {
     const hfa_matrix *weight;
     const char *x; char *y;
     char *rounded, *loaded; /* loaded: HFA_ROUNDED_ROWS rows of fp32 per thread */
-    char *widened; size_t widened_bytes; /* per thread, HFA_LANES rows of W; NULL: multiplied as they are */
+    char *widened; size_t widened_bytes; /* per thread, rows of W that go together; NULL: multiplied as they are */
     int group_rows; size_t group_bytes; /* rows of x come rounded in groups */
     hfa_range *pack_ranges, *ranges;
     hfa_barrier *barrier;
@@ -32,8 +32,8 @@ static void round_group(const packed_call *call, int64_t group, float *loaded) {
     call->kernels->round_for(w->format, loaded, w->inner, (int)count, w->inner, to);
 }
 
-/* HFA_LANES rows of W of 3 bits from `row` on in the layout of 4 bits. Codes keep their 4 added: x is rounded for that. */
-static hfa_matrix widen(const hfa_matrix *w, int64_t row, uint8_t *restrict to) {
+/* `count` rows of W of 3 bits, up to whole strips, from `row` on in the layout of 4 bits. Codes keep their 4 added: x is rounded for that. */
+static hfa_matrix widen(const hfa_matrix *w, int64_t row, int64_t count, uint8_t *restrict to) {
     enum { PART = 4 * HFA_LANES };
     int64_t padded = hfa_padded(w->inner), before = row * ((padded + w->group - 1) / w->group);
     const uint8_t *restrict from = (const uint8_t *)w->weight + row * padded * 3 / 8;
@@ -42,7 +42,8 @@ static hfa_matrix widen(const hfa_matrix *w, int64_t row, uint8_t *restrict to) 
     wide.format = HFA_INT4;
     wide.scales = (const char *)w->scales + before * hfa_scale_bytes(w->format, w->stride);
     if (w->offsets) wide.offsets = w->offsets + before;
-    for (int64_t b = 0; b < padded; b += HFA_QUANTUM, from += 3 * PART, to += 4 * PART) {
+    int64_t end = (count + HFA_LANES - 1) / HFA_LANES * padded;
+    for (int64_t b = 0; b < end; b += HFA_QUANTUM, from += 3 * PART, to += 4 * PART) {
         for (int i = 0; i < 3 * PART; i++) to[i] = (uint8_t)((from[i] & 7) | (from[i] & 0x38) << 1);
         for (int i = 0; i < PART; i++) {
             uint8_t first = from[i], second = from[PART + i], lowest = from[2 * PART + i];
@@ -56,25 +57,27 @@ static void packed_task(void *arg, int thread, int team) {
     packed_call *call = arg;
     const hfa_kernels *kernels = call->kernels;
     const hfa_matrix *w = call->weight;
-    float acc[HFA_DOT_ROWS * HFA_TILE];
+    int in_bands = hfa_goes_in_bands(w, call->m), most = in_bands ? HFA_BAND : HFA_DOT_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
+    float acc[HFA_BAND * HFA_BAND_ROWS]; /* or HFA_DOT_ROWS * HFA_TILE, which are fewer */
     float *loaded = (float *)call->loaded + (int64_t)thread * HFA_ROUNDED_ROWS * w->inner;
     for (int64_t group; (group = hfa_ranges_take(call->pack_ranges, call->threads, thread)) >= 0;) round_group(call, group, loaded);
     hfa_barrier_wait(call->barrier, team);
     for (int64_t chunk; (chunk = hfa_ranges_take(call->ranges, call->threads, thread)) >= 0;) {
         int64_t row = chunk * call->chunk_rows, end = row + call->chunk_rows < w->rows ? row + call->chunk_rows : w->rows;
-        for (int64_t step = hfa_tile_rows(w, call->m); row < end; row += step) {
+        for (int64_t step = hfa_tile_rows(kernels, w, call->m); row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
             int widens = call->widened && call->m > MANY;
             hfa_matrix wide;
-            if (widens) wide = widen(w, row, (uint8_t *)call->widened + call->widened_bytes * (size_t)thread);
-            for (int m0 = 0; m0 < call->m; m0 += HFA_DOT_ROWS) {
-                int m = call->m - m0 < HFA_DOT_ROWS ? call->m - m0 : HFA_DOT_ROWS;
+            if (widens) wide = widen(w, row, n, (uint8_t *)call->widened + call->widened_bytes * (size_t)thread);
+            for (int m0 = 0; m0 < call->m; m0 += most) {
+                int m = call->m - m0 < most ? call->m - m0 : most;
                 hfa_activations x = {{NULL}};
                 x.packed[widens ? wide.format : w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
-                hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, NULL, acc);
+                if (in_bands) hfa_product_band(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, acc);
+                else hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, NULL, acc);
                 for (int i = 0; i < m; i++)
-                    kernels->finish(acc + i * HFA_TILE, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
+                    kernels->finish(acc + i * width, bias, n, call->y + ((m0 + i) * w->rows + row) * kernels->element);
             }
         }
     }
@@ -100,7 +103,7 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     size_t range_bytes = sizeof(hfa_range) * (size_t)call.threads;
     size_t loaded_bytes = ((size_t)(HFA_ROUNDED_ROWS * w->inner * 4 * call.threads) + 63) / 64 * 64;
     size_t rounded_bytes = call.group_bytes * (size_t)((most + call.group_rows - 1) / call.group_rows);
-    if (w->format == HFA_INT3 && m > MANY) call.widened_bytes = (size_t)(HFA_LANES / 2 * hfa_padded(w->inner));
+    if (w->format == HFA_INT3 && m > MANY) call.widened_bytes = (size_t)(kernels->packed_together / 2 * hfa_padded(w->inner));
     char *scratch = hfa_scratch(sizeof(hfa_barrier) + 2 * range_bytes + loaded_bytes + rounded_bytes + call.widened_bytes * (size_t)call.threads);
     if (!scratch) return -1;
     call.barrier = (hfa_barrier *)scratch;
@@ -110,7 +113,7 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     call.rounded = call.loaded + loaded_bytes;
     if (call.widened_bytes) call.widened = call.rounded + rounded_bytes;
     *call.barrier = (hfa_barrier){0};
-    call.chunk_rows = hfa_chunk_rows(hfa_rows_together(kernels, w), hfa_rows_wanted(kernels, w, (int)most), row_bytes, row_bytes * w->rows, call.threads);
+    call.chunk_rows = hfa_chunk_rows(hfa_rows_together(kernels, w, (int)most), hfa_rows_wanted(kernels, w, (int)most), row_bytes, row_bytes * w->rows, call.threads);
     for (int64_t m0 = 0; m0 < m; m0 += PASS) {
         call.m = (int)(m - m0 < PASS ? m - m0 : PASS);
         call.x = (const char *)x + m0 * w->inner * kernels->element;

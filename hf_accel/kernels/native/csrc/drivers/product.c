@@ -14,8 +14,8 @@ int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w) {
     return padded * hfa_code_bits(w->format) / 8 + (padded + w->group - 1) / w->group * (scale + (w->offsets ? 4 : 0));
 }
 
-int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w) {
-    return w->format == HFA_DENSE ? kernels->rows_together : HFA_LANES;
+int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w, int m) {
+    return w->format == HFA_DENSE ? kernels->rows_together : m > 1 ? kernels->packed_together : HFA_LANES;
 }
 
 int64_t hfa_rows_wanted(const hfa_kernels *kernels, const hfa_matrix *w, int m) {
@@ -146,8 +146,16 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
                          acc + i * HFA_TILE, HFA_TILE);
 }
 
-/* Few rows of x: many of W per call; many: 16 packed ones, which stay in L1 while x passes. */
-int64_t hfa_tile_rows(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE ? HFA_LANES : HFA_TILE; }
+int hfa_goes_in_bands(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE; }
+
+void hfa_product_band(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc) {
+    kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_BAND_ROWS);
+}
+
+/* Few rows of x: many of W per call; many: 16 or 32 packed ones, which stay in the cache while x passes. */
+int64_t hfa_tile_rows(const hfa_kernels *kernels, const hfa_matrix *w, int m) {
+    return hfa_goes_in_bands(w, m) ? kernels->packed_together : HFA_TILE;
+}
 
 static int64_t columns_of_chunk(int64_t columns, int threads) {
     int64_t most = (columns / (threads * 2) + HFA_TILE - 1) / HFA_TILE * HFA_TILE;
@@ -160,7 +168,7 @@ int64_t hfa_products_plan(hfa_products *p, int threads) {
     p->first_chunk[0] = 0;
     for (int i = 0; i < p->count; i++) {
         const hfa_matrix *w = p->item[i].matrix;
-        p->chunk_rows[i] = hfa_chunk_rows(hfa_rows_together(p->kernels, w), hfa_rows_wanted(p->kernels, w, p->m),
+        p->chunk_rows[i] = hfa_chunk_rows(hfa_rows_together(p->kernels, w, p->m), hfa_rows_wanted(p->kernels, w, p->m),
                                           hfa_row_bytes(p->kernels, w), total, threads);
         if (kind_of(w) == HFA_TRANSPOSED) p->chunk_rows[i] = columns_of_chunk(w->rows, threads);
         p->first_chunk[i + 1] = p->first_chunk[i] + (w->rows + p->chunk_rows[i] - 1) / p->chunk_rows[i];
@@ -202,7 +210,7 @@ static void run_transposed(const hfa_products *p, const hfa_product *item, int64
 }
 
 void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range *ranges, int threads, int self) {
-    float acc[HFA_MAX_ROWS * HFA_TILE], room[HFA_ROOM];
+    float acc[HFA_BAND * HFA_BAND_ROWS], room[HFA_ROOM]; /* acc: or HFA_MAX_ROWS * HFA_TILE, which are fewer */
     for (int64_t chunk; (chunk = hfa_ranges_take(ranges, threads, self)) >= 0;) {
         int i = 0;
         while (chunk >= p->first_chunk[i + 1]) i++;
@@ -214,12 +222,14 @@ void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range
             run_transposed(p, item, row, end, x);
             continue;
         }
-        for (int64_t step = hfa_tile_rows(w, p->m); row < end; row += step) {
+        for (int64_t step = hfa_tile_rows(p->kernels, w, p->m); row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
-            for (int m0 = 0; m0 < p->m; m0 += HFA_MAX_ROWS) {
-                int m = p->m - m0 < HFA_MAX_ROWS ? p->m - m0 : HFA_MAX_ROWS;
-                hfa_product_tile(p->kernels, w, row, n, x, m0, m, room, acc);
-                finish(p, item, row, n, m0, m, acc, HFA_TILE);
+            int in_bands = hfa_goes_in_bands(w, p->m), most = in_bands ? HFA_BAND : HFA_MAX_ROWS;
+            for (int m0 = 0; m0 < p->m; m0 += most) {
+                int m = p->m - m0 < most ? p->m - m0 : most;
+                if (in_bands) hfa_product_band(p->kernels, w, row, n, x, m0, m, acc);
+                else hfa_product_tile(p->kernels, w, row, n, x, m0, m, room, acc);
+                finish(p, item, row, n, m0, m, acc, in_bands ? HFA_BAND_ROWS : HFA_TILE);
             }
         }
     }

@@ -26,9 +26,9 @@ typedef struct {
     int64_t chunk_rows[HFA_MAX_GROUP], first_chunk[HFA_MAX_GROUP + 1];
 } hfa_products;
 
-/* Bytes of a row of W, scales included; rows of W that are computed together. */
+/* Bytes of a row of W, scales included; rows of W that are computed together beside m rows of x. */
 int64_t hfa_row_bytes(const hfa_kernels *kernels, const hfa_matrix *w);
-int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w);
+int64_t hfa_rows_together(const hfa_kernels *kernels, const hfa_matrix *w, int m);
 /* Bytes of the activations for m rows of x and all weights; lays them out in `memory` when it is not NULL. */
 size_t hfa_activations_lay_out(const hfa_products *products, int64_t k, char *memory, hfa_activations *x);
 /* Packs fp32 rows m0..m0+m that hold values of the dtype; m0 is a multiple of HFA_DOT_ROWS, and so is m but at the end. */
@@ -37,8 +37,13 @@ void hfa_activations_pack(const hfa_products *products, const float *rows, int64
  * or HFA_ROOM numbers of the thread's own, kept from m0 = 0 to the last rows of x: the first call of a tile computes there for many. */
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m,
                       float *room, float *acc);
+/* Beside many rows of x packed weights take HFA_BAND of them in a call: acc[m * HFA_BAND_ROWS + n] for n < rows <= HFA_BAND_ROWS. */
+#define HFA_BAND 128
+#define HFA_BAND_ROWS 32
+int hfa_goes_in_bands(const hfa_matrix *w, int m);
+void hfa_product_band(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
 /* Rows of W that meet all m rows of x before the next ones. */
-int64_t hfa_tile_rows(const hfa_matrix *w, int m);
+int64_t hfa_tile_rows(const hfa_kernels *kernels, const hfa_matrix *w, int m);
 
 /* Chooses the chunks; returns their number. */
 int64_t hfa_products_plan(hfa_products *products, int threads);

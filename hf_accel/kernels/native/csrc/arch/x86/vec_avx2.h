@@ -117,3 +117,19 @@ HFA_INLINE vi vi_dot16(vi sum, vi w, vi x) {
     return sum;
 }
 HFA_INLINE vf vi_float(vi a) { return _mm256_cvtepi32_ps(a); }
+/* the nearest integers of a * by, which are below 2^22 (else any), ties to even: adding 1.5 * 2^23 leaves them in the low bits */
+HFA_INLINE vi vi_nearest(vf a, vf by) {
+    return _mm256_sub_epi32(_mm256_castps_si256(_mm256_fmadd_ps(a, by, _mm256_set1_ps(12582912.0f))), _mm256_set1_epi32(0x4b400000));
+}
+HFA_INLINE void vi_store_bytes(void *p, vi a) {
+    __m256i low = _mm256_shuffle_epi8(a, _mm256_set1_epi32(0x0c080400));
+    _mm_storel_epi64((__m128i *)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+HFA_INLINE void vi_store_shorts(void *p, vi a) {
+    const __m256i pick = _mm256_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0, 15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(a, pick), 0x08)));
+}
+HFA_INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+HFA_INLINE __m128i vi_sums_of_4(vi a) { /* lanes i, i + 4, ... together */
+    return _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+}

@@ -114,6 +114,17 @@ HFA_INLINE vi vi_lookup(vi a, const int from, vi table) {
 }
 HFA_INLINE vi vi_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 HFA_INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
+/* the nearest integers of a * by, which are below 2^22 (else any), ties to even: adding 1.5 * 2^23 leaves them in the low bits */
+HFA_INLINE vi vi_nearest(vf a, vf by) {
+    return _mm512_sub_epi32(_mm512_castps_si512(_mm512_fmadd_ps(a, by, _mm512_set1_ps(12582912.0f))), _mm512_set1_epi32(0x4b400000));
+}
+HFA_INLINE void vi_store_bytes(void *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+HFA_INLINE void vi_store_shorts(void *p, vi a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a)); }
+HFA_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+HFA_INLINE __m128i vi_sums_of_4(vi a) { /* lanes i, i + 4, ... together */
+    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
 #ifdef HFA_DOT_VNNI
 HFA_INLINE int32_t v4_start(int first, int second) { return first + second; }
 HFA_INLINE v4 v4_begin(vi start) { return start; }
