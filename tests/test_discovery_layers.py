@@ -47,10 +47,11 @@ def reasons(model: Any) -> str:
 
 @contextmanager
 def counted() -> Iterator[list[Any]]:
-    """Count the native calls, each by its kernel."""
+    """Count the layers that ran natively, each by its kernel, in a step of the whole model too."""
     calls: list[Any] = []
-    call = native.NativeBlock.__call__
+    call, step = native.NativeBlock.__call__, native.NativeStep.__call__
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native.NativeStep, "__call__", lambda self, *a: (calls.extend(self.blocks), step(self, *a))[1])
         patch.setattr(native.NativeBlock, "__call__", lambda self, *a: (calls.append(self), call(self, *a))[1])
         yield calls
 

@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_accel
 from hf_accel import AttentionConfig, DecodingConfig, KVCacheConfig, WeightOnlyConfig
 from hf_accel.core.drift import CACHE
+from hf_accel.core.model.discovery.hollow import Hollow
 from hf_accel.errors import ConfigError, UnsupportedModelError
+from hf_accel.kernels import native
 
 NEW = 6
 REUSING = KVCacheConfig(prefix_reuse=True)
@@ -28,16 +30,27 @@ REUSING = KVCacheConfig(prefix_reuse=True)
 
 @pytest.fixture(autouse=True)
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the numbers of tokens that reached models, pass by pass; without a hook, which would be a change."""
+    """Return the numbers of tokens that reached models, pass by pass; without a hook, which would be a change.
+
+    What a copy without layers is asked is no token of a text; steps of a whole model ask no module.
+    """
     found: list[int] = []
-    forward = nn.Embedding.forward
+    forward, step, run = nn.Embedding.forward, native.NativeStep.__call__, Hollow.run
 
     def count(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
         if self.num_embeddings == VOCABULARY:
             found.append(ids.shape[-1])
         return forward(self, ids)
 
+    def without_layers(*args: Any) -> Any:
+        before = len(found)
+        outputs = run(*args)
+        del found[before:]
+        return outputs
+
     monkeypatch.setattr(nn.Embedding, "forward", count)
+    monkeypatch.setattr(native.NativeStep, "__call__", lambda *args: (found.append(1), step(*args))[1])
+    monkeypatch.setattr(Hollow, "run", without_layers)
     return found
 
 
