@@ -75,7 +75,7 @@ typedef struct {
     float (*scale_scores)(float *s, int64_t n, float scale, float softcap);
     float (*maximum)(const float *s, int64_t n);
     /* Packed weights. Rows of x are rounded to 16 bits (for int8) or 8 bits (for fewer) in blocks of HFA_QUANTUM columns
-     * with a scale each, in groups of up to HFA_ROUNDED_ROWS rows: see packed_body.h. x is fp32 [m, k]. */
+     * with a scale each, in groups of up to HFA_ROUNDED_ROWS rows: see rounding_body.h. x is fp32 [m, k]. */
     void (*round_for)(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *rounded);
     /* by format: out[m * ldo + n] for rows n of W from row `row`, a multiple of HFA_LANES */
     void (*dot_packed[HFA_FORMATS])(const hfa_matrix *w, int64_t row, int64_t rows, const void *rounded, int m, float *out,
