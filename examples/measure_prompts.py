@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_accel
+from hf_accel.core.drift import CACHE
 from hf_accel.core.model.shadow import shadow
 from hf_accel.kernels import native
 from hf_accel.measure.bandwidth import read_bandwidth
@@ -31,8 +32,7 @@ def built(bits: int, layers: int) -> tuple[Any, Any]:
     model: Any = AutoModelForCausalLM.from_config(shape_config("llama-1b", layers), dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     stock = shadow(model)
-    packed = [] if bits == 16 else [hf_accel.WeightOnlyConfig(bits=bits)]
-    hf_accel.optimize(model, ["exact", *packed])
+    hf_accel.optimize(model, "exact" if bits == 16 else ["exact", hf_accel.WeightOnlyConfig(bits=bits)])
     return stock, model
 
 
@@ -71,16 +71,15 @@ def steps(model: Any, ids: torch.Tensor, new: int, keywords: dict[str, Any]) -> 
 def rows_of(model: Any) -> Callable[[int], float]:
     """Return what times a pass over so many rows after a prompt of 32 tokens, which are dropped again."""
     call = {"max_new_tokens": 2, "return_dict_in_generate": True, "speculative": False, "do_sample": False}
-    cache = model.generate(ids_of(1, 32), **call).past_key_values
-    past = cache.get_seq_length()
+    cache = model.generate(ids_of(1, 32), **call)[CACHE]
 
     @torch.no_grad()
     def timed(rows: int) -> float:
         ids = ids_of(1, rows)
         start = time.perf_counter()
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **{CACHE: cache}, use_cache=True)
         took = time.perf_counter() - start
-        cache.crop(past)
+        cache.crop(-rows)
         return took
 
     return timed
