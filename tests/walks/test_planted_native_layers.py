@@ -8,6 +8,7 @@ from planting import Defect, Patch, Test, instead, is_red
 
 from hf_accel.core.model.discovery.forms import CallForm
 from hf_accel.kernels.native import NativeBlock
+from hf_accel.layers.step_guard import StepGuard
 
 
 def native_layers_that_lose_their_masks(patch: Patch) -> None:
@@ -19,12 +20,18 @@ def native_layers_that_lose_their_masks(patch: Patch) -> None:
     patch.setattr(NativeBlock, "__call__", wrong)
 
 
+def no_call_is_served(patch: Patch) -> None:
+    """Neither those of layers, nor steps of the whole model."""
+    patch.setattr(CallForm, "fits", lambda self, arguments: False)
+    patch.setattr(StepGuard, "step_for", lambda self, request: None)
+
+
 def one(model_type: str) -> Test:
     return lambda: test_native_layers.test_some_architectures_are_as_the_page_says(model_type)
 
 
 PLANTED: dict[str, tuple[Defect, Test]] = {
-    "no call fits": (instead(CallForm, "fits", lambda self, arguments: False), one("olmo2")),
+    "no call is served": (no_call_is_served, one("olmo2")),
     "steps without masks": (native_layers_that_lose_their_masks, one("cohere")),
     "a page that was shortened": (
         instead(test_native_layers, "rows", lambda page: {}),
