@@ -1,7 +1,7 @@
 """The token loop of greedy decoding and sampling, over inputs, processors and criteria that stock `generate` prepared.
 
 It only drives: where tokens come from is `Steps`, what becomes of them `Writing`. Cost: one forward pass per token,
-and of Python about 60 µs, or 15 µs where tokens follow on one another (`SingleTokens.follow`).
+and of Python about 60 µs; where tokens follow on one another (`SingleTokens.follow`) 23 µs with 5 layers, 40 with 12.
 """
 
 from __future__ import annotations

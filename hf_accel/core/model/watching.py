@@ -29,9 +29,8 @@ from hf_accel.core.model.back_ends import BACK_ENDS
 
 FUNCTIONS = itemgetter("linear", "silu", "gelu", "relu", "softmax", "scaled_dot_product_attention", "dropout", "conv1d",
                        "softplus")  # fmt: skip
-# what Python, torch and (the last) transformers write into namespaces by themselves; the three before it torch.compile
-# into nn.Module, and no forward
-# runs through them
+# what Python writes into namespaces by itself, torch.compile into nn.Module (the three before the last) and
+# transformers into classes (the last), where no forward runs through it
 BOOKKEEPING = {"__doc__", "__annotations__", "__annotations_cache__", "__annotate_func__", "__warningregistry__",
                "___needs_generation_tag_patch", "__init__", "__setstate__",
                "_can_set_attn_implementation_cached_value"}  # fmt: skip
