@@ -2,10 +2,12 @@
 
 from hf_accel import families
 from hf_accel.api import optimize, optimized, plan, report, restore
+from hf_accel.batching import agenerate, serving
 from hf_accel.core.calls.report import Report
 from hf_accel.core.config import Config
 from hf_accel.core.steps.plan import Plan
 from hf_accel.errors import (
+    CancelledCallError,
     CheckpointError,
     ConfigError,
     ConflictError,
@@ -29,6 +31,7 @@ from hf_accel.quantization.gguf.saving import export_gguf
 __version__ = "0.2.0"
 
 __all__ = [
+    "CancelledCallError",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -42,6 +45,7 @@ __all__ = [
     "StorageError",
     "UnsupportedModelError",
     "VerificationError",
+    "agenerate",
     "calibration_drift",
     "convert_gqa",
     "convert_qat",
@@ -55,6 +59,7 @@ __all__ = [
     "report",
     "restore",
     "save_pretrained",
+    "serving",
 ]
 __all__ += families.__all__
 __all__.sort()

@@ -1,6 +1,7 @@
 """The families of optimisations, one import each: importing a family registers its patchers, keywords and sections."""
 
 from hf_accel.attention import AttentionConfig
+from hf_accel.batching import BatchingConfig
 from hf_accel.cache import KVCacheConfig
 from hf_accel.compilation import CompilationConfig
 from hf_accel.decoding import DecodingConfig
@@ -20,6 +21,7 @@ from hf_accel.speculative import SpeculativeConfig
 
 __all__ = [
     "AttentionConfig",
+    "BatchingConfig",
     "CompilationConfig",
     "CompressedTensorsConfig",
     "DecoderBlockConfig",

@@ -42,6 +42,14 @@ def grouped_attention_forward(
     """Attention in transformers' calling convention: query [B, H, T, D] -> ([B, T, H, D], None)."""
     if isinstance(key, CachedStates):
         if isinstance(value, CachedStates) and value.held is key.held:
+            if key.held.members is not None:  # each call's attention is what it is alone
+                found = [
+                    grouped_attention_forward(
+                        module, query[m.rows], m.keys, m.values, m.mask, dropout, scaling, is_causal, **kwargs
+                    )[0]
+                    for m in key.held.members
+                ]
+                return torch.cat(found), None
             static, softcap = key.held.static, kwargs.get("softcap")
             if static is not None and not dropout and kwargs.get("position_bias") is None:
                 output = attend_static(query, static, scaling, softcap, kwargs.get("s_aux"))

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from hf_accel.core.calls.call import Call
-from hf_accel.core.calls.doors import MAKERS, Door
+from hf_accel.core.calls.doors import MAKERS, Door, Scheduler
 from hf_accel.core.calls.rollback import recording
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.speculating import speculation_of, steps_of
@@ -34,7 +34,10 @@ class TokenLoop:
         """Generate; returns what stock's `_sample` would: ids [B, S], or a GenerateDecoderOnlyOutput."""
         model, config = call.model, call.generation_config
         speculation, writing = speculation_of(call), Writing(call)
-        with recording(call.model_kwargs[CACHE]) if speculation else nullcontext():
+        scheduler: Scheduler | None = call.doors.get(Door.SCHEDULE)
+        reason = "drafts are verified, several tokens at a time" if speculation else None
+        seated = nullcontext(nullcontext()) if scheduler is None else scheduler.seated(call, reason)
+        with seated as seat, recording(call.model_kwargs[CACHE]) if speculation else nullcontext():
             outputs = model._prefill(
                 call.input_ids, config, call.model_kwargs, is_first_iteration=not config.is_assistant
             )
@@ -43,7 +46,9 @@ class TokenLoop:
             writing.lag = steps.lag
             with model._optimize_model_for_decode():
                 while writing.goes_on():
-                    writing.take(steps.follow() or steps.next(writing.input_ids, writing.unfinished))
+                    with seat:
+                        step = steps.follow() or steps.next(writing.input_ids, writing.unfinished)
+                    writing.take(step)
             if surplus := writing.take_back():
                 steps.take_back(surplus)
             steps.close(writing.input_ids)

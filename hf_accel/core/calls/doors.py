@@ -15,6 +15,7 @@ class Door(enum.Enum):
 
     GENERATE: `CallServer`, asked before stock `generate` begins.
     NEW_CACHE: `CacheMaker`. PREFILL: `PromptReader`. PADDED_PROMPT: `PaddedPromptReader`. TOKEN_LOOP: `TextWriter`.
+    SCHEDULE: `Scheduler`, asked by the token loop when passes may run.
     FORWARD: a function with the arguments and outputs of the model, for passes after the prompt.
     DRAFTS: `hf_accel.core.calls.drafting.Speculation`, asked by the token loop.
     DRAFT_CACHE: a function (cache, expected tokens), for the caches of models that draft.
@@ -28,6 +29,7 @@ class Door(enum.Enum):
     PREFILL = "prefill"
     PADDED_PROMPT = "padded prompt"
     TOKEN_LOOP = "token loop"
+    SCHEDULE = "schedule"
     FORWARD = "forward"
     DRAFTS = "drafts"
     DRAFT_CACHE = "draft cache"
@@ -82,6 +84,17 @@ class TextWriter(Protocol):
     def obstacle(self, call: Call) -> str | None: ...
 
     def run(self, call: Call) -> Any: ...
+
+
+class Scheduler(Protocol):
+    """Says when the passes of a call may run, beside those of other threads."""
+
+    def seated(self, call: Call, reason: str | None) -> AbstractContextManager[AbstractContextManager[Any]]:
+        """Wait until the call may begin, and wrap it; what is given wraps each of its steps.
+
+        reason: why its passes are not those of one token each, None if they are.
+        """
+        ...
 
 
 MAKERS: dict[Door, Callable[[], Any]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
@@ -20,6 +20,15 @@ from hf_accel.errors import UnsupportedModelError
 from hf_accel.ops import cached
 
 Part = tuple[torch.Tensor, torch.Tensor]
+
+
+class Member(NamedTuple):
+    """What attention of one call among several reads: rows of the queries, its own keys, values and mask."""
+
+    rows: slice
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
 
 
 @dataclass
@@ -33,6 +42,7 @@ class Held:
     observe: is told the queries [B, H, T, D] and the scale of the scores, and afterwards may give positions up.
     static: the layer whose fixed buffers these are, in a step of which only the device knows the lengths; S is then the
         capacity of the buffers, and what is visible follows from the layer's `lengths` and `starts`.
+    members: where rows are those of several calls, what each of these holds; then there are no parts, and S is the most.
     """
 
     shape: tuple[int, int, int]
@@ -44,6 +54,7 @@ class Held:
     visible: torch.Tensor | None = None
     observe: Callable[[torch.Tensor, float], None] | None = None
     static: StaticLayer | None = None
+    members: tuple[Member, ...] | None = None
     _dense: Part | None = field(default=None, repr=False)
 
     def decoded(self, part: Part) -> Part:
@@ -60,8 +71,11 @@ class Held:
         """Return keys [B, G, S, Dk] and values [B, G, S, Dv] of the layer as tensors.
 
         Raises:
-            UnsupportedModelError: positions were given up, so that the asker's masks do not fit them.
+            UnsupportedModelError: positions were given up, so that the asker's masks do not fit them; or the rows are
+                those of several calls.
         """
+        if self.members is not None:
+            raise UnsupportedModelError("Keys and values of several calls are no tensor.")
         if self.visible is not None:
             raise UnsupportedModelError(
                 "This model's attention reads keys and values itself, but the cache has given positions up and only "

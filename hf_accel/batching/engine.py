@@ -1,0 +1,123 @@
+"""Stands where passes run: those of concurrent calls become one, the others take turns with it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hf_accel.batching.admission import Admission
+from hf_accel.batching.config import BatchingConfig
+from hf_accel.batching.joining import fits, joining_obstacle, part_of
+from hf_accel.batching.meeting import Meeting, Submission
+from hf_accel.batching.pace import Pace
+from hf_accel.batching.passes import Passes
+from hf_accel.batching.seat import Seat
+from hf_accel.batching.statistics import BatchingStatistics
+from hf_accel.batching.turn import Turn
+from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.cancelling import check_wanted
+from hf_accel.core.drift import CACHE
+
+_latest: Any = itertools.count(1)
+
+
+class Engine:
+    """Merges the passes of one model's calls.
+
+    inner: runs a pass with the arguments of the model's forward: who stood at the door before, or the model.
+    """
+
+    def __init__(self, model: Any, config: BatchingConfig, inner: Callable[..., Any] | None) -> None:
+        self._model, self.config, self._inner = weakref.ref(model), config, inner
+        self.statistics = BatchingStatistics(None if config.latency_ms is None else config.latency_ms / 1e3)
+        self.pace = Pace(self.statistics.latency_s, config.max_rows, config.chunk_tokens)
+        self._start()
+        weak = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: (found := weak()) and found._start())
+
+    def _start(self) -> None:
+        """Begin with nobody inside: also in the child of a fork, where the threads of the others are gone."""
+        self.turn, self._local = Turn(), threading.local()
+        self.admission = Admission(self.config.max_rows, self.config.max_tokens, self.pace.most_rows)
+        self.meeting = Meeting(Passes(self).run, self.config.max_wait_ms / 1e3)
+
+    def run(self, **inputs: Any) -> Any:
+        """Run a pass by whoever ran it before, whose turn it is."""
+        inner = self._inner or self._model()
+        return inner(**inputs)  # type: ignore[misc]
+
+    @contextmanager
+    def passing(self, tokens: int) -> Iterator[None]:
+        """Wrap a pass of the model over so many tokens per row that no meeting makes: it waits for its turn."""
+        check_wanted()
+        seat = self._seat
+        with self.turn.taken(next(_latest) if seat is None else seat.number):
+            begin = time.perf_counter()
+            yield
+        if tokens > 1:
+            self.pace.prompt(tokens, time.perf_counter() - begin)
+
+    @property
+    def _seat(self) -> Seat | None:
+        return getattr(self._local, "seat", None)
+
+    # ---- the doors
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the outputs of the model, of a pass that may be for other calls, too. See `Door.FORWARD`."""
+        seat = self._seat
+        if seat is None or seat.part is None or not fits(seat.part, inputs):
+            with self.turn.taken(next(_latest) if seat is None else seat.number):
+                return self.run(**inputs)
+        seat.write()
+        key = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), type(seat.part.cache)
+        return self.meeting.submit(Submission(seat.part, inputs, key))
+
+    def follow(self, cache: Any) -> torch.Tensor | None:
+        """Return the tokens that follow greedily, where nobody else writes. See `SingleTokens.follow`."""
+        follow, seat = getattr(self._inner, "follow", None), self._seat
+        if follow is None or seat is None or self.meeting.writers > 1:
+            return None
+        with self.turn.taken(seat.number, is_step=True):
+            found: torch.Tensor | None = follow(cache)
+            return found
+
+    @contextmanager
+    def seated(self, call: Call, reason: str | None) -> Iterator[Any]:
+        """Give a call its seat, once there is room for it. See `hf_accel.core.calls.doors.Scheduler`."""
+        if self._seat is not None:  # a call within a call: the place is the outer one's
+            yield self._seat.within()
+            return
+        begin, rows = time.perf_counter(), len(call.input_ids)
+        reason = reason or joining_obstacle(call)
+        tokens = rows * int(call.generation_config.max_length or call.input_ids.shape[1])
+        place = self.admission.enter(rows, tokens, check_wanted)
+        seat = Seat(self, place.number, None if reason else part_of(call), call)
+        try:
+            self._local.seat = seat
+            self.statistics.began(reason, time.perf_counter() - begin)
+            if seat.part is not None and self.admission.rows > rows:
+                self._chunk(call)
+            yield seat
+        finally:
+            self._local.seat = None
+            seat.close()
+            self.admission.leave(place)
+
+    def _chunk(self, call: Call) -> None:
+        """Let the prompt of a call be read in chunks, where that is how its cache is filled anyway."""
+        config, chunk = call.generation_config, self.pace.chunk(self.admission.rows)
+        layers: Any = call.model_kwargs[CACHE].layers
+        is_plain = all(getattr(layer, "takes_states", False) for layer in layers)
+        if chunk and is_plain and config.prefill_chunk_size is None and call.input_ids.shape[1] > chunk:
+            mask = call.model_kwargs.get("attention_mask")
+            if mask is None or bool(mask.all()):
+                config.prefill_chunk_size = chunk

@@ -1,0 +1,52 @@
+"""What steps and prompts take here, and what follows for a bound on the time between two tokens."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+KEPT = 32  # latest times per number of rows
+LEAST_CHUNK = 16
+
+
+class Pace:
+    """Times of steps by their rows, in seconds, and of tokens of prompts."""
+
+    def __init__(self, latency_s: float | None, max_rows: int, chunk_tokens: int) -> None:
+        self.latency_s, self._max_rows, self._chunk_tokens = latency_s, max_rows, chunk_tokens
+        self._steps: dict[int, deque[float]] = {}
+        self._per_token: deque[float] = deque(maxlen=KEPT)
+
+    def step(self, rows: int, seconds: float) -> None:
+        """Note what a step of so many rows took."""
+        self._steps.setdefault(rows, deque(maxlen=KEPT)).append(seconds)
+
+    def prompt(self, tokens: int, seconds: float) -> None:
+        """Note what a pass over so many tokens of a prompt took."""
+        if tokens >= LEAST_CHUNK:
+            self._per_token.append(seconds / tokens)
+
+    def step_s(self, rows: int) -> float | None:
+        """Return what a step of at least so many rows takes, by the nearest number that was measured; None: unknown."""
+        known = min((count for count in list(self._steps) if count >= rows), default=None)
+        return None if known is None else statistics.median(self._steps[known])
+
+    def most_rows(self) -> int:
+        """Return how many rows may run at once: as many as were seen within the target, and one more to find out."""
+        if self.latency_s is None:
+            return self._max_rows
+        within, beyond = 0, self._max_rows + 1
+        for rows in sorted(self._steps):
+            if statistics.median(self._steps[rows]) <= self.latency_s:
+                within = rows
+            else:
+                beyond = rows
+                break
+        return max(1, min(self._max_rows, within + 1, beyond - 1))
+
+    def chunk(self, rows: int) -> int:
+        """Return how many tokens of a prompt are read between two steps of so many rows; 0: all of them."""
+        if not self._chunk_tokens or self.latency_s is None or not self._per_token:
+            return self._chunk_tokens
+        left = self.latency_s - (self.step_s(rows) or 0.0)
+        return max(LEAST_CHUNK, min(self._chunk_tokens, int(left / statistics.median(self._per_token))))

@@ -1,0 +1,111 @@
+"""One pass for the rows of several calls, and each call's own pass where that fails."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hf_accel.batching.merged import merged
+from hf_accel.batching.meeting import Submission
+from hf_accel.core.calls.call import IN_PROGRESS, Request
+from hf_accel.core.calls.forward import StepOutputs
+from hf_accel.core.drift import CACHE
+
+if TYPE_CHECKING:
+    from hf_accel.batching.engine import Engine
+
+STEP = 2**62  # the place of a step among those who wait for their turn does not matter
+
+
+class Passes:
+    """Runs what a meeting brings together."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._request = Request()
+
+    def run(self, batch: list[Submission]) -> None:
+        """Make one pass for all submissions and give each its outputs, or its error."""
+        engine = self._engine
+        rows = sum(submission.part.rows for submission in batch)
+        with engine.turn.taken(STEP, is_step=True):
+            begin = time.perf_counter()
+            if len(batch) == 1 or not self._together(batch):
+                for submission in batch:
+                    _alone(engine, submission)
+            engine.pace.step(rows, time.perf_counter() - begin)
+        engine.statistics.stepped(rows)
+
+    def _together(self, batch: list[Submission]) -> bool:
+        """Return whether one pass served all; if not, caches are as they were."""
+        parts = [submission.part for submission in batch]
+        before = [[layer.get_seq_length() for layer in part.cache.layers] for part in parts]
+        cache = merged(parts)
+        ids = torch.cat([submission.inputs["input_ids"] for submission in batch])
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "position_ids": torch.cat([submission.inputs["position_ids"] for submission in batch]),
+            # of this form, so that nobody makes one: what a row sees its own cache says
+            "attention_mask": ids.new_ones((1, 1, 1, 1), dtype=torch.bool).expand(
+                len(ids), 1, 1, cache.get_seq_length() + 1
+            ),
+            "use_cache": True,
+            CACHE: cache,
+            "return_dict": True,
+        }
+        if any("logits_to_keep" in submission.inputs for submission in batch):
+            inputs["logits_to_keep"] = 1
+        token = IN_PROGRESS.set(self._request_of(batch))
+        try:
+            outputs = self._engine.run(**inputs)
+            _share(outputs, batch)
+        except Exception:
+            _take_back(parts, before)
+            return False
+        except BaseException as error:  # an interrupt is for the thread that runs the pass, not for the others
+            _take_back(parts, before)
+            for submission in batch[1:]:
+                _alone(self._engine, submission)
+            raise error
+        finally:
+            IN_PROGRESS.reset(token)
+        return True
+
+    def _request_of(self, batch: list[Submission]) -> Request:
+        """Return what the passes of these calls count as: layers are looked at once for it."""
+        members = frozenset(id(submission.part) for submission in batch)
+        if members != getattr(self, "_members", None):
+            self._members, self._request = members, Request()
+        return self._request
+
+
+def _alone(engine: Engine, submission: Submission) -> None:
+    try:
+        submission.outputs = engine.run(**submission.inputs)
+    except BaseException as error:
+        submission.error = error
+
+
+def _share(outputs: Any, batch: list[Submission]) -> None:
+    """Give each submission its rows of the outputs."""
+    at = 0
+    for submission in batch:
+        rows = slice(at, at + submission.part.rows)
+        at += submission.part.rows
+        given: dict[str, Any] = {CACHE: submission.part.cache}
+        if isinstance(outputs, StepOutputs) and outputs.choices is not None:
+            found: Any = StepOutputs(logits=outputs.logits[rows], choices=outputs.choices[rows], **given)
+        else:
+            found = CausalLMOutputWithPast(logits=outputs.logits[rows], **given)
+        submission.outputs = found
+
+
+def _take_back(parts: list[Any], before: list[list[int]]) -> None:
+    """Drop from the caches what a pass that failed had added to their first layers."""
+    for part, lengths in zip(parts, before, strict=True):
+        for layer, length in zip(part.cache.layers, lengths, strict=True):
+            if surplus := layer.get_seq_length() - length:
+                layer.crop(-surplus)

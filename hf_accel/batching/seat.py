@@ -1,0 +1,73 @@
+"""The place of one call beside others."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from hf_accel.batching.merged import Part
+from hf_accel.core.calls.call import Call
+from hf_accel.core.calls.cancelling import check_wanted
+
+if TYPE_CHECKING:
+    from hf_accel.batching.engine import Engine
+
+
+class Seat:
+    """As a context it wraps each step of the call: what brings its next token.
+
+    number: of the call, in the order of arrival. part: its rows; None: its passes run beside the batch.
+    """
+
+    def __init__(self, engine: Engine, number: int, part: Part | None, call: Call) -> None:
+        self._engine, self.number, self.part = engine, number, part
+        self.is_writing = False
+        self._last: float | None = None
+        self._turn: AbstractContextManager[None] | None = None
+
+    def write(self) -> None:
+        """Note that the call writes from here on: steps wait for it."""
+        if not self.is_writing:
+            self.is_writing = True
+            self._engine.meeting.join()
+
+    def close(self) -> None:
+        """Note that the call writes no more."""
+        if self.is_writing:
+            self.is_writing = False
+            self._engine.meeting.leave()
+
+    def within(self) -> _Within:
+        """Return the seat of a call that is made within this one, by a criterion or a processor."""
+        return _Within(self)
+
+    def __enter__(self) -> Seat:
+        check_wanted()
+        if self.part is None:  # all passes of a step, of drafts and their verification, at one turn
+            turn = self._engine.turn.taken(self.number)
+            turn.__enter__()
+            self._turn = turn
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.__exit__(*error)
+        now = time.perf_counter()
+        if self._last is not None:
+            self._engine.statistics.gap(now - self._last)
+        self._last = now
+
+
+class _Within:
+    """Wraps the steps of a call within a call."""
+
+    def __init__(self, outer: Seat) -> None:
+        self._outer = outer
+
+    def __enter__(self) -> None:
+        check_wanted()
+
+    def __exit__(self, *error: Any) -> None:
+        return None
