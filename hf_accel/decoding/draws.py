@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_accel.core.calls.seeding import generator_on
+
 BLOCK_BYTES = 64 * 2**20
 
 
@@ -62,7 +64,7 @@ class Draws:
 
     def _draw(self, index: int) -> torch.Tensor:
         """Draw block `index` and keep it, unless later ones fill the memory."""
-        block = self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(1)
+        block = self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(1, generator=generator_on(self._device))
         if self._next == index:
             self._next += 1
             self._states[self._next] = random_state(self._device)
@@ -72,13 +74,17 @@ class Draws:
 
 
 def random_state(device: torch.device) -> torch.Tensor:
-    """Return the state of the generator that draws on `device`; the device is not waited for."""
+    """Return the state of the generator that the call draws from on `device`; the device is not waited for."""
+    if (own := generator_on(device)) is not None:
+        return own.get_state()
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def set_random_state(state: torch.Tensor, device: torch.device) -> None:
-    """Let the generator that draws on `device` go on from a state."""
-    if device.type == "cuda":
+    """Let the generator that the call draws from on `device` go on from a state."""
+    if (own := generator_on(device)) is not None:
+        own.set_state(state)
+    elif device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)

@@ -23,6 +23,7 @@ from hf_accel.core.calls.drafting import Draft, Session, Speculation
 from hf_accel.core.calls.following import Following
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.rows import Rows
+from hf_accel.core.calls.seeding import generator_on
 from hf_accel.core.drift import CACHE
 from hf_accel.decoding.choosing import NO_TOKEN, Chooser, NextTokens, choose_token, draw, next_tokens
 from hf_accel.decoding.ends import Ends
@@ -189,7 +190,7 @@ class VerifiedSteps(Steps):
                 taken.append([])
                 continue
             proposal = None if draft.probabilities is None else draft.probabilities[row, :count]
-            uniforms = torch.rand(count).tolist()
+            uniforms = torch.rand(count, generator=generator_on(torch.device("cpu"))).tolist()
             tokens, _ = accept(
                 target[row, : count + 1], drafts[row][:count], proposal, uniforms, lambda p: int(draw(p))
             )

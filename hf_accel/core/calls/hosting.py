@@ -24,6 +24,7 @@ from hf_accel.core.calls.call import IN_PROGRESS, Call, CallLog, NewCache, Reque
 from hf_accel.core.calls.doors import MAKERS, CacheMaker, CallServer, Door, PaddedPromptReader, PromptReader, TextWriter
 from hf_accel.core.calls.keywords import KEYWORDS, understood
 from hf_accel.core.calls.report import Report
+from hf_accel.core.calls.seeding import stocks_draws
 from hf_accel.core.drift import CACHE
 from hf_accel.core.journal import Journal, beneath, subclass
 from hf_accel.core.recent import Recent
@@ -156,8 +157,17 @@ class Hosted:
         if host is not None:
             host.calls.note(reason or "")
         if writer is None or reason:
-            return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
+            with stocks_draws(request, input_ids.device):
+                return beneath(Hosted, self, "_sample")(input_ids, **call.stock_arguments())
         return writer.run(call)
+
+    def _beam_search(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with stocks_draws(IN_PROGRESS.get(), input_ids.device):
+            return beneath(Hosted, self, "_beam_search")(input_ids, *args, **kwargs)
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with stocks_draws(IN_PROGRESS.get(), input_ids.device):
+            return beneath(Hosted, self, "_assisted_decoding")(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
