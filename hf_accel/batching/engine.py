@@ -78,17 +78,32 @@ class Engine:
             with self.turn.taken(next(_latest) if seat is None else seat.number):
                 return self.run(**inputs)
         seat.write()
+        if self._goes_alone():
+            with self._timed(seat):
+                return self.run(**inputs)
         key = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), type(seat.part.cache)
         return self.meeting.submit(Submission(seat.part, inputs, key))
 
     def follow(self, cache: Any) -> torch.Tensor | None:
         """Return the tokens that follow greedily, where nobody else writes. See `SingleTokens.follow`."""
         follow, seat = getattr(self._inner, "follow", None), self._seat
-        if follow is None or seat is None or self.meeting.writers > 1:
+        if follow is None or seat is None or not self._goes_alone():
             return None
-        with self.turn.taken(seat.number, is_step=True):
+        with self._timed(seat):
             found: torch.Tensor | None = follow(cache)
             return found
+
+    def _goes_alone(self) -> bool:
+        """Return whether a step of this call is better made at once than with those of others."""
+        return self.meeting.writers < 2 or not self.pace.merges(self.meeting.writers)
+
+    @contextmanager
+    def _timed(self, seat: Seat) -> Iterator[None]:
+        """Wrap a step of one call."""
+        with self.turn.taken(seat.number, is_step=True):
+            begin = time.perf_counter()
+            yield
+            self.pace.step(seat.part.rows if seat.part else 1, time.perf_counter() - begin)
 
     @contextmanager
     def seated(self, call: Call, reason: str | None) -> Iterator[Any]:

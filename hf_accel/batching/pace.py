@@ -7,6 +7,7 @@ from collections import deque
 
 KEPT = 32  # latest times per number of rows
 LEAST_CHUNK = 16
+MEETING_S = 0.0002  # until it is measured
 
 
 class Pace:
@@ -16,10 +17,25 @@ class Pace:
         self.latency_s, self._max_rows, self._chunk_tokens = latency_s, max_rows, chunk_tokens
         self._steps: dict[int, deque[float]] = {}
         self._per_token: deque[float] = deque(maxlen=KEPT)
+        self._meeting: deque[float] = deque([MEETING_S], maxlen=KEPT)
 
     def step(self, rows: int, seconds: float) -> None:
         """Note what a step of so many rows took."""
         self._steps.setdefault(rows, deque(maxlen=KEPT)).append(seconds)
+
+    def between(self, rows: int, seconds: float) -> None:
+        """Note the time between two steps of so many rows, in which threads change and choose their tokens."""
+        self._meeting.append(seconds / rows)
+
+    def merges(self, calls: int) -> bool:
+        """Return whether a step for so many calls at once takes less than a step for each: not for very small models.
+
+        Both as measured, with what it takes to bring threads together; until both are known, they are.
+        """
+        one, all_at_once = self.step_s(1), self.step_s(calls)
+        if one is None or all_at_once is None:
+            return True
+        return one * calls > all_at_once + calls * statistics.median(self._meeting)
 
     def prompt(self, tokens: int, seconds: float) -> None:
         """Note what a pass over so many tokens of a prompt took."""

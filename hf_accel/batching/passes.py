@@ -17,6 +17,7 @@ from hf_accel.core.drift import CACHE
 if TYPE_CHECKING:
     from hf_accel.batching.engine import Engine
 
+BREAK_S = 0.1  # longer than what lies between two steps of the same calls
 STEP = 2**62  # the place of a step among those who wait for their turn does not matter
 
 
@@ -26,6 +27,8 @@ class Passes:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._request = Request()
+        self._members: frozenset[int] = frozenset()  # whom the request is for
+        self._latest, self._ended = self._members, 0.0
 
     def run(self, batch: list[Submission]) -> None:
         """Make one pass for all submissions and give each its outputs, or its error."""
@@ -33,10 +36,13 @@ class Passes:
         rows = sum(submission.part.rows for submission in batch)
         with engine.turn.taken(STEP, is_step=True):
             begin = time.perf_counter()
+            if self._members == self._latest and begin - self._ended < BREAK_S:
+                engine.pace.between(rows, begin - self._ended)
             if len(batch) == 1 or not self._together(batch):
                 for submission in batch:
                     _alone(engine, submission)
-            engine.pace.step(rows, time.perf_counter() - begin)
+            self._ended, self._latest = time.perf_counter(), self._members
+            engine.pace.step(rows, self._ended - begin)
         engine.statistics.stepped(rows)
 
     def _together(self, batch: list[Submission]) -> bool:
@@ -77,7 +83,7 @@ class Passes:
     def _request_of(self, batch: list[Submission]) -> Request:
         """Return what the passes of these calls count as: layers are looked at once for it."""
         members = frozenset(id(submission.part) for submission in batch)
-        if members != getattr(self, "_members", None):
+        if members != self._members:
             self._members, self._request = members, Request()
         return self._request
 
