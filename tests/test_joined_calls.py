@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import exact
-from models import NAMES, build, prompt
+from models import NAMES, build, padded, prompt
 
 import hf_accel
 
@@ -84,3 +85,178 @@ def test_each_call_gets_the_text_that_it_gets_alone(name: str) -> None:
         assert found["joined"] + sum(found["alone"].values()) == len(WAYS)
         if found["joined"] > 1:
             assert found["most_rows"] > 1
+
+
+def test_calls_of_several_padded_rows_join(
+    cases: tuple[list[int], ...] = ([9, 4, 7], [3], [12, 12], [5, 20]),
+) -> None:
+    for name in ("llama", "gemma2", "opt"):
+        model = build(name)
+        batches = [padded(lengths, seed=len(lengths)) for lengths in cases]
+        wanted = [model.generate(**batch, **NEW, do_sample=False) for batch in batches]
+        with optimised(model) as report:
+            calls = [lambda batch=batch: model.generate(**batch, **NEW, do_sample=False) for batch in batches]
+            assert_same(together(calls), wanted)
+            assert report.to_dict()["most_rows"] > 3
+
+
+CACHES = [
+    hf_accel.KVCacheConfig(bits=8),
+    hf_accel.KVCacheConfig(bits=4),
+    hf_accel.KVCacheConfig(store="cpu"),
+    hf_accel.KVCacheConfig(eviction="snapkv", kept_tokens=16, window=4),
+    None,
+]
+
+
+def test_every_call_keeps_its_own_cache() -> None:
+    model = build("llama")
+    prompts = [prompt(1, 20 + place, seed=place) for place in range(len(CACHES))]
+    given = NEW | {"do_sample": False}
+    with hf_accel.optimized(model, exact(model)):
+        wanted = [
+            model.generate(ids, **given, **({} if cache is None else {"kv_cache": cache}))
+            for ids, cache in zip(prompts, CACHES, strict=True)
+        ]
+    with optimised(model) as report:
+        calls = [
+            lambda ids=ids, cache=cache: model.generate(ids, **given, **({} if cache is None else {"kv_cache": cache}))
+            for ids, cache in zip(prompts, CACHES, strict=True)
+        ]
+        assert_same(together(calls), wanted)
+        assert report.joined == len(CACHES) and report.most_rows > 1
+
+
+def test_streamers_processors_and_criteria_stay_with_their_call() -> None:
+    model = build("qwen2")
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.thread: int | None = None
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+            self.thread = threading.get_ident()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    def forbid(token: int) -> Any:
+        return lambda ids, scores: scores.index_fill(1, torch.tensor([token]), -1e9)
+
+    prompts = [prompt(1, 6 + place, seed=place) for place in range(4)]
+    options = [
+        {"logits_processor": [forbid(place)], "stopping_criteria": [lambda ids, scores, n=place: ids.shape[1] > 10 + n]}
+        for place in range(4)
+    ]
+    wanted, heard = [], []
+    for ids, option in zip(prompts, options, strict=True):
+        streamer = Streamer()
+        wanted.append(model.generate(ids, **NEW, **option, streamer=streamer, do_sample=False))
+        heard.append(streamer.tokens)
+    with optimised(model) as report:
+        streamers = [Streamer() for _ in prompts]
+        threads: list[int] = []
+
+        def call(place: int) -> torch.Tensor:
+            threads.append(threading.get_ident())
+            return model.generate(
+                prompts[place], **NEW, **options[place], streamer=streamers[place], do_sample=False
+            )
+
+        assert_same(together([lambda place=place: call(place) for place in range(4)]), wanted)
+        assert [streamer.tokens for streamer in streamers] == heard
+        assert {streamer.thread for streamer in streamers} == set(threads)
+        assert report.joined == 4
+
+
+def test_an_error_or_an_end_of_one_call_changes_no_other() -> None:
+    model = build("mistral")
+    prompts = [prompt(1, 7, seed=place) for place in range(5)]
+    wanted = [model.generate(ids, **NEW, do_sample=False) for ids in prompts]
+
+    def fail(ids: torch.Tensor, scores: Any) -> Any:
+        if ids.shape[1] > 10:
+            raise RuntimeError("mine alone")
+        return scores
+
+    with optimised(model) as report:
+        calls = [lambda ids=ids: model.generate(ids, **NEW, do_sample=False) for ids in prompts]
+        calls[1] = lambda: model.generate(prompts[1], **NEW, do_sample=False, logits_processor=[fail])
+        calls[3] = lambda: model.generate(prompts[3], do_sample=False, pad_token_id=0, max_new_tokens=3)
+        found = together(calls)
+        assert isinstance(found[1], RuntimeError) and str(found[1]) == "mine alone"
+        assert torch.equal(found[3], wanted[3][:, :10])
+        assert_same([found[place] for place in (0, 2, 4)], [wanted[place] for place in (0, 2, 4)])
+        assert report.joined == 5
+        engine = type(model)._hf_accel_engine
+        assert engine.admission.rows == engine.admission.tokens == engine.meeting.writers == 0
+
+
+def test_what_cannot_join_runs_beside_the_batch_with_its_reason() -> None:
+    model = build("llama")
+    ids = prompt(1, 9)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "num_beams": 2, "seed": 5},
+        {"use_cache": False},
+        {"speculative": hf_accel.SpeculativeConfig(drafter="lookup", adaptive=False)},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+    ]
+    wanted = [alone(model, way, ids) if "speculative" not in way else alone(model, {}, ids) for way in ways]
+    with optimised(model) as report:
+        found = together([lambda way=way: model.generate(ids, **NEW, **way) for way in ways])
+        for got, want in zip(found, wanted, strict=True):
+            assert torch.equal(getattr(got, "sequences", got), getattr(want, "sequences", want))
+        reasons = " ".join(report.to_dict()["alone"])
+        assert "no cache" in reasons and "drafts" in reasons
+        assert "beam search" in str(hf_accel.report(model))
+
+
+def test_hooked_modules_see_their_call_alone() -> None:
+    model = build("llama")
+    ids = prompt(1, 9)
+    wanted = model.generate(ids, **NEW, do_sample=False)
+    with optimised(model) as report:
+        seen: list[int] = []
+        hook = model.model.layers[1].register_forward_hook(lambda m, args, output: seen.append(len(args[0])))
+        calls = [lambda: model.generate(ids, **NEW, do_sample=False)] * 3
+        assert_same(together(calls), [wanted] * 3)
+        hook.remove()
+        assert set(seen) == {1} and sum(report.to_dict()["alone"].values()) == 3
+
+
+def test_prompts_are_read_in_chunks_beside_others() -> None:
+    model = build("gemma2")
+    prompts = [prompt(1, tokens, seed=tokens) for tokens in (4, 150, 90)]
+    new = [40, 6, 9]
+    wanted = [
+        model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        for ids, count in zip(prompts, new, strict=True)
+    ]
+    lengths: list[int] = []
+    with optimised(model, chunk_tokens=32):
+        engine = type(model)._hf_accel_engine
+        noted = engine.pace.prompt
+        engine.pace.prompt = lambda tokens, seconds: (lengths.append(tokens), noted(tokens, seconds))
+        calls = [
+            lambda ids=ids, count=count: model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+            for ids, count in zip(prompts, new, strict=True)
+        ]
+        assert_same(together(calls), wanted)
+    assert lengths.count(32) >= 2
+
+
+def test_the_model_is_as_it_was_after_the_block() -> None:
+    model = build("llama")
+    ids, stock = prompt(1, 9), type(model)
+    with hf_accel.optimized(model, exact(model)):
+        kind, doors = type(model), hf_accel.core.calls.hosting.host_of(model).doors
+        with hf_accel.serving(model):
+            assert type(model) is not kind
+            assert type(copy.deepcopy(model)) is stock  # copies are of the user's class
+            model.generate(ids, **NEW)
+        assert type(model) is kind and hf_accel.core.calls.hosting.host_of(model).doors is doors
+        assert hf_accel.report(model).batching is None

@@ -27,13 +27,16 @@ def subclass(mixin: type, original: type, **attributes: Any) -> type:
     `state_dict`, `__dict__` and copies do not see them.
     """
 
+    copied_as = vars(original).get("_hf_accel_copied_as", original)  # beneath all mixins
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = object.__reduce_ex__(self, max(2, protocol))
         # not `copyreg.__newobj__`: pickle insists that its class is the object's own
-        return (copyreg._reconstructor, (original, object, None), *state[2:])  # type: ignore[attr-defined]
+        return (copyreg._reconstructor, (copied_as, object, None), *state[2:])  # type: ignore[attr-defined]
 
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (mixin, original), {**names, **attributes, "__reduce_ex__": __reduce_ex__})
+    own = {"_hf_accel_copied_as": copied_as, "__reduce_ex__": __reduce_ex__}
+    return type(original.__name__, (mixin, original), {**names, **attributes, **own})
 
 
 def beneath(mixin: type, instance: Any, name: str) -> Any:
