@@ -25,6 +25,7 @@ from hf_accel.batching.turn import Turn
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.cancelling import check_wanted
 from hf_accel.core.drift import CACHE
+from hf_accel.errors import CancelledCallError
 
 _latest: Any = itertools.count(1)
 
@@ -122,6 +123,9 @@ class Engine:
             if seat.part is not None and self.admission.rows > rows:
                 self._chunk(call)
             yield seat
+        except CancelledCallError:
+            self.statistics.was_cancelled()
+            raise
         finally:
             self._local.seat = None
             seat.close()
