@@ -216,10 +216,12 @@ def native_step(
     reserved = reserve(batch, tokens, block.kv_heads, block.head_dim, hidden.dtype, hidden.device)
     if reserved is None:
         return None
-    keys, values, past, first, row_past = reserved
+    keys, values, past, first, row_past, rows = reserved
     if not (is_audit or extent.covers(batch * tokens, past + tokens - first)):
         return None
-    if mask is None:
+    if rows is not None:
+        mask = None
+    elif mask is None:
         if tokens > 1 and past != first:
             return None
     elif (
@@ -232,7 +234,7 @@ def native_step(
     ):
         return None
     bits = getattr(layer, "bits", None)
-    output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past, bits)
+    output = step.kernel(hidden.contiguous(), cos, sin, keys, values, past, first, mask, row_past, bits, rows)
     if output is None:  # the layer's own forward writes the same positions again
         return None
     layer.commit(tokens)

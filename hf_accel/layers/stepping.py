@@ -115,9 +115,9 @@ class StepRunner:
             layer = layers[index]
             reserve = getattr(layer, "reserve", None)
             reserved = None if reserve is None else reserve(1, 1, kv_heads, head_dim, dtype, device)
-            if reserved is None or reserved[4] is not None:
+            if reserved is None or reserved[4] is not None or reserved[5] is not None:
                 return False
-            keys, values, past, first, _ = reserved
+            keys, values, past, first = reserved[:4]
             place(number, keys, values, past, first, layer.bits)
         logits = step(state.memory, state.position)
         if logits is None:

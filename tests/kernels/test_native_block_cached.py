@@ -69,7 +69,7 @@ def test_equals_the_layer_over_the_same_rows(
                 for row, pad in enumerate(pads):
                     mask[row, ..., :pad] = False
             ours, decoding = copy.deepcopy(cache.layers[0]), copy.deepcopy(cache)
-            keys, values, at, first, _ = ours.reserve(len(pads), tokens, groups, size, dtype, hidden.device)
+            keys, values, at, first, *_ = ours.reserve(len(pads), tokens, groups, size, dtype, hidden.device)
             found = block(hidden, cos, sin, keys, values, at, first, mask, None, bits)
             ours.commit(tokens)
             for used in (cache, decoding):

@@ -14,6 +14,10 @@ class Reserved(NamedTuple):
     past: the position where the first new token belongs; where rows have different lengths, that of the longest.
     first: the first position that the new tokens can see.
     row_pasts: where rows have different lengths, the `past` of each, int64 [B] on the CPU.
+    rows: where each row lies in buffers [G, C, D] of its own, int64 [B, 8] on the CPU, contiguous: the addresses of its
+        keys and values, their strides by G and by C, its past and its first, as `NativeBlock` takes them. Whoever
+        reserves keeps the buffers alive. keys and values are then those of the first row, past the largest, first the
+        smallest, and a mask of the pass stands for nothing: each row sees its own buffers from its first on.
     """
 
     keys: torch.Tensor
@@ -21,6 +25,7 @@ class Reserved(NamedTuple):
     past: int
     first: int
     row_pasts: torch.Tensor | None
+    rows: torch.Tensor | None = None
 
 
 class AppendableLayer(Protocol):

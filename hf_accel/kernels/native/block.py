@@ -35,12 +35,13 @@ _HEAD = struct.Struct("=16q4d")
 _HEADS = struct.Struct("=3q")
 _NORM = struct.Struct("=2Qqd")
 _LAST = struct.Struct("=2Q")
-_CALL = struct.Struct("=7Q19qQqQq")
+_CALL = struct.Struct("=7Q19qQqQqQ")
 _NO_MATRIX = bytes(MATRIX.size)
 _NO_HEADS = _HEADS.pack(-1, 0, 0)
 _NO_NORM = bytes(_NORM.size)
 _NO_STRIDES = (0, 0, 0)
 _NO_RESULT = 1  # see hfa_block_forward
+ROW_FIELDS = 8  # of hfa_row, 8 bytes each
 _get_num_threads = torch.get_num_threads
 _empty_like = torch.empty_like
 
@@ -138,6 +139,7 @@ class NativeBlock:
         mask: Tensor | None = None,
         row_past: Tensor | None = None,
         bits: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The layer's output [B, T, E] for hidden [B, T, E] contiguous; memory for at most 128 rows at a time.
 
@@ -149,8 +151,11 @@ class NativeBlock:
         row_past: int64 [B] on the CPU, contiguous; sequence b is then at position row_past[b] instead of `past`, with
         first <= row_past[b] <= past. It writes and attends to nothing from row_past[b]+T on, whatever the mask says.
         bits: None, or 8 or 4 where keys and values are rows of codes, uint8, see `hf_accel.ops.cached`.
-        No sequence changes another's result: to the last bit it is the one of that sequence alone, save that more than
-        MAX_ROWS rows and, on AMX, a single one have their products summed in other orders.
+        rows: int64 [B, 8] on the CPU, contiguous, without mask and row_past: sequence b lies in buffers of its own with
+        room for T more. Its row says the addresses of its keys and values [G, C, D], their strides by G and by C, its
+        own `past` and `first`; those of the call are the largest and the smallest.
+        No sequence changes another's result: to the last bit it is the one of that sequence alone, save that, on AMX, a
+        single row and, without `rows`, more than MAX_ROWS rows have their products summed in other orders.
         Of an attention half: the residual and what the feed-forward part reads, [B, T, E] each; of attention alone the
         product of o, [B, T, its rows].
         None: a score of the attention is not finite, so that PyTorch's result depends on which attention runs; or there
@@ -213,12 +218,18 @@ class NativeBlock:
             FORMATS[bits],
             0 if normed is None else normed.data_ptr(),
             int(cos is not None and cos.dtype is torch.float32),
+            0 if rows is None else rows.data_ptr(),
         )
         if row_past is not None and (
             row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()
         ):
             raise ValueError(f"row_past must be contiguous int64 [{batch}], got {row_past.dtype} {[*row_past.shape]}")
-        status = -1 if past + tokens > keys.shape[2] else self._function(self.packed, call)
+        if rows is not None and (
+            rows.dtype is not torch.int64 or rows.shape != (batch, ROW_FIELDS) or not rows.is_contiguous()
+        ):
+            raise ValueError(f"rows must be contiguous int64 [{batch}, 8], got {rows.dtype} {[*rows.shape]}")
+        is_short = past + tokens > keys.shape[2] and rows is None
+        status = -1 if is_short else self._function(self.packed, call)
         if status == _NO_RESULT:
             return None
         if status:
@@ -226,6 +237,7 @@ class NativeBlock:
                 f"native block takes 1 row or more and a buffer that holds them, got {batch} x {tokens} rows "
                 f"at position {past} of a buffer of {keys.shape[2]} positions, with {angles} angles "
                 f"(first visible: {first}"
-                f"{'' if row_past is None else f'; by row: {row_past.tolist()}, each from {first} to {past}'})"
+                f"{'' if row_past is None else f'; by row: {row_past.tolist()}, each from {first} to {past}'}"
+                f"{'' if rows is None else f'; buffers by row, past and first: {rows[:, 6:].tolist()}, no mask'})"
             )
         return out if normed is None else (out, normed)

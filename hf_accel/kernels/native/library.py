@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16", "amx", "neon_dot", "neon_i8mm")
 """Instruction sets in the order of `enum hfa_isa`; of those of a machine, later ones are preferred."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_accel.kernels.native.block_weights import Norm, Projection
 from hf_accel.kernels.weights import FORMATS
 
-_FIELDS = 30  # of hfa_block_call, 8 bytes each
+_FIELDS = 31  # of hfa_block_call, 8 bytes each
 _KEYS, _VALUES, _PAST, _FIRST, _STRIDES, _FORMAT = 4, 5, 9, 10, 17, 27
 
 

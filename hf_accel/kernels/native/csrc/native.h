@@ -29,7 +29,7 @@
 #include <stdint.h>
 
 #define HFA_EXPORT __attribute__((visibility("default")))
-#define HFA_ABI_VERSION 13
+#define HFA_ABI_VERSION 14
 #define HFA_MAX_ROWS 32     /* activation rows of a call, where they are limited */
 #define HFA_MAX_GROUP 4     /* weights that share one activation */
 #define HFA_MAX_HEAD_DIM 256
@@ -111,7 +111,14 @@ typedef struct {
  * cos, sin [Bc,T,angles], not read without rotary;
  * keys, values buffers [B,G,C,D] with the last dimension contiguous; mask [Bm,1,T,S] with S = past + T - first.
  * row_past [B] or NULL: sequences of different lengths. Sequence b then writes row_past[b]..row_past[b] + T - 1 and
- * attends to nothing beyond, whatever the mask says; first <= row_past[b] <= past. NULL: all are at `past`. */
+ * attends to nothing beyond, whatever the mask says; first <= row_past[b] <= past. NULL: all are at `past`.
+ * rows [B] or NULL: sequence b lies in buffers of its own, [G,C,D], and each of its tokens sees what is there from `first` on, up to itself.
+ * keys, values and their strides are then not read, and there is neither a mask nor row_past; first <= rows[b].first <=
+ * rows[b].past <= past. */
+typedef struct {
+    void *keys, *values;
+    int64_t key_stride_g, key_stride_s, value_stride_g, value_stride_s, past, first;
+} hfa_row;
 typedef struct {
     const void *hidden; void *out; const void *cos, *sin; void *keys, *values; const void *mask;
     int64_t batch, tokens, past, first, threads;
@@ -122,6 +129,7 @@ typedef struct {
     int64_t format; /* of keys and values: HFA_DENSE, or rows of bytes as in cached.h, whose strides are in bytes */
     void *normed;   /* [B,T,E], of an attention half: what its feed-forward part reads; `out` is the residual then */
     int64_t angles_are_f32; /* cos and sin; else of the dtype */
+    const hfa_row *rows;
 } hfa_block_call;
 
 /* Attention over a piece of a cache, to be merged with others. query [B,H,T,D]; keys [B,G,n,D] and values [B,G,n,Dv] as in

@@ -1,7 +1,7 @@
 /* A whole decoder layer, its attention half where experts follow, or its attention alone, for any number of rows, up to PASS of them in one parallel region; a pass finds the keys and values of those before it in the
  * cache. Phases are separated by barriers. What is small (norms, residual sums, packing) every thread does for itself instead of
  * waiting for one that does; of more than HFA_MAX_ROWS rows each does its share, and
- * their attention is a region of its own. Intermediates are fp32 that hold values of the dtype, rounded at the same
+ * their attention, where they lie in one buffer, is a region of its own. Intermediates are fp32 that hold values of the dtype, rounded at the same
  * points as the eager PyTorch layer rounds them. What the PyTorch layer makes of scores that are not finite depends on which of
  * ATen's attentions runs and on their number, so such a call ends without a result. */
 #include <string.h>
@@ -66,9 +66,9 @@ static size_t lay_out_shared(hfa_block_run *run, char *memory) {
     run->second = block->is_parallel ? carve_floats(&c, run->rows * run->summand_stride) : run->summand;
     run->sinks = block->sinks ? carve_floats(&c, block->heads) : NULL;
     run->inner = carve_floats(&c, run->rows * padded(block->inner));
-    int64_t queries = run->rows * block->heads, partials = queries * run->pieces;
-    if (run->shares) {
-        lay_out_rows(run, &c, &run->residual, &run->wide, &run->packed);
+    int64_t queries = run->rows * block->heads, partials = run->tasks[run->batch] * run->queries;
+    if (run->shares) lay_out_rows(run, &c, &run->residual, &run->wide, &run->packed);
+    if (run->is_prompt) {
         run->query = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
         run->attended = carve(&c, (size_t)(queries * block->head_dim * run->kernels->element));
         run->totals = carve_floats(&c, queries);
@@ -234,7 +234,7 @@ static void run_after(hfa_block_run *run, hfa_block_private *my, int self, int t
     int is_half = block->part == HFA_HALF;
     hfa_activations_lay_out(&run->output, attention, my->packed, &my->x);
     EACH_GROUP(m0, m) {
-        for (int r = m0; run->shares && r < m0 + m; r++) {
+        for (int r = m0; run->is_prompt && r < m0 + m; r++) {
             kernels->load(run->attended + r * attention * kernels->element, my->wide + r * wide, attention);
             hfa_attention_gate(run, my->wide + r * wide, r);
         }
@@ -287,19 +287,21 @@ static void run_after(hfa_block_run *run, hfa_block_private *my, int self, int t
         }
 }
 
-/* A pass of few rows. */
-static void few_task(void *arg, int self, int team) {
+/* A pass whose attention is computed in its region. */
+static void whole_task(void *arg, int self, int team) {
     hfa_block_run *run = arg;
     hfa_block_private mine = private_of(run, self, team);
     run_before(run, &mine, self, team);
     hfa_attention_run(run, &mine, self);
     hfa_barrier_wait(run->barrier, team);
     if (run->is_strange) return;
-    hfa_attention_merge(run, mine.wide, wide_of(run->block));
+    hfa_block_private *my = &mine;
+    EACH_GROUP(m0, m)
+        for (int r = m0; r < m0 + m; r++) hfa_attention_merge(run, r, mine.wide + r * wide_of(run->block));
     run_after(run, &mine, self, team);
 }
 
-/* A pass of many rows, before and after its attention. */
+/* Any other pass, before and after its attention. */
 static void before_task(void *arg, int self, int team) {
     hfa_block_run *run = arg;
     hfa_block_private mine = private_of(run, self, team);
@@ -314,7 +316,7 @@ static void after_task(void *arg, int self, int team) {
 }
 
 static int is_valid(const hfa_block *block, const hfa_block_call *call) {
-    const void *needed[] = {block->o.weight, call->hidden, call->out, call->keys, call->values};
+    const void *needed[] = {block->o.weight, call->hidden, call->out, call->rows ? call->rows : call->keys, call->rows ? call->rows : call->values};
     for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
         if (!needed[i]) return 0;
     if (block->is_parallel && block->part != HFA_LAYER) return 0;
@@ -330,6 +332,11 @@ static int is_valid(const hfa_block *block, const hfa_block_call *call) {
     if (call->row_past)
         for (int64_t b = 0; b < call->batch; b++)
             if (call->row_past[b] < call->first || call->row_past[b] > call->past) return 0;
+    if (call->rows && (call->row_past || call->mask_kind != HFA_MASK_NONE)) return 0;
+    for (int64_t b = 0; call->rows && b < call->batch; b++) {
+        const hfa_row *row = &call->rows[b];
+        if (!row->keys || !row->values || row->first < call->first || row->past < row->first || row->past > call->past) return 0;
+    }
     return call->batch >= 1 && call->tokens >= 1 && call->first >= 0
         && call->first <= call->past && (uint64_t)block->dtype < HFA_DTYPES && block->head_dim <= HFA_MAX_HEAD_DIM
         && block->kv_heads >= 1 && block->heads % block->kv_heads == 0 && (uint64_t)call->format < HFA_CACHE_FORMATS;
@@ -339,7 +346,7 @@ static int is_valid(const hfa_block *block, const hfa_block_call *call) {
 static int64_t choose_products(hfa_block_run *run) {
     const hfa_block *block = run->block;
     const hfa_kernels *kernels = run->kernels;
-    hfa_products one = {.kernels = kernels, .count = 1, .m = run->rows, .keeps_f32 = 1};
+    hfa_products one = {.kernels = kernels, .count = 1, .m = run->rows, .keeps_f32 = 1, .in_order = run->call->rows != NULL};
     int is_layer = block->part == HFA_LAYER, is_gated = is_layer && block->gate.weight;
     run->projections = run->output = run->gate_up = run->down = one;
     run->projections.count = (int)block->projections;
@@ -360,7 +367,7 @@ static int64_t choose_products(hfa_block_run *run) {
 }
 
 /* Where the products write, and who computes what. */
-static void deal_products(hfa_block_run *run, int64_t attention_tasks) {
+static void deal_products(hfa_block_run *run) {
     const hfa_block *block = run->block;
     const hfa_kernels *kernels = run->kernels;
     float *to = run->projected;
@@ -385,7 +392,7 @@ static void deal_products(hfa_block_run *run, int64_t attention_tasks) {
         chunks = hfa_products_plan(&run->gate_up, run->threads);
     }
     hfa_ranges_deal(run->ranges[0], run->threads, hfa_products_plan(&run->projections, run->threads));
-    hfa_ranges_deal(run->ranges[1], run->threads, attention_tasks);
+    hfa_ranges_deal(run->ranges[1], run->threads, run->tasks[run->batch]);
     hfa_ranges_deal(run->ranges[2], run->threads, hfa_products_plan(&run->output, run->threads));
     hfa_ranges_deal(run->ranges[3], run->threads, chunks);
     hfa_ranges_deal(run->ranges[4], run->threads, hfa_products_plan(&run->down, run->threads));
@@ -396,15 +403,16 @@ static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t 
     const hfa_kernels *kernels = hfa_active_kernels((int)block->dtype);
     hfa_block_run run = {.block = block, .call = call, .kernels = kernels, .single = hfa_active_kernels(HFA_F32), .sequence = sequence,
                          .batch = batch, .token = token, .tokens = tokens, .rows = (int)(batch * tokens)};
+    int64_t tasks[PASS + 1];
+    run.tasks = tasks;
     run.shares = run.rows > HFA_MAX_ROWS;
+    run.is_prompt = run.shares && !call->rows;
     if (hfa_attention_refuses(&run)) return 1;
     run.attention = (hfa_attention){.kernels = kernels, .format = call->format, .key_dim = block->head_dim, .value_dim = block->head_dim,
                                     .scale = (float)block->scale, .softcap = (float)block->softcap};
-    int64_t cached = call->past + token - call->first;
-    int64_t bytes = choose_products(&run)
-                    + batch * block->kv_heads * cached * (call->key_stride_s + call->value_stride_s) * hfa_attend_element(&run.attention);
+    int64_t bytes = choose_products(&run) + hfa_attention_bytes(&run);
     run.threads = hfa_useful_threads(bytes * (run.shares ? run.rows / HFA_DOT_ROWS : 1), call->threads);
-    int64_t attention_tasks = hfa_attention_plan(&run);
+    hfa_attention_plan(&run);
     size_t shared_bytes = lay_out_shared(&run, NULL);
     hfa_block_private unused;
     run.private_bytes = (lay_out_private(&run, NULL, &unused) + 4095) / 4096 * 4096;
@@ -414,9 +422,9 @@ static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t 
     run.private_memory = memory + (shared_bytes + 4095) / 4096 * 4096;
     memset(run.barrier, 0, sizeof *run.barrier);
     if (run.sinks) (block->sinks_are_f32 ? run.single : kernels)->load(block->sinks, run.sinks, block->heads);
-    deal_products(&run, attention_tasks);
-    if (!run.shares) {
-        hfa_parallel(few_task, &run, run.threads);
+    deal_products(&run);
+    if (!run.is_prompt) {
+        hfa_parallel(whole_task, &run, run.threads);
         return run.is_strange;
     }
     hfa_parallel(before_task, &run, run.threads);

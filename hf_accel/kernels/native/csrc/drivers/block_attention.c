@@ -1,24 +1,67 @@
 /* Attention of a decoder layer: rotary, cache write, scores, softmax and values.
  * Of few rows a task is (sequence b, kv head g, piece of positions): it reads its piece of K and V once for all query heads of the
- * group and all query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. Many rows are a
- * prompt, see prompt.c. */
+ * group and all query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. So it is of many
+ * rows that lie in buffers of their own; many in one buffer are a prompt, see prompt.c. */
 #include <math.h>
 #include <string.h>
 #include "drivers/block_attention.h"
 
-/* Positions that sequence b has before this pass. */
-static inline int64_t past_of(const hfa_block_run *run, int64_t b) {
-    return (run->call->row_past ? run->call->row_past[run->sequence + b] : run->call->past) + run->token;
+/* Where sequence b lies, and how much of it there is before this pass. */
+static hfa_row row_of(const hfa_block_run *run, int64_t b) {
+    const hfa_block_call *call = run->call;
+    int64_t at = run->sequence + b, size = hfa_attend_element(&run->attention);
+    hfa_row row;
+    if (call->rows) {
+        row = call->rows[at];
+    } else {
+        row = (hfa_row){(char *)call->keys + at * call->key_stride_b * size, (char *)call->values + at * call->value_stride_b * size,
+                        call->key_stride_g, call->key_stride_s, call->value_stride_g, call->value_stride_s,
+                        call->row_past ? call->row_past[at] : call->past, call->first};
+    }
+    row.past += run->token;
+    return row;
+}
+
+/* Keys (values) of kv head g from position `at` on. */
+static char *keys_at(const hfa_block_run *run, const hfa_row *row, int64_t g, int64_t at) {
+    return (char *)row->keys + (g * row->key_stride_g + at * row->key_stride_s) * hfa_attend_element(&run->attention);
+}
+static char *values_at(const hfa_block_run *run, const hfa_row *row, int64_t g, int64_t at) {
+    return (char *)row->values + (g * row->value_stride_g + at * row->value_stride_s) * hfa_attend_element(&run->attention);
+}
+
+int64_t hfa_attention_bytes(const hfa_block_run *run) {
+    int64_t words = 0;
+    for (int64_t b = 0; b < run->batch; b++) {
+        hfa_row row = row_of(run, b);
+        words += (row.past - row.first) * (row.key_stride_s + row.value_stride_s);
+    }
+    return words * run->block->kv_heads * hfa_attend_element(&run->attention);
 }
 
 /* Pieces end at fixed positions and not where threads or tokens would have them, so that a token's result does not
  * depend, to the last bit, on how many others are computed with it. */
-int64_t hfa_attention_plan(hfa_block_run *run) {
-    const hfa_block_call *call = run->call;
-    run->first_piece = call->first / HFA_PIECE;
-    run->pieces = (call->past + run->token + run->tokens - 1) / HFA_PIECE - run->first_piece + 1;
+void hfa_attention_plan(hfa_block_run *run) {
     run->queries = run->block->heads / run->block->kv_heads * run->tokens;
-    return run->batch * run->block->kv_heads * run->pieces;
+    run->tasks[0] = 0;
+    for (int64_t b = 0; b < run->batch; b++) {
+        hfa_row row = row_of(run, b);
+        int64_t pieces = (row.past + run->tokens - 1) / HFA_PIECE - row.first / HFA_PIECE + 1;
+        run->tasks[b + 1] = run->tasks[b] + run->block->kv_heads * pieces;
+    }
+}
+
+static int64_t pieces_of(const hfa_block_run *run, int64_t b) { return (run->tasks[b + 1] - run->tasks[b]) / run->block->kv_heads; }
+
+/* The sequence that a task belongs to. */
+static int64_t sequence_of(const hfa_block_run *run, int64_t task) {
+    int64_t low = 0, high = run->batch;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (run->tasks[middle] <= task) low = middle;
+        else high = middle;
+    }
+    return low;
 }
 
 /* A head of `extent` HFA_EACH_HEAD or HFA_ALL_HEADS normed, in place. */
@@ -80,31 +123,21 @@ static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *a
     }
 }
 
-/* Where keys (values) of sequence b and kv head g begin. */
-static char *keys_at(const hfa_block_run *run, int64_t b, int64_t g) {
-    const hfa_block_call *call = run->call;
-    return (char *)call->keys + ((run->sequence + b) * call->key_stride_b + g * call->key_stride_g) * hfa_attend_element(&run->attention);
-}
-static char *values_at(const hfa_block_run *run, int64_t b, int64_t g) {
-    const hfa_block_call *call = run->call;
-    return (char *)call->values + ((run->sequence + b) * call->value_stride_b + g * call->value_stride_g) * hfa_attend_element(&run->attention);
-}
-
 /* Where head i of group g lies among the projections of row r. */
 static const float *projected_head(const hfa_block_run *run, const hfa_heads *heads, int64_t r, int64_t g, int64_t i) {
     return run->projected + r * run->projected_stride + heads->start + g * heads->stride + i * heads->step;
 }
 
-/* The key and value of token t, kv head g; mine->angles are the token's. */
-static void write_position(const hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t t) {
+/* The key and value of token t of sequence b, whose row is `row`, kv head g; mine->angles are the token's. */
+static void write_position(const hfa_block_run *run, hfa_block_private *mine, const hfa_row *row, int64_t b, int64_t g, int64_t t) {
     const hfa_block *block = run->block;
-    int64_t d = block->head_dim, size = hfa_attend_element(&run->attention), at = past_of(run, b) + t, r = b * run->tokens + t;
+    int64_t d = block->head_dim, r = b * run->tokens + t;
     memcpy(mine->queries, projected_head(run, &block->k, r, g, 0), (size_t)d * sizeof(float));
     prepare_head(run, mine->queries, &block->k_norm, g, mine->angles);
-    hfa_attend_write(&run->attention, mine->queries, 1, keys_at(run, b, g) + at * run->call->key_stride_s * size);
+    hfa_attend_write(&run->attention, mine->queries, 1, keys_at(run, row, g, row->past + t));
     memcpy(mine->queries, projected_head(run, &block->v, r, g, 0), (size_t)d * sizeof(float));
     if (block->v_norm.kind && block->norm_extent != HFA_WHOLE_ROW) norm_head(run, mine->queries, &block->v_norm, g);
-    hfa_attend_write(&run->attention, mine->queries, 0, values_at(run, b, g) + at * run->call->value_stride_s * size);
+    hfa_attend_write(&run->attention, mine->queries, 0, values_at(run, row, g, row->past + t));
 }
 
 static int writes(const hfa_block_run *run) { return run->block->k.start >= 0; }
@@ -118,8 +151,9 @@ static void prepare_query(const hfa_block_run *run, hfa_block_private *mine, int
 
 void hfa_attention_prepare(const hfa_block_run *run, hfa_block_private *mine, int64_t r) {
     int64_t d = run->block->head_dim, heads = run->block->heads, group = heads / run->block->kv_heads, size = run->kernels->element;
+    hfa_row row = row_of(run, r / run->tokens);
     load_angles(run, r / run->tokens, r % run->tokens, mine->angles);
-    for (int64_t g = 0; writes(run) && g < run->block->kv_heads; g++) write_position(run, mine, r / run->tokens, g, r % run->tokens);
+    for (int64_t g = 0; writes(run) && g < run->block->kv_heads; g++) write_position(run, mine, &row, r / run->tokens, g, r % run->tokens);
     for (int64_t h = 0; h < heads; h++) {
         prepare_query(run, mine, r, h / group, h % group, mine->queries);
         run->kernels->store(mine->queries, run->query + (r * heads + h) * d * size, d);
@@ -141,12 +175,12 @@ static int64_t mask_at(const hfa_block_run *run, int64_t b, int64_t t) {
     return (run->sequence + b) * run->call->mask_stride_b + (run->token + t) * run->call->mask_stride_t;
 }
 
-/* scores [n] of query token t against positions start.. (counted from `first`): hide what the mask or causality hides */
-static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64_t start, int64_t b, int64_t t) {
+/* scores [n] of query token t of sequence b, whose row is `row`, against positions from.. : hide what the mask or causality hides */
+static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64_t from, const hfa_row *row, int64_t b, int64_t t) {
     const hfa_block_call *call = run->call;
-    int64_t at = mask_at(run, b, t) + start;
+    int64_t at = mask_at(run, b, t) + from - call->first;
     if (call->mask_kind == HFA_MASK_NONE) {
-        int64_t visible = past_of(run, b) - call->first + t + 1 - start;
+        int64_t visible = row->past + t + 1 - from;
         for (int64_t i = visible < 0 ? 0 : visible; i < n; i++) scores[i] = -INFINITY;
     } else if (call->mask_kind == HFA_MASK_BOOL) {
         const uint8_t *mask = (const uint8_t *)call->mask + at;
@@ -164,7 +198,7 @@ static void apply_mask(const hfa_block_run *run, float *scores, int64_t n, int64
 
 int hfa_attention_refuses(const hfa_block_run *run) {
     const hfa_block_call *call = run->call;
-    if (!run->shares) return 0;
+    if (!run->is_prompt) return 0;
     if (call->row_past || call->mask_kind == HFA_MASK_ADD) return 1;
     /* a pass that ends before the call's last token: what it would hide must be hidden by the mask, too */
     int64_t columns = call->past + call->tokens - call->first, beyond = call->tokens - run->token - run->tokens;
@@ -194,12 +228,13 @@ static int is_left_padding(const hfa_block_run *run, int64_t before) {
 int hfa_attention_of_prompt(hfa_block_run *run) {
     const hfa_block *block = run->block;
     const hfa_block_call *call = run->call;
-    int64_t d = block->head_dim, width = block->heads * d, size = hfa_attend_element(&run->attention), before = call->past + run->token - call->first;
+    hfa_row row = row_of(run, 0);
+    int64_t d = block->head_dim, width = block->heads * d, before = row.past - row.first;
     int is_plain = !call->mask_kind || is_left_padding(run, before);
     hfa_prompt_call prompt = {
         .query = run->query, .out = run->attended, .totals = run->totals, .sinks = run->sinks, .slopes = block->slopes, .dtype = block->dtype, .format = call->format, .batch = run->batch,
-        .keys = keys_at(run, 0, 0) + call->first * call->key_stride_s * size, .tokens = run->tokens, .heads = block->heads,
-        .values = values_at(run, 0, 0) + call->first * call->value_stride_s * size, .kv_heads = block->kv_heads, .key_dim = d, .value_dim = d,
+        .keys = keys_at(run, &row, 0, row.first), .tokens = run->tokens, .heads = block->heads,
+        .values = values_at(run, &row, 0, row.first), .kv_heads = block->kv_heads, .key_dim = d, .value_dim = d,
         .mask = is_plain ? NULL : (const uint8_t *)call->mask + mask_at(run, 0, 0), .is_causal = is_plain,
         .starts = is_plain && call->mask_kind ? run->starts : NULL, .past = before, .positions = before + run->tokens,
         .threads = run->threads, .query_stride_b = run->tokens * width, .query_stride_h = d, .query_stride_t = width,
@@ -223,20 +258,18 @@ static void prepare_queries(const hfa_block_run *run, hfa_block_private *mine, i
     hfa_attend_pack(&run->attention, mine->queries, count, &mine->room);
 }
 
-/* The n positions from `from` on for queries q0..q0+count, which are packed: partials as hfa_attend_weigh leaves them. */
-static void attend_piece(hfa_block_run *run, hfa_block_private *mine, int64_t b, int64_t g, int64_t from, int64_t n, int64_t q0, int count,
-                         float *partial, float *max, float *sum) {
-    const hfa_block_call *call = run->call;
-    int64_t group = run->block->heads / run->block->kv_heads, size = hfa_attend_element(&run->attention);
-    if (!hfa_attend_score(&run->attention, keys_at(run, b, g) + from * call->key_stride_s * size, call->key_stride_s, n, count, &mine->room))
+/* The n positions of a row from `from` on for queries q0..q0+count, which are packed: partials as hfa_attend_weigh leaves them. */
+static void attend_piece(hfa_block_run *run, hfa_block_private *mine, const hfa_row *row, int64_t b, int64_t g, int64_t from, int64_t n,
+                         int64_t q0, int count, float *partial, float *max, float *sum) {
+    int64_t group = run->block->heads / run->block->kv_heads;
+    if (!hfa_attend_score(&run->attention, keys_at(run, row, g, from), row->key_stride_s, n, count, &mine->room))
         run->is_strange = 1;
     for (int i = 0; run->block->slopes && i < count; i++) {
         float slope = run->block->slopes[g * group + (q0 + i) % group], *scores = mine->room.scores + i * HFA_PIECE;
         for (int64_t j = 0; j < n; j++) scores[j] += slope * (float)(from + j);
     }
-    for (int i = 0; i < count; i++) apply_mask(run, mine->room.scores + i * HFA_PIECE, n, from - call->first, b, (q0 + i) / group);
-    hfa_attend_weigh(&run->attention, values_at(run, b, g) + from * call->value_stride_s * size, call->value_stride_s, n, count, &mine->room,
-                     partial, max, sum);
+    for (int i = 0; i < count; i++) apply_mask(run, mine->room.scores + i * HFA_PIECE, n, from, row, b, (q0 + i) / group);
+    hfa_attend_weigh(&run->attention, values_at(run, row, g, from), row->value_stride_s, n, count, &mine->room, partial, max, sum);
 }
 
 /* One query over all pieces, whose partials lie `step` queries apart, and its sink or NULL. A query that sees nothing gives zero, as
@@ -262,29 +295,22 @@ static void merge(const hfa_block_run *run, const float *partial, const float *m
 
 static void attend(hfa_block_run *run, hfa_block_private *mine, int64_t task) {
     const hfa_block *block = run->block;
-    int64_t d = block->head_dim, queries = run->queries, piece = run->first_piece + task % run->pieces, head = task / run->pieces;
-    int64_t b = head / block->kv_heads, g = head % block->kv_heads, past = past_of(run, b);
-    int64_t from = piece * HFA_PIECE, to = from + HFA_PIECE;
-    if (from < run->call->first) from = run->call->first;
+    int64_t d = block->head_dim, queries = run->queries, b = sequence_of(run, task), pieces = pieces_of(run, b), own = task - run->tasks[b];
+    int64_t g = own / pieces, head = b * block->kv_heads + g;
+    hfa_row row = row_of(run, b);
+    int64_t past = row.past, from = (row.first / HFA_PIECE + own % pieces) * HFA_PIECE, to = from + HFA_PIECE;
+    if (from < row.first) from = row.first;
     if (to > past + run->tokens) to = past + run->tokens;
-    if (from >= to) { /* a shorter sequence: what lies here is not its own, so that even reading it could do harm */
-        for (int64_t i = task * queries; i < (task + 1) * queries; i++) {
-            run->partial_max[i] = -INFINITY;
-            run->partial_sum[i] = 0.0f;
-        }
-        memset(run->partial + task * queries * d, 0, (size_t)(queries * d) * sizeof(float));
-        return;
-    }
     for (int64_t at = from > past ? from : past; writes(run) && at < to; at++) {
         load_angles(run, b, at - past, mine->angles);
-        write_position(run, mine, b, g, at - past);
+        write_position(run, mine, &row, b, g, at - past);
     }
     for (int64_t q0 = 0; q0 < queries; q0 += HFA_QUERY_GROUP) {
         int count = (int)(queries - q0 < HFA_QUERY_GROUP ? queries - q0 : HFA_QUERY_GROUP);
         if (mine->ready != head || queries > HFA_QUERY_GROUP) prepare_queries(run, mine, b, g, q0, count);
         mine->ready = head;
         int64_t first = task * queries + q0;
-        attend_piece(run, mine, b, g, from, to - from, q0, count, run->partial + first * d, run->partial_max + first, run->partial_sum + first);
+        attend_piece(run, mine, &row, b, g, from, to - from, q0, count, run->partial + first * d, run->partial_max + first, run->partial_sum + first);
     }
 }
 
@@ -292,15 +318,13 @@ void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self) {
     for (int64_t task; (task = hfa_ranges_take(run->ranges[1], run->threads, self)) >= 0;) attend(run, mine, task);
 }
 
-void hfa_attention_merge(const hfa_block_run *run, float *out, int64_t stride) {
+void hfa_attention_merge(const hfa_block_run *run, int64_t r, float *out) {
     const hfa_block *block = run->block;
-    int64_t d = block->head_dim, group = block->heads / block->kv_heads;
-    for (int64_t r = 0; r < run->rows; r++) {
-        for (int64_t h = 0; h < block->heads; h++) {
-            int64_t first = (r / run->tokens * block->kv_heads + h / group) * run->pieces * run->queries + r % run->tokens * group + h % group;
-            merge(run, run->partial + first * d, run->partial_max + first, run->partial_sum + first, run->sinks ? run->sinks + h : NULL,
-                  run->queries, run->pieces, out + r * stride + h * d);
-        }
-        hfa_attention_gate(run, out + r * stride, r);
+    int64_t d = block->head_dim, group = block->heads / block->kv_heads, b = r / run->tokens, pieces = pieces_of(run, b);
+    for (int64_t h = 0; h < block->heads; h++) {
+        int64_t first = (run->tasks[b] + h / group * pieces) * run->queries + r % run->tokens * group + h % group;
+        merge(run, run->partial + first * d, run->partial_max + first, run->partial_sum + first, run->sinks ? run->sinks + h : NULL,
+              run->queries, pieces, out + h * d);
     }
+    hfa_attention_gate(run, out, r);
 }

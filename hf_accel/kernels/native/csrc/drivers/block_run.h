@@ -13,6 +13,7 @@ typedef struct {
     int64_t sequence, batch, token, tokens;
     int rows, threads;                   /* R; ranges dealt out */
     int shares;                          /* more than HFA_MAX_ROWS rows: each thread prepares some of them for all */
+    int is_prompt;                       /* shares, in one buffer: attention as of prompts, in a region of its own */
     _Atomic int is_strange;              /* a score is not finite */
     hfa_barrier *barrier;
     hfa_range *ranges[5];                /* projections, attention, o, gate/up, down */
@@ -24,11 +25,11 @@ typedef struct {
     float *inner;                        /* [R, I]: activation(gate) * up, rounded */
     float *sinks;                        /* [H] or NULL */
     int64_t queries;                     /* of a kv head */
-    int64_t first_piece, pieces;         /* not shares: of HFA_PIECE positions each; attention tasks of a kv head */
-    float *partial, *partial_max, *partial_sum; /* not shares; per piece and query: [D] weighted values, maximum score, sum */
+    int64_t *tasks;                      /* [batch + 1]: of attention, those of the sequences before; [batch]: all of them */
+    float *partial, *partial_max, *partial_sum; /* not is_prompt; per task and query: [D] weighted values, maximum score, sum */
     float *residual, *wide; char *packed; /* shares; as in hfa_block_private */
-    int64_t *starts;                      /* shares; [batch]: columns that left padding takes */
-    char *query, *attended; float *totals; /* shares; [R, H D] of the dtype, before and after attention; see hfa_prompt_call */
+    int64_t *starts;                      /* is_prompt; [batch]: columns that left padding takes */
+    char *query, *attended; float *totals; /* is_prompt; [R, H D] of the dtype, before and after attention; see hfa_prompt_call */
     char *private_memory; size_t private_bytes;
 } hfa_block_run;
 

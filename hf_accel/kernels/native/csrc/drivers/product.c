@@ -40,7 +40,7 @@ int hfa_useful_threads(int64_t bytes, int64_t threads) {
 
 /* Words of 32 columns, where they are pairs. */
 static int takes_lanes(const hfa_products *p, int64_t k) {
-    int fits = p->m > HFA_MAX_ROWS && p->kernels->lanes;
+    int fits = p->m > HFA_MAX_ROWS && p->kernels->lanes && !p->in_order;
     for (int i = 0; fits && i < p->count && p->kernels->prompt->pairs; i++)
         fits = k % HFA_STRIP == 0 && (p->item[i].matrix->stride % 2 == 0 || kind_of(p->item[i].matrix) == HFA_TRANSPOSED);
     return fits;

@@ -17,11 +17,11 @@
 typedef struct { void *packed[HFA_FORMATS + 1]; int lanes, rows; } hfa_activations;
 
 /* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. activates: with keeps_f32, what is
- * rounded goes through `activation`. */
+ * rounded goes through `activation`. in_order: each sum is added up as for few rows, to the last bit, however many there are. */
 typedef struct { const hfa_matrix *matrix; void *out; int64_t ldo; } hfa_product;
 typedef struct {
     const hfa_kernels *kernels;
-    int count, m, keeps_f32, activates, activation;
+    int count, m, keeps_f32, activates, activation, in_order;
     hfa_product item[HFA_MAX_GROUP];
     int64_t chunk_rows[HFA_MAX_GROUP], first_chunk[HFA_MAX_GROUP + 1];
 } hfa_products;
