@@ -29,12 +29,13 @@ CATALOGUE: list[Config] = [
     # drafts always, so that every call of every test is verified step by step
     hf_accel.SpeculativeConfig(drafter="lookup", max_draft_tokens=4, adaptive=False),
     hf_accel.CompilationConfig(),
+    hf_accel.BatchingConfig(),
     hf_accel.GQAConfig(num_kv_heads=1, method="mean"),
 ]
 # the others change the weights, and with them the text, copies and what is saved
 LOSSLESS = [config for config in CATALOGUE if Patcher.for_config(config).fidelity is not Fidelity.LOSSY]
-# no goal offers them: one saves memory and takes time, one may take memory
-BY_NAME_ONLY = ("ExpertOffloadConfig", "LargePagesConfig")
+# no goal offers them: one saves memory and takes time, one may take memory, one is for calls that come at once
+BY_NAME_ONLY = ("BatchingConfig", "ExpertOffloadConfig", "LargePagesConfig")
 
 
 def example(name: str) -> Config:
@@ -52,6 +53,8 @@ def exact(model: PreTrainedModel, *without: type[Config], speculates: bool = Fal
 
     speculates: whether drafts are verified; plain steps are another way through the token loop.
     """
+    # that calls may join shows where several come at once
+    without = (*without, hf_accel.BatchingConfig)
     left_out = without if speculates else (*without, hf_accel.SpeculativeConfig)
     chosen: dict[str, Config] = {}
     for config in LOSSLESS:

@@ -11,7 +11,7 @@ from hf_accel.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig(Config):
-    """Concurrent `generate` calls become the rows of one running batch (see docs/serving.md).
+    """Concurrent `generate` calls become the rows of one running batch (see docs/batching.md).
 
     max_rows: the most rows that run at once; further calls wait, first come first served.
     max_wait_ms: how long a step waits for the rows that are still at their processors, criteria and streamers.

@@ -68,6 +68,30 @@ class MergedLayer(CacheLayerMixin):
         held = Held(shape, sizes, dtypes, key_states.device, None, lambda: iter(()), members=tuple(members))
         return CachedStates(held, 0), CachedStates(held, 1)
 
+    def reserve(
+        self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Reserved | None:
+        """See `hf_accel.core.calls.cache_layers.AppendableLayer`; None where a call's layer or its format differs."""
+        places: list[tuple[int, ...]] = []
+        head: Reserved | None = None
+        for part, layer in self._parts:
+            reserve = getattr(layer, "reserve", None)
+            if reserve is None or layer.bits != self.bits:
+                return None
+            found: Reserved | None = reserve(part.rows, tokens, kv_heads, head_dim, dtype, device)
+            if found is None or found.row_pasts is not None:
+                return None
+            head = head or found
+            places += _places(part, layer, found)
+        rows = torch.tensor(places)
+        past, first = int(rows[:, 6].max()), int(rows[:, 7].min())
+        return None if head is None else Reserved(head.keys, head.values, past, first, None, rows)
+
+    def commit(self, tokens: int) -> None:
+        """See `hf_accel.core.calls.cache_layers.AppendableLayer`."""
+        for _, layer in self._parts:
+            layer.commit(tokens)
+
     def get_seq_length(self) -> int:
         return max(layer.get_seq_length() for _, layer in self._parts)
 
@@ -78,6 +102,19 @@ class MergedLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # as it is called in transformers up to 5.23
+
+
+def _places(part: Part, layer: Any, reserved: Reserved) -> list[tuple[int, ...]]:
+    """Return where each row of a call lies, as `Reserved.rows` has it."""
+    keys, values, past, first = reserved[:4]
+    at, step = keys.data_ptr(), keys.stride(0) * keys.element_size()
+    values_at, values_step = values.data_ptr(), values.stride(0) * values.element_size()
+    strides = keys.stride(1), keys.stride(2), values.stride(1), values.stride(2), past
+    if part.starts is None:
+        return [(at + row * step, values_at + row * values_step, *strides, first) for row in range(part.rows)]
+    seen = layer.columns(1)[0]  # the position that `first` stands for
+    firsts = [first + max(0, start - seen) for start in part.starts]
+    return [(at + row * step, values_at + row * values_step, *strides, begin) for row, begin in enumerate(firsts)]
 
 
 def merged(parts: list[Part]) -> Cache:

@@ -1,0 +1,150 @@
+"""Mistakes in bringing calls together: a table as that of `test_planted.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_batching
+import test_joined_calls
+import torch
+from planting import Defect, Patch, Test, is_red
+
+from hf_accel.batching import merged, passes, patcher
+from hf_accel.batching.admission import Admission
+from hf_accel.batching.engine import Engine
+from hf_accel.batching.meeting import Meeting
+from hf_accel.batching.merged import MergedLayer, Part
+from hf_accel.batching.pace import Pace
+from hf_accel.batching.statistics import BatchingStatistics
+from hf_accel.batching.turn import Turn
+from hf_accel.core.calls import seeding
+
+
+def rows_of_the_next(patch: Patch) -> None:
+    honest = passes._share
+
+    def wrong(outputs: Any, batch: Any) -> None:
+        outputs.logits = outputs.logits.roll(1, 0)
+        outputs["choices"] = None
+        honest(outputs, batch)
+
+    patch.setattr(passes, "_share", wrong)
+
+
+def padding_is_seen(patch: Patch) -> None:
+    patch.setattr(Part, "mask", lambda self, *args: None)
+    honest = merged._places
+    patch.setattr(merged, "_places", lambda part, *args: honest(Part(part.cache, part.rows, None), *args))
+
+
+def caches_are_shared(patch: Patch) -> None:
+    honest = MergedLayer.__init__
+
+    def wrong(self: Any, parts: list[Part], index: int) -> None:
+        honest(self, parts, index)
+        self._parts = [(part, parts[0].cache.layers[index]) for part in parts]
+
+    patch.setattr(MergedLayer, "__init__", wrong)
+
+
+def everybody_hears_of_errors(patch: Patch) -> None:
+    honest = Meeting.leave
+
+    def wrong(self: Any) -> None:
+        honest(self)
+        for submission in self._waiting:
+            submission.error = RuntimeError("of another")
+
+    patch.setattr(Meeting, "leave", wrong)
+
+
+def hooks_see_batches(patch: Patch) -> None:
+    patch.setattr("hf_accel.batching.engine.joining_obstacle", lambda call: None)
+
+
+def seeds_are_torchs(patch: Patch) -> None:
+    patch.setattr(seeding.Seeded, "on", lambda self, device: torch.default_generator)
+
+
+def nobody_goes_ahead(patch: Patch) -> None:
+    patch.setattr(Admission, "_may_enter", lambda self, place: self._waiting[0] is place and self._has_room(place))
+
+
+def all_go_ahead(patch: Patch) -> None:
+    patch.setattr("hf_accel.batching.admission.PASSED", 10**9)
+
+
+def latest_first(patch: Patch) -> None:
+    patch.setattr(Turn, "_next", lambda self: self._waiting[-1])
+
+
+def all_rows_at_once(patch: Patch) -> None:
+    patch.setattr(Pace, "most_rows", lambda self: self._max_rows)
+
+
+def places_are_kept(patch: Patch) -> None:
+    patch.setattr(Admission, "leave", lambda self, place: None)
+
+
+def whole_prompts(patch: Patch) -> None:
+    patch.setattr(Engine, "_chunk", lambda self, call: None)
+
+
+def the_class_stays(patch: Patch) -> None:
+    honest = patcher.begin
+
+    def wrong(model: Any, host: Any, config: Any, journal: Any) -> Any:
+        engine = honest(model, host, config, journal)
+        journal._undo.pop()
+        return engine
+
+    patch.setattr("hf_accel.batching.serving.begin", wrong)
+
+
+def reasons_are_lost(patch: Patch) -> None:
+    honest = BatchingStatistics.began
+    patch.setattr(BatchingStatistics, "began", lambda self, reason, waited: honest(self, None, waited))
+
+
+def no_one_is_late(patch: Patch) -> None:
+    patch.setattr(Meeting, "_left", lambda self: 0.0)
+
+
+def children_inherit(patch: Patch) -> None:
+    patch.setattr("os.register_at_fork", lambda **functions: None)
+
+
+def nobody_is_told(patch: Patch) -> None:
+    patch.setattr("hf_accel.batching.seat.check_wanted", lambda: None)
+    patch.setattr("hf_accel.batching.engine.check_wanted", lambda: None)
+
+
+JOINED, PARTS = test_joined_calls, test_batching
+PLANTED: dict[str, tuple[Defect, Test]] = {
+    "rows of another call": (rows_of_the_next, JOINED.test_each_call_gets_the_text_that_it_gets_alone),
+    "padding that is seen": (padding_is_seen, JOINED.test_calls_of_several_padded_rows_join),
+    "one cache for all": (caches_are_shared, JOINED.test_every_call_keeps_its_own_cache),
+    "an error for everybody": (everybody_hears_of_errors, JOINED.test_an_error_or_an_end_of_one_call_changes_no_other),
+    "hooks that see batches": (hooks_see_batches, JOINED.test_hooked_modules_see_their_call_alone),
+    "reasons that are lost": (reasons_are_lost, JOINED.test_what_cannot_join_runs_beside_the_batch_with_its_reason),
+    "prompts that are read whole": (whole_prompts, JOINED.test_prompts_are_read_in_chunks_beside_others),
+    "places that are kept": (places_are_kept, JOINED.test_an_error_or_an_end_of_one_call_changes_no_other),
+    "a class that stays": (the_class_stays, JOINED.test_the_model_is_as_it_was_after_the_block),
+    "draws from torch's generator": (seeds_are_torchs, PARTS.test_a_seed_is_that_of_torch_and_leaves_torchs_own_generator),
+    "nobody passes anybody": (nobody_goes_ahead, PARTS.test_admission_is_first_come_first_served_and_passes_nobody_for_ever),
+    "somebody waits for ever": (all_go_ahead, PARTS.test_admission_is_first_come_first_served_and_passes_nobody_for_ever),
+    "the latest first": (latest_first, PARTS.test_prompts_and_steps_take_turns_and_prompts_keep_the_order_of_their_calls),
+    "all rows whatever they take": (all_rows_at_once, PARTS.test_rows_and_chunks_follow_from_measured_times),
+    "steps that wait for nobody": (no_one_is_late, PARTS.test_whoever_comes_last_runs_the_step_for_all),
+    "a child that waits for its parents' threads": (children_inherit, PARTS.test_a_forked_child_begins_with_nobody_inside),
+    "calls that go on unwanted": (nobody_is_told, PARTS.test_asyncio_calls_join_and_are_cancelled),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_suite_sees_it(name: str) -> None:
+    plant, test = PLANTED[name]
+    with Patch.context() as patch:
+        plant(patch)
+        assert is_red(test)
