@@ -91,7 +91,7 @@ CALLS: dict[str, tuple[dict[str, Any], bool]] = {
     "criterion": ({"make_stopping_criteria": lambda: StoppingCriteriaList([StopAt(21)])}, True),
     "no mask": ({"attention_mask": None}, True),
     "hidden columns": ({"attention_mask": torch.tensor([[1, 1, 0, *[1] * 8]])}, False),
-    "two texts": ({"do_sample": True, "num_return_sequences": 2}, False),
+    "two texts": ({"do_sample": True, "num_return_sequences": 2}, True),
     "no cache": ({"use_cache": False}, False),
 }
 

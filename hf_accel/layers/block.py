@@ -114,7 +114,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
             found = StepGuard(setting.anatomy, steps, [type(step.block.layer) for step in steps])
         except (Unexplained, ValueError) as error:
             return None, f"a token runs layer by layer ({error})"
-        return found, "a token of one text runs in one call for all of them, embedding and head"
+        return found, "a token runs in one call for all of them, embedding and head"
 
 
 def _replacement(step: BlockStep) -> Replacement:

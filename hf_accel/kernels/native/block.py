@@ -35,7 +35,7 @@ _HEAD = struct.Struct("=16q4d")
 _HEADS = struct.Struct("=3q")
 _NORM = struct.Struct("=2Qqd")
 _LAST = struct.Struct("=2Q")
-_CALL = struct.Struct("=7Q19qQqQqQ")
+_CALL = struct.Struct("=7Q19qQqQq2Q")
 _NO_MATRIX = bytes(MATRIX.size)
 _NO_HEADS = _HEADS.pack(-1, 0, 0)
 _NO_NORM = bytes(_NORM.size)
@@ -219,6 +219,7 @@ class NativeBlock:
             0 if normed is None else normed.data_ptr(),
             int(cos is not None and cos.dtype is torch.float32),
             0 if rows is None else rows.data_ptr(),
+            0,
         )
         if row_past is not None and (
             row_past.dtype is not torch.int64 or row_past.shape != (batch,) or not row_past.is_contiguous()

@@ -1,4 +1,4 @@
-"""One token of one sequence through a whole decoder in one native call: embedding, layers, norm, head, best logit.
+"""A token of each sequence through a whole decoder in one native call: embedding, layers, norm, head, best logits.
 
 Cost: the decoder's weights read once, and some five microseconds of Python beside the reservations in the cache.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,13 +88,17 @@ class NativeStep:
         self._step = ctypes.create_string_buffer(packed, len(packed))
         self._address = ctypes.addressof(self._step)
 
-    def __call__(self, memory: StepMemory, position: int) -> Tensor | None:
-        """Return the logits [1, 1, V'] of the token in `memory.choice` at `position`; its choice is their best.
+    def __call__(self, memory: StepMemory, *position: int) -> Tensor | None:
+        """Return the logits [R, 1, V'] of the tokens in `memory.choice`, each at its position; choices: their best.
 
-        The first of equal ones, NaN before all others. position < self.positions; every layer's place must have been
-        said. None: a score of an attention is not finite, or the token is none; the choice is as before then.
+        The first of equal ones, NaN before all others. Positions < self.positions; every layer's place must have been
+        said. What `NativeBlock` says of sequences side by side holds. None: a score of an attention is not finite, or
+        a token is none; the choices are as before then.
         """
-        logits = torch.empty((1, 1, self.vocabulary), dtype=self.dtype)
+        if len(position) != memory.rows:
+            raise ValueError(f"a step of {memory.rows} rows takes as many positions, got {len(position)}")
+        logits = torch.empty((memory.rows, 1, self.vocabulary), dtype=self.dtype)
         call = memory.call
-        call[2], call[5], call[6] = logits.data_ptr(), position, self.threads or _get_num_threads()
+        memory.positions[:] = array("q", position)
+        call[2], call[7] = logits.data_ptr(), self.threads or _get_num_threads()
         return None if self._function(self._address, memory.address) else logits

@@ -114,7 +114,7 @@ typedef struct {
  * attends to nothing beyond, whatever the mask says; first <= row_past[b] <= past. NULL: all are at `past`.
  * rows [B] or NULL: sequence b lies in buffers of its own, [G,C,D], and each of its tokens sees what is there from `first` on, up to itself.
  * keys, values and their strides are then not read, and there is neither a mask nor row_past; first <= rows[b].first <=
- * rows[b].past <= past. */
+ * rows[b].past <= past. angles_at [B] or NULL: sequence b takes the angles of sequence angles_at[b] of cos and sin, and not of b. */
 typedef struct {
     void *keys, *values;
     int64_t key_stride_g, key_stride_s, value_stride_g, value_stride_s, past, first;
@@ -130,6 +130,7 @@ typedef struct {
     void *normed;   /* [B,T,E], of an attention half: what its feed-forward part reads; `out` is the residual then */
     int64_t angles_are_f32; /* cos and sin; else of the dtype */
     const hfa_row *rows;
+    const int64_t *angles_at;
 } hfa_block_call;
 
 /* Attention over a piece of a cache, to be merged with others. query [B,H,T,D]; keys [B,G,n,D] and values [B,G,n,Dv] as in
@@ -250,11 +251,12 @@ typedef struct {
     const hfa_step_layer *layer;
 } hfa_step;
 
-/* choice: the token, afterwards the best of the logits. layer [layers]: of each its keys and values, their strides and format, past and first;
- * the rest is written here. row [hidden] of the dtype, room: twice the hidden size rounded up to 16, fp32; logits [rows of the head]. */
+/* A token of each of `count` sequences. choice [count]: the tokens, afterwards the best of the logits; position [count]. layer [layers]:
+ * of each its keys and values, their strides and format, past and first, or its rows; the rest is written here. row [count, hidden] of
+ * the dtype; room: twice the hidden size rounded up to 16, fp32; logits [count, rows of the head]. */
 typedef struct {
     hfa_block_call *layer; void *row, *logits; float *room; int64_t *choice;
-    int64_t position, threads;
+    const int64_t *position; int64_t count, threads;
 } hfa_step_call;
 
 HFA_EXPORT int hfa_abi_version(void);

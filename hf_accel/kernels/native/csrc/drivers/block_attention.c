@@ -114,6 +114,7 @@ static void load_angles(const hfa_block_run *run, int64_t b, int64_t t, float *a
     if (!run->block->rotary) return;
     if (run->block->rotary == HFA_PAIRS_OF_HALVES) count = half;
     b += run->sequence, t += run->token;
+    if (call->angles_at) b = call->angles_at[b];
     kernels->load((const char *)call->cos + (b * call->cos_stride_b + t * call->cos_stride_t) * size, angles, count);
     kernels->load((const char *)call->sin + (b * call->sin_stride_b + t * call->sin_stride_t) * size, angles + HFA_MAX_HEAD_DIM, count);
     if (run->block->rotary == HFA_HALVES) return;

@@ -1,5 +1,5 @@
-/* One token of one sequence through a whole decoder: its row of the embedding, all layers, the norm behind them, the head, and the
- * best of the logits. Between layers is nothing but the row, which holds values of the dtype as PyTorch's tensor does. */
+/* One token of each sequence through a whole decoder: its row of the embedding, all layers, the norm behind them, the head, and the
+ * best of the logits. Between layers is nothing but the rows, which hold values of the dtype as PyTorch's tensor does. */
 #include <limits.h>
 #include <math.h>
 #include <string.h>
@@ -66,51 +66,76 @@ static void finish_logits(const hfa_step *step, const hfa_kernels *kernels, char
     }
 }
 
-static void embed(const hfa_step *step, const hfa_step_call *call, const hfa_kernels *kernels, float *x, float *more, void *row) {
+/* The row of sequence b. */
+static void embed(const hfa_step *step, const hfa_step_call *call, const hfa_kernels *kernels, int64_t b, void *row) {
     int64_t size = kernels->element;
-    kernels->load((const char *)step->embedding + *call->choice * step->embedding_stride * size, x, step->hidden);
+    float *x = call->room, *more = x + (step->hidden + 15) / 16 * 16;
+    kernels->load((const char *)step->embedding + call->choice[b] * step->embedding_stride * size, x, step->hidden);
     if (step->embedding_scale != 1.0) multiply(kernels, x, step->hidden, (float)step->embedding_scale);
     if (step->positions) {
-        int64_t at = call->position + step->positions_offset;
+        int64_t at = call->position[b] + step->positions_offset;
         kernels->load((const char *)step->positions + at * step->positions_stride * size, more, step->hidden);
         kernels->add(x, more, step->hidden, x);
     }
     kernels->store(x, row, step->hidden);
 }
 
+static int is_valid(const hfa_step *step, const hfa_step_call *call) {
+    if ((uint64_t)step->dtype >= HFA_DTYPES || call->count < 1) return 0;
+    for (int64_t b = 0; b < call->count; b++) {
+        if (call->choice[b] < 0 || call->choice[b] >= step->vocabulary || call->position[b] < 0) return 0;
+        if (step->positions && call->position[b] + step->positions_offset >= step->positions_rows) return 0;
+    }
+    return 1;
+}
+
+typedef struct { const hfa_step *step; const hfa_step_call *call; const hfa_kernels *kernels; } last_call;
+
+/* What logits become, and the best of each sequence's, which threads share out. */
+static void choose_task(void *arg, int self, int team) {
+    const last_call *last = arg;
+    const hfa_step *step = last->step;
+    for (int64_t b = self; b < last->call->count; b += team) {
+        char *logits = (char *)last->call->logits + b * step->head.rows * last->kernels->element;
+        finish_logits(step, last->kernels, logits);
+        last->call->choice[b] = argmax(step->dtype, logits, step->head.rows, last->kernels->element);
+    }
+}
+
 int hfa_step_forward(const hfa_step *step, const hfa_step_call *call) {
-    if ((uint64_t)step->dtype >= HFA_DTYPES || *call->choice < 0 || *call->choice >= step->vocabulary || call->position < 0) return -1;
-    if (step->positions && call->position + step->positions_offset >= step->positions_rows) return -1;
+    if (!is_valid(step, call)) return -1;
     const hfa_kernels *kernels = hfa_active_kernels((int)step->dtype);
-    char *row = call->row;
-    float *x = call->room, *more = x + (step->hidden + 15) / 16 * 16;
-    embed(step, call, kernels, x, more, row);
+    char *rows = call->row;
+    int64_t row_bytes = step->hidden * kernels->element;
+    for (int64_t b = 0; b < call->count; b++) embed(step, call, kernels, b, rows + b * row_bytes);
     for (int64_t i = 0; i < step->layers; i++) {
         const hfa_step_layer *layer = &step->layer[i];
         hfa_block_call *at = &call->layer[i];
-        int64_t skipped = call->position * layer->stride * (layer->are_f32 ? 4 : kernels->element);
-        at->hidden = at->out = row; /* every row is read before it is written */
-        at->batch = at->tokens = 1;
+        at->hidden = at->out = rows; /* every row is read before it is written */
+        at->batch = call->count;
+        at->tokens = 1;
         at->threads = call->threads;
         at->angles = layer->angles;
         at->angles_are_f32 = layer->are_f32;
-        at->cos = layer->cos ? (const char *)layer->cos + skipped : NULL;
-        at->sin = layer->sin ? (const char *)layer->sin + skipped : NULL;
+        at->cos = layer->cos;
+        at->sin = layer->sin;
+        at->cos_stride_b = at->sin_stride_b = layer->stride;
+        at->angles_at = call->position;
         int status = hfa_block_forward(layer->block, at);
         if (status) return status;
     }
-    if (step->norm.kind) {
-        kernels->load(row, x, step->hidden);
-        kernels->norm(x, &step->norm, step->hidden, x);
-        kernels->store(x, row, step->hidden);
+    for (int64_t b = 0; step->norm.kind && b < call->count; b++) {
+        kernels->load(rows + b * row_bytes, call->room, step->hidden);
+        kernels->norm(call->room, &step->norm, step->hidden, call->room);
+        kernels->store(call->room, rows + b * row_bytes, step->hidden);
     }
     const hfa_matrix *head = &step->head;
     int64_t flags = step->dtype | call->threads << 16;
     int status = head->format == HFA_DENSE
-                     ? hfa_linear(row, head->weight, head->bias, call->logits, 1, head->inner, head->rows, head->stride, flags)
-                     : hfa_packed_linear(row, head, call->logits, 1, flags);
+                     ? hfa_linear(rows, head->weight, head->bias, call->logits, call->count, head->inner, head->rows, head->stride, flags)
+                     : hfa_packed_linear(rows, head, call->logits, call->count, flags);
     if (status) return status;
-    finish_logits(step, kernels, call->logits);
-    *call->choice = argmax(step->dtype, call->logits, head->rows, kernels->element);
+    last_call last = {step, call, kernels};
+    hfa_parallel(choose_task, &last, (int)(call->count < call->threads ? call->count : call->threads));
     return 0;
 }
