@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -22,19 +23,30 @@ from hf_accel.batching.pace import LEAST_CHUNK, Pace
 from hf_accel.batching.turn import Turn
 
 
-def wanted() -> None:
-    """Stand for a call that is still wanted."""
+class Wanted:
+    """A call that is wanted for some seconds: nothing here takes so long."""
+
+    def __init__(self) -> None:
+        self.end = time.monotonic() + 3
+
+    def __call__(self) -> None:
+        if time.monotonic() > self.end:
+            raise TimeoutError
 
 
 def in_threads(*functions: Any) -> list[threading.Thread]:
-    threads = [threading.Thread(target=function, daemon=True) for function in functions]
+    def run(function: Any) -> None:
+        with suppress(TimeoutError):
+            function()
+
+    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
     for thread in threads:
         thread.start()
     return threads
 
 
 def until(condition: Any) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 5
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -60,7 +72,7 @@ def test_prompts_and_steps_take_turns_and_prompts_keep_the_order_of_their_calls(
         with turn.taken(5):  # who has it has it
             order.append("mine")
     for thread in threads:
-        thread.join(20)
+        thread.join(5)
     assert order == ["mine", "step", "earlier", "next step", "later"]
 
 
@@ -84,7 +96,7 @@ def test_whoever_comes_last_runs_the_step_for_all() -> None:
     assert not ran
     found.append(meeting.submit(submission()))
     for thread in threads:
-        thread.join(20)
+        thread.join(5)
     assert ran == [3] and found == [threading.get_ident()] * 3
 
 
@@ -101,22 +113,22 @@ def test_nobody_waits_for_who_is_late_or_has_left() -> None:
     threads = in_threads(lambda: patient.submit(submission()))
     until(lambda: len(patient._waiting) == 1)
     patient.leave()
-    threads[0].join(20)
+    threads[0].join(5)
     assert ran == [1, 1] and not threads[0].is_alive()
 
 
 def test_admission_is_first_come_first_served_and_passes_nobody_for_ever() -> None:
     admission = Admission(8, 100, lambda: 8)
-    inside = [admission.enter(2, 40, wanted) for _ in range(2)]
+    inside = [admission.enter(2, 40, Wanted()) for _ in range(2)]
     order: list[str] = []
 
     def enter(name: str, tokens: int) -> Any:
-        return lambda: (admission.enter(1, tokens, wanted), order.append(name))
+        return lambda: (admission.enter(1, tokens, Wanted()), order.append(name))
 
     threads = in_threads(enter("large", 90))
     until(lambda: admission.waiting == 1)
     for place in range(PASSED):  # small ones go ahead while there is no room for the large one
-        admission.leave(admission.enter(1, 5, wanted))
+        admission.leave(admission.enter(1, 5, Wanted()))
     threads += in_threads(enter("small", 5))
     until(lambda: admission.waiting == 2)
     time.sleep(0.05)
@@ -124,17 +136,17 @@ def test_admission_is_first_come_first_served_and_passes_nobody_for_ever() -> No
     for place in inside:
         admission.leave(place)
     for thread in threads:
-        thread.join(20)
+        thread.join(5)
     assert sorted(order) == ["large", "small"] and admission.tokens == 95
 
 
 def test_a_call_that_can_never_begin_is_refused_and_one_not_wanted_stops_waiting() -> None:
     admission = Admission(2, 100, lambda: 2)
     with pytest.raises(hf_accel.ConfigError, match="101 positions"):
-        admission.enter(1, 101, wanted)
+        admission.enter(1, 101, Wanted())
     with pytest.raises(hf_accel.ConfigError, match="3 rows"):
-        admission.enter(3, 10, wanted)
-    admission.enter(2, 60, wanted)
+        admission.enter(3, 10, Wanted())
+    admission.enter(2, 60, Wanted())
 
     def unwanted() -> None:
         raise hf_accel.CancelledCallError("no")
@@ -248,7 +260,7 @@ def test_a_forked_child_begins_with_nobody_inside() -> None:
     model = build("llama")
     with optimised(model):
         engine = type(model)._hf_accel_engine
-        place = engine.admission.enter(3, 30, wanted)
+        place = engine.admission.enter(3, 30, Wanted())
         child = os.fork()
         if not child:
             os._exit(engine.admission.rows)

@@ -28,19 +28,24 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
         except Exception as error:
             results[place] = error
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(calls))]
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(40)
     assert not any(thread.is_alive() for thread in threads)
     return results
 
 
 @contextmanager
-def optimised(model: Any, **fields: Any) -> Any:
-    """Optimise a model, and let its calls join: patiently, so that they meet whatever else the machine does."""
+def optimised(model: Any, joining: int = 0, **fields: Any) -> Any:
+    """Optimise a model, and let its calls join: so many wait for one another, and meet whatever the machine does."""
     with hf_accel.optimized(model, exact(model)), hf_accel.serving(model, **({"max_wait_ms": 2000.0} | fields)):
+        engine = type(model)._hf_accel_engine  # type: ignore[attr-defined]
+        engine._goes_alone = lambda: False
+        if joining:
+            everybody, join = threading.Barrier(joining), engine.meeting.join
+            engine.meeting.join = lambda: (join(), everybody.wait(20))
         yield hf_accel.report(model).batching
 
 
@@ -75,16 +80,13 @@ def test_each_call_gets_the_text_that_it_gets_alone(name: str) -> None:
     model = build(name)
     prompts = [prompt(1, tokens, seed=tokens) for tokens in (5, 19, 11, 30, 8)]
     wanted = [alone(model, way, ids) for way, ids in zip(WAYS.values(), prompts, strict=True)]
-    with optimised(model) as report:
+    with optimised(model, len(WAYS)) as report:
         calls = [
             lambda ids=ids, way=way: model.generate(ids, **(NEW | way))
             for way, ids in zip(WAYS.values(), prompts, strict=True)
         ]
         assert_same(together(calls), wanted)
-        found = report.to_dict()
-        assert found["joined"] + sum(found["alone"].values()) == len(WAYS)
-        if found["joined"] > 1:
-            assert found["most_rows"] > 1
+        assert report.joined == report.most_rows == len(WAYS)
 
 
 def test_calls_of_several_padded_rows_join(
@@ -94,10 +96,10 @@ def test_calls_of_several_padded_rows_join(
         model = build(name)
         batches = [padded(lengths, seed=len(lengths)) for lengths in cases]
         wanted = [model.generate(**batch, **NEW, do_sample=False) for batch in batches]
-        with optimised(model) as report:
+        with optimised(model, len(cases)) as report:
             calls = [lambda batch=batch: model.generate(**batch, **NEW, do_sample=False) for batch in batches]
             assert_same(together(calls), wanted)
-            assert report.to_dict()["most_rows"] > 3
+            assert report.most_rows == sum(map(len, cases))
 
 
 CACHES = [
@@ -118,13 +120,13 @@ def test_every_call_keeps_its_own_cache() -> None:
             model.generate(ids, **given, **({} if cache is None else {"kv_cache": cache}))
             for ids, cache in zip(prompts, CACHES, strict=True)
         ]
-    with optimised(model) as report:
+    with optimised(model, len(CACHES)) as report:
         calls = [
             lambda ids=ids, cache=cache: model.generate(ids, **given, **({} if cache is None else {"kv_cache": cache}))
             for ids, cache in zip(prompts, CACHES, strict=True)
         ]
         assert_same(together(calls), wanted)
-        assert report.joined == len(CACHES) and report.most_rows > 1
+        assert report.joined == report.most_rows == len(CACHES)
 
 
 def test_streamers_processors_and_criteria_stay_with_their_call() -> None:
@@ -155,20 +157,18 @@ def test_streamers_processors_and_criteria_stay_with_their_call() -> None:
         streamer = Streamer()
         wanted.append(model.generate(ids, **NEW, **option, streamer=streamer, do_sample=False))
         heard.append(streamer.tokens)
-    with optimised(model) as report:
+    with optimised(model, 4) as report:
         streamers = [Streamer() for _ in prompts]
         threads: list[int] = []
 
         def call(place: int) -> torch.Tensor:
             threads.append(threading.get_ident())
-            return model.generate(
-                prompts[place], **NEW, **options[place], streamer=streamers[place], do_sample=False
-            )
+            return model.generate(prompts[place], **NEW, **options[place], streamer=streamers[place], do_sample=False)
 
         assert_same(together([lambda place=place: call(place) for place in range(4)]), wanted)
         assert [streamer.tokens for streamer in streamers] == heard
         assert {streamer.thread for streamer in streamers} == set(threads)
-        assert report.joined == 4
+        assert report.joined == report.most_rows == 4
 
 
 def test_an_error_or_an_end_of_one_call_changes_no_other() -> None:
@@ -181,7 +181,7 @@ def test_an_error_or_an_end_of_one_call_changes_no_other() -> None:
             raise RuntimeError("mine alone")
         return scores
 
-    with optimised(model) as report:
+    with optimised(model, 5) as report:
         calls = [lambda ids=ids: model.generate(ids, **NEW, do_sample=False) for ids in prompts]
         calls[1] = lambda: model.generate(prompts[1], **NEW, do_sample=False, logits_processor=[fail])
         calls[3] = lambda: model.generate(prompts[3], do_sample=False, pad_token_id=0, max_new_tokens=3)
@@ -189,7 +189,7 @@ def test_an_error_or_an_end_of_one_call_changes_no_other() -> None:
         assert isinstance(found[1], RuntimeError) and str(found[1]) == "mine alone"
         assert torch.equal(found[3], wanted[3][:, :10])
         assert_same([found[place] for place in (0, 2, 4)], [wanted[place] for place in (0, 2, 4)])
-        assert report.joined == 5
+        assert report.joined == report.most_rows == 5
         engine = type(model)._hf_accel_engine
         assert engine.admission.rows == engine.admission.tokens == engine.meeting.writers == 0
 

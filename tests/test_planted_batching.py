@@ -99,7 +99,7 @@ def the_class_stays(patch: Patch) -> None:
         journal._undo.pop()
         return engine
 
-    patch.setattr("hf_accel.batching.serving.begin", wrong)
+    patch.setattr("hf_accel.batching.scope.begin", wrong)
 
 
 def reasons_are_lost(patch: Patch) -> None:
@@ -131,13 +131,28 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "prompts that are read whole": (whole_prompts, JOINED.test_prompts_are_read_in_chunks_beside_others),
     "places that are kept": (places_are_kept, JOINED.test_an_error_or_an_end_of_one_call_changes_no_other),
     "a class that stays": (the_class_stays, JOINED.test_the_model_is_as_it_was_after_the_block),
-    "draws from torch's generator": (seeds_are_torchs, PARTS.test_a_seed_is_that_of_torch_and_leaves_torchs_own_generator),
-    "nobody passes anybody": (nobody_goes_ahead, PARTS.test_admission_is_first_come_first_served_and_passes_nobody_for_ever),
-    "somebody waits for ever": (all_go_ahead, PARTS.test_admission_is_first_come_first_served_and_passes_nobody_for_ever),
-    "the latest first": (latest_first, PARTS.test_prompts_and_steps_take_turns_and_prompts_keep_the_order_of_their_calls),
+    "draws from torch's generator": (
+        seeds_are_torchs,
+        PARTS.test_a_seed_is_that_of_torch_and_leaves_torchs_own_generator,
+    ),
+    "nobody passes anybody": (
+        nobody_goes_ahead,
+        PARTS.test_admission_is_first_come_first_served_and_passes_nobody_for_ever,
+    ),
+    "somebody waits for ever": (
+        all_go_ahead,
+        PARTS.test_admission_is_first_come_first_served_and_passes_nobody_for_ever,
+    ),
+    "the latest first": (
+        latest_first,
+        PARTS.test_prompts_and_steps_take_turns_and_prompts_keep_the_order_of_their_calls,
+    ),
     "all rows whatever they take": (all_rows_at_once, PARTS.test_rows_and_chunks_follow_from_measured_times),
     "steps that wait for nobody": (no_one_is_late, PARTS.test_whoever_comes_last_runs_the_step_for_all),
-    "a child that waits for its parents' threads": (children_inherit, PARTS.test_a_forked_child_begins_with_nobody_inside),
+    "a child that waits for its parents' threads": (
+        children_inherit,
+        PARTS.test_a_forked_child_begins_with_nobody_inside,
+    ),
     "calls that go on unwanted": (nobody_is_told, PARTS.test_asyncio_calls_join_and_are_cancelled),
 }
 

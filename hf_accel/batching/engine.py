@@ -48,7 +48,8 @@ class Engine:
         """Begin with nobody inside: also in the child of a fork, where the threads of the others are gone."""
         self.turn, self._local = Turn(), threading.local()
         self.admission = Admission(self.config.max_rows, self.config.max_tokens, self.pace.most_rows)
-        self.meeting = Meeting(Passes(self).run, self.config.max_wait_ms / 1e3)
+        self.passes = Passes(self)
+        self.meeting = Meeting(self.passes.run, self.config.max_wait_ms / 1e3)
 
     def run(self, **inputs: Any) -> Any:
         """Run a pass by whoever ran it before, whose turn it is."""

@@ -56,7 +56,9 @@ def starts_of(mask: torch.Tensor) -> list[int] | None:
     shown = mask.bool()
     counts, width = shown.sum(dim=1), shown.shape[1]
     starts = width - counts
-    if bool((counts == 0).any()) or not bool((shown == (torch.arange(width, device=mask.device) >= starts[:, None])).all()):
+    if bool((counts == 0).any()) or not bool(
+        (shown == (torch.arange(width, device=mask.device) >= starts[:, None])).all()
+    ):
         return None
     found: list[int] = starts.tolist()
     return found

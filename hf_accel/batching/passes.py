@@ -80,6 +80,10 @@ class Passes:
             IN_PROGRESS.reset(token)
         return True
 
+    def forget(self) -> None:
+        """Keep nothing of calls that have ended."""
+        self._request, self._members = Request(), frozenset()
+
     def _request_of(self, batch: list[Submission]) -> Request:
         """Return what the passes of these calls count as: layers are looked at once for it."""
         members = frozenset(id(submission.part) for submission in batch)

@@ -37,6 +37,7 @@ class Seat:
         if self.is_writing:
             self.is_writing = False
             self._engine.meeting.leave()
+            self._engine.passes.forget()
 
     def within(self) -> _Within:
         """Return the seat of a call that is made within this one, by a criterion or a processor."""

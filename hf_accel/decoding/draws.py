@@ -64,7 +64,9 @@ class Draws:
 
     def _draw(self, index: int) -> torch.Tensor:
         """Draw block `index` and keep it, unless later ones fill the memory."""
-        block = self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(1, generator=generator_on(self._device))
+        block = self._blocks[index] = torch.empty(self._shape, device=self._device).exponential_(
+            1, generator=generator_on(self._device)
+        )
         if self._next == index:
             self._next += 1
             self._states[self._next] = random_state(self._device)

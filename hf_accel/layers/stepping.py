@@ -7,13 +7,12 @@ twenty microseconds of looking; everything else runs the model. Rows lie in one 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 import torch
 
-from hf_accel.core.calls.call import Request, request_in_progress
+from hf_accel.core.calls.call import request_in_progress
 from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
@@ -27,8 +26,8 @@ UNDERSTOOD = frozenset(
 class _State:
     """Steps that follow on one another, of `rows` sequences over one cache in one call."""
 
-    def __init__(self, request: Request | None, cache: Any, step: native.NativeStep, rows: int) -> None:
-        self.request, self.cache, self.step, self.rows = request, cache, step, rows
+    def __init__(self, cache: Any, step: native.NativeStep, rows: int) -> None:
+        self.cache, self.step, self.rows = cache, step, rows
         self.memory = native.StepMemory(len(step.blocks), step.hidden, rows)
         self.positions: list[int] = []
         self.logits: Any = None
@@ -42,7 +41,6 @@ class StepRunner:
     def __init__(self, model: Any, guard: StepGuard) -> None:
         self._model = weakref.ref(model)  # the model refers to what stands at its doors
         self.guard = guard
-        self._local = threading.local()
         self._parts = [(s.block.index, s.block.kv_heads, s.block.head_dim) for s in guard.steps]
         self._device = torch.device("cpu")
         self.served = 0  # how many steps were native calls
@@ -58,12 +56,12 @@ class StepRunner:
 
         None where something came between, or the step cannot be run here.
         """
-        state: _State | None = getattr(self._local, "state", None)
+        request = request_in_progress()
+        state: _State | None = None if request is None else request.latest.get(self)
         if (
             state is None
             or state.is_apart
             or state.cache is not cache
-            or state.request is not request_in_progress()
             or not self.guard.is_in_place()
             or cache.layers[self._parts[0][0]].get_seq_length() != state.length
         ):
@@ -72,13 +70,14 @@ class StepRunner:
 
     def _served(self, inputs: dict[str, Any]) -> StepOutputs | None:
         ids, cache, request = inputs.get("input_ids"), inputs.get(CACHE), request_in_progress()
-        self._local.state, last = None, getattr(self._local, "state", None)
+        if request is None:
+            return None
+        last = request.latest.pop(self, None)
         if (
             ids is None
             or len(ids.shape) != 2
             or ids.shape[1] != 1
             or cache is None
-            or request is None
             or getattr(cache, "offloading", True)
             or any(name not in UNDERSTOOD and value is not None for name, value in inputs.items())
             or inputs.get("use_cache") is not True
@@ -99,20 +98,14 @@ class StepRunner:
         if not sees_all and not self._lie_apart(cache, rows, step.dtype):
             return None
         state = last
-        if (
-            state is None
-            or state.cache is not cache
-            or state.step is not step
-            or state.request is not request
-            or state.rows != rows
-        ):
-            state = _State(request, cache, step, rows)
+        if state is None or state.cache is not cache or state.step is not step or state.rows != rows:
+            state = _State(cache, step, rows)
         state.positions = [length] * rows if positions is None else positions.flatten().tolist()
         state.length = length
         state.memory.choice.copy_(ids)
         if not self._run(state, sees_all):
             return None
-        self._local.state = state
+        request.latest[self] = state
         given: dict[str, Any] = {CACHE: cache}
         return StepOutputs(logits=state.logits, choices=state.memory.choice.clone(), **given)
 

@@ -23,11 +23,13 @@ class Request:
     """What `generate` was asked before transformers changed it.
 
     options: our own keywords, as their owners understood them. standing: who stands at doors for this call only.
+    latest: by who runs passes, what the latest one leaves for the next; it is gone with the call.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     standing: dict[enum.Enum, Any] = field(default_factory=dict)
     has_callers_cache: bool = False
+    latest: dict[Any, Any] = field(default_factory=dict)
     number: int = field(default_factory=itertools.count(1).__next__)  # which no other has
 
     @property
