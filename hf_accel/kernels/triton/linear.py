@@ -154,6 +154,7 @@ def _launched(
     activation: str | None,
     config: tuning.Config | None,
 ) -> Tensor:
+    x = x.contiguous()
     inner = x.shape[-1]
     rows = x.numel() // inner
     sizes = [weight.shape[0] for weight in weights]

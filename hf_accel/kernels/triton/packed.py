@@ -73,6 +73,7 @@ def _launched(
     activation: str | None,
     config: tuning.Config | None,
 ) -> Tensor:
+    x = x.contiguous()
     inner = x.shape[-1]
     rows = x.numel() // inner
     scheme = weights[0].scheme
