@@ -282,7 +282,10 @@ def test_a_streamer_gets_tokens_in_order_and_none_too_many() -> None:
 def test_stop_strings() -> None:
     full = plain(do_sample=False)(stock("llama"))[0, 11:]
     call = plain(stop_strings=[tokenizer().decode(full[6:8])], tokenizer=tokenizer(), do_sample=False)
-    assert assert_equal_calls(stock("llama"), compiled("llama"), call).shape[1] < 11 + 14
+    model = compiled("llama")
+    assert assert_equal_calls(stock("llama"), model, call).shape[1] < 11 + 14
+    assert counts(model)["replays"] > 0
+    assert counts(model)["eager_steps"] == {}, "the tokenizer that passes are given is for criteria"
 
 
 def test_all_of_a_plan_together() -> None:

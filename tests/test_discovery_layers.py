@@ -11,13 +11,15 @@ from typing import Any
 import novel
 import pytest
 import torch
-from models import padded, prompt
+from models import build, padded, prompt
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_accel
 from hf_accel import DecoderBlockConfig, DecodingConfig, KVCacheConfig
 from hf_accel.core.model.anatomy import Anatomy
 from hf_accel.core.model.discovery import discovering
+from hf_accel.core.model.discovery.bounds import within_bounds
 from hf_accel.core.model.discovery.forms import BlockForm
 from hf_accel.kernels import native
 from hf_accel.layers.block import NativeLayer
@@ -241,3 +243,50 @@ def test_describing_leaves_the_model_alone() -> None:
 def test_configs_may_hold_anything() -> None:
     config = {"patches": {1: 4}, "text": {"max_position_embeddings": 9, "seq_length": 5, "n_ctx": None}, "hidden": 7}
     assert sorted(discovering._lengths(config)) == [5, 9]
+
+
+TABLE, BEYOND = torch.randn(6, 4), torch.tensor([[0, 5], [6, 1]])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda ids: torch.nn.functional.embedding(ids, TABLE),
+        lambda ids: TABLE[ids],
+        lambda ids: TABLE[:, None][ids, 0],
+        lambda ids: TABLE.index_select(0, ids.flatten()),
+        lambda ids: torch.gather(TABLE, 0, ids.reshape(-1, 4)),
+        lambda ids: torch.take(TABLE[:, 0].contiguous(), ids),
+    ],
+    ids=["embedding", "brackets", "two dimensions", "index_select", "gather", "take"],
+)
+def test_reads_beyond_a_table_are_errors_before_they_are_made(read: Callable[[Any], Any]) -> None:
+    """On a GPU such a read stops the device for the whole process; the error names the index."""
+    with within_bounds():
+        read(BEYOND.clamp(max=5))
+        with pytest.raises(IndexError, match=r"^index 6 of 6$"):
+            read(BEYOND)
+    assert torch.equal(TABLE[torch.arange(6) < 3], TABLE[:3])
+
+
+class Embeddings(TorchDispatchMode):
+    """Notes of every look into a table whether it was beyond its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.are_beyond: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.embedding:
+            self.are_beyond.append(int(args[1].max()) >= len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_positions_that_a_model_has_not_are_never_read(name: str) -> None:
+    """Learned positions end with their table; layers are described far from the beginning all the same."""
+    model = build(name)
+    with Embeddings() as seen:
+        assert Anatomy.of(model).blocks
+    assert seen.are_beyond
+    assert not any(seen.are_beyond)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -94,3 +94,68 @@ def test_the_end_of_the_context_is_not_passed() -> None:
     for ends in range(8, 128, 8):
         options = {"eos_token_id": list(range(ends, ends + 8)), "pad_token_id": 3, "max_length": 21}
         assert_equal_calls(original, model, plain(max_new_tokens=None, do_sample=False, **options))
+
+
+class Waited:
+    """Notes which arrivals were made, and which were waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[Any] = []
+        self.waited: list[Any] = []
+        begin = arrival.Arrival.__init__
+
+        def made(one: Any, *rest: Any) -> None:
+            begin(one, *rest)
+            self.made.append(one)
+
+        monkeypatch.setattr(arrival.Arrival, "__init__", made)
+        monkeypatch.setattr(arrival.Arrival, "wait", lambda one: self.waited.append(one))
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_step_too_many_is_over_when_the_text_is_returned(samples: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call may write to the same buffers from another stream, and the text may be read from one."""
+    model, passes = counting()
+    seen = Waited(monkeypatch)
+    text = batch(do_sample=samples, max_new_tokens=40, **ENDS)(model)
+    assert len(seen.made) == len(passes) + 1 == text.shape[1] - 11 + 1, "no step was made too many"
+    assert seen.waited[-1] is seen.made[-1]
+
+
+def test_a_call_that_an_error_ends_leaves_nothing_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.calls += 1
+            if self.calls == 5:
+                raise RuntimeError("the reader has gone")
+
+        def end(self) -> None:
+            pass
+
+    model, _ = counting()
+    seen = Waited(monkeypatch)
+    with pytest.raises(RuntimeError, match="the reader has gone"):
+        plain(do_sample=False, max_new_tokens=40, streamer=Broken())(model)
+    assert seen.waited[-1] is seen.made[-1]
+
+
+def test_flags_are_awaited_on_the_stream_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device may be another one than the model's."""
+
+    class Event:
+        streams: ClassVar[list[Any]] = []
+
+        def record(self, stream: Any = None) -> None:
+            self.streams.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    monkeypatch.setattr(arrival, "_sent", lambda tensor: tensor)
+    found = arrival.Arrival(torch.device("cuda:1"), torch.tensor([5]), torch.tensor(True))
+    assert found.get() == (torch.tensor([5]), True)
+    assert Event.streams == ["of cuda:1"]

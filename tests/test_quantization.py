@@ -21,8 +21,8 @@ import hf_accel
 from hf_accel import NativeLinearConfig, SharedProjectionConfig, WeightOnlyConfig
 from hf_accel.core.config import Config
 from hf_accel.core.model.anatomy import holds_experts
-from hf_accel.kernels.weights import LANES
-from hf_accel.ops.affine import Scheme
+from hf_accel.kernels.weights import LANES, PackedWeight
+from hf_accel.ops.affine import Scheme, quantize
 from hf_accel.quantization import QuantizedLinear
 from hf_accel.quantization.modules.embedding import QuantizedEmbedding
 from hf_accel.quantization.modules.experts import QuantizedExperts
@@ -214,6 +214,15 @@ def test_embeddings_in_8_bits(name: str) -> None:
     assert distance(logits(model), logits(dequantized_twin(name, model))) < 2e-3
     hf_accel.restore(model)
     assert torch.equal(logits(model), logits(build(name)))
+
+
+def test_a_table_says_where_it_lies() -> None:
+    """Where all else is packed, transformers takes a model to be where this parameter is."""
+    packed = PackedWeight.pack(quantize(torch.randn(32, 32), Scheme(8), torch.float32))
+    packed.codes, packed.scales = packed.codes.to("meta"), packed.scales.to("meta")
+    table = QuantizedEmbedding(packed, torch.nn.Embedding(32, 32, dtype=torch.bfloat16))
+    assert {parameter.device.type for parameter in table.parameters()} == {"meta"}
+    assert table.like.dtype is torch.bfloat16
 
 
 def test_the_first_pattern_that_matches_counts() -> None:

@@ -12,6 +12,7 @@ import torch
 from comparison import assert_equal_calls
 from models import NAMES, build, padded, prompt, stock
 from test_generate import Penalise, StopAt, plain
+from texts import tokenizer
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 import hf_accel
@@ -89,6 +90,7 @@ CALLS: dict[str, tuple[dict[str, Any], bool]] = {
     "minimal length": ({"eos_token_id": list(range(20, 60)), "pad_token_id": 3, "min_new_tokens": 9}, True),
     "processor": ({"make_logits_processor": lambda: LogitsProcessorList([Penalise()])}, True),
     "criterion": ({"make_stopping_criteria": lambda: StoppingCriteriaList([StopAt(21)])}, True),
+    "stop strings": ({"stop_strings": ["aaabacad"], "tokenizer": tokenizer()}, True),
     "no mask": ({"attention_mask": None}, True),
     "hidden columns": ({"attention_mask": torch.tensor([[1, 1, 0, *[1] * 8]])}, False),
     "two texts": ({"do_sample": True, "num_return_sequences": 2}, True),

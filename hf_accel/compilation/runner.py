@@ -21,14 +21,11 @@ from hf_accel.compilation.slots import Slot, Slots
 from hf_accel.compilation.statistics import CompilationStatistics
 from hf_accel.compilation.step import StaticStep, StepResults
 from hf_accel.core.calls.call import request_in_progress
-from hf_accel.core.calls.forward import StepOutputs
+from hf_accel.core.calls.forward import StepOutputs, understood_inputs
 from hf_accel.core.drift import CACHE
 from hf_accel.errors import described
 
 TOKENS = (1, 2, 4, 8, 16)  # of steps that are captured
-UNDERSTOOD = frozenset(
-    {"input_ids", "position_ids", "attention_mask", "use_cache", CACHE, "return_dict", "logits_to_keep"}
-)
 PAYS_BACK = 16  # replays that a capture takes to pay back, about
 _number = itertools.count()
 
@@ -64,7 +61,7 @@ class StaticRunner:
     ) -> None:
         self._model = weakref.ref(model)  # the model refers to what stands at its doors
         self.slots, self.capture, self.statistics, self.layers = slots, capture, statistics, layers
-        self.make_step = make_step
+        self.make_step, self._understood = make_step, understood_inputs(model)
         self._key = next(_number)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._positions = int(positions or 2**62)
@@ -123,7 +120,7 @@ class StaticRunner:
         kept = inputs.get("logits_to_keep") or 0
         if not isinstance(kept, int) or 0 < kept < (0 if ids is None else ids.shape[1]):
             return "the model is asked for some of the logits"
-        if unknown := [name for name, value in inputs.items() if name not in UNDERSTOOD and value is not None]:
+        if unknown := [name for name, value in inputs.items() if name not in self._understood and value is not None]:
             return f"the model is given {unknown[0]}"
         if ids is None or positions is None:
             return "the model is not given tokens and their positions"

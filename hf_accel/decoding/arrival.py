@@ -30,12 +30,17 @@ class Arrival:
                 self._is_done = _sent(is_done)
             self._tokens = None if tokens is None else _sent(tokens)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # of the tokens' device, which need not be the current one
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Wait until the device has done what was queued before."""
+        if self._event is not None:
+            self._event.synchronize()
 
     def get(self) -> tuple[Any, bool]:
         """Wait for them, and return tokens on the CPU, None where nobody wants them, and whether the text is done."""
-        if self._event is not None:
-            self._event.synchronize()
+        self.wait()
         return None if self._tokens is None else self._tokens.cpu(), bool(self._is_done)
 
 

@@ -44,15 +44,18 @@ class TokenLoop:
             steps = steps_of(call, speculation, outputs)
             del outputs
             writing.lag = steps.lag
-            with model._optimize_model_for_decode():
-                while writing.goes_on():
-                    with seat:
-                        step = steps.follow() or steps.next(writing.input_ids, writing.unfinished)
-                    writing.take(step)
-            if surplus := writing.take_back():
-                steps.take_back(surplus)
-            steps.close(writing.input_ids)
-            return writing.result(steps.cache)
+            try:
+                with model._optimize_model_for_decode():
+                    while writing.goes_on():
+                        with seat:
+                            step = steps.follow() or steps.next(writing.input_ids, writing.unfinished)
+                        writing.take(step)
+                if surplus := writing.take_back():
+                    steps.take_back(surplus)
+                steps.close(writing.input_ids)
+                return writing.result(steps.cache)
+            finally:
+                writing.settle()
 
 
 MAKERS[Door.TOKEN_LOOP] = TokenLoop

@@ -39,6 +39,7 @@ class Writing:
         self._returns_dict = config.return_dict_in_generate
         self.lag = 0
         self._arrivals: deque[Arrival] = deque()
+        self._latest: Arrival | None = None
         lengths = [criterion.max_length for criterion in self._criteria if type(criterion) is MaxLengthCriteria]
         self._most = min(lengths, default=0)
         # criteria that ask for no more than the last token and the length
@@ -98,7 +99,13 @@ class Writing:
             for end in self._ends:
                 self.unfinished = self.unfinished & ~end(tokens[:, None], None)
             is_done = is_done or ~self.unfinished.any()
-        self._arrivals.append(Arrival(self._device, None if self._streamer is None else tokens, is_done))
+        self._latest = Arrival(self._device, None if self._streamer is None else tokens, is_done)
+        self._arrivals.append(self._latest)
+
+    def settle(self) -> None:
+        """Wait for the latest step, surplus or not: who reads the text, or calls next, may be on another stream."""
+        if self._latest is not None:
+            self._latest.wait()
 
     def result(self, cache: Any) -> Any:
         """End the stream and return what stock's `_sample` would: ids [B, S], or a GenerateDecoderOnlyOutput."""

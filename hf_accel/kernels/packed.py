@@ -28,7 +28,8 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
         rows = x.numel() // weight.columns
         product = weight.device_product(x.dtype, lambda x: dequantized_linear(x, weight), rows)
         if product is not None:
-            y = product(x.reshape(-1, weight.columns)).reshape(*x.shape[:-1], weight.rows)
+            # of a prompt's last tokens rows lie apart
+            y = product(x.reshape(-1, weight.columns).contiguous()).reshape(*x.shape[:-1], weight.rows)
             return y if bias is None else y + bias
     return dequantized_linear(x, weight, bias)
 

@@ -188,7 +188,7 @@ class PackedWeight:
             ours = self._own_product()
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return ours
-            if any(kept[0] != key[0] for kept in self._chosen):
+            if any(kept[0] != key[0] for kept in list(self._chosen)):
                 self._chosen.clear()
             self._chosen[key] = vendor.choose(self.unpack(), dense, dtype, bucket, [ours] if ours else [])
         return self._chosen[key]

@@ -13,14 +13,10 @@ from typing import Any
 import torch
 
 from hf_accel.core.calls.call import request_in_progress
-from hf_accel.core.calls.forward import StepOutputs
+from hf_accel.core.calls.forward import StepOutputs, understood_inputs
 from hf_accel.core.drift import CACHE
 from hf_accel.kernels import native
 from hf_accel.layers.step_guard import StepGuard
-
-UNDERSTOOD = frozenset(
-    {"input_ids", "position_ids", "attention_mask", "use_cache", CACHE, "return_dict", "logits_to_keep"}
-)
 
 
 class _State:
@@ -40,7 +36,7 @@ class StepRunner:
 
     def __init__(self, model: Any, guard: StepGuard) -> None:
         self._model = weakref.ref(model)  # the model refers to what stands at its doors
-        self.guard = guard
+        self.guard, self._understood = guard, understood_inputs(model)
         self._parts = [(s.block.index, s.block.kv_heads, s.block.head_dim) for s in guard.steps]
         self._device = torch.device("cpu")
         self.served = 0  # how many steps were native calls
@@ -79,7 +75,7 @@ class StepRunner:
             or ids.shape[1] != 1
             or cache is None
             or getattr(cache, "offloading", True)
-            or any(name not in UNDERSTOOD and value is not None for name, value in inputs.items())
+            or any(name not in self._understood and value is not None for name, value in inputs.items())
             or inputs.get("use_cache") is not True
             or self._parts[-1][0] >= len(cache.layers)
         ):

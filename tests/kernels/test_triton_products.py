@@ -100,6 +100,17 @@ def test_packed_rows_of_odd_length() -> None:
             assert difference(packed.linear(x, [weight]), expected) < BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("rows", [3, 18])
+def test_rows_may_lie_apart(rows: int) -> None:
+    """As the last tokens of prompts do, of which the head makes logits."""
+    (weight,) = packed_weights(Scheme(8), 64, (20,), torch.float32)
+    dense = weight.dequantize(torch.float64)
+    x = torch.randn(rows, 5, 64, device=DEVICE)[:, -1]
+    expected = products.linear(x.double(), [dense])
+    assert difference(packed.linear(x, [weight]), expected) < BOUNDS[torch.float32]
+    assert difference(linear.linear(x, [dense.float()]), expected) < BOUNDS[torch.float32]
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_configurations_compute_the_same(rows: int) -> None:
     x = torch.randn(rows, 128, device=DEVICE)

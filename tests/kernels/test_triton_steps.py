@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (extra: test)")
 
-from hf_accel.kernels.triton import choose, norm, rotary
+from hf_accel.kernels.triton import attention, choose, linear, norm, on_its_device, packed, rotary
 from hf_accel.ops import cached, choice, norms
 from hf_accel.ops import rotary as rotary_twin
 
@@ -89,3 +94,28 @@ def test_the_chosen_token_is_torchs() -> None:
     assert torch.equal(choose.choose(logits, ids, positions), expected)
     assert torch.equal(ids, twins)
     assert torch.equal(choose.choose(logits[:, ::1][:, :50].half()), logits[:, :50].half().argmax(-1))
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_kernels_are_launched_where_their_tensors_lie(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device may be another one than the model's."""
+    entered: list[torch.device | None] = []
+
+    @contextmanager
+    def device(found: torch.device) -> Iterator[None]:
+        entered.append(found)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    there: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+    assert on_its_device(lambda x, n, more: (len(entered), n, more))(there, 2, more=3) == (1 - current, 2, 3)
+    assert entered == ([] if current == 1 else [there.device, None])
+    for run in (attention.decode_attention, choose.choose, linear._launched, norm.add_norm, packed._launched,
+                rotary.rotary_write):  # fmt: skip
+        assert run.__code__ is there_code(), f"{run.__module__} launches on whatever device is current"
+
+
+def there_code() -> Any:
+    return on_its_device(lambda x: None).__code__

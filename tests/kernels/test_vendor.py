@@ -78,3 +78,6 @@ def test_packed_products_on_a_gpu(scheme: Scheme) -> None:
         expected = dequantized_linear(x.float(), packed)
         found = packed_linear(x.cuda(), moved).cpu().float()
         assert (found - expected).norm() <= 3e-2 * expected.norm()
+        apart = torch.stack((torch.randn_like(x), x), dim=1).cuda()[:, 1:]  # as the last tokens of prompts lie
+        found = packed_linear(apart, moved)[:, 0].cpu().float()
+        assert (found - expected).norm() <= 3e-2 * expected.norm()

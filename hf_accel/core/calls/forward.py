@@ -9,6 +9,7 @@ Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -266,3 +267,14 @@ class Stepper:
             return mask
         dtype = self.model.dtype
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def understood_inputs(model: Any) -> frozenset[str]:
+    """Return the inputs of a step that whoever runs it in the model's place knows; others leave it to the model.
+
+    `generate` hands the tokenizer that it is given for stop strings on to every forward pass: it is among them where
+    the model's forward has no use for one.
+    """
+    names = {"input_ids", "position_ids", "attention_mask", "use_cache", CACHE, "return_dict", "logits_to_keep"}
+    reads_it = "tokenizer" in inspect.signature(type(model).forward).parameters
+    return frozenset(names if reads_it else names | {"tokenizer"})

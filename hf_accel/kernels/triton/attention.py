@@ -17,13 +17,14 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_accel.kernels.triton import tuning
+from hf_accel.kernels.triton import on_its_device, tuning
 from hf_accel.kernels.triton.attention_splits import merge, split_keys
 
 MAX_TOKENS = 16
 _MAGIC = {None: 0, 8: 0x4B000000, 4: 0x43434343}  # see `attention_splits`
 
 
+@on_its_device
 def decode_attention(
     query: Tensor,
     keys: Tensor,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_accel.kernels.triton import on_its_device
+
 CHUNK = 4096
 """Logits that one program reads."""
 
@@ -40,6 +42,7 @@ def _final(best, tokens, ids, positions, stride, CHUNKS: tl.constexpr, BLOCK: tl
         tl.store(ids + row.to(tl.int64) * stride + tl.load(positions + row), token)
 
 
+@on_its_device
 def choose(logits: Tensor, ids: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
     """Return the argmax of logits [B, V], int64 [B]; written to ids[b, positions[b]] where `ids` int64 [B, C] is given.
 

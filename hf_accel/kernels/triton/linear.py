@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_accel.kernels.triton import tuning
+from hf_accel.kernels.triton import on_its_device, tuning
 from hf_accel.kernels.triton.activation import KINDS, activated, finished, product, rounded
 
 MAX_ROWS = 32
@@ -145,6 +145,7 @@ def gated(
     return _launched(x, (gate, up), biases, None, 1.0, activation, config)
 
 
+@on_its_device
 def _launched(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -154,6 +155,7 @@ def _launched(
     activation: str | None,
     config: tuning.Config | None,
 ) -> Tensor:
+    x = x.contiguous()
     inner = x.shape[-1]
     rows = x.numel() // inner
     sizes = [weight.shape[0] for weight in weights]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_accel.kernels.triton import on_its_device
 from hf_accel.kernels.triton.activation import rounded
 
 
@@ -39,6 +40,7 @@ def _add_norm(
         tl.store(y + row.to(tl.int64) * SIZE + at, x.to(y.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def add_norm(
     hidden: Tensor,
     added: Tensor | None,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_accel.kernels.layout import LANES, QUANTUM
-from hf_accel.kernels.triton import tuning
+from hf_accel.kernels.triton import on_its_device, tuning
 from hf_accel.kernels.triton.activation import KINDS
 from hf_accel.kernels.triton.packed_rows import few_rows, one_row
 from hf_accel.kernels.weights import PackedWeight
@@ -64,6 +64,7 @@ def gated(
     return _launched(x, (gate, up), biases, None, 1.0, activation, config)
 
 
+@on_its_device
 def _launched(
     x: Tensor,
     weights: Sequence[PackedWeight],
@@ -73,6 +74,7 @@ def _launched(
     activation: str | None,
     config: tuning.Config | None,
 ) -> Tensor:
+    x = x.contiguous()
     inner = x.shape[-1]
     rows = x.numel() // inner
     scheme = weights[0].scheme

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_accel.kernels.triton import on_its_device
 from hf_accel.kernels.triton.activation import rounded
 
 _HALF = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds to whole numbers, ties to even
@@ -152,6 +153,7 @@ def _rotary(
                 tl.store(values + base + dims, x.to(values.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def rotary_write(
     qkv: Tensor,
     cos: Tensor,

@@ -42,7 +42,8 @@ class QuantizedEmbedding(nn.Embedding):
         self.num_embeddings, self.embedding_dim = packed.rows, packed.columns
         self.padding_idx = original.padding_idx
         self.scheme = packed.scheme
-        self.like = nn.Parameter(torch.empty(0, dtype=original.weight.dtype), requires_grad=False)
+        like = torch.empty(0, dtype=original.weight.dtype, device=packed.codes.device)
+        self.like = nn.Parameter(like, requires_grad=False)
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("offsets", packed.offsets)
@@ -82,9 +83,10 @@ def factor_of(table: nn.Embedding) -> Tensor | None:
         return None
     factor = getattr(table, "embed_scale", None)
     probe = copy.copy(table)
-    probe._parameters = {"weight": nn.Parameter(torch.randn(3, 4), requires_grad=False)}
+    device = factor.device if isinstance(factor, Tensor) else None
+    probe._parameters = {"weight": nn.Parameter(torch.randn(3, 4, device=device), requires_grad=False)}
     probe.padding_idx = None
-    ids = torch.tensor([2, 0])
+    ids = torch.tensor([2, 0], device=device)
     if (
         isinstance(factor, Tensor)
         and factor.numel() == 1

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_accel.core.model.discovery.bounds import within_bounds
 from hf_accel.core.model.discovery.forms import BlockForm
 from hf_accel.core.model.discovery.layer import described_layer
 from hf_accel.core.model.discovery.listening import Recorded, listen
@@ -51,7 +52,8 @@ def _discover(model: PreTrainedModel) -> Found:
         return near
     for start in _far(model):
         try:
-            far = _described(copy, start)
+            with within_bounds():
+                far = _described(copy, start)
         except (IndexError, TypeError, RuntimeError):  # it has no such positions, or takes none
             continue
         for path, form in near.items():
