@@ -23,7 +23,7 @@ MACHINES = {
     "neoverse-n1": ("neon", "neon_dot"),
     "max": ("neon_dot", "neon_i8mm"),
 }
-"""CPUs that qemu knows: without dot products, with sdot, with smmla and bfmmla as well; and the sets that are tested there."""
+"""CPUs that qemu knows: without dot products, with sdot, with smmla and bfmmla as well; and the sets tested there."""
 ABOUT_LOADING = (  # of the library, which is loaded by other means here
     "test_the_environment_lowers_the_instruction_set",
     "test_a_failure_to_load_is_not_remembered",
