@@ -42,6 +42,7 @@ NAMES = (
     "experts",
     "route",
     "recurrent",
+    "choose",
 )
 
 
