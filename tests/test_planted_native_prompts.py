@@ -59,6 +59,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         instead(guard, "masks_of", lambda name: "boolean"),
         test_prompts.test_layers_with_masks_of_another_form_serve_few_rows,
     ),
+    "transposed weights like others": (
+        instead(block, "lies_transposed", lambda block: False),
+        test_prompts.test_products_of_transposed_weights_are_tried_from_seventeen_rows,
+    ),
     "a trial of a single round": (
         instead(trial, "ROUNDS", 1),
         test_prompts.test_a_trial_times_both_ways_and_leaves_the_model_alone,

@@ -13,6 +13,7 @@ from planting import Patch
 import hf_accel
 from hf_accel import DecoderBlockConfig, KVCacheConfig, NativeLinearConfig
 from hf_accel.errors import VerificationError
+from hf_accel.kernels import native
 from hf_accel.kernels.native import NativeBlock
 from hf_accel.layers import block as blocks
 from hf_accel.layers import trial
@@ -174,6 +175,20 @@ def test_layers_with_masks_of_another_form_serve_few_rows(pays: None) -> None:
     model = build("llama", attention="eager")
     with hf_accel.optimized(model, STEPS):
         assert "up to 16 rows" in str(hf_accel.report(model))
+
+
+@pytest.mark.parametrize(("name", "rows"), [("gpt2", 16), ("llama", 32)])
+def test_products_of_transposed_weights_are_tried_from_seventeen_rows(name: str, rows: int, monkeypatch: Patch) -> None:
+    """Where those of other weights are made natively whatever their number, of theirs ATen's may be the faster ones."""
+    monkeypatch.setattr(native, "best_rows", lambda dtype: None)
+    asked: list[int] = []
+    monkeypatch.setattr(blocks, "tried_rows", lambda few, key, pairs: asked.append(few) or few)
+    model = build(name)
+    with hf_accel.optimized(model, STEPS):
+        assert f"up to {rows} rows" in str(hf_accel.report(model))
+    assert asked == [rows]
+    with hf_accel.optimized(model, [DecoderBlockConfig(max_rows=24)]):
+        assert "up to 24 rows" in str(hf_accel.report(model))
 
 
 def test_a_trial_times_both_ways_and_leaves_the_model_alone(monkeypatch: Patch) -> None:

@@ -33,6 +33,7 @@ from hf_accel.kernels.weights import PackedProduct
 from hf_accel.layers.audit import PROMPT_TOKENS, Audit, Replacement
 from hf_accel.layers.guard import BlockStep
 from hf_accel.layers.linear import native_obstacles
+from hf_accel.layers.parts import lies_transposed
 from hf_accel.layers.step_guard import StepGuard
 from hf_accel.layers.stepping import StepRunner
 from hf_accel.layers.trial import ROUNDS, Extent, tried_rows
@@ -44,8 +45,8 @@ class DecoderBlockConfig(Config):
     """Decoder layers in one native call each, where what they compute is understood (see docs/how-it-works.md).
 
     max_rows: calls of up to this many rows (batch x query tokens) run natively, larger ones by the layer's own forward.
-        None: at least 16, or 32 where products of many rows are made natively (see `NativeLinearConfig`), and as many
-        as a short trial on each shape of layer shows to be faster.
+        None: at least 16, or 32 where products of many rows are made natively (see `NativeLinearConfig`) and weights do
+        not lie transposed, and as many as a short trial on each shape of layer shows to be faster.
     """
 
     max_rows: int | None = None
@@ -70,7 +71,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
     def patch(self, setting: Setting, host: Host) -> Change:
         anatomy = setting.anatomy
         skipped = list(anatomy.odd_layers)
-        few = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
+        least = self.config.max_rows or native.best_rows(anatomy.dtype) or native.MAX_ROWS
         steps: list[BlockStep] = []
         with evaluating(anatomy.model):
             audit = Audit(setting, "DecoderBlockConfig")
@@ -78,6 +79,9 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
             failed: VerificationError | None = None
             for block in anatomy.blocks:
                 try:
+                    few = least
+                    if self.config.max_rows is None and lies_transposed(block):  # ATen's products of more may be faster
+                        few = min(least, native.FEW_ROWS)
                     step = BlockStep(block, Extent(few, few), surroundings)
                     audit.check(block, _replacement(step), layer_bound(block, anatomy.dtype))
                 except (ValueError, VerificationError) as error:  # such as packed weights that cannot be taken apart
@@ -103,7 +107,7 @@ class DecoderBlockPatcher(Patcher[DecoderBlockConfig], config=DecoderBlockConfig
             if whole is not None:
                 whole.watch()
                 host.stand(Door.FORWARD, StepRunner(anatomy.model, whole))
-        extents = " or ".join(str(rows) for rows in sorted({step.extent.many for step in steps})) or str(few)
+        extents = " or ".join(str(rows) for rows in sorted({step.extent.many for step in steps})) or str(least)
         summary = f"{len(steps)} decoder layers run in one native call for up to {extents} rows"
         kinds = dict.fromkeys(str(step.block.form) for step in steps)
         return Change(f"{summary}; {token}; found: {' | '.join(kinds)}", skipped=tuple(skipped))

@@ -69,6 +69,11 @@ def _projection(part: LinearSlice) -> native.Projection:
     return native.Projection(weight[part.start : part.stop], bias)
 
 
+def lies_transposed(block: DecoderBlock) -> bool:
+    """Return whether weights of a layer lie as GPT-2's `Conv1D` has them, [K, N], and not packed."""
+    return any(isinstance(module, Conv1D) and not isinstance(module, PackedProduct) for module in block.modules)
+
+
 def _norm(block: DecoderBlock, name: str) -> native.Norm:
     form, module = block.form.norms[name], block.norm(name)
     weight, bias = (None if held is None else getattr(module, held).detach() for held in (form.weight, form.bias))

@@ -23,7 +23,7 @@ MACHINES = {
     "neoverse-n1": ("neon", "neon_dot"),
     "max": ("neon_dot", "neon_i8mm"),
 }
-"""CPUs that qemu knows: without dot products, with sdot, with bfdot as well; and the sets that are tested there."""
+"""CPUs that qemu knows: without dot products, with sdot, with smmla and bfmmla as well; and the sets tested there."""
 ABOUT_LOADING = (  # of the library, which is loaded by other means here
     "test_the_environment_lowers_the_instruction_set",
     "test_a_failure_to_load_is_not_remembered",
@@ -32,6 +32,7 @@ ABOUT_LOADING = (  # of the library, which is loaded by other means here
 NAMES = (
     "linear",
     "packed",
+    "packed_rows",
     "fp4",
     "attend",
     "prompt",
@@ -41,6 +42,7 @@ NAMES = (
     "experts",
     "route",
     "recurrent",
+    "choose",
 )
 
 
@@ -81,23 +83,27 @@ def test_a_machine_has_what_it_says(built: tuple[Path, Path]) -> None:
         machine.close()
 
 
-DEFECTS = {  # of vec_neon.h, and where they are seen: by which tests, on which CPU, with which set
-    "a wrong factor": ("vmull_high_s16(a, b)", "vmull_high_s16(a, a)", "packed", "cortex-a53", "neon"),
-    "a wrong sign": ("vpaddq_s16(vmull_s8(", "vpaddq_s16(-vmull_s8(", "packed", "cortex-a53", "neon"),
-    "rounded down": ("vdupq_n_u32(0x7fff)", "vdupq_n_u32(0)", "linear", "cortex-a53", "neon"),
-    "rows exchanged": ("row ? vuzp2q_s32", "!row ? vuzp2q_s32", "packed", "max", "neon_i8mm"),
+VECTORS, TILES = "arch/arm/vec_neon.h", "arch/arm/tile_bfmmla.h"
+DEFECTS = {  # of which file, and where they are seen: by which tests, on which CPU, with which set
+    "a wrong factor": (VECTORS, "vmull_high_s16(a, b)", "vmull_high_s16(a, a)", "packed", "cortex-a53", "neon"),
+    "a wrong sign": (VECTORS, "vpaddq_s16(vmull_s8(", "vpaddq_s16(-vmull_s8(", "packed", "cortex-a53", "neon"),
+    "rounded down": (VECTORS, "vdupq_n_u32(0x7fff)", "vdupq_n_u32(0)", "linear", "cortex-a53", "neon"),
+    "rows exchanged": (VECTORS, "row ? vuzp2q_s32", "!row ? vuzp2q_s32", "packed", "max", "neon_i8mm"),
+    "low bytes of the wrong row": (VECTORS, "row ? vzip2q_s64", "!row ? vzip2q_s64", "packed_rows", "max", "neon_i8mm"),
+    "columns twice": (TILES, "vst1_u16(at + 8, high)", "vst1_u16(at + 8, low)", "linear", "max", "neon_i8mm"),
+    "a row of x without its partner": (TILES, "m % 2 ? vget_high", "m % 3 ? vget_high", "linear", "max", "neon_i8mm"),
 }
 
 
 @pytest.mark.parametrize("title", DEFECTS)
 def test_a_planted_defect_is_seen(title: str, tmp_path: Path) -> None:
-    old, new, name, cpu, isa = DEFECTS[title]
-    header = Path("hf_accel/kernels/native/csrc/arch/arm/vec_neon.h")
-    shutil.copytree(guest.ROOT / "hf_accel/kernels/native/csrc", tmp_path / header.parents[2])
+    file, old, new, name, cpu, isa = DEFECTS[title]
+    sources = Path("hf_accel/kernels/native/csrc")
+    shutil.copytree(guest.ROOT / sources, tmp_path / sources)
     shutil.copy(guest.ROOT / "pyproject.toml", tmp_path)
-    text = (tmp_path / header).read_text()
+    text = (tmp_path / sources / file).read_text()
     assert text.count(old) == 1
-    (tmp_path / header).write_text(text.replace(old, new))
+    (tmp_path / sources / file).write_text(text.replace(old, new))
     done = run(name, cpu, (isa,), guest.build(tmp_path, tmp_path, "-O1"), "-x")
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     assert "AssertionError" in done.stdout or "assert" in done.stdout

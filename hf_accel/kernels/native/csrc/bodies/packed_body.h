@@ -151,6 +151,39 @@ HFA_INLINE void block_in_pairs(const int FORMAT, const int M, const char *codes,
         UNROLL(4)
         for (int v = 0; v < VECTORS; v++) sum[m][v] = v4_pair_row(pairs[m / 2][v], m % 2);
 }
+
+/* The same of weights of 8 bits and codes of 16: products with the high bytes of a block first, eight rows of W at a time. */
+HFA_INLINE void wide_block_in_pairs(const int M, const char *codes, rounded_rows x, vi sum[TILE_ROWS][MOST_V]) {
+    v8_codes both[TILE_ROWS / 2][PER_BLOCK];
+    UNROLL(2)
+    for (int p = 0; p < M / 2; p++)
+        UNROLL(4)
+        for (int i = 0; i < PER_BLOCK; i++) both[p][i] = v8_codes_of(x.codes + 8 * p + i * 16 * x.g, 4 * x.g);
+    for (int i = 0; i < HFA_QUANTUM * HFA_LANES; i += 64) __builtin_prefetch(codes + i + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
+    UNROLL(2)
+    for (int half = 0; half < 2; half++) {
+        int8x16_t rows[PER_BLOCK][4];
+        UNROLL(4)
+        for (int i = 0; i < PER_BLOCK; i++) v8_rows(codes + i * 8 * HFA_LANES + 16 * half, rows[i]);
+        UNROLL(2)
+        for (int p = 0; p < M / 2; p++) {
+            vi sums[4];
+            UNROLL(4)
+            for (int q = 0; q < 4; q++) {
+                sums[q] = vi_zero();
+                UNROLL(4)
+                for (int i = 0; i < PER_BLOCK; i++) sums[q] = vmmlaq_s32(sums[q], both[p][i].high, rows[i][q]);
+                sums[q] = vshlq_n_s32(sums[q], 8);
+                UNROLL(4)
+                for (int i = 0; i < PER_BLOCK; i++) sums[q] = vusmmlaq_s32(sums[q], both[p][i].low, rows[i][q]);
+            }
+            UNROLL(4)
+            for (int v = 0; v < 2; v++)
+                UNROLL(2)
+                for (int m = 0; m < 2; m++) sum[2 * p + m][2 * half + v] = v8_row(sums[2 * v], sums[2 * v + 1], m);
+        }
+    }
+}
 #endif
 
 /* gcc would load what later columns of x need long before, and run out of registers */
@@ -207,6 +240,15 @@ HFA_INLINE void tile_int8(const int M, const int S, const int IS_SINGLE, const h
     FOR_BLOCKS {
         TILE_BEGINS_BLOCK
         vi sum[TILE_ROWS][MOST_V];
+#ifdef HFA_PAIRS_OF_ROWS
+        if (S == 1 && M % 2 == 0) {
+            wide_block_in_pairs(M, codes, x, sum);
+            codes += HFA_QUANTUM * HFA_LANES;
+            x.codes += 2 * HFA_QUANTUM * x.g;
+            ADD_BLOCK(vi_float(sum[m][v]))
+            continue;
+        }
+#endif
         UNROLL(8)
         for (int m = 0; m < M; m++)
             UNROLL(4)

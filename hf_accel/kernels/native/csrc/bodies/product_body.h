@@ -49,12 +49,23 @@ HFA_INLINE void NAME(pack_row)(const float *x, int64_t k, NAME(packed) *out, int
     }
 }
 
+#undef HAS_MATRIX
+#if defined(HFA_MATRIX_BF16) && DTYPE == 0
+#define HAS_MATRIX 1
+#include "arch/arm/tile_bfmmla.h"
+#else
+#define HAS_MATRIX 0
+#endif
+
 static void NAME(pack_f32)(const float *x, int64_t stride, int m, int64_t k, void *packed) {
     NAME(packed) *out = packed;
     int64_t padded = (k + STEP - 1) / STEP * STEP;
     for (int m0 = 0; m0 < m; m0 += HFA_PACK_ROWS, out += HFA_PACK_ROWS * padded) {
         int g = m - m0 < HFA_PACK_ROWS ? m - m0 : HFA_PACK_ROWS;
         for (int i = 0; i < g; i++) NAME(pack_row)(x + (m0 + i) * stride, k, out + i * STEP, g * STEP);
+#if HAS_MATRIX
+        NAME(pair_rows)(out, g, padded);
+#endif
     }
 }
 
@@ -74,6 +85,9 @@ static void NAME(pack)(const void *x, int64_t stride, int m, int64_t k, void *pa
                 NAME(pack_row)(buffer, n, to + j * g, g * STEP);
             }
         }
+#if HAS_MATRIX
+        NAME(pair_rows)(out, g, padded);
+#endif
     }
 }
 
@@ -85,6 +99,7 @@ static void NAME(pack)(const void *x, int64_t stride, int m, int64_t k, void *pa
 #define HAS_PANELS 0
 #endif
 
+#if !HAS_MATRIX
 #if HAS_PANELS && !defined(HFA_DOT_BF16)
 #include "arch/x86/tile_avx2.h"
 #else
@@ -193,6 +208,7 @@ HFA_INLINE void NAME(dot_tile)(const int R, const int M, const T *w, int64_t str
 #endif
     NAME(finish_tile)(R, M, acc, out, ldo);
 }
+#endif
 
 /* From this length on, one activation row takes the rows of W one by one: strictly sequential reads were 8 % faster than
  * four rows together (31.5 against 29.3 GB/s). Only where one chain of additions keeps up with the memory. */

@@ -96,4 +96,29 @@ HFA_INLINE v4_pair v4_pair_dot(v4_pair sum, int32x4_t first, int32x4_t second, c
 HFA_INLINE int32x4_t v4_pair_row(v4_pair sum, const int row) {
     return row ? vuzp2q_s32(sum.low, sum.high) : vuzp1q_s32(sum.low, sum.high);
 }
+/* Codes of x of 16 bits are 256 times a byte with a sign and one without: eight columns of a row, then of the other. The codes of
+ * two columns of both rows are at p, of the next two `step` bytes further. */
+typedef struct { int8x16_t high; uint8x16_t low; } v8_codes;
+HFA_INLINE v8_codes v8_codes_of(const char *p, int64_t step) {
+    int32x4_t a = vcombine_s32(vld1_s32((const int32_t *)p), vld1_s32((const int32_t *)(p + step)));
+    int32x4_t b = vcombine_s32(vld1_s32((const int32_t *)(p + 2 * step)), vld1_s32((const int32_t *)(p + 3 * step)));
+    int8x16_t first = vreinterpretq_s8_s32(vuzp1q_s32(a, b)), second = vreinterpretq_s8_s32(vuzp2q_s32(a, b));
+    return (v8_codes){vuzp2q_s8(first, second), vreinterpretq_u8_s8(vuzp1q_s8(first, second))};
+}
+/* Eight rows of W by eight columns, two columns of sixteen rows after the other: pairs of rows as smmla takes them */
+HFA_INLINE void v8_rows(const char *p, int8x16_t pairs[4]) {
+    int16x8_t c[4];
+    UNROLL(4)
+    for (int i = 0; i < 4; i++) c[i] = vreinterpretq_s16_s8(vld1q_s8((const int8_t *)p + i * 2 * HFA_LANES));
+    int32x4_t a = vreinterpretq_s32_s16(vzip1q_s16(c[0], c[1])), b = vreinterpretq_s32_s16(vzip1q_s16(c[2], c[3]));
+    pairs[0] = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+    pairs[1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+    a = vreinterpretq_s32_s16(vzip2q_s16(c[0], c[1])), b = vreinterpretq_s32_s16(vzip2q_s16(c[2], c[3]));
+    pairs[2] = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+    pairs[3] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+}
+HFA_INLINE int32x4_t v8_row(int32x4_t a, int32x4_t b, const int row) { /* of sums of two rows of x with rows 0, 1 and 2, 3 of W */
+    int64x2_t low = vreinterpretq_s64_s32(a), high = vreinterpretq_s64_s32(b);
+    return vreinterpretq_s32_s64(row ? vzip2q_s64(low, high) : vzip1q_s64(low, high));
+}
 #endif
