@@ -8,7 +8,8 @@
     ├── VerificationError (RuntimeError)    a patched model broke its promise; everything was undone
     ├── IrreversibleError (RuntimeError)    `restore` of a model whose originals were given up
     ├── CheckpointError (RuntimeError)      a file that is damaged, truncated or of another format
-    └── StorageError (RuntimeError)         a cache or experts find no room, or lost what they had moved to a file
+    ├── StorageError (RuntimeError)         a cache or experts find no room, or lost what they had moved to a file
+    └── ReplicaError (RuntimeError)         no replica answered a request, or none could be started
 
 Each message says what was asked, what was found and what to do. After any of them the model is as it was before,
 but for an error in the middle of a step with originals="drop", which says so. A StorageError ends one call of
@@ -50,6 +51,10 @@ class CheckpointError(HfAccelError, RuntimeError):
 
 class StorageError(HfAccelError, RuntimeError):
     """Cache blocks or experts do not fit where they were told to go, or their file was damaged or lost."""
+
+
+class ReplicaError(HfAccelError, RuntimeError):
+    """No replica answered a request within its tries or its time, or replicas could not be started."""
 
 
 def described(error: BaseException) -> str:
