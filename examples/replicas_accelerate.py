@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=2 replicas_accelerate.py [FILE]     # or: accelerate launch --num_processes=2 ...
 
-On a CPU the processes talk over gloo. The first decides on a plan and hands it to the others, so that all models are alike.
-Started alone, as `python replicas_accelerate.py`, it is one process. FILE: where the texts are kept, as JSON.
+On a CPU the processes talk over gloo. The first decides on a plan and hands it to the others, so that all models are
+alike. Started alone, as `python replicas_accelerate.py`, it is one process. FILE: where the texts are kept, as JSON.
 """
 
 from __future__ import annotations

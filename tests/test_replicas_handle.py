@@ -88,10 +88,13 @@ class Deployment:
         yield from text
 
 
+def errors_of(name: str) -> Any:
+    return SimpleNamespace(RayActorError=Died, ObjectLostError=Died, RayTaskError=Told)
+
+
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    errors = SimpleNamespace(RayActorError=Died, ObjectLostError=Died, RayTaskError=Told)
-    monkeypatch.setattr(handle, "ray_module", lambda name: errors)
+    monkeypatch.setattr(handle, "ray_module", errors_of)
 
 
 def both(deployment: Deployment, inputs: Any, is_async: bool, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Replicas on a Ray cluster of two workers on this machine: texts, deaths in the middle, data sets, threads, shared pages."""
+"""Replicas on a Ray cluster of two workers on this machine: texts, deaths in the middle, data sets, shared pages."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_without_sending_again_a_death_loses_requests(monkeypatch: pytest.Monkey
     monkeypatch.setattr(handle.Tries, "__exit__", lambda *args: False)
     with run(RECIPE, replicas=2, health_check_s=1) as replicas:
         killed_in_the_middle(replicas)
-        with pytest.raises(ray.exceptions.ActorDiedError):
+        with pytest.raises(ray.exceptions.RayActorError):
             replicas.generate(TEXTS * 3, max_new_tokens=60)
 
 
