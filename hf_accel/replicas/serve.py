@@ -132,6 +132,15 @@ def run(
         deployment = serve.deployment(Replica).options(**options).bind(recipe, at_once)
         handle = serve.run(deployment, name=name, route_prefix=None)
     except Exception as error:
+        why = _failed(serve, name) or described(error)
         end()
-        raise ReplicaError(f"The replicas could not be started ({described(error)}).") from error
+        raise ReplicaError(f"The replicas could not be started: {why}") from error
     return Replicas(handle, tries, timeout_s, end)
+
+
+def _failed(serve: Any, name: str) -> str:
+    """Return the last line of what Serve tells of replicas that did not start, "" where it tells nothing."""
+    application = serve.status().applications.get(name)
+    told = [] if application is None else [each.message for each in application.deployments.values()]
+    lines = [line.strip() for message in told for line in message.splitlines() if "Error" in line]
+    return lines[-1] if lines else ""
