@@ -182,9 +182,15 @@ def test_a_stream_that_fails_says_so_and_one_that_nobody_reads_ends() -> None:
     replica = answering()
     with pytest.raises(ValueError, match="max_new_tokens"):
         asyncio.run(_read(replica, "x", max_new_tokens=-1))
-    asyncio.run(_read(replica, TEXTS[1], most=1, max_new_tokens=5000))
-    replica.close()  # waits for what is written
-    assert replica.answered == 0
+
+    async def left_early() -> str:
+        await _read(replica, TEXTS[1], most=1, max_new_tokens=400, min_new_tokens=400)
+        return await asyncio.wrap_future(
+            replica.submit(asked_of("x", {"max_new_tokens": 2}))
+        )  # begins when it has ended
+
+    assert asyncio.run(left_early()) == alone("x", max_new_tokens=2)
+    assert replica.answered == 1
 
 
 def test_a_text_goes_on_where_another_replica_left_it() -> None:
