@@ -9,7 +9,8 @@
     ├── IrreversibleError (RuntimeError)    `restore` of a model whose originals were given up
     ├── CheckpointError (RuntimeError)      a file that is damaged, truncated or of another format
     ├── StorageError (RuntimeError)         a cache or experts find no room, or lost what they had moved to a file
-    └── CancelledCallError (RuntimeError)   a call of `generate` that whoever made it wants no longer
+    ├── CancelledCallError (RuntimeError)   a call of `generate` that whoever made it wants no longer
+    └── ReplicaError (RuntimeError)         no replica answered a request, or none could be started
 
 Each message says what was asked, what was found and what to do. After any of them the model is as it was before,
 but for an error in the middle of a step with originals="drop", which says so. A StorageError or a CancelledCallError
@@ -55,6 +56,10 @@ class StorageError(HfAccelError, RuntimeError):
 
 class CancelledCallError(HfAccelError, RuntimeError):
     """The call was cancelled by whoever made it."""
+
+
+class ReplicaError(HfAccelError, RuntimeError):
+    """No replica answered a request within its tries or its time, or replicas could not be started."""
 
 
 def described(error: BaseException) -> str:

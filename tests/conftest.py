@@ -28,6 +28,7 @@ SKIPS = {
         "compressed-tensors is not installed (extra: test)",
     ),
     "triton": (importlib.util.find_spec("triton") is not None, "Triton is not installed (extra: test)"),
+    "ray": (importlib.util.find_spec("ray") is not None, "ray is not installed (extra: ray)"),
     "peft": (importlib.util.find_spec("peft") is not None, "peft is not installed (extra: test)"),
 }
 
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compressed_tensors: needs compressed-tensors")
     config.addinivalue_line("markers", "native: needs the native library")
     config.addinivalue_line("markers", "peft: needs peft")
+    config.addinivalue_line("markers", "ray: needs ray")
     config.addinivalue_line("markers", "triton: needs Triton")
 
 

@@ -38,6 +38,7 @@ def floors_of(sources: Sources) -> list[set[str]]:
         {"planner"},
         {"api", "recipes"},
         {"loading"},
+        {"replicas"},
         {"cli"},
         {"__init__"},
     ]

@@ -28,6 +28,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime"),
     "bench": ("psutil",),
     "plot": ("matplotlib",),
+    "ray": ("ray",),
     "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "triton", "peft", "gguf", "ruff", "mypy"),
 }
 
