@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,11 @@ def one_size_too_many(patch: Patch) -> None:
 
 def sizes_without_end(patch: Patch) -> None:
     patch.setattr(trial, "BUDGET_S", 1e9)
+
+
+def no_size_between(patch: Patch) -> None:
+    right = trial._pays
+    patch.setattr(trial, "_pays", lambda rows, seconds: right(rows, seconds) if rows in trial.SIZES else (False, 0.0))
 
 
 def padding_in_sight(patch: Patch) -> None:
@@ -51,7 +57,16 @@ def never_prompts(patch: Patch) -> None:
 
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "a size that lost": (one_size_too_many, test_prompts.test_the_limit_is_the_last_size_that_paid),
-    "a trial without end": (sizes_without_end, test_prompts.test_a_trial_ends_with_its_budget),
+    "a trial without end": (sizes_without_end, test_prompts.test_large_layers_are_tried_as_far_as_the_budget_goes),
+    "long calls count for many": (
+        instead(trial, "_cost", lambda pair: 6 * pair),
+        test_prompts.test_large_layers_are_tried_as_far_as_the_budget_goes,
+    ),
+    "long calls again and again": (
+        instead(trial, "time", SimpleNamespace(perf_counter=lambda: 0.0)),
+        test_prompts.test_long_calls_are_made_once,
+    ),
+    "no size between": (no_size_between, test_prompts.test_the_size_halfway_before_a_loss_is_tried_too),
     "calls that were not tried": (all_rows, test_prompts.test_many_rows_run_natively_as_far_as_the_trial_went),
     "padding that many rows see": (padding_in_sight, test_prompts.test_prompts_are_as_exact_as_stocks),
     "an audit of few rows alone": (never_prompts, test_prompts.test_the_audit_sees_prompts),

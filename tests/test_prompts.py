@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hf_accel.kernels import native
 from hf_accel.kernels.native import NativeBlock
 from hf_accel.layers import block as blocks
 from hf_accel.layers import trial
-from hf_accel.layers.trial import BATCHES, BUDGET_S, ROUNDS, SIZES, Extent, rows_that_pay
+from hf_accel.layers.trial import BATCHES, BUDGET_S, LONG_S, ROUNDS, SIZES, Extent, rows_that_pay
 
 pytestmark = pytest.mark.native
 STEPS = [NativeLinearConfig(max_rows=16), DecoderBlockConfig(), KVCacheConfig()]
@@ -45,7 +46,44 @@ def test_the_limit_is_the_last_size_that_paid(most: int) -> None:
     times, tried = timed(most)
     assert rows_that_pay(16, times) == max(16, most)
     lost = [rows for rows in SIZES if rows > most][:1]
-    assert tried == [*(rows for rows in SIZES if rows <= most), *lost, *lost]
+    between = [rows * 3 // 4 for rows in lost]
+    assert tried == [*(rows for rows in SIZES if rows <= most), *lost, *lost, *between, *between]
+
+
+@pytest.mark.parametrize("most", [24, 48, 96, 192, 384])
+def test_the_size_halfway_before_a_loss_is_tried_too(most: int) -> None:
+    times, tried = timed(most)
+    assert rows_that_pay(16, times) == most == tried[-1]
+
+
+@pytest.mark.parametrize(("per_row_s", "most"), [(0.7e-3, 512), (4e-3, 128)])
+def test_large_layers_are_tried_as_far_as_the_budget_goes(per_row_s: float, most: int) -> None:
+    spent = []
+
+    def times(rows: int) -> tuple[float, float]:
+        both = rows * per_row_s
+        spent.append((ROUNDS if both < LONG_S else 1) * len(BATCHES) * both)
+        return 0.6 * both, 0.4 * both
+
+    assert rows_that_pay(16, times) == most
+    assert sum(spent) <= BUDGET_S
+
+
+@pytest.mark.parametrize(("long_s", "rounds"), [(10.0, ROUNDS), (0.0, 1)])
+def test_long_calls_are_made_once(monkeypatch: Patch, long_s: float, rounds: int) -> None:
+    calls: list[int] = []
+    recorded = SimpleNamespace(
+        block=SimpleNamespace(form=SimpleNamespace(call=SimpleNamespace(cache="cache"))),
+        prompts=lambda batch, tokens: (batch * tokens, {}),
+        layer=lambda rows, **_: calls.append(rows),
+        replaced=lambda *_: True,
+    )
+    monkeypatch.setattr(trial, "LONG_S", long_s)
+    monkeypatch.setattr(trial, "SIZES", (32,))
+    monkeypatch.setattr(trial, "MARGIN", float("inf"))
+    key = f"layers whose calls are long from {long_s} s on"
+    assert trial.tried_rows(16, key, [(lambda: cast(Any, recorded), cast(Any, None))]) == 32
+    assert calls == [32] * rounds * len(BATCHES)
 
 
 def test_a_loss_that_another_program_made_is_looked_at_again() -> None:
@@ -62,13 +100,6 @@ def test_sizes_that_are_served_anyway_are_not_tried() -> None:
     times, tried = timed(64)
     assert rows_that_pay(32, times) == 64
     assert min(tried) == 64
-
-
-def test_a_trial_ends_with_its_budget() -> None:
-    per_size = ROUNDS * len(BATCHES)
-    times, tried = timed(SIZES[-1], BUDGET_S / per_size / 6)
-    assert rows_that_pay(16, times) == max(tried) < SIZES[4]
-    assert sum(1.5 * per_size * BUDGET_S / per_size / 6 for _ in tried) <= BUDGET_S
 
 
 def test_many_rows_run_natively_as_far_as_the_trial_went() -> None:

@@ -2,7 +2,7 @@
 
 Of few rows it always is. Of many, ATen's products read weights as well as ours do, and the arithmetic decides: it is
 our kernels against oneDNN's and MKL's on this machine, with what is around them in a layer of this size. Cost: at most
-about two seconds per shape of layer, once per process.
+about three seconds per shape of layer, once per process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from transformers import DynamicCache
 from hf_accel.kernels import native
 from hf_accel.layers.audit import RecordedLayer, Replacement
 
-SIZES = (32, 64, 96, 128, 192, 256, 384, 512)
+SIZES = (32, 64, 128, 256, 512)
 ROUNDS = 3
-BUDGET_S = 2.0
+LONG_S = 0.1  # a round that takes longer is the only one: what disturbs for a millisecond does not show in it
+BUDGET_S = 3.0
 BATCHES = (1, 4)  # how many prompts the rows belong to: of many short ones the attention is less
 MARGIN = 0.95  # of the time of the layer's own forward: less is a gain that noise cannot have made
 _known: dict[Any, int] = {}
@@ -41,28 +42,40 @@ class Extent:
         return rows <= self.few or (rows <= self.many and rows * columns <= self.many * self.many)
 
 
+def _cost(pair: float) -> float:
+    """Return how long a size takes whose call takes so many seconds both ways together."""
+    return (ROUNDS if pair < LONG_S else 1) * len(BATCHES) * pair
+
+
 def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> int:
     """Return up to how many rows a layer runs faster natively, at least `few`.
 
-    seconds: returns, for a number of rows, the least of ROUNDS times of the layer's own forward and of the native call,
-        for those of BATCHES where the native call gains least.
-    Sizes are tried in rising order, up to the first loss, or until BUDGET_S is spent.
+    seconds: returns, for a number of rows, the least times of the layer's own forward and of the native call, for those
+        of BATCHES where the native call gains least.
+    Sizes are tried in rising order, each twice the last, until BUDGET_S is spent or up to the first loss; then the one
+    halfway before it, too.
     """
     most, spent = few, 0.0
     for rows in SIZES:
         if rows <= few:
             continue
-        own, ours = seconds(rows)
-        if ours > MARGIN * own:  # other programs only ever add time: a loss has to show twice
-            own, ours = map(min, (own, ours), seconds(rows))
-        if ours > MARGIN * own:
-            break
+        pays, took = _pays(rows, seconds)
+        spent += _cost(took)
+        if not pays:
+            between = rows * 3 // 4
+            return between if between > most and _pays(between, seconds)[0] else most
         most = rows
-        took = ROUNDS * len(BATCHES) * (own + ours)
-        spent += took
-        if spent + 1.5 * took > BUDGET_S:  # of the next size
+        if spent + _cost(2 * took) > BUDGET_S:
             break
     return most
+
+
+def _pays(rows: int, seconds: Callable[[int], tuple[float, float]]) -> tuple[bool, float]:
+    """Return whether so many rows are faster natively, and the seconds of a call both ways."""
+    own, ours = seconds(rows)
+    if ours > MARGIN * own:  # other programs only ever add time: a loss has to show twice
+        own, ours = map(min, (own, ours), seconds(rows))
+    return ours <= MARGIN * own, own + ours
 
 
 def tried_rows(few: int, key: Any, pairs: Sequence[tuple[Callable[[], RecordedLayer], Replacement]]) -> int:
@@ -95,5 +108,7 @@ def _seconds(rows: int, pairs: Sequence[tuple[Callable[[], RecordedLayer], Repla
             if not served:
                 return 0.0, float("inf")
             own, ours = min(own, middle - start), min(ours, stop - middle)
+            if own + ours > LONG_S:
+                break
         found.append((own, ours))
     return max(found, key=lambda times: times[1] / times[0])

@@ -16,18 +16,23 @@ HFA_INLINE void take_apart(const int FORMAT, const hfa_matrix *w, int64_t row, i
     for (int s = 0; s < STRIPS; s++) {
         int64_t strip = row / HFA_LANES + s, at = (strip * groups + from / w->group) * HFA_LANES;
         const char *codes = (const char *)w->weight + (strip * padded + from) * HFA_LANES * hfa_code_bits(FORMAT) / 8;
+        int64_t code_strip = padded * HFA_LANES * hfa_code_bits(FORMAT) / 8;
+        const char *turn = (const char *)w->weight + (strip + 1) * code_strip - HFA_PREFETCH_BYTES / 2; /* beyond lies a strip that goes together with this one */
         a->offsets[s] = w->offsets ? w->offsets + at : NULL;
-        for (int64_t b = 0; b < a->blocks; b++, codes += HFA_QUANTUM * HFA_LANES * hfa_code_bits(FORMAT) / 8)
+        for (int64_t b = 0; b < a->blocks; b++, codes += HFA_QUANTUM * HFA_LANES * hfa_code_bits(FORMAT) / 8) {
+            const char *ahead = codes + HFA_PREFETCH_BYTES / 2 + (codes >= turn ? (STRIPS - 1) * code_strip : 0);
             UNROLL(4)
             for (int i = 0; i < PER_BLOCK; i++) {
                 vi low, high;
                 load_codes(FORMAT, i, codes, &low, &high);
-                if (i < hfa_code_bits(FORMAT)) __builtin_prefetch(codes + i * 64 + HFA_PREFETCH_BYTES / 2, 0, HFA_PREFETCH_LEVEL);
+                if (i < hfa_code_bits(FORMAT)) __builtin_prefetch(ahead + i * 64, 0, HFA_PREFETCH_LEVEL);
                 vf_store((float *)a->codes[b][2 * i][s * HFA_LANES], (vf)low);
                 vf_store((float *)a->codes[b][2 * i + 1][s * HFA_LANES], (vf)high);
             }
+        }
         for (int64_t g = 0; g < a->blocks / a->per_group; g++, at += HFA_LANES) {
             const char *scales = (const char *)w->scales + at * scale_bytes;
+            __builtin_prefetch(scales + STRIPS * groups * HFA_LANES * scale_bytes, 0, HFA_PREFETCH_LEVEL);
             vf_store(a->scales[g] + s * HFA_LANES, scale_bytes == 1   ? vf_load_exponents((const uint8_t *)scales)
                                                    : scale_bytes == 4 ? vf_load((const float *)scales)
                                                    : w->stride == 3   ? vf_load_f16((const uint16_t *)scales)
