@@ -1,7 +1,7 @@
 """Measure concurrent calls: `python measure_batching.py [SHAPE] [BITS] [LAYERS] [CALLERS] [CALLS]`.
 
-SHAPE: llama-1b or another of `hf_accel.measure.subjects`, with random weights in bf16. BITS: 16 (weights as they are), 8
-or 4. LAYERS: 16. CALLERS threads make CALLS calls each, of prompts of 32 to 512 tokens and 16 to 128 new ones: one call
+SHAPE: llama-1b or another of `hf_accel.measure.subjects`, random weights in bf16. BITS: 16 (weights as they are), 8 or
+4. LAYERS: 16. CALLERS threads make CALLS calls each, of prompts of 32 to 512 tokens and 16 to 128 new ones: one call
 after the other, then all threads at once inside `serving`, in alternation. No drafts.
 """
 
@@ -80,7 +80,7 @@ def run(model: Any, callers: list[list[Work]], gaps: list[float]) -> float:
     return time.perf_counter() - start
 
 
-def main(shape: str = "llama-1b", bits: str = "4", layers: str = "16", callers: str = "8", calls: str = "5") -> None:
+def main(shape: str = "llama-1b", bits: str = "4", layers: str = "16", callers: str = "8", calls: str = "3") -> None:
     """Measure, and print tokens per second and the times between two tokens."""
     model = built(shape, int(bits), int(layers))
     work = work_for(int(callers), int(calls))
@@ -98,8 +98,9 @@ def main(shape: str = "llama-1b", bits: str = "4", layers: str = "16", callers: 
             report = str(hf_accel.report(model).batching)
     for name, times in found.items():
         between = sorted(gaps[name])
-        print(f"  {name}: {statistics.median(times):.1f} s ({min(times):.1f} to {max(times):.1f}), "
-              f"{tokens / statistics.median(times):.1f} tokens/s; between tokens {1e3 * statistics.median(between):.1f} "
+        median = statistics.median(times)
+        print(f"  {name}: {median:.1f} s ({min(times):.1f} to {max(times):.1f}), {tokens / median:.1f} tokens/s; "
+              f"between tokens {1e3 * statistics.median(between):.1f} "
               f"ms, 95 % within {1e3 * between[int(0.95 * len(between))]:.1f} ms")  # fmt: skip
     print(f"  {statistics.median(found['one after the other']) / statistics.median(found['at once']):.2f} x")
     print("  " + report.replace("\n", "\n  "))

@@ -97,7 +97,8 @@ def test_whoever_comes_last_runs_the_step_for_all() -> None:
     found.append(meeting.submit(submission()))
     for thread in threads:
         thread.join(5)
-    assert ran == [3] and found == [threading.get_ident()] * 3
+    assert ran == [3]
+    assert found == [threading.get_ident()] * 3
 
 
 def test_nobody_waits_for_who_is_late_or_has_left() -> None:
@@ -114,7 +115,8 @@ def test_nobody_waits_for_who_is_late_or_has_left() -> None:
     until(lambda: len(patient._waiting) == 1)
     patient.leave()
     threads[0].join(5)
-    assert ran == [1, 1] and not threads[0].is_alive()
+    assert ran == [1, 1]
+    assert not threads[0].is_alive()
 
 
 def test_admission_is_first_come_first_served_and_passes_nobody_for_ever() -> None:
@@ -127,7 +129,7 @@ def test_admission_is_first_come_first_served_and_passes_nobody_for_ever() -> No
 
     threads = in_threads(enter("large", 90))
     until(lambda: admission.waiting == 1)
-    for place in range(PASSED):  # small ones go ahead while there is no room for the large one
+    for _ in range(PASSED):  # small ones go ahead while there is no room for the large one
         admission.leave(admission.enter(1, 5, Wanted()))
     threads += in_threads(enter("small", 5))
     until(lambda: admission.waiting == 2)
@@ -137,7 +139,8 @@ def test_admission_is_first_come_first_served_and_passes_nobody_for_ever() -> No
         admission.leave(place)
     for thread in threads:
         thread.join(5)
-    assert sorted(order) == ["large", "small"] and admission.tokens == 95
+    assert sorted(order) == ["large", "small"]
+    assert admission.tokens == 95
 
 
 def test_a_call_that_can_never_begin_is_refused_and_one_not_wanted_stops_waiting() -> None:
@@ -153,19 +156,23 @@ def test_a_call_that_can_never_begin_is_refused_and_one_not_wanted_stops_waiting
 
     with pytest.raises(hf_accel.CancelledCallError):
         admission.enter(1, 10, unwanted)
-    assert admission.waiting == 0 and (admission.rows, admission.tokens) == (2, 60)
+    assert admission.waiting == 0
+    assert (admission.rows, admission.tokens) == (2, 60)
 
 
 def test_rows_and_chunks_follow_from_measured_times() -> None:
     pace = Pace(0.05, 16, 128)
-    assert pace.most_rows() == 1 and pace.chunk(1) == 128
+    assert pace.most_rows() == 1
+    assert pace.chunk(1) == 128
     for rows, seconds in ((1, 0.02), (2, 0.03), (3, 0.045), (4, 0.06)):
         pace.step(rows, seconds)
     pace.prompt(100, 0.1)
     assert pace.most_rows() == 3
-    assert pace.chunk(1) == 30 and pace.chunk(4) == LEAST_CHUNK
+    assert pace.chunk(1) == 30
+    assert pace.chunk(4) == LEAST_CHUNK
     assert Pace(None, 16, 128).most_rows() == 16
-    assert pace.merges(2) and not pace.merges(0)
+    assert pace.merges(2)
+    assert not pace.merges(0)
     pace.step(8, 1.0)
     assert not pace.merges(8)
 
@@ -187,11 +194,12 @@ def test_fields_are_checked() -> None:
         for fields in wrong:
             with pytest.raises(hf_accel.ConfigError, match=next(iter(fields))), hf_accel.serving(model, **fields):
                 pass
-        with pytest.raises(hf_accel.ConfigError, match="not both"):
-            with hf_accel.serving(model, hf_accel.BatchingConfig(), max_rows=3):
-                pass
-        with hf_accel.serving(model), pytest.raises(hf_accel.ConflictError, match="already"):
-            with hf_accel.serving(model):
+        both = hf_accel.serving(model, hf_accel.BatchingConfig(), max_rows=3)
+        with pytest.raises(hf_accel.ConfigError, match="not both"), both:
+            pass
+        with hf_accel.serving(model):
+            again = hf_accel.serving(model)
+            with pytest.raises(hf_accel.ConflictError, match="already"), again:
                 pass
         for seed in (-1, True, 1.5, "1"):
             with pytest.raises(hf_accel.ConfigError, match="seed"):

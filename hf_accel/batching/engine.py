@@ -42,7 +42,12 @@ class Engine:
         self.pace = Pace(self.statistics.latency_s, config.max_rows, config.chunk_tokens)
         self._start()
         weak = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: (found := weak()) and found._start())
+
+        def begin_anew() -> None:
+            if (found := weak()) is not None:
+                found._start()
+
+        os.register_at_fork(after_in_child=begin_anew)
 
     def _start(self) -> None:
         """Begin with nobody inside: also in the child of a fork, where the threads of the others are gone."""

@@ -9,13 +9,9 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_accel.batching.merged import Part
 from hf_accel.core.calls.call import Call
-from hf_accel.core.calls.forward import apart_obstacle
+from hf_accel.core.calls.forward import apart_obstacle, understood_inputs
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import BACK_ENDS
-
-UNDERSTOOD = frozenset(
-    {"input_ids", "position_ids", "attention_mask", "use_cache", CACHE, "return_dict", "logits_to_keep"}
-)
 
 
 def joining_obstacle(call: Call) -> str | None:
@@ -32,7 +28,7 @@ def joining_obstacle(call: Call) -> str | None:
         return "the cache has layers whose states are not keys and values that grow"
     if (positions := kwargs.get("position_ids")) is None or positions.dim() != 2:
         return "the model takes no positions by row"
-    if others := sorted(name for name in set(kwargs) - UNDERSTOOD if kwargs[name] is not None):
+    if others := sorted(name for name in set(kwargs) - understood_inputs(model) if kwargs[name] is not None):
         return f"the model is given {', '.join(others)}, too"
     if call.rope is not None:
         return f"{call.rope}: frequencies follow the longest row"
@@ -69,7 +65,7 @@ def part_of(call: Call) -> Part:
     mask = call.model_kwargs.get("attention_mask")
     starts = None if mask is None else starts_of(mask)
     padded = starts if starts and any(starts) else None
-    return Part(call.model_kwargs[CACHE], len(call.input_ids), padded)
+    return Part(call.model_kwargs[CACHE], len(call.input_ids), padded, understood_inputs(call.model))
 
 
 def fits(part: Part, inputs: dict[str, Any]) -> bool:
@@ -82,5 +78,5 @@ def fits(part: Part, inputs: dict[str, Any]) -> bool:
         and positions.shape == (part.rows, 1)
         and inputs.get(CACHE) is part.cache
         and inputs.get("use_cache") is True
-        and not any(name not in UNDERSTOOD and value is not None for name, value in inputs.items())
+        and not any(name not in part.understood and value is not None for name, value in inputs.items())
     )

@@ -20,11 +20,16 @@ from hf_accel.core.calls.held import CachedStates, Held, Member
 
 @dataclass(eq=False)
 class Part:
-    """The rows of one call. starts: of each row the first column that is no padding; None: no row is padded."""
+    """The rows of one call.
+
+    starts: of each row the first column that is no padding; None: no row is padded. understood: inputs of a pass that
+    may be there, see `hf_accel.core.calls.forward.understood_inputs`.
+    """
 
     cache: Any
     rows: int
     starts: list[int] | None
+    understood: frozenset[str] = frozenset()
 
     def mask(self, positions: int, length: int) -> torch.Tensor | None:
         """Return what one token of each row sees of the last `positions` of `length` columns, bool [B, 1, 1, S]."""
@@ -54,7 +59,7 @@ class MergedLayer(CacheLayerMixin):
         """Do nothing: each call's layer does so when it is given states."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Give each call's layer its rows of keys and values [R, G, 1, D]; return handles of what its attention reads."""
+        """Give each call's layer its rows of keys and values [R, G, 1, D]; return handles of what attention reads."""
         members, at, most = [], 0, 0
         for part, layer in self._parts:
             rows = slice(at, at + part.rows)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_accel.batching.merged import merged
 from hf_accel.batching.meeting import Submission
+from hf_accel.batching.merged import merged
 from hf_accel.core.calls.call import IN_PROGRESS, Request
 from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.drift import CACHE
@@ -107,7 +107,8 @@ def _share(outputs: Any, batch: list[Submission]) -> None:
         at += submission.part.rows
         given: dict[str, Any] = {CACHE: submission.part.cache}
         if isinstance(outputs, StepOutputs) and outputs.choices is not None:
-            found: Any = StepOutputs(logits=outputs.logits[rows], choices=outputs.choices[rows], **given)
+            logits: Any = outputs.logits
+            found: Any = StepOutputs(logits=logits[rows], choices=outputs.choices[rows], **given)
         else:
             found = CausalLMOutputWithPast(logits=outputs.logits[rows], **given)
         submission.outputs = found

@@ -23,7 +23,7 @@ class TakingTurns:
     _hf_accel_engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         with self._hf_accel_engine.passing(ids.shape[-1] if hasattr(ids, "shape") and ids.dim() else 0):
             return beneath(TakingTurns, self, "__call__")(*args, **kwargs)
 

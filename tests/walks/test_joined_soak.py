@@ -1,4 +1,4 @@
-"""Calls of every kind that join and leave at random, end early, raise and are cancelled, for a number of calls or minutes.
+"""Calls of every kind that join and leave at random, end early, raise and are cancelled, so many or for so long.
 
 HF_ACCEL_SOAK_MINUTES lets it run for as long; the default is a thousand calls.
 """
@@ -115,7 +115,8 @@ def run(calls: int, minutes: float = 0.0) -> None:
     before = threading.active_count()
     with hf_accel.serving(model, max_rows=6, max_tokens=1200, chunk_tokens=64):
         engine, report = type(model)._hf_accel_engine, hf_accel.report(model).batching
-        engine.pace.merges = lambda calls, picks=random.Random(0): picks.random() < 0.9  # mostly, whatever times say
+        picks = random.Random(0)
+        engine.pace.merges = lambda calls: picks.random() < 0.9  # mostly, whatever times say
         soak = Soak(model, calls, minutes)
         threads = [threading.Thread(target=soak.caller, args=(seed,)) for seed in range(CALLERS)]
         for thread in threads:
@@ -125,12 +126,15 @@ def run(calls: int, minutes: float = 0.0) -> None:
         if soak.wrong:
             raise soak.wrong[0]
         assert (engine.admission.rows, engine.admission.tokens, engine.meeting.writers) == (0, 0, 0)
-        assert not engine.meeting._waiting and not engine.turn._waiting
-        assert report.most_rows > 3 and report.joined > 0.4 * soak.made
+        assert not engine.meeting._waiting
+        assert not engine.turn._waiting
+        assert report.most_rows > 3
+        assert report.joined > 0.4 * soak.made
         print(report)
     gc.collect()
     caches = [x for x in gc.get_objects() if type(x).__name__ == "DynamicCache" and x.layers and x.get_seq_length()]
-    assert threading.active_count() == before and not caches
+    assert threading.active_count() == before
+    assert not caches
 
 
 def test_a_hundred_random_joins_and_leaves() -> None:

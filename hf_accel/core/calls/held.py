@@ -42,7 +42,7 @@ class Held:
     observe: is told the queries [B, H, T, D] and the scale of the scores, and afterwards may give positions up.
     static: the layer whose fixed buffers these are, in a step of which only the device knows the lengths; S is then the
         capacity of the buffers, and what is visible follows from the layer's `lengths` and `starts`.
-    members: where rows are those of several calls, what each of these holds; then there are no parts, and S is the most.
+    members: where rows are those of several calls, what each holds; then there are no parts, and S is the most.
     """
 
     shape: tuple[int, int, int]
