@@ -53,7 +53,7 @@ class Engine:
         """Begin with nobody inside: also in the child of a fork, where the threads of the others are gone."""
         self.turn, self._local = Turn(), threading.local()
         self.admission = Admission(self.config.max_rows, self.config.max_tokens, self.pace.most_rows)
-        self.passes = Passes(self)
+        self.passes = Passes(self.turn, self.pace, self.statistics, self.run)
         self.meeting = Meeting(self.passes.run, self.config.max_wait_ms / 1e3)
 
     def run(self, **inputs: Any) -> Any:
@@ -122,7 +122,7 @@ class Engine:
         reason = reason or joining_obstacle(call)
         tokens = rows * int(call.generation_config.max_length or call.input_ids.shape[1])
         place = self.admission.enter(rows, tokens, check_wanted)
-        seat = Seat(self, place.number, None if reason else part_of(call), call)
+        seat = Seat(self.turn, self.meeting, self.statistics, place.number, None if reason else part_of(call))
         try:
             self._local.seat = seat
             self.statistics.began(reason, time.perf_counter() - begin)
@@ -135,6 +135,7 @@ class Engine:
         finally:
             self._local.seat = None
             seat.close()
+            self.passes.forget()
             self.admission.leave(place)
 
     def _chunk(self, call: Call) -> None:

@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_accel.batching.meeting import Submission
 from hf_accel.batching.merged import merged
+from hf_accel.batching.pace import Pace
+from hf_accel.batching.statistics import BatchingStatistics
+from hf_accel.batching.turn import Turn
 from hf_accel.core.calls.call import IN_PROGRESS, Request
 from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.drift import CACHE
-
-if TYPE_CHECKING:
-    from hf_accel.batching.engine import Engine
 
 BREAK_S = 0.1  # longer than what lies between two steps of the same calls
 STEP = 2**62  # the place of a step among those who wait for their turn does not matter
 
 
 class Passes:
-    """Runs what a meeting brings together."""
+    """Runs what a meeting brings together. run: makes one pass, with the arguments of the model's forward."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, turn: Turn, pace: Pace, statistics: BatchingStatistics, run: Callable[..., Any]) -> None:
+        self._turn, self._pace, self._statistics, self._run = turn, pace, statistics, run
         self._request = Request()
         self._members: frozenset[int] = frozenset()  # whom the request is for
         self._latest, self._ended = self._members, 0.0
 
     def run(self, batch: list[Submission]) -> None:
         """Make one pass for all submissions and give each its outputs, or its error."""
-        engine = self._engine
         rows = sum(submission.part.rows for submission in batch)
-        with engine.turn.taken(STEP, is_step=True):
+        with self._turn.taken(STEP, is_step=True):
             begin = time.perf_counter()
             if self._members == self._latest and begin - self._ended < BREAK_S:
-                engine.pace.between(rows, begin - self._ended)
+                self._pace.between(rows, begin - self._ended)
             if len(batch) == 1 or not self._together(batch):
                 for submission in batch:
-                    _alone(engine, submission)
+                    _alone(self._run, submission)
             self._ended, self._latest = time.perf_counter(), self._members
-            engine.pace.step(rows, self._ended - begin)
-        engine.statistics.stepped(rows)
+            self._pace.step(rows, self._ended - begin)
+        self._statistics.stepped(rows)
 
     def _together(self, batch: list[Submission]) -> bool:
         """Return whether one pass served all; if not, caches are as they were."""
@@ -66,7 +66,7 @@ class Passes:
             inputs["logits_to_keep"] = 1
         token = IN_PROGRESS.set(self._request_of(batch))
         try:
-            outputs = self._engine.run(**inputs)
+            outputs = self._run(**inputs)
             _share(outputs, batch)
         except Exception:
             _take_back(parts, before)
@@ -74,7 +74,7 @@ class Passes:
         except BaseException as error:  # an interrupt is for the thread that runs the pass, not for the others
             _take_back(parts, before)
             for submission in batch[1:]:
-                _alone(self._engine, submission)
+                _alone(self._run, submission)
             raise error
         finally:
             IN_PROGRESS.reset(token)
@@ -92,9 +92,9 @@ class Passes:
         return self._request
 
 
-def _alone(engine: Engine, submission: Submission) -> None:
+def _alone(run: Callable[..., Any], submission: Submission) -> None:
     try:
-        submission.outputs = engine.run(**submission.inputs)
+        submission.outputs = run(**submission.inputs)
     except BaseException as error:
         submission.error = error
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hf_accel.batching.meeting import Meeting
 from hf_accel.batching.merged import Part
-from hf_accel.core.calls.call import Call
+from hf_accel.batching.statistics import BatchingStatistics
+from hf_accel.batching.turn import Turn
 from hf_accel.core.calls.cancelling import check_wanted
-
-if TYPE_CHECKING:
-    from hf_accel.batching.engine import Engine
 
 
 class Seat:
@@ -20,8 +19,11 @@ class Seat:
     number: of the call, in the order of arrival. part: its rows; None: its passes run beside the batch.
     """
 
-    def __init__(self, engine: Engine, number: int, part: Part | None, call: Call) -> None:
-        self._engine, self.number, self.part = engine, number, part
+    def __init__(
+        self, turn: Turn, meeting: Meeting, statistics: BatchingStatistics, number: int, part: Part | None
+    ) -> None:
+        self._of_passes, self._meeting, self._statistics = turn, meeting, statistics
+        self.number, self.part = number, part
         self.is_writing = False
         self._last: float | None = None
         self._turn: AbstractContextManager[None] | None = None
@@ -30,14 +32,13 @@ class Seat:
         """Note that the call writes from here on: steps wait for it."""
         if not self.is_writing:
             self.is_writing = True
-            self._engine.meeting.join()
+            self._meeting.join()
 
     def close(self) -> None:
         """Note that the call writes no more."""
         if self.is_writing:
             self.is_writing = False
-            self._engine.meeting.leave()
-            self._engine.passes.forget()
+            self._meeting.leave()
 
     def within(self) -> _Within:
         """Return the seat of a call that is made within this one, by a criterion or a processor."""
@@ -46,7 +47,7 @@ class Seat:
     def __enter__(self) -> Seat:
         check_wanted()
         if self.part is None:  # all passes of a step, of drafts and their verification, at one turn
-            turn = self._engine.turn.taken(self.number)
+            turn = self._of_passes.taken(self.number)
             turn.__enter__()
             self._turn = turn
         return self
@@ -57,7 +58,7 @@ class Seat:
             turn.__exit__(*error)
         now = time.perf_counter()
         if self._last is not None:
-            self._engine.statistics.gap(now - self._last)
+            self._statistics.gap(now - self._last)
         self._last = now
 
 
