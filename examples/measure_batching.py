@@ -95,7 +95,7 @@ def main(shape: str = "llama-1b", bits: str = "4", layers: str = "16", callers: 
         found["one after the other"].append(run(model, in_turn, gaps["one after the other"]))
         with hf_accel.serving(model, max_rows=int(callers)):
             found["at once"].append(run(model, work, gaps["at once"]))
-            report = str(hf_accel.report(model).batching)
+            report = str(hf_accel.report(model).joined_calls)
     for name, times in found.items():
         between = sorted(gaps[name])
         median = statistics.median(times)

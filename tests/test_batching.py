@@ -215,7 +215,7 @@ def test_calls_join_where_a_config_says_so() -> None:
     with hf_accel.optimized(model, [*exact(model), hf_accel.BatchingConfig(max_wait_ms=2000.0)]):
         calls = [lambda ids=ids: model.generate(ids, **NEW, do_sample=False) for ids in prompts]
         assert_same(together(calls), texts)
-        assert hf_accel.report(model).batching.joined == 3
+        assert hf_accel.report(model).joined_calls.joined == 3
     assert torch.equal(model.generate(prompts[0], **NEW, do_sample=False), texts[0])
 
 

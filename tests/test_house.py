@@ -20,7 +20,7 @@ from hf_accel.core.steps.patcher import Patcher
 PACKAGE = Path(hf_accel.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = house.sources_of(PACKAGE)
-OF_CORE = {"tenant"}  # keywords that belong to a call and to no family
+OF_CORE = {"tenant", "seed"}  # keywords that belong to a call and to no family
 
 
 def family_words() -> set[str]:

@@ -46,7 +46,7 @@ def optimised(model: Any, joining: int = 0, **fields: Any) -> Any:
         if joining:
             everybody, join = threading.Barrier(joining), engine.meeting.join
             engine.meeting.join = lambda: (join(), everybody.wait(20))
-        yield hf_accel.report(model).batching
+        yield hf_accel.report(model).joined_calls
 
 
 def assert_same(found: list[Any], wanted: list[Any]) -> None:
@@ -261,4 +261,4 @@ def test_the_model_is_as_it_was_after_the_block() -> None:
             model.generate(ids, **NEW)
         assert type(model) is kind
         assert hf_accel.core.calls.hosting.host_of(model).doors is doors
-        assert hf_accel.report(model).batching is None
+        assert hf_accel.report(model).joined_calls is None

@@ -14,7 +14,7 @@ from hf_accel.core.steps.goal import Goal, Offer
 from hf_accel.core.steps.patcher import Change, Fidelity, Patcher, Stage
 from hf_accel.core.steps.setting import Setting
 
-SECTIONS["batching"] = "calls that join"
+SECTIONS["joined_calls"] = "calls that join"
 
 
 class TakingTurns:
@@ -31,16 +31,16 @@ class TakingTurns:
 def begin(model: Any, host: Host, config: BatchingConfig, journal: Journal) -> Engine:
     """Let calls of an optimised model join from here on, until the journal is undone."""
     engine = Engine(model, config, host.doors.get(Door.FORWARD))
-    before, section = host.doors, host.report.sections.get("batching")
+    before, section = host.doors, host.report.sections.get("joined_calls")
     host.doors = before | {Door.FORWARD: engine, Door.SCHEDULE: engine}
-    host.report.sections["batching"] = engine.statistics
+    host.report.sections["joined_calls"] = engine.statistics
 
     def undo() -> None:
         host.doors = before
         if section is None:
-            host.report.sections.pop("batching", None)
+            host.report.sections.pop("joined_calls", None)
         else:
-            host.report.sections["batching"] = section
+            host.report.sections["joined_calls"] = section
 
     journal.did(undo)
     journal.swap_class(model, subclass(TakingTurns, type(model), _hf_accel_engine=engine))

@@ -23,7 +23,7 @@ def serving(model: M, config: BatchingConfig | None = None, **fields: Any) -> It
 
     Calls of any threads, and of `agenerate`, become rows of it; each keeps its own arguments, processors, criteria,
     streamer, seed, tenant and cache, and gets the text that it gets alone. What cannot join runs beside the batch, and
-    `report(model).batching` counts it with the reason. At the end of the block the model is as it was before it.
+    `report(model).joined_calls` counts it with the reason. At the end of the block the model is as it was before it.
 
     Args:
         model: an optimised model, with its token loop (`DecodingConfig`, as every goal has it).

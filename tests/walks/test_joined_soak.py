@@ -114,7 +114,7 @@ def run(calls: int, minutes: float = 0.0) -> None:
     hf_accel.optimize(model, exact(model))
     before = threading.active_count()
     with hf_accel.serving(model, max_rows=6, max_tokens=1200, chunk_tokens=64):
-        engine, report = type(model)._hf_accel_engine, hf_accel.report(model).batching
+        engine, report = type(model)._hf_accel_engine, hf_accel.report(model).joined_calls
         picks = random.Random(0)
         engine.pace.merges = lambda calls: picks.random() < 0.9  # mostly, whatever times say
         soak = Soak(model, calls, minutes)
