@@ -38,6 +38,7 @@ def floors_of(sources: Sources) -> list[set[str]]:
         {"planner"},
         {"api", "recipes"},
         {"loading"},
+        {"endpoint"},
         {"cli"},
         {"__init__"},
     ]
