@@ -23,7 +23,10 @@ async def read_json(request: Request, most_bytes: int) -> Any:
         if len(body) > most_bytes:
             raise Refusal(f"The body has more than {most_bytes} bytes.", status=413, code="request_too_large")
     try:
-        return json.loads(body.decode())
+        found = json.loads(body.decode())
+        if b"\\ud" in body.lower():  # escapes of halves of characters, which only both together are text
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except (ValueError, RecursionError) as error:
         raise Refusal(f"The body is not JSON in UTF-8 ({type(error).__name__}).") from error
 

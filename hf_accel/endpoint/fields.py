@@ -77,8 +77,9 @@ def read_fields(kind: type[T], body: Any) -> T:
     try:
         found = kind.model_validate(check_served(body, set(kind.model_fields)))
     except ValidationError as error:
-        # of what the members of a union say, the one that got furthest
-        first = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
+        # of what the members of a union say, the one that got furthest, and had the right type at least
+        told = error.errors(include_url=False)
+        first = max(told, key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
         path = _path(first["loc"], body, is_missing=first["type"] == "missing")
         raise Refusal(f"{path}: {first['msg']}.", param=path) from error
     if found.temperature is not None and 0 < found.temperature < LEAST_TEMPERATURE:

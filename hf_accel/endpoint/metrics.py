@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -32,8 +33,13 @@ class Metrics:
             buckets=_BETWEEN_S,
             registry=registry,
         )
-        self.running = Gauge("hf_accel_running_requests", "Requests that are generating.", registry=registry)
-        self.waiting = Gauge("hf_accel_waiting_requests", "Requests that wait for a thread.", registry=registry)
+        self._running = Gauge("hf_accel_running_requests", "Requests that are generating.", registry=registry)
+        self._waiting = Gauge("hf_accel_waiting_requests", "Requests that wait for a thread.", registry=registry)
+
+    def follow(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Ask whoever knows how many run and wait, whenever somebody looks."""
+        self._running.set_function(running)
+        self._waiting.set_function(waiting)
 
     def answered(self, path: str, status: int) -> None:
         """Count a request; status 499 stands for one whose client went away."""

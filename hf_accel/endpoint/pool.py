@@ -22,13 +22,14 @@ class Pool:
     """Runs generations in threads. `submit` belongs to the event loop; what a thread does it says to an `Outcome`."""
 
     def __init__(self, limits: Limits, metrics: Metrics) -> None:
-        self._limits, self._metrics = limits, metrics
+        self._limits = limits
         self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="hf_accel generate")
         self._lock = threading.Lock()
         self._open: set[Generation] = set()  # admitted and not over
         self._running: set[Generation] = set()  # of these
         self._usual_s = 1.0  # what a request takes, as of late
         self.is_closing = False
+        metrics.follow(lambda: len(self._running), self._counted_waiting)
 
     def submit(self, generation: Generation, steps: Steps) -> Outcome:
         """Admit a generation, and return what comes of it.
@@ -49,7 +50,6 @@ class Pool:
                     retry_s=min(60, math.ceil(wait_s)),
                 )
             self._open.add(generation)
-            self._count()
         outcome = Outcome(generation)
         self._threads.submit(self._run, generation, steps, outcome)
         return outcome
@@ -58,7 +58,6 @@ class Pool:
         began, error = time.perf_counter(), None
         with self._lock:
             self._running.add(generation)
-            self._count()
         try:
             generation.run(outcome.show, steps.step)
         except Exception as caught:
@@ -69,16 +68,15 @@ class Pool:
                 self._running.discard(generation)
                 self._open.discard(generation)
                 self._usual_s += 0.2 * (time.perf_counter() - began - self._usual_s)
-                self._count()
         outcome.end(error)
 
     def _waiting(self) -> int:
         """Return how many wait for a thread; who went away does not."""
         return sum(not generation.is_cancelled for generation in self._open - self._running)
 
-    def _count(self) -> None:
-        self._metrics.running.set(len(self._running))
-        self._metrics.waiting.set(self._waiting())
+    def _counted_waiting(self) -> int:
+        with self._lock:
+            return self._waiting()
 
     async def close(self) -> None:
         """Admit no more, let those admitted finish within the limit, cancel the rest, and end the threads."""
