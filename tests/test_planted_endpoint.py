@@ -13,7 +13,7 @@ import test_endpoint_text
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 from serving import client
 
-from hf_accel.endpoint import generating, replying, stopping, unserved
+from hf_accel.endpoint import generating, stopping, unserved
 from hf_accel.endpoint.adjusting import Adjusting
 from hf_accel.endpoint.alternatives import Recorder
 from hf_accel.endpoint.asked import Asked
@@ -71,8 +71,8 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         undone_waiting,
         test_endpoint_server.test_too_many_are_sent_away_and_told_when_to_come_back,
     ),
-    "clients who left are not counted": (
-        instead(replying, "CLIENT_GONE", 200),
+    "readers that nobody misses": (
+        instead(Generation, "cancel", nothing),
         test_endpoint_server.test_a_reader_who_leaves_ends_the_call,
     ),
     "characters in parts": (

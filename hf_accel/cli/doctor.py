@@ -28,7 +28,22 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime"),
     "bench": ("psutil",),
     "plot": ("matplotlib",),
-    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "triton", "peft", "gguf", "ruff", "mypy"),
+    "serve": ("fastapi", "uvicorn", "prometheus-client"),
+    "test": (
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "compressed-tensors",
+        "triton",
+        "peft",
+        "gguf",
+        "fastapi",
+        "uvicorn",
+        "prometheus-client",
+        "openai",
+        "ruff",
+        "mypy",
+    ),
 }
 
 
