@@ -88,10 +88,12 @@ class Held:
         self.device = model().device
         self.go, self.reached = threading.Event(), threading.Semaphore(0)
         self.written: list[int] = []
+        self.criteria: list[Any] = []
         self._free = free
 
     def generate(self, stopping_criteria: Any, input_ids: torch.Tensor, **others: Any) -> Any:
         seen, waits = 0, False
+        self.criteria += stopping_criteria
 
         def hold(ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
             nonlocal seen, waits
@@ -107,6 +109,15 @@ class Held:
             return model().generate(input_ids=input_ids, stopping_criteria=criteria, **others)
         finally:
             self.written.append(seen)
+
+    def go_once_cancelled(self) -> None:
+        """Let calls go, in a thread of its own, when the server wants one of them to end."""
+
+        def go() -> None:
+            wait_until(lambda: any(criterion._generation._cancelled.is_set() for criterion in self.criteria))
+            self.go.set()
+
+        threading.Thread(target=go).start()
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -194,6 +194,8 @@ def test_models_health_and_counts() -> None:
     head = {"Authorization": f"Bearer {KEY}"}
     [found] = here.get("/v1/models", headers=head).json()["data"]
     assert (found["id"], found["max_model_len"]) == (NAME, model().config.max_position_embeddings)
+    assert here.get(f"/v1/models/{NAME}", headers=head).json() == found
+    assert here.get("/v1/models/a/other", headers=head).status_code == 404
     body = {"model": NAME, "prompt": PROMPT, "max_tokens": 7}
     assert here.post("/v1/completions", json=body).status_code == 401
     assert here.post("/v1/completions", json=body, headers={"Authorization": "Bearer other"}).status_code == 401

@@ -22,7 +22,6 @@ from hf_accel.endpoint.detokenizing import Detokenizer
 from hf_accel.endpoint.generating import Generation
 from hf_accel.endpoint.metrics import Steps
 from hf_accel.endpoint.pool import Pool
-from hf_accel.endpoint.replying import Reply
 
 
 def every_field_is_known(patch: Patch) -> None:
@@ -60,19 +59,15 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     ),
     "steps that nobody counts": (instead(Steps, "step", nothing), test_endpoint.test_models_health_and_counts),
     "calls that nobody ends": (
-        instead(Generation, "cancel", nothing),
+        instead(Generation, "is_cancelled", property(lambda self: False)),
         test_endpoint_server.test_stopping_waits_no_longer_than_it_was_told,
-    ),
-    "clients that nobody misses": (
-        instead(Reply, "_watch", nothing),
-        test_endpoint_server.test_a_client_that_does_not_wait_for_its_answer_ends_the_call,
     ),
     "no bound on those who wait": (
         undone_waiting,
         test_endpoint_server.test_too_many_are_sent_away_and_told_when_to_come_back,
     ),
     "readers that nobody misses": (
-        instead(Generation, "cancel", nothing),
+        instead(Generation, "is_cancelled", property(lambda self: False)),
         test_endpoint_server.test_a_reader_who_leaves_ends_the_call,
     ),
     "characters in parts": (

@@ -41,7 +41,7 @@ def serve(
     threads: Threads = None,
     name: Annotated[str | None, typer.Option(help="What clients call it.", show_default="MODEL")] = None,
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0: any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="HF_ACCEL_API_KEY", help="What clients must send.", show_default="nothing")
     ] = None,

@@ -57,6 +57,7 @@ class Endpoint:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
         app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_api_route("/v1/completions", self.completions, methods=["POST"])
         app.add_exception_handler(Refusal, self._refused)
@@ -76,8 +77,13 @@ class Endpoint:
     async def models(self, request: Request) -> Response:
         """List the one model."""
         check_key(request, self._key)
-        model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "hf_accel"}
-        return JSONResponse({"object": "list", "data": [model | {"max_model_len": self._prompts.context}]})
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def one_model(self, request: Request, name: str) -> Response:
+        """Describe the model."""
+        check_key(request, self._key)
+        self._check_name(name)
+        return JSONResponse(self._model_card())
 
     async def chat(self, request: Request) -> Response:
         """Answer messages."""
@@ -102,12 +108,19 @@ class Endpoint:
 
     def _fields(self, kind: type[T], body: Any) -> T:
         fields = read_fields(kind, body)
-        if fields.model != self._name:
-            message = f"There is no model {fields.model!r} here, only {self._name!r}."
-            raise Refusal(message, status=404, param="model", code="model_not_found")
+        self._check_name(fields.model)
         if fields.asked().choices > self._limits.choices:
             raise Refusal(f"n: {self._limits.choices} choices at most are served.", param="n")
         return fields
+
+    def _check_name(self, name: str) -> None:
+        if name != self._name:
+            message = f"There is no model {name!r} here, only {self._name!r}."
+            raise Refusal(message, status=404, param="model", code="model_not_found")
+
+    def _model_card(self) -> dict[str, Any]:
+        card = {"id": self._name, "object": "model", "created": self._created, "owned_by": "hf_accel"}
+        return card | {"max_model_len": self._prompts.context}
 
     async def _answered(
         self,
