@@ -38,7 +38,7 @@ def floors_of(sources: Sources) -> list[set[str]]:
         {"planner"},
         {"api", "recipes"},
         {"loading"},
-        {"replicas"},
+        {"replicas", "endpoint"},
         {"cli"},
         {"__init__"},
     ]

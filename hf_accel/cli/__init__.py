@@ -1,4 +1,4 @@
-"""The command line: `hf-accel demo | plan | bench | quantize | doctor`."""
+"""The command line: `hf-accel demo | plan | bench | quantize | serve | doctor`."""
 
 from hf_accel.cli.application import app
 

@@ -16,6 +16,7 @@ from hf_accel.cli.export import export
 from hf_accel.cli.output import errors
 from hf_accel.cli.plan import plan
 from hf_accel.cli.quantize import quantize
+from hf_accel.cli.serve import serve
 from hf_accel.cli.uptrain import uptrain
 from hf_accel.errors import HfAccelError
 
@@ -57,5 +58,5 @@ def main(
     """Makes Hugging Face `model.generate` fast: one line, the same text, everything undoable."""
 
 
-for command in (demo, plan, bench, quantize, export, convert_gqa, uptrain, doctor):
+for command in (demo, plan, bench, quantize, export, convert_gqa, uptrain, serve, doctor):
     app.command()(command)

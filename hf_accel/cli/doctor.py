@@ -29,7 +29,22 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("psutil",),
     "plot": ("matplotlib",),
     "ray": ("ray",),
-    "test": ("pytest", "pytest-xdist", "hypothesis", "compressed-tensors", "triton", "peft", "gguf", "ruff", "mypy"),
+    "serve": ("fastapi", "uvicorn", "prometheus-client"),
+    "test": (
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "compressed-tensors",
+        "triton",
+        "peft",
+        "gguf",
+        "fastapi",
+        "uvicorn",
+        "prometheus-client",
+        "openai",
+        "ruff",
+        "mypy",
+    ),
 }
 
 
