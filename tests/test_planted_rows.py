@@ -14,11 +14,11 @@ from hf_accel.cache.buffers import Buffers
 from hf_accel.cache.layers.evicting import EvictingLayer
 from hf_accel.cache.layers.tiered import TieredLayer
 from hf_accel.cache.tiers.tiers import Tiers
-from hf_accel.core.calls import inputs, present, single_tokens
+from hf_accel.core.calls import cache_rows, inputs, single_tokens
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.present import Present
 from hf_accel.core.calls.single_tokens import SingleTokens
-from hf_accel.decoding import leaving
+from hf_accel.decoding import leaving, staying
 from hf_accel.decoding.leaving import Leaving
 
 
@@ -59,7 +59,7 @@ def lengths_stay(patch: Patch) -> None:
 
 
 def states_of_the_first(patch: Patch) -> None:
-    honest = present.keep_rows
+    honest = cache_rows.keep_rows
 
     def wrong(layers: Any, slots: list[int], device: torch.device, *, gives_back: bool) -> int:
         for layer in layers:
@@ -124,11 +124,11 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         calls.test_rows_stay_where_somebody_would_see_them_leave,
     ),
     "hooks are not looked for": (
-        instead(leaving, "onlooker", nothing),
+        instead(staying, "onlooker", nothing),
         calls.test_rows_stay_where_somebody_would_see_them_leave,
     ),
     "the longest row leaves": (
-        instead(leaving, "_rope_obstacle", nothing),
+        instead(staying, "_rope_obstacle", nothing),
         calls.test_rows_stay_where_the_longest_moves_the_others_positions,
     ),
     "nothing is weighed": (always_pays, calls.test_rows_stay_where_no_time_is_left_to_pay_for_moving_them),

@@ -20,7 +20,8 @@ from hf_accel.cache.layers.growing import GrowingLayer
 from hf_accel.cache.layers.sliding import GrowingSlidingLayer
 from hf_accel.cache.layers.tiered import TieredLayer
 from hf_accel.cache.tiers.tiers import Tiers
-from hf_accel.core.calls.present import Present, keep_rows
+from hf_accel.core.calls.cache_rows import keep_rows
+from hf_accel.core.calls.present import Present
 
 CPU = torch.device("cpu")
 

@@ -57,7 +57,7 @@ class RaggedLayer(Protocol):
 
 
 class LeavingLayer(Protocol):
-    """A cache layer that rows can leave when their text has ended, see `hf_accel.core.calls.present`.
+    """A cache layer that rows can leave when their text has ended, see `hf_accel.core.calls.cache_rows`.
 
     `rows_stay(n)` says why they stay while n rows go on, None if they can leave. `keep_rows(slots)` lets row b be what
     row slots[b] was, where slots[b] >= b, and drops the others; with `gives_back` their memory as well, by a copy of

@@ -17,9 +17,10 @@ import torch
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hf_accel.core.calls.cache_rows import cache_rows_stay, keep_rows
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
-from hf_accel.core.calls.present import Present, cache_rows_stay, keep_rows
+from hf_accel.core.calls.present import Present
 from hf_accel.core.calls.recurrent import EMPTY, Recall, RecurrentStates, crop_attention
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of

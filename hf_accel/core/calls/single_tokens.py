@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from hf_accel.core.calls.cache_rows import cache_rows_stay, keep_rows
 from hf_accel.core.calls.forward import runner_of
 from hf_accel.core.calls.inputs import LeanInputs, StockInputs
-from hf_accel.core.calls.present import Present, cache_rows_stay, keep_rows
+from hf_accel.core.calls.present import Present
 
 
 class SingleTokens:
