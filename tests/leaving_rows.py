@@ -32,7 +32,7 @@ class Watched:
     @property
     def rows(self) -> dict[str, Any]:
         """What the report says of rows that ended."""
-        found: dict[str, Any] = hf_accel.report(self.model).to_dict()["rows"]
+        found: dict[str, Any] = hf_accel.report(self.model).to_dict()["rows_left"]
         return found
 
 

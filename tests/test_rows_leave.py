@@ -183,7 +183,7 @@ def test_nothing_leaves_where_that_is_switched_off() -> None:
     found = fresh(configs=[*CONFIGS[:2], DecodingConfig(rows_leave=False)])
     assert_equal_calls(stock("llama"), found.model, asking())
     assert set(found.passes) == {8}
-    assert hf_accel.report(found.model).to_dict()["rows"] is None
+    assert hf_accel.report(found.model).to_dict()["rows_left"] is None
     with pytest.raises(ConfigError, match="rows_leave is True or False; 1 was given"):
         DecodingConfig(rows_leave=1)  # type: ignore[arg-type]
 
@@ -208,7 +208,7 @@ def test_rows_leave_steps_of_several_tokens(drafter: str, samples: bool) -> None
     hf_accel.optimize(model, [*CONFIGS, drafts], draft_model=noisy("llama") if drafter == "model" else None)
     call = asking(do_sample=samples)
     assert_equal_calls(stock("llama"), model, call)
-    rows = hf_accel.report(model).to_dict()["rows"]
+    rows = hf_accel.report(model).to_dict()["rows_left"]
     assert rows["left"] >= 6
     assert rows["row_steps_saved"] > 20
     assert_equal_calls(stock("llama"), model, lambda each: ask(each, 4, **DRAFTED_ENDS, do_sample=samples))

@@ -15,7 +15,7 @@ from hf_accel.decoding.loop import TokenLoop
 from hf_accel.decoding.rows_left import RowsLeft
 from hf_accel.errors import ConfigError
 
-SECTION = "rows"
+SECTION = "rows_left"
 
 
 @dataclass(frozen=True, kw_only=True)
