@@ -18,6 +18,7 @@ from hf_accel.core.calls import cache_rows, inputs, single_tokens
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.present import Present
 from hf_accel.core.calls.single_tokens import SingleTokens
+from hf_accel.core.model import onlookers
 from hf_accel.decoding import leaving, staying
 from hf_accel.decoding.leaving import Leaving
 
@@ -126,6 +127,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "hooks are not looked for": (
         instead(staying, "onlooker", nothing),
         calls.test_rows_stay_where_somebody_would_see_them_leave,
+    ),
+    "what modules keep is not looked for": (
+        instead(onlookers, "_is_of_rows", lambda value, rows: False),
+        calls.test_rows_stay_where_modules_keep_something_of_them,
     ),
     "the longest row leaves": (
         instead(staying, "_rope_obstacle", nothing),

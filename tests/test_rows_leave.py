@@ -9,12 +9,12 @@ import recurrent_models
 import torch
 from comparison import assert_equal_calls
 from leaving_rows import CONFIGS, ENDS, ROWS, asking, fresh, shrank, watched
-from models import FEW, build, stock
+from models import FEW, SMALL, Tiny, build, randomize, stock
 from speculating import ENDS as DRAFTED_ENDS
 from speculating import ask, noisy
 from test_generate import Penalise, StopAt
 from texts import tokenizer
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import hf_accel
 from hf_accel import DecoderBlockConfig, DecodingConfig, KVCacheConfig, SpeculativeConfig
@@ -150,6 +150,22 @@ def test_rows_stay_where_somebody_would_see_them_leave(who: str) -> None:
     assert set(found.passes) == {8}
     assert [reason in each for each in found.rows["stayed"]] == [True]
     assert not found.rows["left"]
+
+
+def test_rows_stay_where_modules_keep_something_of_them() -> None:
+    """RecurrentGemma has its states in its modules, and begins anew with those of another shape."""
+
+    def made() -> Any:
+        config = SMALL | {"block_types": ["recurrent", "attention"], "lru_width": 48, "attention_window_size": 16}
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("recurrent_gemma", **config))
+        randomize(model, Tiny("recurrent_gemma", config))
+        return model.eval()
+
+    found = watched(made(), [KVCacheConfig(), DecodingConfig()])
+    assert_equal_calls(made(), found.model, asking([9] * 8, eos_token_id=list(range(4, 40))))
+    assert set(found.passes) == {8}
+    assert "keeps something of each row" in next(iter(found.rows["stayed"]))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

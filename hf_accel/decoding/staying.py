@@ -23,7 +23,8 @@ def call_obstacle(call: Call) -> str | None:
         return "the model is in training mode, where dropout draws for all rows"
     if other := next((type(each).__name__ for each in call.stopping_criteria if type(each) not in CRITERIA), None):
         return f"{other} may look at more than the tokens of a row"
-    return processor_obstacle(call.logits_processor) or _rope_obstacle(call) or onlooker(call.model)
+    reason = processor_obstacle(call.logits_processor) or _rope_obstacle(call)
+    return reason or onlooker(call.model, len(call.input_ids))
 
 
 def _rope_obstacle(call: Call) -> str | None:

@@ -65,6 +65,8 @@ class StockInputs:
             return "the model's own methods prepare its inputs"
         if others := sorted(set(given) - GROWING - CONSTANT - WITHOUT_ROWS):
             return f"the model is given {', '.join(others)}"
+        if self.cache is None and given.get("use_cache") is not False:
+            return "the model keeps what it has read outside a cache"
         return _further_axes(given)
 
     def keep_rows(self, index: torch.Tensor, rows: int) -> None:

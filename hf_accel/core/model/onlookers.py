@@ -13,10 +13,11 @@ from hf_accel.core.model.watching import are_hooked
 LIBRARIES = frozenset({"torch", "transformers", "hf_accel", "peft"})
 
 
-def onlooker(model: Any) -> str | None:
-    """Return who may see the rows of a pass through `model`, None if nobody does. Cost: a microsecond per module.
+def onlooker(model: Any, rows: int) -> str | None:
+    """Return who may see the rows of a pass through `model`, None if nobody does. Cost: some microseconds per module.
 
-    Hooks, forwards set from outside, modules of classes of the user's, and what was compiled for a number of rows.
+    Hooks, forwards set from outside, modules of classes of the user's, what was compiled for a number of rows, and
+    modules that keep something of each of the `rows` from pass to pass, as those of RecurrentGemma do.
     """
     modules = list(model.modules())
     hooks = [hook for each in modules for hook in (each._forward_hooks, each._forward_pre_hooks) if hook]
@@ -29,6 +30,14 @@ def onlooker(model: Any) -> str | None:
             return "a module is compiled for the rows of the batch"
         if "forward" in held:
             return f"the forward of a {type(module).__name__} is not its class's"
+        if any(_is_of_rows(value, rows) for value in held.values()):
+            return f"a {type(module).__name__} keeps something of each row"
         if type(module).__module__.partition(".")[0] not in LIBRARIES:
             return f"a {type(module).__name__} is of none of the libraries that are known to take each row by itself"
     return None
+
+
+def _is_of_rows(value: Any, rows: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 1 and value.shape[0] == rows
+    return isinstance(value, (list, tuple)) and any(_is_of_rows(each, rows) for each in value)
