@@ -262,3 +262,16 @@ def test_the_model_is_as_it_was_after_the_block() -> None:
         assert type(model) is kind
         assert hf_accel.core.calls.hosting.host_of(model).doors is doors
         assert hf_accel.report(model).joined_calls is None
+
+
+def test_rows_that_have_ended_leave_the_batch_of_all() -> None:
+    model = build("llama")
+    batches = [padded([9, 4, 7], seed=1), padded([6, 11], seed=2), {"input_ids": prompt(1, 8)}]
+    given = {"max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": list(range(0, 128, 9)), "do_sample": False}
+    wanted = [model.generate(**batch, **given) for batch in batches]
+    with optimised(model, len(batches)) as report:
+        calls = [lambda batch=batch: model.generate(**batch, **given) for batch in batches]
+        assert_same(together(calls), wanted)
+        assert report.most_rows == 6
+        assert "left their batch" in str(hf_accel.report(model).rows_left)
+    assert len({len(text[0]) for text in wanted}) > 1

@@ -71,6 +71,14 @@ class Admission:
                 self._changed.notify_all()
         return place
 
+    def shrink(self, place: Place, rows: int) -> None:
+        """Give up what rows took that have left: `rows` are left."""
+        with self._changed:
+            tokens = place.tokens * rows // place.rows
+            self.rows, self.tokens = self.rows + rows - place.rows, self.tokens + tokens - place.tokens
+            place.rows, place.tokens = rows, tokens
+            self._changed.notify_all()
+
     def leave(self, place: Place) -> None:
         """Give the place up."""
         with self._changed:

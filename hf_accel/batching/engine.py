@@ -15,7 +15,7 @@ import torch
 
 from hf_accel.batching.admission import Admission
 from hf_accel.batching.config import BatchingConfig
-from hf_accel.batching.joining import fits, joining_obstacle, part_of
+from hf_accel.batching.joining import fits, follow_rows, joining_obstacle, part_of
 from hf_accel.batching.meeting import Meeting, Submission
 from hf_accel.batching.pace import Pace
 from hf_accel.batching.passes import Passes
@@ -81,6 +81,8 @@ class Engine:
     def __call__(self, **inputs: Any) -> Any:
         """Return the outputs of the model, of a pass that may be for other calls, too. See `Door.FORWARD`."""
         seat = self._seat
+        if seat is not None and seat.part is not None and follow_rows(seat.part, inputs):
+            self.admission.shrink(seat.place, seat.part.rows)
         if seat is None or seat.part is None or not fits(seat.part, inputs):
             with self.turn.taken(next(_latest) if seat is None else seat.number):
                 return self.run(**inputs)
@@ -122,7 +124,7 @@ class Engine:
         reason = reason or joining_obstacle(call)
         tokens = rows * int(call.generation_config.max_length or call.input_ids.shape[1])
         place = self.admission.enter(rows, tokens, check_wanted)
-        seat = Seat(self.turn, self.meeting, self.statistics, place.number, None if reason else part_of(call))
+        seat = Seat(self.turn, self.meeting, self.statistics, place, None if reason else part_of(call))
         try:
             self._local.seat = seat
             self.statistics.began(reason, time.perf_counter() - begin)

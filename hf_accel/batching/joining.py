@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_accel.batching.merged import Part
 from hf_accel.core.calls.call import Call
-from hf_accel.core.calls.forward import apart_obstacle, understood_inputs
+from hf_accel.core.calls.forward import understood_inputs
+from hf_accel.core.calls.rows import apart_obstacle
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import BACK_ENDS
 
@@ -66,6 +67,17 @@ def part_of(call: Call) -> Part:
     starts = None if mask is None else starts_of(mask)
     padded = starts if starts and any(starts) else None
     return Part(call.model_kwargs[CACHE], len(call.input_ids), padded, understood_inputs(call.model))
+
+
+def follow_rows(part: Part, inputs: dict[str, Any]) -> bool:
+    """Let a part have the rows that are left, where others have ended and left; return whether any have."""
+    rows = len(inputs["input_ids"])
+    if rows >= part.rows:
+        return False
+    mask = inputs.get("attention_mask")
+    starts = None if mask is None else starts_of(mask)
+    part.rows, part.starts = rows, starts if starts and any(starts) else None
+    return True
 
 
 def fits(part: Part, inputs: dict[str, Any]) -> bool:

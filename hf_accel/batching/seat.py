@@ -6,6 +6,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+from hf_accel.batching.admission import Place
 from hf_accel.batching.meeting import Meeting
 from hf_accel.batching.merged import Part
 from hf_accel.batching.statistics import BatchingStatistics
@@ -16,17 +17,21 @@ from hf_accel.core.calls.cancelling import check_wanted
 class Seat:
     """As a context it wraps each step of the call: what brings its next token.
 
-    number: of the call, in the order of arrival. part: its rows; None: its passes run beside the batch.
+    place: what the call takes up. part: its rows; None: its passes run beside the batch.
     """
 
     def __init__(
-        self, turn: Turn, meeting: Meeting, statistics: BatchingStatistics, number: int, part: Part | None
+        self, turn: Turn, meeting: Meeting, statistics: BatchingStatistics, place: Place, part: Part | None
     ) -> None:
         self._of_passes, self._meeting, self._statistics = turn, meeting, statistics
-        self.number, self.part = number, part
+        self.place, self.part = place, part
         self.is_writing = False
         self._last: float | None = None
         self._turn: AbstractContextManager[None] | None = None
+
+    @property
+    def number(self) -> int:
+        return self.place.number
 
     def write(self) -> None:
         """Note that the call writes from here on: steps wait for it."""

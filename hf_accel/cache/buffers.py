@@ -176,6 +176,42 @@ class Buffers:
         self.rows, self.start, self.stop = None, 0, self.keys.shape[2]
         self.grow(tokens)
 
+    def keep_rows(self, slots: list[int], *, gives_back: bool) -> int:
+        """Let row b be what row slots[b] >= b was and drop the others; return the bytes freed.
+
+        gives_back: what remains is copied to buffers of its own; else single rows move, and the memory stays.
+        """
+        if self.keys is None:
+            return 0
+        # without room behind what is in use, tensors that were assigned may be somebody's
+        copies = gives_back or self.is_frozen() or self.stop == self.keys.shape[2]
+        before = self._storage_bytes()
+        if self.rows is not None:
+            self.rows = self.rows[slots]
+        keep = self._copied_rows if copies else self._moved_rows
+        self.keys = keep(self.keys, slots)  # one after the other, so that memory does not double
+        self.values = keep(self.values, slots)
+        return before - self._storage_bytes()
+
+    def _moved_rows(self, buffer: torch.Tensor, slots: list[int]) -> torch.Tensor:
+        used = self.used(buffer)
+        for row, slot in enumerate(slots):
+            if row != slot:
+                used[row].copy_(used[slot])
+        return buffer.narrow(0, 0, len(slots))
+
+    def _copied_rows(self, before: torch.Tensor, slots: list[int]) -> torch.Tensor:
+        buffer = pages.advise(before.new_empty((len(slots), *before.shape[1:])))
+        old, new = self.used(before), self.used(buffer)
+        for row, slot in enumerate(slots):
+            new[row].copy_(old[slot])
+        if self.rows is not None:
+            buffer.narrow(2, self.stop, buffer.shape[2] - self.stop).zero_()
+        return buffer
+
+    def _storage_bytes(self) -> int:
+        return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values))
+
     # ---- room
 
     def make_room(self, keys_like: torch.Tensor, values_like: torch.Tensor, tokens: int) -> None:

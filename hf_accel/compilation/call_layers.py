@@ -192,6 +192,10 @@ class CallLayer(DynamicLayer):
 
     # ---- rows of the batch
 
+    def rows_stay(self, rows: int) -> str | None:
+        """See `hf_accel.core.calls.cache_layers.LeavingLayer`: another number of rows would be another capture."""
+        return "steps over fixed buffers are captured for all rows"
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select(lambda used: used.index_select(0, beam_idx.to(used.device)))
 

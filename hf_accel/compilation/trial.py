@@ -12,7 +12,7 @@ from hf_accel.compilation.capture import Capture
 from hf_accel.compilation.runner import record
 from hf_accel.compilation.slots import Slot, capacity_for
 from hf_accel.compilation.trace import trace_obstacle
-from hf_accel.core.calls.forward import apart_obstacle
+from hf_accel.core.calls.rows import apart_obstacle
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.rope import moving_rope
 from hf_accel.errors import described

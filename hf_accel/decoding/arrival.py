@@ -20,15 +20,22 @@ REPEATABLE = frozenset({MaxLengthCriteria, EosTokenCriteria, StopStringCriteria}
 class Arrival:
     """The tokens [B] of a step, where somebody wants them, and whether the text is done: on their way to the host.
 
-    device: where the step runs. is_done: on the device, or known to the host.
+    device: where the step runs. is_done: on the device, or known to the host. unfinished: [B], where it is asked for.
     """
 
-    def __init__(self, device: torch.device, tokens: torch.Tensor | None, is_done: torch.Tensor | bool) -> None:
-        self._tokens, self._is_done, self._event = tokens, is_done, None
+    def __init__(
+        self,
+        device: torch.device,
+        tokens: torch.Tensor | None,
+        is_done: torch.Tensor | bool,
+        unfinished: torch.Tensor | None = None,
+    ) -> None:
+        self._tokens, self._is_done, self._event, self._unfinished = tokens, is_done, None, unfinished
         if device.type == "cuda":
             if isinstance(is_done, torch.Tensor):
                 self._is_done = _sent(is_done)
             self._tokens = None if tokens is None else _sent(tokens)
+            self._unfinished = None if unfinished is None else _sent(unfinished)
             self._event = torch.cuda.Event()
             # of the tokens' device, which need not be the current one
             self._event.record(torch.cuda.current_stream(device))
@@ -42,6 +49,11 @@ class Arrival:
         """Wait for them, and return tokens on the CPU, None where nobody wants them, and whether the text is done."""
         self.wait()
         return None if self._tokens is None else self._tokens.cpu(), bool(self._is_done)
+
+    def ended(self) -> set[int]:
+        """Return the rows that have ended, after `get`."""
+        unfinished = [] if self._unfinished is None else self._unfinished.tolist()
+        return {row for row, goes_on in enumerate(unfinished) if not goes_on}
 
 
 def _sent(tensor: torch.Tensor) -> torch.Tensor:

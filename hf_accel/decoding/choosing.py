@@ -14,6 +14,7 @@ import torch
 
 from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.forward import StepOutputs
+from hf_accel.core.calls.present import Present
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.calls.seeding import generator_on
 from hf_accel.decoding.draws import Draws
@@ -35,8 +36,17 @@ class NextTokens:
     outputs: Any = None  # of the forward pass, with attentions and hidden states
 
 
-def next_tokens(outputs: Any, input_ids: torch.Tensor, call: Call) -> NextTokens:
-    """Choose from the outputs of a forward pass as stock does, in its precision; input_ids: [B, S], all so far."""
+def next_tokens(outputs: Any, input_ids: torch.Tensor, call: Call, present: Present | None = None) -> NextTokens:
+    """Choose from the outputs of a forward pass as stock does, in its precision; input_ids: [B, S], all so far.
+
+    present: the rows that the outputs are of, None: all. What is chosen for the others means nothing.
+    """
+    if present is not None and not present.is_whole:
+        if not (call.generation_config.do_sample or call.logits_processor):
+            found = next_tokens(outputs, input_ids, call)
+            return NextTokens(present.spread(found.tokens), None, None, outputs)
+        # processors and draws are of all rows
+        outputs = StepOutputs(logits=present.spread(outputs.logits[:, -1:]))
     config = call.generation_config
     collects = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     if isinstance(outputs, StepOutputs) and not (config.do_sample or call.logits_processor or collects):

@@ -13,12 +13,17 @@ from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.doors import MAKERS, Door, Scheduler
 from hf_accel.core.calls.rollback import recording
 from hf_accel.core.drift import CACHE
+from hf_accel.decoding.leaving import Leaving
+from hf_accel.decoding.rows_left import RowsLeft
 from hf_accel.decoding.speculating import speculation_of, steps_of
 from hf_accel.decoding.writing import Writing
 
 
 class TokenLoop:
-    """Serves the calls that `obstacle` lets through."""
+    """Serves the calls that `obstacle` lets through. rows_left: counts rows that leave; None: none leave."""
+
+    def __init__(self, rows_left: RowsLeft | None) -> None:
+        self.rows_left = rows_left
 
     def obstacle(self, call: Call) -> str | None:
         """Return why stock must serve this call, None if this loop does."""
@@ -44,18 +49,24 @@ class TokenLoop:
             steps = steps_of(call, speculation, outputs)
             del outputs
             writing.lag = steps.lag
+            if self.rows_left is not None and writing.pads_ended_rows:
+                steps.leaving, writing.asks_who_ended = Leaving(call, steps.passes, self.rows_left), True
             try:
                 with model._optimize_model_for_decode():
                     while writing.goes_on():
+                        if writing.ended:
+                            steps.leave(writing.ended, writing.length)
                         with seat:
                             step = steps.follow() or steps.next(writing.input_ids, writing.unfinished)
                         writing.take(step)
                 if surplus := writing.take_back():
                     steps.take_back(surplus)
                 steps.close(writing.input_ids)
+                if steps.leaving is not None:
+                    steps.leaving.close()
                 return writing.result(steps.cache)
             finally:
                 writing.settle()
 
 
-MAKERS[Door.TOKEN_LOOP] = TokenLoop
+MAKERS[Door.TOKEN_LOOP] = lambda: TokenLoop(RowsLeft())

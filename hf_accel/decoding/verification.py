@@ -77,6 +77,19 @@ class VerifiedSteps(Steps):
         self._append(self.chooser.choose(scores).tolist(), [0] * len(rows), scores, logits)
         self.session: Session = speculation.open(call, rows, self.stepper, self.chooser)
 
+    @property
+    def passes(self) -> Stepper:
+        return self.stepper
+
+    def leave(self, ended: set[int], tokens: int) -> None:
+        """Do nothing: rows leave as soon as their last tokens are known, which are handed out later."""
+
+    def _let_leave(self) -> None:
+        rows = self.rows
+        if self.leaving is not None and any(rows.ended) and (live := rows.live()):
+            ended = {row for row, is_over in enumerate(rows.ended) if is_over}
+            self.leaving.consider(ended, max(rows.lengths[row] for row in live))
+
     def next(self, input_ids: torch.Tensor, unfinished: torch.Tensor) -> NextTokens:
         rows = self.rows
         if self._after is not None:
@@ -90,6 +103,7 @@ class VerifiedSteps(Steps):
             if self._last is not None and rows.lengths[0] > self._last:
                 self._after = self._plain_steps_after(input_ids.shape[1])
                 return self._after.next(input_ids, unfinished)
+            self._let_leave()
             if not self._can_step_plainly() or (count := self.session.plain_steps(self._room())) < 1:
                 self._verify()
                 continue

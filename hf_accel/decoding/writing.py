@@ -22,6 +22,7 @@ class Writing:
     unfinished: [B], 1 for the rows that still count.
     lag: how many steps are taken in before it is known whether the text was done before them: a device that runs behind
     the host is asked late, and what turns out to be surplus is taken back.
+    ended: the rows known to have ended, where `asks_who_ended`; they are given padding from then on.
     """
 
     def __init__(self, call: Call) -> None:
@@ -33,11 +34,13 @@ class Writing:
         pad: Any = config._pad_token_tensor
         self._pad: Any = pad.to(self._device) if pad is not None else None
         has_end = any(hasattr(criterion, "eos_token_id") for criterion in call.stopping_criteria)
-        self._pads_finished_rows = has_end and rows > 1  # a single row that has ended ends the text
+        self.pads_ended_rows = has_end and rows > 1  # a single row that has ended ends the text
         self._collected = Collected.for_config(config)
         self._collects = any(self._collected.wanted.values())
         self._returns_dict = config.return_dict_in_generate
         self.lag = 0
+        self.asks_who_ended = False
+        self.ended: set[int] = set()
         self._arrivals: deque[Arrival] = deque()
         self._latest: Arrival | None = None
         lengths = [criterion.max_length for criterion in self._criteria if type(criterion) is MaxLengthCriteria]
@@ -51,6 +54,11 @@ class Writing:
             self._end_ids = frozenset(token for end in self._ends for token in end.eos_token_id.flatten().tolist())
         positions = getattr(call.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._certain = min([*lengths, *([positions] if positions else [])], default=0)  # from here on, never late
+
+    @property
+    def length(self) -> int:
+        """Tokens of every row, padding included."""
+        return self._length
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -68,6 +76,7 @@ class Writing:
                 self._streamer.put(tokens)
             if is_done:
                 return False
+            self.ended = arrival.ended()
         return True
 
     def take_back(self) -> int:
@@ -85,7 +94,7 @@ class Writing:
         if self._collects:
             self._collected.add(step)
         tokens = step.tokens
-        if self._pads_finished_rows:
+        if self.pads_ended_rows:
             tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)
         self._new.append(tokens)
         self._length += 1
@@ -99,7 +108,8 @@ class Writing:
             for end in self._ends:
                 self.unfinished = self.unfinished & ~end(tokens[:, None], None)
             is_done = is_done or ~self.unfinished.any()
-        self._latest = Arrival(self._device, None if self._streamer is None else tokens, is_done)
+        unfinished = self.unfinished if self.asks_who_ended else None
+        self._latest = Arrival(self._device, None if self._streamer is None else tokens, is_done, unfinished)
         self._arrivals.append(self._latest)
 
     def settle(self) -> None:

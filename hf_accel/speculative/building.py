@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from hf_accel.core.calls.doors import Door
-from hf_accel.core.calls.forward import apart_obstacle
 from hf_accel.core.calls.hosting import Host
+from hf_accel.core.calls.rows import apart_obstacle
 from hf_accel.core.config import Config
 from hf_accel.core.failures import converting
 from hf_accel.core.model.modes import evaluating

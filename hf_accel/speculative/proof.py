@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from hf_accel.core.calls.forward import apart_obstacle
+from hf_accel.core.calls.rows import apart_obstacle
 from hf_accel.core.model.rope import moving_rope, unfamiliar_lengths
 from hf_accel.errors import described
 from hf_accel.kernels.weights import PackedProduct

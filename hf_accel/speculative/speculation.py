@@ -88,7 +88,9 @@ class ModelSpeculation:
             if source.form is None:
                 drafter = LookupDrafter(rows, by_confidence, history)
             elif source.form.has_own_cache:
-                drafter = OwnCacheDrafter(source.form.model, self.prepare_cache, rows, chooser, call.model_kwargs)
+                drafter = OwnCacheDrafter(
+                    source.form.model, self.prepare_cache, rows, chooser, call.model_kwargs, stepper.present
+                )
             else:
                 drafter = SharedCacheDrafter(source.form.model, source.form.layers, rows, chooser, stepper)
             candidates.append(Candidate(source, drafter, source.draft_s * scale, overall, by_confidence))

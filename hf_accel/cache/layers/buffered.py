@@ -124,6 +124,14 @@ class BufferedLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._select(lambda used: used[indices, ...])
 
+    def rows_stay(self, rows: int) -> str | None:
+        """See `hf_accel.core.calls.cache_layers.LeavingLayer`."""
+        return None
+
+    def keep_rows(self, slots: list[int], *, gives_back: bool) -> int:
+        """See `hf_accel.core.calls.cache_layers.LeavingLayer`."""
+        return self.buffers.keep_rows(slots, gives_back=gives_back)
+
     def _select(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the rows of the batch by those that `choose` makes of a tensor."""
         if self.get_seq_length():

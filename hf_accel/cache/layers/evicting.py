@@ -103,6 +103,14 @@ class EvictingLayer(BufferedLayer):
         self._received = None if self._received is None else choose(self._received)
         self.mask = None if self.mask is None else choose(self.mask)
 
+    def keep_rows(self, slots: list[int], *, gives_back: bool) -> int:
+        """See `hf_accel.core.calls.cache_layers.LeavingLayer`."""
+        if self._valid is not None:
+            self._valid, self._counts = self._valid[slots], [self._counts[slot] for slot in slots]
+        self._received = None if self._received is None else self._received[slots]
+        self.mask = None  # of the prompt, which has been read
+        return super().keep_rows(slots, gives_back=gives_back)
+
     def _keys(self) -> torch.Tensor:
         """Return the keys that are kept, decoded."""
         return self.buffers.held(self.buffers.start, self.buffers.stop).dense()[0]

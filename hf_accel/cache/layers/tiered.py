@@ -144,3 +144,14 @@ class TieredLayer(BufferedLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.buffers.keys is not None:
             self._choose_rows(torch.arange(self.buffers.keys.shape[0])[indices.cpu()])
+
+    def rows_stay(self, rows: int) -> str | None:
+        """See `hf_accel.core.calls.cache_layers.LeavingLayer`: of blocks in memory rows are copied at every step."""
+        if self.buffers.keys is None or 3 * rows <= self.buffers.keys.shape[0] or not self.tiers.lends(self.index):
+            return None
+        return "older blocks of the cache are read where they lie"
+
+    def keep_rows(self, slots: list[int], *, gives_back: bool) -> int:
+        """See `hf_accel.core.calls.cache_layers.LeavingLayer`; blocks stay whole, and these rows are read of them."""
+        self.tiers.select(self.index, torch.tensor(slots))
+        return super().keep_rows(slots, gives_back=gives_back)

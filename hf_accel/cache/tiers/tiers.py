@@ -113,6 +113,10 @@ class Tiers:
         """Return the number of blocks of a layer."""
         return len(self._layers.get(layer, ()))
 
+    def lends(self, layer: int) -> bool:
+        """Return whether blocks of a layer are read where they lie, which a choice of their rows would end."""
+        return any(block.rows is None and not self._placing.is_away(block) for block in self._layers.get(layer, ()))
+
     def select(self, layer: int, rows: torch.Tensor) -> None:
         """Let row b of every block of the layer be what row rows[b] was; rows: integers [B'].
 

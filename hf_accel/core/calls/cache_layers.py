@@ -61,6 +61,19 @@ class RaggedLayer(Protocol):
     def set_rows(self, lengths: list[int]) -> None: ...
 
 
+class LeavingLayer(Protocol):
+    """A cache layer that rows can leave when their text has ended, see `hf_accel.core.calls.cache_rows`.
+
+    `rows_stay(n)` says why they stay while n rows go on, None if they can leave. `keep_rows(slots)` lets row b be what
+    row slots[b] was, where slots[b] >= b, and drops the others; with `gives_back` their memory as well, by a copy of
+    all that remain. It returns the bytes that were freed.
+    """
+
+    def rows_stay(self, rows: int) -> str | None: ...
+
+    def keep_rows(self, slots: list[int], *, gives_back: bool) -> int: ...
+
+
 class StaticLayer(Protocol):
     """A cache layer of fixed buffers, of whose lengths only the device knows: a step over it can be captured.
 

@@ -1,10 +1,10 @@
 """Forward passes after the prompt: the only place that calls a model there, be it to decode, to verify or to draft.
 
-`SingleTokens` feeds one token to every row, with the inputs that stock would give. `Stepper` feeds T tokens to every
-row of a cache, each at its own position, and `keep` says how many tokens of each row stay: one row (or rows in step)
-by cropping, which every transformers cache understands; rows apart by `RaggedLayer`, with explicit masks [B, 1, T, S];
-recurrent states by a copy, which then read again what stays.
-Nothing is re-padded or moved. Cost beside the forward pass: the masks of rows apart, B T S bytes.
+Plain decoding feeds one token to every row, see `single_tokens`. `Stepper` feeds T tokens to every row of a cache, each
+at its own position, and `keep` says how many tokens of each row stay: one row (or rows in step) by cropping, which
+every transformers cache understands; rows apart by `RaggedLayer`, with explicit masks [B, 1, T, S]; recurrent states by
+a copy, which then read again what stays. Nothing is re-padded, and moved only where rows that have ended leave, see
+`present`. Cost beside the forward pass: the masks of rows apart, B T S bytes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hf_accel.core.calls.cache_rows import cache_rows_stay, keep_rows
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
-from hf_accel.core.calls.inputs import LeanInputs, StockInputs
+from hf_accel.core.calls.present import Present
 from hf_accel.core.calls.recurrent import EMPTY, Recall, RecurrentStates, crop_attention
 from hf_accel.core.drift import CACHE
 from hf_accel.core.model.back_ends import masks_of
@@ -41,66 +42,6 @@ def runner_of(model: Any) -> Callable[..., Any]:
     host = host_of(model)
     who: Callable[..., Any] = model if host is None else host.doors.get(Door.FORWARD, model)
     return who
-
-
-def apart_obstacle(model: Any) -> str | None:
-    """Return why the masks of rows that are apart cannot be given to `model`, None if they can."""
-    if any(buffer.dtype is torch.bool and buffer.dim() > 1 for buffer in model.buffers()):
-        return "its attention has masks of its own"  # of the columns of the cache, whatever row they belong to
-    config = model.config.get_text_config(decoder=True)
-    if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of {', '.join(sorted(kinds))}"
-    if masks_of(model.config._attn_implementation) is None:
-        return f"its attention is {model.config._attn_implementation}"
-    return None
-
-
-class SingleTokens:
-    """The forward passes of plain decoding, one token per row, with whatever inputs the model takes."""
-
-    def __init__(self, model: Any, model_kwargs: dict[str, Any], outputs: Any, is_first: bool = True) -> None:
-        """Begin with the outputs of the prompt, from which the first tokens are chosen, or of a later pass."""
-        is_lean = LeanInputs.fit(model, model_kwargs, outputs)
-        self._inputs = LeanInputs(model_kwargs) if is_lean else StockInputs(model, model_kwargs)
-        self._run, self._outputs = runner_of(model), outputs
-        self._is_first, self._followed = is_first, 0
-        self._follow = getattr(self._run, "follow", None) if is_lean else None
-
-    def follow(self) -> torch.Tensor | None:
-        """Return the tokens [B] that follow greedily on those chosen greedily in the latest pass, after another pass.
-
-        None where whoever runs the passes cannot go on by itself.
-        """
-        if self._is_first or self._follow is None:
-            return None
-        choices: torch.Tensor | None = self._follow(self._inputs.cache)
-        if choices is None:
-            return None
-        self._outputs = None
-        self._followed += 1
-        return choices[:, 0]
-
-    def next(self, input_ids: torch.Tensor) -> Any:
-        """Return the outputs that the next token of every row is chosen from; `input_ids` is all so far, [B, S]."""
-        if not self._is_first:
-            self._catch_up()
-            inputs = self._inputs.next(self._outputs, input_ids)
-            self._outputs = None  # the logits of the prompt can be large
-            self._outputs = self._run(**inputs, return_dict=True)
-        self._is_first = False
-        return self._outputs
-
-    def close(self) -> Any:
-        """Return the cache that stock would return after the last pass."""
-        self._catch_up()
-        self._inputs.absorb(self._outputs)
-        return self._inputs.cache
-
-    def _catch_up(self) -> None:
-        """Let the inputs grow by the tokens that were taken in meanwhile."""
-        if self._followed:
-            self._inputs.absorb(None, self._followed)  # type: ignore[call-arg]
-            self._followed = 0
 
 
 class Stepper:
@@ -129,6 +70,7 @@ class Stepper:
         self.mask, self.positions, self.prompt_tokens = mask, positions, prompt_tokens
         self.layers, self.others = layers, others
         self.is_ragged = False
+        self.present = Present(len(self.lengths), model.device)  # lengths, mask, positions and tokens are of all rows
         self.has_windows = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
         states = RecurrentStates.of(self._layers())
         self.recall = None if states is None else Recall(states)
@@ -138,7 +80,7 @@ class Stepper:
         found = Stepper(
             model, self.cache, self.lengths, self.mask, self.positions, self.prompt_tokens, layers, self.others
         )
-        found.is_ragged = self.is_ragged
+        found.is_ragged, found.present = self.is_ragged, self.present
         if self.recall is not None:  # it reads again what was forgotten, whatever layers it has
             found.recall = Recall(RecurrentStates.of(found._layers()) or RecurrentStates([]), self.recall.unread)
             found.recall.is_tentative = True
@@ -165,25 +107,32 @@ class Stepper:
 
     def _pass(self, ids: torch.Tensor) -> Any:
         tokens = ids.shape[1]
-        others = {} if self.others is None else self.others(tokens)
-        inputs: dict[str, Any] = {**others, "input_ids": ids, "use_cache": True, CACHE: self.cache}
+        present, others = self.present, {} if self.others is None else self.others(tokens)
+        inputs: dict[str, Any] = {**others, "input_ids": present.taken(ids), "use_cache": True, CACHE: self.cache}
         if self.positions is not None:
             inputs["position_ids"] = self._positions(tokens)
         if self.is_ragged:
             inputs["attention_mask"] = self._ragged_masks(tokens)
         elif self.mask is not None:
-            inputs["attention_mask"] = self._visible(self.lengths[0] + tokens)
+            inputs["attention_mask"] = present.taken(self._visible(self._present_lengths()[0] + tokens))
         found = self._run(**inputs, return_dict=True)
         self.lengths = [length + tokens for length in self.lengths]
+        if not present.is_whole:
+            present.count_pass()
+            found.logits = present.spread(found.logits)
+            if isinstance(found, StepOutputs) and found.choices is not None:
+                found.choices = present.spread(found.choices)
         return found
 
     def _positions(self, tokens: int) -> torch.Tensor:
         """Return the positions [B, tokens] or [A, B, tokens] of the tokens at the ends of the rows."""
         starts: Any = self.positions
+        lengths = self._present_lengths()
+        starts = self.present.taken(starts, axis=starts.dim() - 1)
         if self.is_ragged:
-            starts = starts + torch.tensor(self.lengths, device=starts.device) - self.prompt_tokens
+            starts = starts + torch.tensor(lengths, device=starts.device) - self.prompt_tokens
         else:
-            starts = starts + (self.lengths[0] - self.prompt_tokens)
+            starts = starts + (lengths[0] - self.prompt_tokens)
         if tokens == 1:
             return starts[..., None]  # type: ignore[no-any-return]
         return starts[..., None] + torch.arange(tokens, device=starts.device)  # type: ignore[no-any-return]
@@ -195,13 +144,12 @@ class Stepper:
             return
         if lengths == self.lengths and not self.has_windows:
             return
-        uniform = all(length == lengths[0] for length in lengths)
-        if not uniform and not self.is_ragged:
-            self.is_ragged = True
         self.lengths = list(lengths)
+        lengths = self._present_lengths()
+        self.is_ragged |= len(set(lengths)) > 1
         for layer in self._layers():
             if self.is_ragged:
-                layer.set_rows(self.lengths)
+                layer.set_rows(lengths)
                 continue
             surplus = layer.get_seq_length() - lengths[0]
             if surplus or layer.is_sliding:  # cropping nothing still ends the recording of a window's past
@@ -221,6 +169,28 @@ class Stepper:
             surplus = layer.get_seq_length() - stop if isinstance(layer, DynamicLayer) else 0
             if surplus or getattr(layer, "is_sliding", False):
                 crop_attention(layer, surplus)
+
+    def rows_stay(self, rows: int) -> str | None:
+        """Return why rows that have ended stay while `rows` go on, None if they can leave."""
+        if self.others is not None and any(isinstance(value, torch.Tensor) for value in self.others(1).values()):
+            return "the model is given more than tokens, positions and a mask"
+        return "steps are read again" if self.recall is not None else cache_rows_stay(self.cache, rows)
+
+    def leave(self, slots: list[int], *, gives_back: bool) -> int:
+        """Let those rows leave that no slot names, see `Present.slots_without`; return the bytes freed."""
+        freed = keep_rows(self.cache.layers, slots, self.model.device, gives_back=gives_back)
+        self.present.leave(slots)
+        lengths, was_ragged = self._present_lengths(), self.is_ragged
+        self.is_ragged = len(set(lengths)) > 1
+        for layer in self._layers() if was_ragged else ():
+            if self.is_ragged:
+                layer.set_rows(lengths)
+            else:  # those that were apart have left
+                layer.crop(lengths[0] - layer.get_seq_length())
+        return freed
+
+    def _present_lengths(self) -> list[int]:
+        return [self.lengths[row] for row in self.present.order]
 
     def settle(self) -> None:
         """Read what recurrent states have forgotten, so that the cache is that of all tokens."""
@@ -255,13 +225,13 @@ class Stepper:
         device = self.model.device
         first, stop = layer.columns(tokens)
         columns = torch.arange(first, stop, device=device)
-        lengths = torch.tensor(self.lengths, device=device)
+        lengths = torch.tensor(self._present_lengths(), device=device)
         at = (lengths[:, None] + torch.arange(tokens, device=device))[:, :, None]  # [B, T, 1]
         mask = columns <= at
         if layer.is_sliding:
             mask &= columns > at - layer.sliding_window
         if self.mask is not None:
-            mask &= self._visible(stop)[:, None, first:stop].bool()
+            mask &= self.present.taken(self._visible(stop))[:, None, first:stop].bool()
         mask = mask[:, None]
         if masks_of(self.model.config._attn_implementation) == "boolean":
             return mask

@@ -17,6 +17,7 @@ from hf_accel.core.drift import CACHE
 
 GROWING = {"attention_mask", "position_ids"}
 CONSTANT = {CACHE, "use_cache", "logits_to_keep"}
+WITHOUT_ROWS = {"tokenizer", "assistant_tokenizer"}  # which `generate` hands on
 
 
 def _is_stock(model: Any, name: str) -> bool:
@@ -27,6 +28,21 @@ def has_stock_inputs(model: Any) -> bool:
     """Return whether transformers' own methods prepare the inputs of every forward pass of `model`."""
     names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
     return not model.is_remote_code() and all(_is_stock(model, name) for name in names)
+
+
+def _of_rows(inputs: dict[str, Any], index: torch.Tensor, rows: int) -> dict[str, Any]:
+    """Return inputs of which mask [B, S] and positions [B, T] have these rows only; rows: B."""
+    chosen = {
+        name: value.index_select(0, index)
+        for name in GROWING
+        if isinstance(value := inputs.get(name), torch.Tensor) and value.shape[0] == rows
+    }
+    return inputs | chosen
+
+
+def _further_axes(inputs: dict[str, Any]) -> str | None:
+    is_plain = all(inputs[name].dim() == 2 for name in GROWING & set(inputs))
+    return None if is_plain else "masks or positions of the model have further axes"
 
 
 class StockInputs:
@@ -41,6 +57,21 @@ class StockInputs:
         self.absorb(outputs)
         length = 1 if self.model_kwargs["use_cache"] else None
         return self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=length, **self.model_kwargs)
+
+    def rows_stay(self) -> str | None:
+        """Return why all rows have to stay, None if `keep_rows` may be called: nothing else has rows."""
+        given = {name: value for name, value in self.model_kwargs.items() if value is not None}
+        if not has_stock_inputs(self.model):
+            return "the model's own methods prepare its inputs"
+        if others := sorted(set(given) - GROWING - CONSTANT - WITHOUT_ROWS):
+            return f"the model is given {', '.join(others)}"
+        if self.cache is None and given.get("use_cache") is not False:
+            return "the model keeps what it has read outside a cache"
+        return _further_axes(given)
+
+    def keep_rows(self, index: torch.Tensor, rows: int) -> None:
+        """Let row b of the inputs be what row index[b] of `rows` was."""
+        self.model_kwargs = _of_rows(self.model_kwargs, index, rows)
 
     def absorb(self, outputs: Any) -> None:
         """Take over what the forward pass returned, as stock does before the next one."""
@@ -80,6 +111,14 @@ class LeanInputs:
         inputs = dict(self.inputs)
         inputs["input_ids"] = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
         return inputs
+
+    def rows_stay(self) -> str | None:
+        """Return why all rows have to stay, None if `keep_rows` may be called."""
+        return _further_axes(self.inputs)
+
+    def keep_rows(self, index: torch.Tensor, rows: int) -> None:
+        """Let row b of the inputs be what row index[b] of `rows` was."""
+        self.inputs = _of_rows(self.inputs, index, rows)
 
     def absorb(self, outputs: Any, tokens: int = 1) -> None:
         """Grow positions and mask by the tokens, one per forward, that the next one takes in as the last of."""

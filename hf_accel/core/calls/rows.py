@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from hf_accel.core.model.back_ends import masks_of
+
 
 class Rows:
     """Prompt and new tokens of every row, as a tensor for models and as lists for everything that looks back.
@@ -70,3 +72,15 @@ class Rows:
     def live(self) -> list[int]:
         """Return the rows that have not ended."""
         return [row for row, ended in enumerate(self.ended) if not ended]
+
+
+def apart_obstacle(model: Any) -> str | None:
+    """Return why the masks of rows that are apart cannot be given to `model`, None if they can."""
+    if any(buffer.dtype is torch.bool and buffer.dim() > 1 for buffer in model.buffers()):
+        return "its attention has masks of its own"  # of the columns of the cache, whatever row they belong to
+    config = model.config.get_text_config(decoder=True)
+    if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    if masks_of(model.config._attn_implementation) is None:
+        return f"its attention is {model.config._attn_implementation}"
+    return None

@@ -180,7 +180,7 @@ class Watch:
 
     def is_hooked(self) -> bool:
         """Return whether a forward would call anything beside the modules' own."""
-        return any(self._hooks) and not all(map(_are_idle_recorders, self._hooks))
+        return are_hooked(self._hooks)
 
     def is_in_place(self) -> bool:
         """Return whether nothing was hooked, exchanged, added or moved: what may go on within a call of `generate`.
@@ -242,6 +242,11 @@ class Watch:
             and first <= names | of_the_layer
             and all(changed <= names for changed in rest)
         )
+
+
+def are_hooked(hooks: list[Any]) -> bool:
+    """Return whether dictionaries of hooks hold any that would do something."""
+    return any(hooks) and not all(map(_are_idle_recorders, hooks))
 
 
 def _are_idle_recorders(hooks: Any) -> bool:

@@ -19,6 +19,7 @@ from hf_accel.core.calls.drafting import Draft, TokenChooser
 from hf_accel.core.calls.following import following_positions, text_positions
 from hf_accel.core.calls.forward import Stepper
 from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.calls.present import Present
 from hf_accel.core.calls.rollback import record
 from hf_accel.core.calls.rows import Rows
 from hf_accel.core.drift import CACHE
@@ -74,13 +75,19 @@ class SharedCacheDrafter(ModelDrafter):
 
 
 class OwnCacheDrafter(ModelDrafter):
-    """A smaller model with the same vocabulary, over a cache of its own."""
+    """A smaller model with the same vocabulary, over a cache of its own. present: rows that are still verified."""
 
     def __init__(
-        self, model: Any, prepare_cache: Any, rows: Rows, chooser: TokenChooser, kwargs: dict[str, Any]
+        self,
+        model: Any,
+        prepare_cache: Any,
+        rows: Rows,
+        chooser: TokenChooser,
+        kwargs: dict[str, Any],
+        present: Present,
     ) -> None:
         super().__init__(rows, chooser)
-        self.model, self.prepare_cache, self.kwargs = model, prepare_cache, kwargs
+        self.model, self.prepare_cache, self.kwargs, self.present = model, prepare_cache, kwargs, present
         config = model.config.get_text_config(decoder=True)
         self.context = int(getattr(config, "max_position_embeddings", None) or 2**62)
         self.stepper: Stepper | None = None
@@ -95,6 +102,7 @@ class OwnCacheDrafter(ModelDrafter):
         if tokens < 1:
             return None
         stepper = self.stepper or self._read_prompt()
+        self._let_leave(stepper)
         # what it has read stays, but for drafts that were not accepted
         kept = [min(have, length - 1) for have, length in zip(stepper.lengths, rows.lengths, strict=True)]
         missing = [length - 1 - have for length, have in zip(rows.lengths, kept, strict=True)]
@@ -109,6 +117,13 @@ class OwnCacheDrafter(ModelDrafter):
             kept, most = [length - 1 for length in rows.lengths], 0
         stepper.keep(rows.align_ended(kept))
         return self._draft(stepper, self._tokens(stepper.lengths, most + 1), tokens, goes_on)
+
+    def _let_leave(self, stepper: Stepper) -> None:
+        """Let rows leave that are not verified any more."""
+        live = self.present.order
+        gone = set(stepper.present.order) - set(live)
+        if gone and stepper.rows_stay(len(live)) is None:
+            stepper.leave(stepper.present.slots_without(gone), gives_back=2 * len(live) <= stepper.present.batch)
 
     def _tokens(self, starts: list[int], count: int) -> torch.Tensor:
         """Return `count` tokens [B, count] of each row from its start on, filler behind its end."""
