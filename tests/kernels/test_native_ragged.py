@@ -10,6 +10,7 @@ import pytest
 import torch
 from block_twin import changed, inputs, random_block
 from test_native_block import SMALL, isa
+from test_native_block_prompts import WIDE, packed
 from torch import Tensor
 
 from hf_accel.kernels import native
@@ -81,6 +82,17 @@ def test_every_row_is_bit_equal_to_that_row_alone(isa: str, dtype: torch.dtype) 
             arguments = ragged(block, tokens, first, pasts)
             for mask in masks(dtype, tokens, first, pasts).values():
                 check(block, arguments, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_of_each_of_many_sequences(isa: str, dtype: torch.dtype) -> None:
+    """With packed weights, whose products are the same beside any number of rows."""
+    block = packed(random_block(WIDE, dtype, head_norms=True), 8)
+    pasts = [300, 9, 255, 256, 12, 77, 513, 30] * 5
+    for count in (33, 40):
+        arguments = ragged(block, 1, 0, pasts[:count])
+        for mask in masks(dtype, 1, 0, pasts[:count]).values():
+            check(block, arguments, mask)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

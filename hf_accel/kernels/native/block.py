@@ -159,8 +159,8 @@ class NativeBlock:
         Of an attention half: the residual and what the feed-forward part reads, [B, T, E] each; of attention alone the
         product of o, [B, T, its rows].
         None: a score of the attention is not finite, so that PyTorch's result depends on which attention runs; or there
-        are more than MAX_ROWS rows with an additive mask, with row_past, or with a mask that shows a row what a later
-        pass computes.
+        are more than MAX_ROWS rows, several of a sequence, with an additive mask, with row_past, or with a mask that
+        shows a row what a later pass computes.
         Raises: ValueError when sizes are out of range.
         """
         batch, tokens, width = hidden.shape

@@ -286,7 +286,7 @@ HFA_EXPORT int hfa_choose(const hfa_choose_call *call);
 HFA_EXPORT int hfa_exponentials(void *state, float *out, int64_t n);
 HFA_EXPORT int hfa_experts_forward(const hfa_experts *layer, const hfa_experts_call *call); /* 0, or -1 for arguments out of range */
 /* 0; -1 for arguments out of range; 1: there is no result, as a score of the attention is not finite, or as a mask or row_past asks
- * of more than HFA_MAX_ROWS rows what only as many can do: row_past, a summand, or to see beyond what a pass computes. */
+ * of more than HFA_MAX_ROWS rows, several of a sequence, what only as many can do: row_past, a summand, or to see beyond what a pass computes. */
 HFA_EXPORT int hfa_block_forward(const hfa_block *block, const hfa_block_call *call);
 HFA_EXPORT int hfa_step_forward(const hfa_step *step, const hfa_step_call *call); /* as hfa_block_forward */
 #endif

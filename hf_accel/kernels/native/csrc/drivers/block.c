@@ -1,7 +1,7 @@
 /* A whole decoder layer, its attention half where experts follow, or its attention alone, for any number of rows, up to PASS of them in one parallel region; a pass finds the keys and values of those before it in the
  * cache. Phases are separated by barriers. What is small (norms, residual sums, packing) every thread does for itself instead of
  * waiting for one that does; of more than HFA_MAX_ROWS rows each does its share, and
- * their attention, where they lie in one buffer, is a region of its own. Intermediates are fp32 that hold values of the dtype, rounded at the same
+ * their attention, where there are tokens beside one another in one buffer, is a region of its own. Intermediates are fp32 that hold values of the dtype, rounded at the same
  * points as the eager PyTorch layer rounds them. What the PyTorch layer makes of scores that are not finite depends on which of
  * ATen's attentions runs and on their number, so such a call ends without a result. */
 #include <string.h>
@@ -406,7 +406,7 @@ static int run_pass(const hfa_block *block, const hfa_block_call *call, int64_t 
     int64_t tasks[PASS + 1];
     run.tasks = tasks;
     run.shares = run.rows > HFA_MAX_ROWS;
-    run.is_prompt = run.shares && !call->rows;
+    run.is_prompt = run.shares && !call->rows && call->tokens > 1;
     if (hfa_attention_refuses(&run)) return 1;
     run.attention = (hfa_attention){.kernels = kernels, .format = call->format, .key_dim = block->head_dim, .value_dim = block->head_dim,
                                     .scale = (float)block->scale, .softcap = (float)block->softcap};

@@ -1,7 +1,7 @@
 /* Attention of a decoder layer: rotary, cache write, scores, softmax and values.
  * Of few rows a task is (sequence b, kv head g, piece of positions): it reads its piece of K and V once for all query heads of the
  * group and all query tokens; softmax partials (Milakov and Gimelshein 2018, arXiv:1805.02867) are merged after. So it is of many
- * rows that lie in buffers of their own; many in one buffer are a prompt, see prompt.c. */
+ * sequences with a token each, or in buffers of their own; other rows, where they are many, are prompts, see prompt.c. */
 #include <math.h>
 #include <string.h>
 #include "drivers/block_attention.h"

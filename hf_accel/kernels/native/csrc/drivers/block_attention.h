@@ -3,12 +3,12 @@
 #define HFA_BLOCK_ATTENTION_H
 #include "drivers/block_run.h"
 
-/* Of few rows, and of many that lie in buffers of their own: in the parallel region of the pass. */
+/* Of few rows, and of many but for prompts: in the parallel region of the pass. */
 int64_t hfa_attention_bytes(const hfa_block_run *run); /* of keys and values that are read */
 void hfa_attention_plan(hfa_block_run *run); /* fills run->tasks */
 void hfa_attention_run(hfa_block_run *run, hfa_block_private *mine, int self);
 void hfa_attention_merge(const hfa_block_run *run, int64_t r, float *out); /* out [H D] of row r, rounded and gated */
-/* Of many in one buffer: keys and values of row r go to the cache, its queries to run->query; then, in a region of its own, run->attended. */
+/* Of prompts: keys and values of row r go to the cache, its queries to run->query; then, in a region of its own, run->attended. */
 void hfa_attention_prepare(const hfa_block_run *run, hfa_block_private *mine, int64_t r);
 int hfa_attention_of_prompt(hfa_block_run *run); /* -1 when memory is short */
 /* attended [H D] of row r times the sigmoid of its gate, rounded, where there is one */

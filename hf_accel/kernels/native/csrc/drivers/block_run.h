@@ -13,7 +13,7 @@ typedef struct {
     int64_t sequence, batch, token, tokens;
     int rows, threads;                   /* R; ranges dealt out */
     int shares;                          /* more than HFA_MAX_ROWS rows: each thread prepares some of them for all */
-    int is_prompt;                       /* shares, in one buffer: attention as of prompts, in a region of its own */
+    int is_prompt;                       /* shares, several tokens of each sequence in one buffer: attention in a region of its own */
     _Atomic int is_strange;              /* a score is not finite */
     hfa_barrier *barrier;
     hfa_range *ranges[5];                /* projections, attention, o, gate/up, down */
