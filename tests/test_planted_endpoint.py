@@ -38,7 +38,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         test_endpoint.test_greedy_text_is_that_of_generate,
     ),
     "seeds that nobody reads": (
-        instead(generating, "drawing", lambda *given: nullcontext()),
+        instead(generating, "drawing", lambda *given: nullcontext({})),
         test_endpoint.test_a_seed_draws_what_generate_draws_whatever_else_is_served,
     ),
     "a temperature that nobody reads": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import test_replicas_handle
 import torch
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
+from hf_accel.core.calls import seeding
 from hf_accel.replicas import batch, handle, pieces, recipe, threads
 from hf_accel.replicas.answering import Answering
 from hf_accel.replicas.pieces import Continued
@@ -19,13 +19,7 @@ from hf_accel.replicas.tries import Tries
 
 
 def two_draw_at_once(patch: Patch) -> None:
-    made = Answering.__init__
-
-    def unlocked(self: Answering, *args: Any) -> None:
-        made(self, *args)
-        self._drawing = nullcontext()  # type: ignore[assignment]
-
-    patch.setattr(Answering, "__init__", unlocked)
+    patch.setattr(seeding.Seeded, "on", lambda self, device: torch.default_generator)
 
 
 def padded_on_the_right(patch: Patch) -> None:

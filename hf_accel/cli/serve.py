@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_accel.assets import demo_path
+from hf_accel.batching import serving
 from hf_accel.cli.models import (
     Bits,
     Device,
@@ -50,6 +51,9 @@ def serve(
     ] = None,
     running: Annotated[int, typer.Option(help="Requests that generate at a time.")] = _DEFAULTS.running,
     waiting: Annotated[int, typer.Option(help="Requests that may wait beside them.")] = _DEFAULTS.waiting,
+    latency: Annotated[
+        float | None, typer.Option(help="Milliseconds between two tokens that are aimed at.", show_default="no bound")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens of prompt and text together.", show_default="the model's")
     ] = None,
@@ -85,15 +89,16 @@ def serve(
     with progress(f"loading {model}") as step:
         steps: Any = [goal, *configs] if configs else goal
         loaded = load(folder, steps, dtype=None if dtype is None else dtype.torch, device=device, progress=step)
-    with joined(loaded, limits) as served:
+    with joined(loaded, limits, latency) as served:
         app = build_app(served, tokenizer, name=name or model, limits=limits, api_key=api_key)
         run(app, host, port, drain)
 
 
 @contextmanager
-def joined(model: Any, limits: Limits) -> Iterator[Any]:
-    """Hold what `generate` calls of several threads have in common while they are served; for now nothing."""
-    yield model
+def joined(model: Any, limits: Limits, latency_ms: float | None = None) -> Iterator[Any]:
+    """Let requests that run at the same time join in one batch."""
+    with serving(model, max_rows=max(limits.running, limits.choices), latency_ms=latency_ms) as joining:
+        yield joining
 
 
 def run(app: Any, host: str, port: int, drain_s: float) -> None:

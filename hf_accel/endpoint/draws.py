@@ -1,8 +1,8 @@
 """Whose turn it is to draw: the same seed gives the same text, whatever else is served.
 
-transformers' `generate` takes neither a seed nor a generator: sampling draws from torch's generator, of which there is
-one per device for the whole process. So a call with a seed draws alone; calls without one draw together, and greedy
-calls, which draw nothing, are never waited for.
+An optimised model takes a seed. transformers' `generate` takes neither a seed nor a generator: sampling draws from
+torch's generator, of which there is one per device for the whole process. So of other models a call with a seed draws
+alone; calls without one draw together, and greedy calls, which draw nothing, are never waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.model.support import unwrap
 
 
 class Turns:
@@ -56,18 +59,21 @@ _TURNS = Turns()  # of the process, as the generators are
 
 
 @contextmanager
-def drawing(model: Any, samples: bool, seed: int | None) -> Iterator[None]:
-    """Hold for one `generate` call of `model` what it draws from; this is the only place that knows of seeds.
+def drawing(model: Any, samples: bool, seed: int | None) -> Iterator[dict[str, Any]]:
+    """Hold for one `generate` call what it draws from, and give the keywords that it is made with for that.
 
-    With a seed torch's generators are seeded for the length of the block, and then go on as before it.
+    This is the only place that knows of seeds. Where the model takes none, torch's generators are seeded for the length
+    of the block, and then go on as before it.
     """
     if not samples:
-        yield
+        yield {}
+    elif host_of(unwrap(model)) is not None:
+        yield {} if seed is None else {"seed": seed}
     elif seed is None:
         with _TURNS.together():
-            yield
+            yield {}
     else:
         device = model.device
         with _TURNS.alone(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            yield
+            yield {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from hf_accel.core.calls.cancelling import cancellable
 from hf_accel.endpoint.adjusting import Adjusting
 from hf_accel.endpoint.alternatives import Recorder
 from hf_accel.endpoint.asked import Asked
@@ -16,6 +18,7 @@ from hf_accel.endpoint.choices import Choice, Piece
 from hf_accel.endpoint.draws import drawing
 from hf_accel.endpoint.errors import Refusal
 from hf_accel.endpoint.prompts import Prompt
+from hf_accel.errors import CancelledCallError
 
 
 class Generation:
@@ -58,9 +61,14 @@ class Generation:
         """
         if self.is_cancelled:
             return
-        with drawing(self._model, self.samples, self._asked.seed):
+        with (
+            drawing(self._model, self.samples, self._asked.seed) as draws,
+            cancellable(self._cancelled),
+            suppress(CancelledCallError),  # while it waited for a place
+        ):
             if not self.is_cancelled:  # while others drew
-                self._model.generate(**self._arguments(_Watch(self, len(self._prompt.tokens), show, was_step)))
+                watch = _Watch(self, len(self._prompt.tokens), show, was_step)
+                self._model.generate(**self._arguments(watch), **draws)
         for choice in self.choices:  # what the model's own generation config ended
             if not self.is_cancelled and (piece := choice.end("stop")) is not None:
                 show(piece)

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from hf_accel.api import report
+from hf_accel.batching import serving
+from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import host_of
+from hf_accel.core.model.support import unwrap
 from hf_accel.errors import ConfigError
 from hf_accel.replicas.asked import Asked
 from hf_accel.replicas.memory import memory_of
@@ -21,10 +24,10 @@ from hf_accel.replicas.recipe import ModelRecipe
 def joined(model: Any) -> AbstractContextManager[Any]:
     """Return the context in which a replica's threads call `model.generate`.
 
-    This is the place for what joins calls of threads into one batch: entered once per replica, it gives the model that
-    they call.
+    Calls of several threads join in one batch where the model is optimised with a token loop.
     """
-    return nullcontext(model)
+    host = host_of(unwrap(model))
+    return nullcontext(model) if host is None or Door.TOKEN_LOOP not in host.doors else serving(model)
 
 
 class Answering:
@@ -90,6 +93,8 @@ class Answering:
         config = options.get("generation_config") or self.model.generation_config
         if not options.get("do_sample", config.do_sample):
             return self.model.generate(**options)
+        if host_of(unwrap(self.model)) is not None:
+            return self.model.generate(**options, seed=seed)
         device = self.model.device
         # torch has one generator per device: what draws from it waits for what else does
         with self._drawing, torch.random.fork_rng([device] if device.type == "cuda" else []):
