@@ -181,7 +181,8 @@ class Stepper:
         freed = keep_rows(self.cache.layers, slots, self.model.device, gives_back=gives_back)
         self.present.leave(slots)
         lengths, was_ragged = self._present_lengths(), self.is_ragged
-        self.is_ragged = len(set(lengths)) > 1
+        # windows of rows that were apart reach further back than those of rows in step
+        self.is_ragged = len(set(lengths)) > 1 or (was_ragged and self.has_windows)
         for layer in self._layers() if was_ragged else ():
             if self.is_ragged:
                 layer.set_rows(lengths)
