@@ -132,7 +132,8 @@ class Endpoint:
     ) -> Response:
         asked, path = fields.asked(), request.url.path
         generation = Generation(self._model, self._tokenizer, prompt, asked)
-        outcome = self._pool.submit(generation, self._metrics.watch(len(prompt.tokens), arrived))
+        steps = self._metrics.watch(len(prompt.tokens), arrived)
+        outcome = self._pool.submit(generation, steps, bool(fields.stream))
         answer = kind(self._name, self._tokenizer, asked.choices, asked.logprobs is not None)
         reply = Reply(answer, outcome, len(prompt.tokens), lambda status: self._metrics.answered(path, status))
         return reply.stream(request, fields.includes_usage) if fields.stream else await reply.whole(request)

@@ -11,19 +11,29 @@ from hf_accel.endpoint.generating import Generation
 
 
 class Outcome:
-    """The pieces of one generation as they come. Made within the event loop that will read them."""
+    """The pieces of one generation as they come. Made within the event loop that will read them.
 
-    def __init__(self, generation: Generation) -> None:
-        self.generation = generation
+    streams: whether somebody waits for each; otherwise they are handed over at the end, as waking the event loop for
+    each token takes time from the thread that generates.
+    """
+
+    def __init__(self, generation: Generation, streams: bool) -> None:
+        self.generation, self._streams = generation, streams
+        self._kept: list[Piece] = []
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Piece | Refusal | None] = asyncio.Queue()
 
     def show(self, piece: Piece) -> None:
         """Hand over a piece; from the thread that generates."""
-        self._send(piece)
+        if self._streams:
+            self._send(piece)
+        else:
+            self._kept.append(piece)
 
     def end(self, error: Refusal | None) -> None:
         """Say that no more comes, and why; from the thread that generates."""
+        for piece in self._kept:
+            self._send(piece)
         self._send(error)
 
     def _send(self, item: Piece | Refusal | None) -> None:

@@ -31,7 +31,7 @@ class Pool:
         self.is_closing = False
         metrics.follow(lambda: len(self._running), self._counted_waiting)
 
-    def submit(self, generation: Generation, steps: Steps) -> Outcome:
+    def submit(self, generation: Generation, steps: Steps, streams: bool) -> Outcome:
         """Admit a generation, and return what comes of it.
 
         Raises:
@@ -50,7 +50,7 @@ class Pool:
                     retry_s=min(60, math.ceil(wait_s)),
                 )
             self._open.add(generation)
-        outcome = Outcome(generation)
+        outcome = Outcome(generation, streams)
         self._threads.submit(self._run, generation, steps, outcome)
         return outcome
 
