@@ -30,6 +30,7 @@ from hf_accel.loading import load
 
 DEMO = "demo"
 _DEFAULTS = Limits()
+RUNNING = 8  # they share each reading of the weights
 
 
 def serve(
@@ -49,7 +50,7 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A file with the chat template to use.")
     ] = None,
-    running: Annotated[int, typer.Option(help="Requests that generate at a time.")] = _DEFAULTS.running,
+    running: Annotated[int, typer.Option(help="Requests that generate at a time, as rows of one batch.")] = RUNNING,
     waiting: Annotated[int, typer.Option(help="Requests that may wait beside them.")] = _DEFAULTS.waiting,
     latency: Annotated[
         float | None, typer.Option(help="Milliseconds between two tokens that are aimed at.", show_default="no bound")
