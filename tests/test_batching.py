@@ -175,6 +175,7 @@ def test_rows_and_chunks_follow_from_measured_times() -> None:
     assert not pace.merges(0)
     pace.step(8, 1.0)
     assert not pace.merges(8)
+    assert not pace.merges(16)  # of which none was measured yet: twice as long as of eight
 
 
 def test_fields_are_checked() -> None:

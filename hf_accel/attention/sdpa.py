@@ -1,7 +1,7 @@
 """The attention kernel `sdpa`: torch's scaled_dot_product_attention, without expanding heads, padding or windows.
 
 Rows of a padded batch run one after the other, each from its first token on; queries with a window or with a past run
-in blocks, over the columns that a block sees. On CUDA the FlashAttention beneath it does all that in one call. Grouped
+in blocks, over the columns that a block sees. On CUDA the FlashAttention beneath it does these in one call. Grouped
 heads are folded into queries (`hf_accel.ops.attention`) where a mask would make torch expand them. Memory: the masks of
 a block, and for masks of the user's what they take themselves.
 """
@@ -43,7 +43,9 @@ class Sdpa(AttentionKernel):
             return grouped_attention(query, key, value, visible.mask, scale).transpose(1, 2).contiguous()
         if not visible.is_causal:
             return grouped_attention(query, key, value, None, scale).transpose(1, 2).contiguous()
-        if is_usable(query, value):
+        is_whole = query.shape[2] == key.shape[2] and visible.starts is None and visible.window is None
+        # which of its kernels is the fastest for a whole prompt torch knows: as stock asks it
+        if is_usable(query, value) and not is_whole:
             return flash_attention(query, key, value, visible, scale)
         return by_rows(query, key, value, visible, scale)
 

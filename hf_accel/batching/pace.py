@@ -43,9 +43,15 @@ class Pace:
             self._per_token.append(seconds / tokens)
 
     def step_s(self, rows: int) -> float | None:
-        """Return what a step of at least so many rows takes, by the nearest number that was measured; None: unknown."""
-        known = min((count for count in list(self._steps) if count >= rows), default=None)
-        return None if known is None else statistics.median(self._steps[known])
+        """Return what a step of so many rows takes, by the nearest number that was measured; None: unknown.
+
+        Of more rows than were measured it is taken to take as long per row as of the most that were.
+        """
+        counts = list(self._steps)
+        if not counts or (rows > 1 and max(counts) == 1):
+            return None
+        known = min((count for count in counts if count >= rows), default=max(counts))
+        return statistics.median(self._steps[known]) * max(1.0, rows / known)
 
     def most_rows(self) -> int:
         """Return how many rows may run at once: as many as were seen within the target, and one more to find out."""
