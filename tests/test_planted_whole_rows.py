@@ -38,7 +38,7 @@ def place(change: Callable[..., tuple[Any, ...]]) -> Defect:
 
 def one_past(index: int, keys: Any, values: Any, past: int, first: int, bits: Any, rows: Any = None) -> tuple[Any, ...]:
     if rows is not None:
-        rows[:, 6] = rows[:, 6].max()
+        rows[:, 6] = rows[:, 6].min()  # within the memory of all
     return index, keys, values, past, first, bits, rows
 
 
