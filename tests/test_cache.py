@@ -73,7 +73,8 @@ class Twins(RuleBasedStateMachine):
         expected = self.stock.update(keys, values)
         reserved = self.ours.reserve(self.batch, tokens, HEADS, SIZE, keys.dtype, keys.device)
         assert reserved is not None
-        key_buffer, value_buffer, past, first, rows = reserved
+        key_buffer, value_buffer, past, first, rows, own = reserved
+        assert own is None
         assert rows is None
         assert key_buffer.shape[2] >= past + tokens
         key_buffer[:, :, past : past + tokens] = keys

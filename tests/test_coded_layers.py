@@ -204,7 +204,7 @@ class CodedApart(Apart):
         tokens = keys.shape[2]
         reserved = self.ours.reserve(len(self.rows), tokens, HEADS, SIZE, keys.dtype, keys.device)
         assert reserved is not None
-        *buffers, past, first, rows = reserved
+        *buffers, past, first, rows, _ = reserved
         pasts = [past] * len(self.rows) if rows is None else rows.tolist()
         found = []
         for place, (buffer, states) in enumerate(zip(buffers, (keys, values), strict=True)):

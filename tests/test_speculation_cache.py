@@ -102,7 +102,8 @@ class Apart:
         tokens = keys.shape[2]
         reserved = self.ours.reserve(len(self.rows), tokens, HEADS, SIZE, keys.dtype, keys.device)
         assert reserved is not None
-        key_buffer, value_buffer, past, first, rows = reserved
+        key_buffer, value_buffer, past, first, rows, own = reserved
+        assert own is None
         pasts = [past] * len(self.rows) if rows is None else rows.tolist()
         assert max(pasts) == past
         assert rows is None or (rows.dtype == torch.int64 and rows.device.type == "cpu")
