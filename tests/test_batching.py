@@ -101,6 +101,28 @@ def test_whoever_comes_last_runs_the_step_for_all() -> None:
     assert found == [threading.get_ident()] * 3
 
 
+def test_whoever_comes_while_a_step_waits_for_its_turn_is_in_it() -> None:
+    ran: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run(batch: list[Submission]) -> None:
+        begun.set()
+        go_on.wait(5)
+        meeting.gather(batch)
+        ran.append(len(batch))
+
+    meeting = Meeting(run, patience=0.0)
+    threads = in_threads(lambda: meeting.submit(submission()))
+    assert begun.wait(5)
+    threads += in_threads(*[lambda: meeting.submit(submission()) for _ in range(2)])
+    until(lambda: len(meeting._waiting) == 2)
+    go_on.set()
+    for thread in threads:
+        thread.join(5)
+    assert ran == [3]
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_nobody_waits_for_who_is_late_or_has_left() -> None:
     ran: list[int] = []
     meeting = Meeting(lambda batch: ran.append(len(batch)), patience=0.05)

@@ -49,14 +49,19 @@ def caches_are_shared(patch: Patch) -> None:
 
 
 def everybody_hears_of_errors(patch: Patch) -> None:
-    honest = Meeting.leave
+    leave, lead = Meeting.leave, Meeting._lead
 
-    def wrong(self: Any) -> None:
-        honest(self)
-        for submission in self._waiting:
-            submission.error = RuntimeError("of another")
+    def left(self: Any) -> None:
+        leave(self)
+        self.is_spoilt = True
 
-    patch.setattr(Meeting, "leave", wrong)
+    def wrong(self: Any, batch: Any) -> None:
+        lead(self, batch)
+        for submission in batch:
+            submission.error = RuntimeError("of another") if hasattr(self, "is_spoilt") else None
+
+    patch.setattr(Meeting, "leave", left)
+    patch.setattr(Meeting, "_lead", wrong)
 
 
 def hooks_see_batches(patch: Patch) -> None:
@@ -120,6 +125,10 @@ def nobody_is_told(patch: Patch) -> None:
     patch.setattr("hf_accel.batching.engine.check_wanted", lambda: None)
 
 
+def nobody_is_taken_along(patch: Patch) -> None:
+    patch.setattr(Meeting, "gather", lambda self, batch: None)
+
+
 JOINED, PARTS = test_joined_calls, test_batching
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "rows of another call": (rows_of_the_next, JOINED.test_each_call_gets_the_text_that_it_gets_alone),
@@ -149,6 +158,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     ),
     "all rows whatever they take": (all_rows_at_once, PARTS.test_rows_and_chunks_follow_from_measured_times),
     "steps that wait for nobody": (no_one_is_late, PARTS.test_whoever_comes_last_runs_the_step_for_all),
+    "steps without who has come": (
+        nobody_is_taken_along,
+        PARTS.test_whoever_comes_while_a_step_waits_for_its_turn_is_in_it,
+    ),
     "a child that waits for its parents' threads": (
         children_inherit,
         PARTS.test_a_forked_child_begins_with_nobody_inside,

@@ -55,6 +55,7 @@ class Engine:
         self.admission = Admission(self.config.max_rows, self.config.max_tokens, self.pace.most_rows)
         self.passes = Passes(self.turn, self.pace, self.statistics, self.run)
         self.meeting = Meeting(self.passes.run, self.config.max_wait_ms / 1e3)
+        self.passes.gather = self.meeting.gather
 
     def run(self, **inputs: Any) -> Any:
         """Run a pass by whoever ran it before, whose turn it is."""

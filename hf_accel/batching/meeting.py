@@ -38,7 +38,10 @@ class Submission:
 
 
 class Meeting:
-    """Brings the submissions of several threads together. run: makes one pass for some of them, and raises nothing."""
+    """Brings the submissions of several threads together.
+
+    run: makes one pass for a batch of them, to which it may `gather` more, and raises nothing.
+    """
 
     def __init__(self, run: Callable[[list[Submission]], None], patience: float) -> None:
         self._run, self.patience = run, patience
@@ -82,6 +85,12 @@ class Meeting:
         if mine.error is not None:
             raise mine.error
         return mine.outputs
+
+    def gather(self, batch: list[Submission]) -> None:
+        """Add to a batch that has its turn whatever came while it waited for that."""
+        with self._lock:
+            batch += [submission for submission in self._waiting if submission.key == batch[0].key]
+            self._waiting = [submission for submission in self._waiting if submission.key != batch[0].key]
 
     def _await(self, mine: Submission) -> None:
         while not mine.is_done:

@@ -30,11 +30,13 @@ class Passes:
         self._request = Request()
         self._members: frozenset[int] = frozenset()  # whom the request is for
         self._latest, self._ended = self._members, 0.0
+        self.gather: Callable[[list[Submission]], None] = lambda batch: None  # what else has come
 
     def run(self, batch: list[Submission]) -> None:
         """Make one pass for all submissions and give each its outputs, or its error."""
-        rows = sum(submission.part.rows for submission in batch)
         with self._turn.taken(STEP, is_step=True):
+            self.gather(batch)
+            rows = sum(submission.part.rows for submission in batch)
             begin = time.perf_counter()
             if self._members == self._latest and begin - self._ended < BREAK_S:
                 self._pace.between(rows, begin - self._ended)
