@@ -36,7 +36,7 @@ class Wanted:
 
 def in_threads(*functions: Any) -> list[threading.Thread]:
     def run(function: Any) -> None:
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, KeyboardInterrupt):
             function()
 
     threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
@@ -80,6 +80,17 @@ def submission() -> Submission:
     return Submission(Part(None, 1, None), {}, "key")
 
 
+def noted(ran: list[int]) -> Any:
+    """Return what runs a batch and notes how many were in it."""
+
+    def run(batch: list[Submission]) -> None:
+        ran.append(len(batch))
+        for each in batch:
+            each.outputs = "something"
+
+    return run
+
+
 def test_whoever_comes_last_runs_the_step_for_all() -> None:
     ran: list[int] = []
 
@@ -109,7 +120,7 @@ def test_whoever_comes_while_a_step_waits_for_its_turn_is_in_it() -> None:
         begun.set()
         go_on.wait(5)
         meeting.gather(batch)
-        ran.append(len(batch))
+        noted(ran)(batch)
 
     meeting = Meeting(run, patience=0.0)
     threads = in_threads(lambda: meeting.submit(submission()))
@@ -123,14 +134,36 @@ def test_whoever_comes_while_a_step_waits_for_its_turn_is_in_it() -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_an_interrupt_of_whoever_runs_a_step_is_not_for_the_others() -> None:
+    ran: list[int] = []
+
+    def run(batch: list[Submission]) -> None:
+        if not ran:
+            ran.append(0)
+            raise KeyboardInterrupt
+        noted(ran)(batch)
+
+    meeting, found = Meeting(run, patience=20.0), []
+    for _ in range(3):
+        meeting.join()
+    threads = in_threads(*[lambda: found.append(meeting.submit(submission())) for _ in range(2)])
+    until(lambda: len(meeting._waiting) == 2)
+    with pytest.raises(KeyboardInterrupt):
+        meeting.submit(submission())
+    meeting.leave()
+    for thread in threads:
+        thread.join(5)
+    assert (ran, found) == ([0, 2], ["something"] * 2)
+
+
 def test_nobody_waits_for_who_is_late_or_has_left() -> None:
     ran: list[int] = []
-    meeting = Meeting(lambda batch: ran.append(len(batch)), patience=0.05)
+    meeting = Meeting(noted(ran), patience=0.05)
     meeting.join()
     meeting.join()
     meeting.submit(submission())
     assert ran == [1]
-    patient = Meeting(lambda batch: ran.append(len(batch)), patience=20.0)
+    patient = Meeting(noted(ran), patience=20.0)
     patient.join()
     patient.join()
     threads = in_threads(lambda: patient.submit(submission()))

@@ -129,6 +129,21 @@ def nobody_is_taken_along(patch: Patch) -> None:
     patch.setattr(Meeting, "gather", lambda self, batch: None)
 
 
+def interrupts_are_for_all(patch: Patch) -> None:
+    honest = Meeting._lead
+
+    def wrong(self: Any, batch: Any) -> None:
+        try:
+            honest(self, batch)
+        except BaseException as error:
+            for submission in batch:
+                submission.error, submission.is_done = error, True
+                submission.wake()
+            raise
+
+    patch.setattr(Meeting, "_lead", wrong)
+
+
 JOINED, PARTS = test_joined_calls, test_batching
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "rows of another call": (rows_of_the_next, JOINED.test_each_call_gets_the_text_that_it_gets_alone),
@@ -161,6 +176,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "steps without who has come": (
         nobody_is_taken_along,
         PARTS.test_whoever_comes_while_a_step_waits_for_its_turn_is_in_it,
+    ),
+    "an interrupt for all": (
+        interrupts_are_for_all,
+        PARTS.test_an_interrupt_of_whoever_runs_a_step_is_not_for_the_others,
     ),
     "a child that waits for its parents' threads": (
         children_inherit,

@@ -112,6 +112,9 @@ class Meeting:
             with self._lock:
                 self._is_running = False
                 for submission in batch:
+                    if submission.outputs is None and submission.error is None and submission.batch is None:
+                        self._waiting.append(submission)  # whoever ran it was interrupted before
+                        continue
                     submission.is_done = True
                     submission.wake()
                 self._hand_over()
