@@ -24,10 +24,11 @@ from hf_accel.replicas.recipe import ModelRecipe
 def joined(model: Any) -> AbstractContextManager[Any]:
     """Return the context in which a replica's threads call `model.generate`.
 
-    Calls of several threads join in one batch where the model is optimised with a token loop.
+    Calls of several threads join in one batch where the model is optimised with a token loop, if they do not already.
     """
     host = host_of(unwrap(model))
-    return nullcontext(model) if host is None or Door.TOKEN_LOOP not in host.doors else serving(model)
+    can_join = host is not None and Door.TOKEN_LOOP in host.doors and Door.SCHEDULE not in host.doors
+    return serving(model) if can_join else nullcontext(model)
 
 
 class Answering:
