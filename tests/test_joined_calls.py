@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from catalogue import exact
 from models import NAMES, build, padded, prompt
 
 import hf_accel
+from hf_accel.batching.merged import MergedLayer
 
 
 def together(calls: list[Callable[[], Any]]) -> list[Any]:
@@ -275,3 +277,28 @@ def test_rows_that_have_ended_leave_the_batch_of_all() -> None:
         assert report.most_rows == 6
         assert "left their batch" in str(hf_accel.report(model).rows_left)
     assert len({len(text[0]) for text in wanted}) > 1
+
+
+def failing_once(update: Any) -> Any:
+    """Return an `update` that fails in the fourth layer that it is called for, when some have taken states in."""
+    calls = itertools.count(1)
+
+    def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 4:
+            raise RuntimeError("no room")
+        return update(self, *args, **kwargs)
+
+    return wrong
+
+
+def test_a_pass_that_fails_is_told_and_each_call_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen2")
+    prompts = [prompt(1, 7 + place, seed=place) for place in range(3)]
+    wanted = [model.generate(ids, **NEW, do_sample=False) for ids in prompts]
+    with optimised(model, 3) as report:
+        monkeypatch.setattr(MergedLayer, "reserve", lambda self, *args, **kwargs: None)
+        monkeypatch.setattr(MergedLayer, "update", failing_once(MergedLayer.update))
+        calls = [lambda ids=ids: model.generate(ids, **NEW, do_sample=False) for ids in prompts]
+        assert_same(together(calls), wanted)
+        assert any("no room" in reason for reason in report.to_dict()["alone"])
+        assert not type(model)._hf_accel_engine.pace.merges(3)

@@ -116,8 +116,18 @@ def no_one_is_late(patch: Patch) -> None:
     patch.setattr(Meeting, "_left", lambda self: 0.0)
 
 
+class Nobody:
+    """A list of engines that stays empty."""
+
+    def add(self, engine: Any) -> None:
+        pass
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
 def children_inherit(patch: Patch) -> None:
-    patch.setattr("os.register_at_fork", lambda **functions: None)
+    patch.setattr("hf_accel.batching.engine._engines", Nobody())
 
 
 def nobody_is_told(patch: Patch) -> None:
@@ -142,6 +152,10 @@ def interrupts_are_for_all(patch: Patch) -> None:
             raise
 
     patch.setattr(Meeting, "_lead", wrong)
+
+
+def failures_are_hidden(patch: Patch) -> None:
+    patch.setattr(BatchingStatistics, "fell_apart", lambda self, reason: None)
 
 
 JOINED, PARTS = test_joined_calls, test_batching
@@ -180,6 +194,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "an interrupt for all": (
         interrupts_are_for_all,
         PARTS.test_an_interrupt_of_whoever_runs_a_step_is_not_for_the_others,
+    ),
+    "failures that are hidden": (
+        failures_are_hidden,
+        JOINED.test_a_pass_that_fails_is_told_and_each_call_makes_its_own,
     ),
     "a child that waits for its parents' threads": (
         children_inherit,

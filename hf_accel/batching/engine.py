@@ -19,7 +19,7 @@ from hf_accel.batching.joining import fits, follow_rows, joining_obstacle, part_
 from hf_accel.batching.meeting import Meeting, Submission
 from hf_accel.batching.pace import Pace
 from hf_accel.batching.passes import Passes
-from hf_accel.batching.seat import Seat
+from hf_accel.batching.seat import Seat, Within
 from hf_accel.batching.statistics import BatchingStatistics
 from hf_accel.batching.turn import Turn
 from hf_accel.core.calls.call import Call
@@ -28,6 +28,7 @@ from hf_accel.core.drift import CACHE
 from hf_accel.errors import CancelledCallError
 
 _latest: Any = itertools.count(1)
+_engines: Any = weakref.WeakSet()  # of this process
 
 
 class Engine:
@@ -41,13 +42,7 @@ class Engine:
         self.statistics = BatchingStatistics(None if config.latency_ms is None else config.latency_ms / 1e3)
         self.pace = Pace(self.statistics.latency_s, config.max_rows, config.chunk_tokens)
         self._start()
-        weak = weakref.ref(self)
-
-        def begin_anew() -> None:
-            if (found := weak()) is not None:
-                found._start()
-
-        os.register_at_fork(after_in_child=begin_anew)
+        _engines.add(self)
 
     def _start(self) -> None:
         """Begin with nobody inside: also in the child of a fork, where the threads of the others are gone."""
@@ -118,8 +113,8 @@ class Engine:
     @contextmanager
     def seated(self, call: Call, reason: str | None) -> Iterator[Any]:
         """Give a call its seat, once there is room for it. See `hf_accel.core.calls.doors.Scheduler`."""
-        if self._seat is not None:  # a call within a call: the place is the outer one's
-            yield self._seat.within()
+        if self._seat is not None:
+            yield Within()
             return
         begin, rows = time.perf_counter(), len(call.input_ids)
         reason = reason or joining_obstacle(call)
@@ -150,3 +145,13 @@ class Engine:
             mask = call.model_kwargs.get("attention_mask")
             if mask is None or bool(mask.all()):
                 config.prefill_chunk_size = chunk
+
+
+def _begin_anew() -> None:
+    """Let every engine begin anew in the child of a fork."""
+    for engine in list(_engines):
+        engine._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)

@@ -18,6 +18,7 @@ class Pace:
         self._steps: dict[int, deque[float]] = {}
         self._per_token: deque[float] = deque(maxlen=KEPT)
         self._meeting: deque[float] = deque([MEETING_S], maxlen=KEPT)
+        self._is_given_up = False
 
     def step(self, rows: int, seconds: float) -> None:
         """Note what a step of so many rows took."""
@@ -27,11 +28,17 @@ class Pace:
         """Note the time between two steps of so many rows, in which threads change and choose their tokens."""
         self._meeting.append(seconds / rows)
 
+    def give_up(self) -> None:
+        """Let no steps be made for several calls at once any more: one failed."""
+        self._is_given_up = True
+
     def merges(self, calls: int) -> bool:
         """Return whether a step for so many calls at once takes less than a step for each: not for very small models.
 
         Both as measured, with what it takes to bring threads together; until both are known, they are.
         """
+        if self._is_given_up:
+            return False
         one, all_at_once = self.step_s(1), self.step_s(calls)
         if one is None or all_at_once is None:
             return True

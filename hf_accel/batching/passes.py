@@ -17,6 +17,7 @@ from hf_accel.batching.turn import Turn
 from hf_accel.core.calls.call import IN_PROGRESS, Request
 from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.drift import CACHE
+from hf_accel.errors import described
 
 BREAK_S = 0.1  # longer than what lies between two steps of the same calls
 STEP = 2**62  # the place of a step among those who wait for their turn does not matter
@@ -70,9 +71,14 @@ class Passes:
         try:
             outputs = self._run(**inputs)
             _share(outputs, batch)
-        except Exception:
-            _take_back(parts, before)
-            return False
+        except Exception as error:
+            # told, and not tried again: calls take turns from here on
+            self._statistics.fell_apart(described(error))
+            self._pace.give_up()
+            if not _take_back(parts, before):
+                for submission in batch:
+                    submission.error = error
+            return any(submission.error is not None for submission in batch)
         except BaseException as error:  # an interrupt is for the thread that runs the pass, not for the others
             _take_back(parts, before)
             for submission in batch[1:]:
@@ -116,9 +122,13 @@ def _share(outputs: Any, batch: list[Submission]) -> None:
         submission.outputs = found
 
 
-def _take_back(parts: list[Any], before: list[list[int]]) -> None:
-    """Drop from the caches what a pass that failed had added to their first layers."""
+def _take_back(parts: list[Any], before: list[list[int]]) -> bool:
+    """Drop from the caches what a pass that failed had added to their first layers; return whether that is possible."""
     for part, lengths in zip(parts, before, strict=True):
         for layer, length in zip(part.cache.layers, lengths, strict=True):
             if surplus := layer.get_seq_length() - length:
-                layer.crop(-surplus)
+                try:
+                    layer.crop(-surplus)
+                except (ValueError, RuntimeError):  # a window that has slid keeps no past
+                    return False
+    return True

@@ -45,10 +45,6 @@ class Seat:
             self.is_writing = False
             self._meeting.leave()
 
-    def within(self) -> _Within:
-        """Return the seat of a call that is made within this one, by a criterion or a processor."""
-        return _Within(self)
-
     def __enter__(self) -> Seat:
         check_wanted()
         if self.part is None:  # all passes of a step, of drafts and their verification, at one turn
@@ -67,11 +63,8 @@ class Seat:
         self._last = now
 
 
-class _Within:
-    """Wraps the steps of a call within a call."""
-
-    def __init__(self, outer: Seat) -> None:
-        self._outer = outer
+class Within:
+    """Wraps the steps of a call within a call, made by a criterion or a processor: the place is the outer one's."""
 
     def __enter__(self) -> None:
         check_wanted()

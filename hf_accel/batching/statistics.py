@@ -43,6 +43,11 @@ class BatchingStatistics:
             self.tokens += 1
             self.tokens_in_time += self.latency_s is None or seconds <= self.latency_s
 
+    def fell_apart(self, reason: str) -> None:
+        """Count a pass for several calls that failed, so that each made its own."""
+        with self._lock:
+            self.alone[f"a pass for several calls failed ({reason}); calls take turns since"] += 1
+
     def was_cancelled(self) -> None:
         with self._lock:
             self.cancelled += 1
