@@ -1,8 +1,9 @@
-"""Measure concurrent calls: `python measure_batching.py [SHAPE] [BITS] [LAYERS] [CALLERS] [CALLS]`.
+"""Measure concurrent calls: `python measure_batching.py [SHAPE] [BITS] [LAYERS] [CALLERS] [CALLS] [ROUNDS] [LATENCY]`.
 
 SHAPE: llama-1b or another of `hf_accel.measure.subjects`, random weights in bf16. BITS: 16 (weights as they are), 8 or
 4. LAYERS: 16. CALLERS threads make CALLS calls each, of prompts of 32 to 512 tokens and 16 to 128 new ones: one call
-after the other, then all threads at once inside `serving`, in alternation. No drafts.
+after the other, then all threads at once inside `serving`, ROUNDS times in alternation. No drafts. LATENCY: the target
+between two tokens in ms, 0 for none.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import hf_accel
 from hf_accel.kernels import native
 from hf_accel.measure.bandwidth import read_bandwidth
 from hf_accel.measure.subjects.shapes import shape_config
-
-ROUNDS = 2
 
 
 class Work(NamedTuple):
@@ -80,7 +79,15 @@ def run(model: Any, callers: list[list[Work]], gaps: list[float]) -> float:
     return time.perf_counter() - start
 
 
-def main(shape: str = "llama-1b", bits: str = "4", layers: str = "16", callers: str = "8", calls: str = "3") -> None:
+def main(
+    shape: str = "llama-1b",
+    bits: str = "4",
+    layers: str = "16",
+    callers: str = "8",
+    calls: str = "3",
+    rounds: str = "2",
+    latency: str = "0",
+) -> None:
     """Measure, and print tokens per second and the times between two tokens."""
     model = built(shape, int(bits), int(layers))
     work = work_for(int(callers), int(calls))
@@ -91,9 +98,9 @@ def main(shape: str = "llama-1b", bits: str = "4", layers: str = "16", callers: 
           f"({native.status().isa}, {read_bandwidth() / 1e9:.1f} GB/s)")  # fmt: skip
     found: dict[str, list[float]] = {"one after the other": [], "at once": []}
     gaps: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(ROUNDS):
+    for _ in range(int(rounds)):
         found["one after the other"].append(run(model, in_turn, gaps["one after the other"]))
-        with hf_accel.serving(model, max_rows=int(callers)):
+        with hf_accel.serving(model, max_rows=int(callers), latency_ms=float(latency) or None):
             found["at once"].append(run(model, work, gaps["at once"]))
             report = str(hf_accel.report(model).joined_calls)
     for name, times in found.items():

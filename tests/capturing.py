@@ -20,6 +20,7 @@ class Replayed:
     are poisoned. captured: how many were. fails: an error to raise in captures.
     """
 
+    one_call = True
     fails: Exception | None = None
     captured = 0
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from capturing import captures_here
 from catalogue import exact
 from models import NAMES, build, padded, prompt
 
 import hf_accel
+from hf_accel.batching.engine import ONE_CALL
 from hf_accel.batching.merged import MergedLayer
 
 
@@ -302,3 +304,31 @@ def test_a_pass_that_fails_is_told_and_each_call_makes_its_own(monkeypatch: pyte
         assert_same(together(calls), wanted)
         assert any("no room" in reason for reason in report.to_dict()["alone"])
         assert not type(model)._hf_accel_engine.pace.merges(3)
+
+
+def test_calls_whose_steps_are_captured_run_one_after_the_other() -> None:
+    model = build("llama")
+    ids = prompt(1, 9)
+    wanted = model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    began: list[int] = []
+    with (
+        captures_here(),
+        hf_accel.optimized(
+            model, [hf_accel.AttentionConfig(), hf_accel.DecodingConfig(), hf_accel.CompilationConfig()]
+        ),
+    ):
+        with hf_accel.serving(model):
+
+            def call(number: int) -> torch.Tensor:
+                def note(input_ids: Any, scores: Any) -> Any:
+                    began.append(number)
+                    return scores
+
+                return model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, logits_processor=[note])
+
+            assert_same(together([lambda number=number: call(number) for number in range(3)]), [wanted] * 3)
+            assert hf_accel.report(model).joined_calls.to_dict()["alone"] == {ONE_CALL: 3}
+            # nobody's steps are made without the capture because another call has the buffers
+            assert hf_accel.report(model).compilation.to_dict()["eager_steps"] == {}
+    assert [number for number, _ in itertools.groupby(began)] == list(dict.fromkeys(began))
+    assert len(began) == 90

@@ -203,6 +203,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         children_inherit,
         PARTS.test_a_forked_child_begins_with_nobody_inside,
     ),
+    "calls that take one another's buffers": (
+        all_rows_at_once,
+        JOINED.test_calls_whose_steps_are_captured_run_one_after_the_other,
+    ),
     "calls that go on unwanted": (nobody_is_told, PARTS.test_asyncio_calls_join_and_are_cancelled),
 }
 

@@ -27,6 +27,7 @@ from hf_accel.core.calls.cancelling import check_wanted
 from hf_accel.core.drift import CACHE
 from hf_accel.errors import CancelledCallError
 
+ONE_CALL = "steps are captured over the buffers of one call, so that calls run one after the other"
 _latest: Any = itertools.count(1)
 _engines: Any = weakref.WeakSet()  # of this process
 
@@ -40,7 +41,8 @@ class Engine:
     def __init__(self, model: Any, config: BatchingConfig, inner: Callable[..., Any] | None) -> None:
         self._model, self.config, self._inner = weakref.ref(model), config, inner
         self.statistics = BatchingStatistics(None if config.latency_ms is None else config.latency_ms / 1e3)
-        self.pace = Pace(self.statistics.latency_s, config.max_rows, config.chunk_tokens)
+        self._one_call = bool(getattr(inner, "one_call", False))
+        self.pace = Pace(self.statistics.latency_s, config.max_rows, config.chunk_tokens, one_call=self._one_call)
         self._start()
         _engines.add(self)
 
@@ -117,7 +119,7 @@ class Engine:
             yield Within()
             return
         begin, rows = time.perf_counter(), len(call.input_ids)
-        reason = reason or joining_obstacle(call)
+        reason = ONE_CALL if self._one_call else reason or joining_obstacle(call)
         tokens = rows * int(call.generation_config.max_length or call.input_ids.shape[1])
         place = self.admission.enter(rows, tokens, check_wanted)
         seat = Seat(self.turn, self.meeting, self.statistics, place, None if reason else part_of(call))

@@ -13,7 +13,9 @@ WARM_UPS = 2  # before a capture: libraries choose and compile their kernels in 
 
 
 class Capture(Protocol):
-    """Captures what functions do on the device."""
+    """Captures what functions do on the device. one_call: whether replays serve one call at a time, others none."""
+
+    one_call: bool
 
     def capture(self, warm_up: Callable[[], Any], run: Callable[[], T]) -> Callable[[], T]:
         """Capture `run` and return what replays it and returns its results, which are valid until the next replay.
@@ -28,6 +30,8 @@ class Capture(Protocol):
 
 class CudaGraphs:
     """CUDA graphs with a memory pool of their own, which the graphs of one model share: only one may run at a time."""
+
+    one_call = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -56,6 +60,8 @@ class CudaGraphs:
 
 class Direct:
     """Runs what it is given, for devices on which compiled steps cost few launches, or none."""
+
+    one_call = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -66,6 +66,7 @@ class StaticRunner:
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._positions = int(positions or 2**62)
         self.obstacle: str | None = None  # found in a capture, for good
+        self.one_call = capture.one_call
         self._latest: tuple[Recorded, list[CallLayer]] | None = None  # a step of one token, and the layers of its cache
 
     def __call__(self, **inputs: Any) -> Any:
