@@ -315,20 +315,19 @@ def test_calls_whose_steps_are_captured_run_one_after_the_other() -> None:
         captures_here(),
         hf_accel.optimized(
             model, [hf_accel.AttentionConfig(), hf_accel.DecodingConfig(), hf_accel.CompilationConfig()]
-        ),
+        ),hf_accel.serving(model)
     ):
-        with hf_accel.serving(model):
 
-            def call(number: int) -> torch.Tensor:
-                def note(input_ids: Any, scores: Any) -> Any:
-                    began.append(number)
-                    return scores
+        def call(number: int) -> torch.Tensor:
+            def note(input_ids: Any, scores: Any) -> Any:
+                began.append(number)
+                return scores
 
-                return model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, logits_processor=[note])
+            return model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, logits_processor=[note])
 
-            assert_same(together([lambda number=number: call(number) for number in range(3)]), [wanted] * 3)
-            assert hf_accel.report(model).joined_calls.to_dict()["alone"] == {ONE_CALL: 3}
-            # nobody's steps are made without the capture because another call has the buffers
-            assert hf_accel.report(model).compilation.to_dict()["eager_steps"] == {}
+        assert_same(together([lambda number=number: call(number) for number in range(3)]), [wanted] * 3)
+        assert hf_accel.report(model).joined_calls.to_dict()["alone"] == {ONE_CALL: 3}
+        # nobody's steps are made without the capture because another call has the buffers
+        assert hf_accel.report(model).compilation.to_dict()["eager_steps"] == {}
     assert [number for number, _ in itertools.groupby(began)] == list(dict.fromkeys(began))
     assert len(began) == 90
