@@ -223,7 +223,7 @@ def test_rows_and_chunks_follow_from_measured_times() -> None:
         pace.step(rows, seconds)
     pace.prompt(100, 0.1)
     assert pace.most_rows() == 3
-    assert pace.chunk(1) == 30
+    assert pace.chunk(1) == 29
     assert pace.chunk(4) == LEAST_CHUNK
     assert Pace(None, 16, 128).most_rows() == 16
     assert pace.merges(2)
@@ -231,6 +231,17 @@ def test_rows_and_chunks_follow_from_measured_times() -> None:
     pace.step(8, 1.0)
     assert not pace.merges(8)
     assert not pace.merges(16)  # of which none was measured yet: twice as long as of eight
+
+
+def test_a_target_is_for_nine_in_ten_tokens() -> None:
+    pace = Pace(0.06, 16, 128)
+    for seconds in [0.02] * 8 + [0.04] * 2:
+        pace.step(1, seconds)
+    pace.prompt(100, 0.1)
+    assert pace.chunk(1) == 19
+    for seconds in [0.05] * 8 + [0.07] * 2:
+        pace.step(2, seconds)
+    assert pace.most_rows() == 1
 
 
 def test_fields_are_checked() -> None:

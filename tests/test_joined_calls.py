@@ -315,7 +315,8 @@ def test_calls_whose_steps_are_captured_run_one_after_the_other() -> None:
         captures_here(),
         hf_accel.optimized(
             model, [hf_accel.AttentionConfig(), hf_accel.DecodingConfig(), hf_accel.CompilationConfig()]
-        ),hf_accel.serving(model)
+        ),
+        hf_accel.serving(model),
     ):
 
         def call(number: int) -> torch.Tensor:

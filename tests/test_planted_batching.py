@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -135,6 +136,10 @@ def nobody_is_told(patch: Patch) -> None:
     patch.setattr("hf_accel.batching.engine.check_wanted", lambda: None)
 
 
+def targets_are_for_half(patch: Patch) -> None:
+    patch.setattr("hf_accel.batching.pace._mostly", statistics.median)
+
+
 def nobody_is_taken_along(patch: Patch) -> None:
     patch.setattr(Meeting, "gather", lambda self, batch: None)
 
@@ -203,6 +208,7 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
         children_inherit,
         PARTS.test_a_forked_child_begins_with_nobody_inside,
     ),
+    "a target for half of the tokens": (targets_are_for_half, PARTS.test_a_target_is_for_nine_in_ten_tokens),
     "calls that take one another's buffers": (
         all_rows_at_once,
         JOINED.test_calls_whose_steps_are_captured_run_one_after_the_other,

@@ -27,6 +27,17 @@ def sizes_without_end(patch: Patch) -> None:
     patch.setattr(trial, "BUDGET_S", 1e9)
 
 
+def gains_that_show_once(patch: Patch) -> None:
+    right, gains = trial._pays, set()
+
+    def wrong(rows: int, seconds: Any) -> tuple[bool, float]:
+        pays, took = (True, 0.0) if rows in gains else right(rows, seconds)
+        gains.update([rows] if pays else [])
+        return pays, took
+
+    patch.setattr(trial, "_pays", wrong)
+
+
 def no_size_between(patch: Patch) -> None:
     right = trial._pays
     patch.setattr(trial, "_pays", lambda rows, seconds: right(rows, seconds) if rows in trial.SIZES else (False, 0.0))
@@ -57,6 +68,10 @@ def never_prompts(patch: Patch) -> None:
 
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "a size that lost": (one_size_too_many, test_prompts.test_the_limit_is_the_last_size_that_paid),
+    "a gain that showed once": (
+        gains_that_show_once,
+        test_prompts.test_a_gain_that_another_program_made_is_looked_at_again,
+    ),
     "a trial without end": (sizes_without_end, test_prompts.test_large_layers_are_tried_as_far_as_the_budget_goes),
     "long calls count for many": (
         instead(trial, "_cost", lambda pair: 6 * pair),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Callable, Iterable
 
 KEPT = 32  # latest times per number of rows
 LEAST_CHUNK = 16
@@ -51,16 +52,17 @@ class Pace:
         if tokens >= LEAST_CHUNK:
             self._per_token.append(seconds / tokens)
 
-    def step_s(self, rows: int) -> float | None:
+    def step_s(self, rows: int, summary: Callable[[Iterable[float]], float] = statistics.median) -> float | None:
         """Return what a step of so many rows takes, by the nearest number that was measured; None: unknown.
 
-        Of more rows than were measured it is taken to take as long per row as of the most that were.
+        summary: of the times that were. Of more rows than were measured it is taken to take as long per row as of the
+        most that were.
         """
         counts = list(self._steps)
         if not counts or (rows > 1 and max(counts) == 1):
             return None
         known = min((count for count in counts if count >= rows), default=max(counts))
-        return statistics.median(self._steps[known]) * max(1.0, rows / known)
+        return summary(self._steps[known]) * max(1.0, rows / known)
 
     def most_rows(self) -> int:
         """Return how many rows may run at once: as many as were seen within the target, and one more to find out."""
@@ -70,7 +72,7 @@ class Pace:
             return self._max_rows
         within, beyond = 0, self._max_rows + 1
         for rows in sorted(self._steps):
-            if statistics.median(self._steps[rows]) <= self.latency_s:
+            if _mostly(self._steps[rows]) <= self.latency_s:
                 within = rows
             else:
                 beyond = rows
@@ -81,5 +83,11 @@ class Pace:
         """Return how many tokens of a prompt are read between two steps of so many rows; 0: all of them."""
         if not self._chunk_tokens or self.latency_s is None or not self._per_token:
             return self._chunk_tokens
-        left = self.latency_s - (self.step_s(rows) or 0.0)
-        return max(LEAST_CHUNK, min(self._chunk_tokens, int(left / statistics.median(self._per_token))))
+        left = self.latency_s - (self.step_s(rows, _mostly) or 0.0) - rows * _mostly(self._meeting)
+        return max(LEAST_CHUNK, min(self._chunk_tokens, int(left / _mostly(self._per_token))))
+
+
+def _mostly(times: Iterable[float]) -> float:
+    """Return what nine in ten of the times stay within: a target is for them, not for half."""
+    ordered = sorted(times)
+    return ordered[len(ordered) * 9 // 10]

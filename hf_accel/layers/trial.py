@@ -2,7 +2,7 @@
 
 Of few rows it always is. Of many, ATen's products read weights as well as ours do, and the arithmetic decides: it is
 our kernels against oneDNN's and MKL's on this machine, with what is around them in a layer of this size. Cost: at most
-about three seconds per shape of layer, once per process.
+about three seconds per shape of layer, and half of that to look at what decides once more, once per process.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> in
     seconds: returns, for a number of rows, the least times of the layer's own forward and of the native call, for those
         of BATCHES where the native call gains least.
     Sizes are tried in rising order, each twice the last, until BUDGET_S is spent or up to the first loss; then the one
-    halfway before it, too.
+    halfway before it, too. A loss has to show twice, and so has the gain that decides: what disturbs the layer's own
+    forward makes one.
     """
-    most, spent = few, 0.0
+    gained, spent = [few], 0.0
     for rows in SIZES:
         if rows <= few:
             continue
@@ -63,11 +64,15 @@ def rows_that_pay(few: int, seconds: Callable[[int], tuple[float, float]]) -> in
         spent += _cost(took)
         if not pays:
             between = rows * 3 // 4
-            return between if between > most and _pays(between, seconds)[0] else most
-        most = rows
+            if between > gained[-1] and _pays(between, seconds)[0]:
+                gained.append(between)
+            break
+        gained.append(rows)
         if spent + _cost(2 * took) > BUDGET_S:
             break
-    return most
+    while gained[-1] > few and not _pays(gained[-1], seconds)[0]:
+        gained.pop()
+    return gained[-1]
 
 
 def _pays(rows: int, seconds: Callable[[int], tuple[float, float]]) -> tuple[bool, float]:

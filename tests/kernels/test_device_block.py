@@ -31,11 +31,12 @@ DESCRIBED = [
     name for name in NAMES if any(b.form.norms["input"].kind.startswith("rms") for b in Anatomy.of(build(name)).blocks)
 ]
 CAPACITY = 24
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where kernels in Triton run
 
 
-def differences(name: str, kernels: device.Kernels, layers: int) -> list[float]:
+def differences(name: str, kernels: device.Kernels, layers: int, at: torch.device | str = "cpu") -> list[float]:
     """Return how far the first layers of a model are from their own forwards over a prompt with padding."""
-    model = build(name)
+    model = build(name).to(at)
     anatomy = Anatomy.of(model)
     surroundings = Surroundings(m for block in anatomy.blocks for m in (block.layer, *block.modules))
     make = partial(device.DeviceBlock, kernels=kernels)
@@ -56,7 +57,7 @@ def test_layers_of_operations_in_torch_are_the_models_own(name: str) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("name", ["qwen3", "mixtral"])
 def test_layers_of_kernels_are_the_models_own(name: str) -> None:
-    assert max(differences(name, device.of_triton(), layers=1)) < 1e-5
+    assert max(differences(name, device.of_triton(), layers=1, at=DEVICE)) < 1e-5
 
 
 class StaticLayer:
