@@ -91,6 +91,7 @@ def main(what: str, bits: str = "16", layers: str = "16") -> None:
     both: list[tuple[str, Any, dict[str, Any]]] = [("stock", stock, {}), ("optimised", model, {"speculative": False})]
     memory = read_bandwidth() / 1e9
     print(f"{what}, {bits} bits, {layers} layers ({native.status().isa}, {memory:.1f} GB/s)")
+    print(*(line.split(";")[0] for line in str(hf_accel.report(model)).splitlines() if "decoder layers" in line))
     if what == "prompts":
         for tokens, rounds in ((128, 5), (512, 3), (2048, 1)):
             print(f" {tokens} tokens")

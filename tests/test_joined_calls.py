@@ -251,7 +251,7 @@ def test_prompts_are_read_in_chunks_beside_others() -> None:
             for ids, count in zip(prompts, new, strict=True)
         ]
         assert_same(together(calls), wanted)
-    assert lengths.count(32) >= 2
+    assert lengths.count(30) >= 2  # 150 in five equal ones, 90 in three
 
 
 def test_the_model_is_as_it_was_after_the_block() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import time
@@ -139,14 +140,17 @@ class Engine:
             self.admission.leave(place)
 
     def _chunk(self, call: Call) -> None:
-        """Let the prompt of a call be read in chunks, where that is how its cache is filled anyway."""
-        config, chunk = call.generation_config, self.pace.chunk(self.admission.rows)
+        """Let the prompt of a call be read in chunks, where that is how its cache is filled anyway.
+
+        Of equal length: a pass over the few tokens that would be left over takes as long as reading the weights.
+        """
+        config, chunk, tokens = call.generation_config, self.pace.chunk(self.admission.rows), call.input_ids.shape[1]
         layers: Any = call.model_kwargs[CACHE].layers
         is_plain = all(getattr(layer, "takes_states", False) for layer in layers)
-        if chunk and is_plain and config.prefill_chunk_size is None and call.input_ids.shape[1] > chunk:
+        if chunk and is_plain and config.prefill_chunk_size is None and tokens > chunk:
             mask = call.model_kwargs.get("attention_mask")
             if mask is None or bool(mask.all()):
-                config.prefill_chunk_size = chunk
+                config.prefill_chunk_size = math.ceil(tokens / math.ceil(tokens / chunk))
 
 
 def _begin_anew() -> None:
