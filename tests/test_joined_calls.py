@@ -18,6 +18,7 @@ from models import NAMES, build, padded, prompt
 import hf_accel
 from hf_accel.batching.engine import ONE_CALL
 from hf_accel.batching.merged import MergedLayer
+from hf_accel.core.calls.cancelling import cancellable
 
 
 def together(calls: list[Callable[[], Any]]) -> list[Any]:
@@ -195,6 +196,39 @@ def test_an_error_or_an_end_of_one_call_changes_no_other() -> None:
         assert report.joined == report.most_rows == 5
         engine = type(model)._hf_accel_engine
         assert engine.admission.rows == engine.admission.tokens == engine.meeting.writers == 0
+
+
+def test_whoever_runs_a_step_may_be_cancelled_in_it_without_harm_to_the_others() -> None:
+    model = build("llama")
+    ids = prompt(1, 9)
+    wanted = model.generate(ids, **NEW, do_sample=False)
+    switches: dict[int, threading.Event] = {}
+
+    def call() -> Any:
+        switch = switches[threading.get_ident()] = threading.Event()
+        with cancellable(switch):
+            return model.generate(ids, **NEW, do_sample=False)
+
+    # without native layers, so that the step of all is a pass of the model
+    plain = [hf_accel.AttentionConfig(), hf_accel.KVCacheConfig(), hf_accel.DecodingConfig()]
+    with hf_accel.optimized(model, plain), hf_accel.serving(model, max_wait_ms=2000.0):
+        engine = type(model)._hf_accel_engine  # type: ignore[attr-defined]
+        engine._goes_alone = lambda: False
+        everybody, join, run = threading.Barrier(4), engine.meeting.join, engine.run
+        engine.meeting.join = lambda: (join(), everybody.wait(20))
+
+        def running(**inputs: Any) -> Any:
+            if len(inputs["input_ids"]) == 4:
+                switches[threading.get_ident()].set()
+            return run(**inputs)
+
+        engine.passes._run = running
+        found = together([call] * 4)
+        report = hf_accel.report(model).joined_calls.to_dict()
+    assert sorted(type(got).__name__ for got in found) == ["CancelledCallError", *["Tensor"] * 3]
+    assert_same([got for got in found if isinstance(got, torch.Tensor)], [wanted] * 3)
+    assert report["alone"] == {}
+    assert report["most_rows"] == 4
 
 
 def test_what_cannot_join_runs_beside_the_batch_with_its_reason() -> None:

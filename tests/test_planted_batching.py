@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from hf_accel.batching.pace import Pace
 from hf_accel.batching.statistics import BatchingStatistics
 from hf_accel.batching.turn import Turn
 from hf_accel.core.calls import seeding
+from hf_accel.core.calls.cancelling import check_wanted
 
 
 def rows_of_the_next(patch: Patch) -> None:
@@ -140,6 +143,18 @@ def targets_are_for_half(patch: Patch) -> None:
     patch.setattr("hf_accel.batching.pace._mostly", statistics.median)
 
 
+def whoever_runs_the_step_is_asked(patch: Patch) -> None:
+    honest = Engine.passing
+
+    @contextmanager
+    def wrong(self: Engine, tokens: int) -> Iterator[None]:
+        check_wanted()
+        with honest(self, tokens):
+            yield
+
+    patch.setattr(Engine, "passing", wrong)
+
+
 def nobody_is_taken_along(patch: Patch) -> None:
     patch.setattr(Meeting, "gather", lambda self, batch: None)
 
@@ -207,6 +222,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "a child that waits for its parents' threads": (
         children_inherit,
         PARTS.test_a_forked_child_begins_with_nobody_inside,
+    ),
+    "a cancellation for all": (
+        whoever_runs_the_step_is_asked,
+        JOINED.test_whoever_runs_a_step_may_be_cancelled_in_it_without_harm_to_the_others,
     ),
     "a target for half of the tokens": (targets_are_for_half, PARTS.test_a_target_is_for_nine_in_ten_tokens),
     "calls that take one another's buffers": (
