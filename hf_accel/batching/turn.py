@@ -34,10 +34,15 @@ class Turn:
         self._since = 0.0
         self._last_was_step = False
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self._owner == threading.get_ident()
+
     @contextmanager
     def taken(self, number: int, *, is_step: bool = False) -> Iterator[None]:
         """Wait for the turn and have it for the length of the block. number: of the call, in the order of arrival."""
-        if self._owner == threading.get_ident():
+        if self.is_mine:
             yield
             return
         ticket = _Ticket(is_step, number)
