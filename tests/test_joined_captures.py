@@ -219,7 +219,8 @@ def test_an_error_an_end_or_a_cancelled_call_changes_no_other(monkeypatch: pytes
         wait_for_one_another(engine, 5)
         assert_same(together(honest), wanted)
         assert slots_of(model) == [slot]
-        assert {1, 2, 4, 8} >= set(slot.firsts) > {8}
+        assert 8 in slot.firsts, "fewer rows where the highest that goes on is lower"
+        assert set(slot.firsts) <= {1, 2, 4, 8}
         assert_all_shared(model)
 
 
