@@ -112,6 +112,24 @@ def test_whoever_comes_last_runs_the_step_for_all() -> None:
     assert found == [threading.get_ident()] * 3
 
 
+def test_whoever_runs_a_step_that_is_not_its_own_runs_its_own_next() -> None:
+    ran: list[int] = []
+
+    def run(batch: list[Submission]) -> None:
+        meeting.patience = 0.0  # what is left is due at once
+        noted(ran)(batch)
+
+    meeting = Meeting(run, patience=20.0)
+    for _ in range(2):
+        meeting.join()
+    threads = in_threads(lambda: meeting.submit(submission()))
+    until(lambda: len(meeting._waiting) == 1)
+    threads += in_threads(lambda: meeting.submit(Submission(Part(None, 1, None), {}, "another key")))
+    for thread in threads:
+        thread.join(5)
+    assert ran == [1, 1]
+
+
 def test_whoever_comes_while_a_step_waits_for_its_turn_is_in_it() -> None:
     ran: list[int] = []
     begun, go_on = threading.Event(), threading.Event()

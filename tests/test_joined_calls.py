@@ -18,6 +18,7 @@ from models import NAMES, build, padded, prompt
 import hf_accel
 from hf_accel.batching.engine import ONE_CALL
 from hf_accel.batching.merged import MergedLayer
+from hf_accel.compilation import blocks, runner
 from hf_accel.core.calls.cancelling import cancellable
 
 
@@ -340,7 +341,10 @@ def test_a_pass_that_fails_is_told_and_each_call_makes_its_own(monkeypatch: pyte
         assert not type(model)._hf_accel_engine.pace.merges(3)
 
 
-def test_calls_whose_steps_are_captured_run_one_after_the_other() -> None:
+def test_calls_that_cannot_share_captured_steps_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are compiled would be compiled for each number of rows."""
+    monkeypatch.setattr(blocks, "BACK_END", "eager")
+    monkeypatch.setattr(runner, "PAYS_BACK", 0)
     model = build("llama")
     ids = prompt(1, 9)
     wanted = model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
@@ -348,7 +352,7 @@ def test_calls_whose_steps_are_captured_run_one_after_the_other() -> None:
     with (
         captures_here(),
         hf_accel.optimized(
-            model, [hf_accel.AttentionConfig(), hf_accel.DecodingConfig(), hf_accel.CompilationConfig()]
+            model, [hf_accel.AttentionConfig(), hf_accel.DecodingConfig(), hf_accel.CompilationConfig(mode="compile")]
         ),
         hf_accel.serving(model),
     ):
@@ -363,6 +367,7 @@ def test_calls_whose_steps_are_captured_run_one_after_the_other() -> None:
         assert_same(together([lambda number=number: call(number) for number in range(3)]), [wanted] * 3)
         assert hf_accel.report(model).joined_calls.to_dict()["alone"] == {ONE_CALL: 3}
         # nobody's steps are made without the capture because another call has the buffers
-        assert hf_accel.report(model).compilation.to_dict()["eager_steps"] == {}
+        found = hf_accel.report(model).compilation.to_dict()
+        assert (found["eager_steps"], found["calls_without_buffers"]) == ({}, {})
     assert [number for number, _ in itertools.groupby(began)] == list(dict.fromkeys(began))
     assert len(began) == 90

@@ -21,6 +21,7 @@ from hf_accel.batching.merged import MergedLayer, Part
 from hf_accel.batching.pace import Pace
 from hf_accel.batching.statistics import BatchingStatistics
 from hf_accel.batching.turn import Turn
+from hf_accel.compilation.sharing import Claim
 from hf_accel.core.calls import seeding
 from hf_accel.core.calls.cancelling import check_wanted
 
@@ -178,6 +179,10 @@ def failures_are_hidden(patch: Patch) -> None:
     patch.setattr(BatchingStatistics, "fell_apart", lambda self, reason: None)
 
 
+def buffers_for_all(patch: Patch) -> None:
+    patch.setattr(Claim, "has_room", lambda self, joins: True)
+
+
 JOINED, PARTS = test_joined_calls, test_batching
 PLANTED: dict[str, tuple[Defect, Test]] = {
     "rows of another call": (rows_of_the_next, JOINED.test_each_call_gets_the_text_that_it_gets_alone),
@@ -229,8 +234,8 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     ),
     "a target for half of the tokens": (targets_are_for_half, PARTS.test_a_target_is_for_nine_in_ten_tokens),
     "calls that take one another's buffers": (
-        all_rows_at_once,
-        JOINED.test_calls_whose_steps_are_captured_run_one_after_the_other,
+        buffers_for_all,
+        JOINED.test_calls_that_cannot_share_captured_steps_run_one_after_the_other,
     ),
     "calls that go on unwanted": (nobody_is_told, PARTS.test_asyncio_calls_join_and_are_cancelled),
 }

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hf_accel.core.calls.doors import SharedBuffers
 from hf_accel.errors import ConfigError
 
 PASSED = 8
@@ -18,11 +19,16 @@ LOOK_S = 0.1  # how often one who waits looks whether it is still wanted
 
 @dataclass(eq=False)
 class Place:
-    """What one call takes up. number: of the call, in the order of arrival. passed: how many went ahead of it."""
+    """What one call takes up. number: of the call, in the order of arrival. passed: how many went ahead of it.
+
+    buffers: what holds those of its cache, where there must be room, too; joins: whether it shares them.
+    """
 
     rows: int
     tokens: int
     number: int
+    buffers: SharedBuffers | None = None
+    joins: bool = False
     passed: int = 0
     is_inside: bool = False
 
@@ -43,8 +49,16 @@ class Admission:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def enter(self, rows: int, tokens: int, check: Callable[[], None]) -> Place:
-        """Wait for room, and return the place. check: raises where the call is no longer wanted.
+    def enter(
+        self,
+        rows: int,
+        tokens: int,
+        check: Callable[[], None],
+        buffers: SharedBuffers | None = None,
+        *,
+        joins: bool = False,
+    ) -> Place:
+        """Wait for room, and return the place. check: raises where the call is no longer wanted; others as of `Place`.
 
         Raises:
             ConfigError: the call can never have room.
@@ -57,7 +71,7 @@ class Admission:
             )
         with self._changed:
             self._count += 1
-            place = Place(rows, tokens, self._count)
+            place = Place(rows, tokens, self._count, buffers, joins)
             self._waiting.append(place)
             try:
                 while not self._may_enter(place):
@@ -65,6 +79,8 @@ class Admission:
                     check()
                 for other in self._waiting[: self._waiting.index(place)]:
                     other.passed += 1
+                if buffers is not None:
+                    buffers.reserve(joins)
                 self.rows, self.tokens, place.is_inside = self.rows + rows, self.tokens + tokens, True
             finally:
                 self._waiting.remove(place)
@@ -92,4 +108,7 @@ class Admission:
     def _has_room(self, place: Place) -> bool:
         if self.max_tokens is not None and self.tokens + place.tokens > self.max_tokens:
             return False
-        return not self.rows or self.rows + place.rows <= min(self.max_rows, self._most_rows())
+        if not self.rows:
+            return True
+        has_buffers = place.buffers is None or place.buffers.has_room(place.joins)
+        return has_buffers and self.rows + place.rows <= min(self.max_rows, self._most_rows())

@@ -72,7 +72,7 @@ def part_of(call: Call) -> Part:
 def follow_rows(part: Part, inputs: dict[str, Any]) -> bool:
     """Let a part have the rows that are left, where others have ended and left; return whether any have."""
     ids = inputs.get("input_ids")
-    if ids is None or (rows := len(ids)) >= part.rows:
+    if ids is None or inputs.get(CACHE) is not part.cache or (rows := len(ids)) >= part.rows:
         return False
     mask = inputs.get("attention_mask")
     starts = None if mask is None else starts_of(mask)

@@ -94,9 +94,11 @@ class Meeting:
 
     def _await(self, mine: Submission) -> None:
         while not mine.is_done:
-            if mine.batch is not None:
-                self._lead(mine.batch)
-                mine.batch = None
+            if (batch := mine.batch) is not None:
+                self._lead(batch)
+                with self._lock:
+                    if mine.batch is batch:  # else it was others' that could not be run with it, and its own comes next
+                        mine.batch = None
                 continue
             with self._lock:
                 seconds = None if self._is_running else self._left()

@@ -51,6 +51,11 @@ class MergedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
+    def members(self) -> list[Any]:
+        """See `hf_accel.core.calls.cache_layers.JoinedLayer`."""
+        return [layer for _, layer in self._parts]
+
+    @property
     def bits(self) -> int | None:
         found: int | None = getattr(self._parts[0][1], "bits", None)
         return found
@@ -64,6 +69,9 @@ class MergedLayer(CacheLayerMixin):
         for part, layer in self._parts:
             rows = slice(at, at + part.rows)
             keys, values = layer.update(key_states[rows], value_states[rows], *args, **kwargs)
+            window = layer.sliding_window if self.is_sliding else keys.shape[2]
+            if keys.shape[2] > window:  # a layer that keeps more leaves it to masks, and none are made here
+                keys, values = keys[:, :, -window:], values[:, :, -window:]
             mask = part.mask(keys.shape[2], layer.get_seq_length())
             members.append(Member(rows, keys, values, None if mask is None else mask.to(key_states.device)))
             at, most = at + part.rows, max(most, keys.shape[2])

@@ -14,9 +14,7 @@ MEETING_S = 0.0002  # until it is measured
 class Pace:
     """Times of steps by their rows, in seconds, and of tokens of prompts."""
 
-    def __init__(self, latency_s: float | None, max_rows: int, chunk_tokens: int, *, one_call: bool = False) -> None:
-        """one_call: whether the next call is to wait until the one before has ended."""
-        self._one_call = one_call
+    def __init__(self, latency_s: float | None, max_rows: int, chunk_tokens: int) -> None:
         self.latency_s, self._max_rows, self._chunk_tokens = latency_s, max_rows, chunk_tokens
         self._steps: dict[int, deque[float]] = {}
         self._per_token: deque[float] = deque(maxlen=KEPT)
@@ -66,8 +64,6 @@ class Pace:
 
     def most_rows(self) -> int:
         """Return how many rows may run at once: as many as were seen within the target, and one more to find out."""
-        if self._one_call:
-            return 1
         if self.latency_s is None:
             return self._max_rows
         within, beyond = 0, self._max_rows + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_accel.batching.meeting import Submission
 from hf_accel.batching.merged import merged
 from hf_accel.batching.pace import Pace
 from hf_accel.batching.statistics import BatchingStatistics
+from hf_accel.batching.stopwatch import Stopwatch
 from hf_accel.batching.turn import Turn
 from hf_accel.core.calls.call import IN_PROGRESS, Request
 from hf_accel.core.calls.forward import StepOutputs
@@ -26,11 +28,14 @@ STEP = 2**62  # the place of a step among those who wait for their turn does not
 class Passes:
     """Runs what a meeting brings together. run: makes one pass, with the arguments of the model's forward."""
 
-    def __init__(self, turn: Turn, pace: Pace, statistics: BatchingStatistics, run: Callable[..., Any]) -> None:
-        self._turn, self._pace, self._statistics, self._run = turn, pace, statistics, run
+    def __init__(
+        self, turn: Turn, pace: Pace, watch: Stopwatch, statistics: BatchingStatistics, run: Callable[..., Any]
+    ) -> None:
+        self._turn, self._pace, self._watch, self._statistics, self._run = turn, pace, watch, statistics, run
         self._request = Request()
         self._members: frozenset[int] = frozenset()  # whom the request is for
-        self._latest, self._ended = self._members, 0.0
+        self._ended: Any
+        self._latest, self._ended, self._ended_s = self._members, None, 0.0
         self.gather: Callable[[list[Submission]], None] = lambda batch: None  # what else has come
 
     def run(self, batch: list[Submission]) -> None:
@@ -38,14 +43,18 @@ class Passes:
         with self._turn.taken(STEP, is_step=True):
             self.gather(batch)
             rows = sum(submission.part.rows for submission in batch)
-            begin = time.perf_counter()
-            if self._members == self._latest and begin - self._ended < BREAK_S:
-                self._pace.between(rows, begin - self._ended)
+            begin = self._watch.now()
+            if (
+                self._ended is not None
+                and self._members == self._latest
+                and time.perf_counter() - self._ended_s < BREAK_S
+            ):
+                self._watch.tell(self._ended, begin, partial(self._pace.between, rows))
             if len(batch) == 1 or not self._together(batch):
                 for submission in batch:
                     _alone(self._run, submission)
-            self._ended, self._latest = time.perf_counter(), self._members
-            self._pace.step(rows, self._ended - begin)
+            self._ended, self._ended_s, self._latest = self._watch.now(), time.perf_counter(), self._members
+            self._watch.tell(begin, self._ended, partial(self._pace.step, rows))
         self._statistics.stepped(rows)
 
     def _together(self, batch: list[Submission]) -> bool:

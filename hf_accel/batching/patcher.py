@@ -30,7 +30,10 @@ class TakingTurns:
 
 def begin(model: Any, host: Host, config: BatchingConfig, journal: Journal) -> Engine:
     """Let calls of an optimised model join from here on, until the journal is undone."""
-    engine = Engine(model, config, host.doors.get(Door.FORWARD))
+    inner = host.doors.get(Door.FORWARD)
+    if (share := getattr(inner, "share", None)) is not None:  # a `SharingRunner`
+        journal.did(share(config.max_rows, config.max_tokens))
+    engine = Engine(model, config, inner)
     before, section = host.doors, host.report.sections.get("joined_calls")
     host.doors = before | {Door.FORWARD: engine, Door.SCHEDULE: engine}
     host.report.sections["joined_calls"] = engine.statistics

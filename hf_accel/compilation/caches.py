@@ -12,7 +12,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_accel.compilation.call_layers import CallLayer, WindowCallLayer
 from hf_accel.compilation.guard import ModelGuard
-from hf_accel.compilation.slots import Slot, Slots
+from hf_accel.compilation.sharing import TAKEN, Sharing
+from hf_accel.compilation.slots import Slots
 from hf_accel.compilation.statistics import CompilationStatistics
 from hf_accel.core.calls.call import NewCache, request_in_progress
 from hf_accel.core.calls.doors import CacheMaker
@@ -34,6 +35,7 @@ class StaticCaches:
         """model: which of the models that run in one call they are for, by a number."""
         self.slots, self.guard, self.statistics, self.before = slots, guard, statistics, before
         self.model = model
+        self.sharing: Sharing | None = None  # while calls join
 
     def fill(self, new: NewCache) -> None:
         """Give a cache that `generate` has just made its layers. Raises: as who made caches before."""
@@ -59,9 +61,12 @@ class StaticCaches:
             starts, reason = starts_of(new.mask, new.rows)
         if reason is not None:
             return reason
+        if self.sharing is not None:
+            use_slot(new.cache, self.sharing.claim(new, request, bits, starts, self.before))
+            return None
         slot = self.slots.take(new.cache, request, new.rows, new.expected_tokens, bits, starts, self.model)
         if slot is None:
-            return "another call has the buffers"
+            return TAKEN
         use_slot(new.cache, slot)
         return None
 
@@ -82,8 +87,8 @@ def cache_obstacle(cache: Any) -> str | None:
     return None
 
 
-def use_slot(cache: Any, slot: Slot) -> None:
-    """Replace the layers of a cache, for which there is no `cache_obstacle`, by layers over a slot."""
+def use_slot(cache: Any, slot: Any) -> None:
+    """Replace the layers of a cache, for which there is no `cache_obstacle`, by layers over a slot or a claim."""
     cache.layers = [
         WindowCallLayer(slot, index, layer.sliding_window) if layer.is_sliding else CallLayer(slot, index)
         for index, layer in enumerate(cache.layers)
@@ -92,7 +97,7 @@ def use_slot(cache: Any, slot: Slot) -> None:
         cache.layer_class_to_replicate = partial(_next_layer, cache.layers, slot)
 
 
-def _next_layer(layers: list[Any], slot: Slot) -> CallLayer:
+def _next_layer(layers: list[Any], slot: Any) -> CallLayer:
     return CallLayer(slot, len(layers))
 
 

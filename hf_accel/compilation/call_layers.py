@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_accel.compilation.slots import Slot
 from hf_accel.compilation.step_layers import StepLayer
 from hf_accel.core.calls.held import Held
 from hf_accel.ops import cached
@@ -23,7 +22,8 @@ class CallLayer(DynamicLayer):
 
     is_sliding = False
 
-    def __init__(self, slot: Slot, index: int, window: int | None = None) -> None:
+    def __init__(self, slot: Any, index: int, window: int | None = None) -> None:
+        """slot: a `Slot`, rows of a shared one, or a claim to either."""
         self.index, self.window = index, window
         self.bits, self.length = slot.fill.bits, 0
         self.rows: list[int] | None = None  # where rows have different lengths, the length of each
@@ -31,7 +31,7 @@ class CallLayer(DynamicLayer):
         self._kept: list[Any] = [None, None]  # keys and values as they are kept, once the slot is left
         self.step_layer: StepLayer | None = None
         CacheLayerMixin.__init__(self)  # which assigns keys and values
-        self.slot: Slot | None = slot
+        self.slot: Any = slot
 
     # ---- what transformers' own methods read and assign
 
@@ -79,6 +79,8 @@ class CallLayer(DynamicLayer):
         self.sizes = key_states.shape[3], value_states.shape[3]
         self.dtypes = key_states.dtype, value_states.dtype
         self.length, self.rows = 0, None
+        if self.slot is not None:
+            self.slot = self.slot.given()
         if self.slot is not None:
             self.step_layer = self.slot.layer(self.index, self.window, key_states, value_states)
         if self.step_layer is None:
@@ -216,7 +218,7 @@ class WindowCallLayer(CallLayer, DynamicSlidingWindowLayer):
 
     is_sliding = True
 
-    def __init__(self, slot: Slot, index: int, window: int) -> None:
+    def __init__(self, slot: Any, index: int, window: int) -> None:
         super().__init__(slot, index, window)
         self.sliding_window = window
         self.record_past = False

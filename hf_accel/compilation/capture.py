@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from hf_accel.core.calls.seeding import DRAWS
+
 T = TypeVar("T")
 
 WARM_UPS = 2  # before a capture: libraries choose and compile their kernels in the first runs
@@ -48,7 +50,7 @@ class CudaGraphs:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # other threads may use the device meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+        with DRAWS, torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             results = run()
 
         def replay() -> T:

@@ -15,8 +15,12 @@ from typing import Any
 
 import torch
 
+from hf_accel.compilation.caches import StaticCaches
 from hf_accel.compilation.call_layers import CallLayer
 from hf_accel.compilation.capture import Capture
+from hf_accel.compilation.joint import JointSteps, taking_part
+from hf_accel.compilation.shared import FirstRows
+from hf_accel.compilation.sharing import Sharing
 from hf_accel.compilation.slots import Slot, Slots
 from hf_accel.compilation.statistics import CompilationStatistics
 from hf_accel.compilation.step import StaticStep, StepResults
@@ -66,17 +70,21 @@ class StaticRunner:
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._positions = int(positions or 2**62)
         self.obstacle: str | None = None  # found in a capture, for good
-        self.one_call = capture.one_call
+        self.caches: StaticCaches | None = None  # who makes the caches that calls may share buffers of
+        self._joint = JointSteps(self._of_rows, statistics.replayed)
         self._latest: tuple[Recorded, list[CallLayer]] | None = None  # a step of one token, and the layers of its cache
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the outputs of the model for these inputs."""
         model: Any = self._model()
-        found = self._step_for(model, inputs)
+        calls = taking_part(inputs.get(CACHE)) if self.layers is None else []
+        found: Any = self._inputs_obstacle(inputs)
+        if found is None:
+            found = self._joint(calls, inputs) if calls else self._step_for(model, inputs)
         if isinstance(found, str):
             self.statistics.ran_eagerly(found)
             return model(**inputs)
-        return self._replayed(found, inputs)
+        return found if calls else self._replayed(found, inputs)
 
     def follow(self, cache: Any) -> torch.Tensor | None:
         """Run the step that takes in what the latest one chose, and return what it chooses, int64 [B, 1].
@@ -84,7 +92,7 @@ class StaticRunner:
         None where something came between, or a step of another kind is next. Costs the host one launch and one copy.
         """
         if self._latest is None or cache.layers is not self._latest[0].step.follows:
-            return None
+            return self._joint.follow(cache)
         recorded, layers = self._latest
         slot, length, request = recorded.step.slot, layers[0].length, request_in_progress()
         if (
@@ -107,24 +115,50 @@ class StaticRunner:
             layer.advance(tokens)
         self.statistics.replayed()
 
-    def _step_for(self, model: Any, inputs: dict[str, Any]) -> Recorded | str:
-        """Return the captured step that serves these inputs, or why there is none."""
+    def share(self, rows: int, positions: int | None) -> Callable[[], None]:
+        """See `hf_accel.core.calls.doors.SharingRunner`."""
+        caches: Any = self.caches
+        if caches is None or not self.capture.one_call:
+            return lambda: None
+        # compiled layers would be compiled anew for each number of rows
+        caches.sharing = Sharing(self.slots, self.statistics, rows if self.make_step is StaticStep else 0, positions)
+
+        def undo() -> None:
+            caches.sharing.rows = 0  # of calls that still wait to begin
+            caches.sharing = None
+            self.slots.shared = []
+            self._joint.forget()
+
+        return undo
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """See `hf_accel.core.calls.doors.SharingRunner`."""
+        return None if self.caches is None else self.caches.sharing
+
+    def _inputs_obstacle(self, inputs: dict[str, Any]) -> str | None:
+        """Return why no captured step serves such inputs, whatever the cache is; None if one may."""
         if self.obstacle is not None:
             return self.obstacle
-        cache, ids, positions = (inputs.get(name) for name in (CACHE, "input_ids", "position_ids"))
-        layers = self._layers_of(cache)
-        slot = layers[0].slot if layers else None
-        if not layers or slot is None:
-            return "the cache has no fixed buffers"
-        if slot.request() is not request_in_progress():
-            return "the cache is of another call"
+        ids = inputs.get("input_ids")
         kept = inputs.get("logits_to_keep") or 0
         if not isinstance(kept, int) or 0 < kept < (0 if ids is None else ids.shape[1]):
             return "the model is asked for some of the logits"
         if unknown := [name for name, value in inputs.items() if name not in self._understood and value is not None]:
             return f"the model is given {unknown[0]}"
-        if ids is None or positions is None:
+        if ids is None or inputs.get("position_ids") is None:
             return "the model is not given tokens and their positions"
+        return None
+
+    def _step_for(self, model: Any, inputs: dict[str, Any]) -> Recorded | str:
+        """Return the captured step that serves these inputs, or why there is none."""
+        cache, ids, positions = (inputs[name] for name in (CACHE, "input_ids", "position_ids"))
+        layers = self._layers_of(cache)
+        slot = layers[0].slot if layers else None
+        if not isinstance(slot, Slot):
+            return "the cache has no fixed buffers"
+        if slot.request() is not request_in_progress():
+            return "the cache is of another call"
         lengths = layers[0].row_lengths(slot.rows)
         if any(layer.slot is not slot or layer.row_lengths(slot.rows) != lengths for layer in layers):
             return "layers of the cache have different lengths"
@@ -137,7 +171,7 @@ class StaticRunner:
             tokens > ids.shape[1] and max(lengths) + tokens > self._positions  # of filler, there is no embedding
         ):
             return "the end of the buffers or of the context is near"
-        return self._recorded(model, slot, tokens, lengths)
+        return self._recorded(model, slot, tokens, lengths, slot.expected - max(lengths))
 
     def _layers_of(self, cache: Any) -> list[CallLayer]:
         """Return the layers of a cache that this model uses, none where others than ours are among them."""
@@ -146,14 +180,17 @@ class StaticRunner:
             found = [found[index] for index in self.layers]
         return found if all(isinstance(layer, CallLayer) for layer in found) else []
 
-    def _recorded(self, model: Any, slot: Slot, tokens: int, lengths: list[int]) -> Recorded | str:
+    def _of_rows(self, first: FirstRows, lengths: list[int], left: int) -> Recorded | str:
+        return self._recorded(self._model(), first, 1, lengths, left)
+
+    def _recorded(self, model: Any, slot: Slot, tokens: int, lengths: list[int], left: int) -> Recorded | str:
         key = self._key, tokens
         recorded: Recorded | None = slot.graphs.get(key)
         if recorded is not None:
             slot.set_lengths(lengths)
             return recorded
         slot.seen[key] += 1
-        if slot.seen[key] + max(0, slot.expected - max(lengths)) // tokens < PAYS_BACK:
+        if slot.seen[key] + max(0, left) // tokens < PAYS_BACK:
             return "too few steps to pay for a capture"
         start = time.perf_counter()
         try:

@@ -33,7 +33,38 @@ def _nobody() -> None:
     return None
 
 
-class Slot:
+class Lent:
+    """What the cache of a call has for the length of the call: `owner` and `request` return both while they exist."""
+
+    def __init__(self) -> None:
+        self.owner: Callable[[], Any] = _nobody
+        self.request: Callable[[], Any] = _nobody
+
+    def lend(self, cache: Any, request: Any) -> None:
+        """Give this to a cache of the call `request`."""
+        self.owner, self.request = weakref.ref(cache), weakref.ref(request)
+
+    def release(self) -> None:
+        """Note that the call is over: who keeps its cache has what it holds until this is given to another."""
+        self.request = _nobody
+
+    def evict(self) -> None:
+        """Let the cache that has this, if somebody kept it, take along what it holds."""
+        if (cache := self.owner()) is not None:
+            for layer in cache.layers:
+                if hasattr(layer, "leave"):
+                    layer.leave()
+
+    def is_in_use(self) -> bool:
+        """Return whether the call that took this goes on with its cache."""
+        return self.owner() is not None and self.request() is not None
+
+    def given(self) -> Any:
+        """Return what a cache layer of the call is to have for its buffers, now that it is given its first states."""
+        return self
+
+
+class Slot(Lent):
     """The buffers of one cache.
 
     rows: B. capacity: C. on_device: the values of `fill.lengths`, as far as the host has queued them; None: unknown.
@@ -43,6 +74,7 @@ class Slot:
     """
 
     def __init__(self, rows: int, capacity: int, bits: int | None, device: torch.device) -> None:
+        super().__init__()
         self.rows, self.capacity, self.device = rows, capacity, device
         self.fill = Fill(rows, bits, device)
         self.on_device: list[int] | None = None
@@ -50,8 +82,6 @@ class Slot:
         self.layers: dict[int, StepLayer] = {}
         self.graphs: dict[Any, Any] = {}
         self.seen: Counter[Any] = Counter()
-        self.owner: Callable[[], Any] = _nobody
-        self.request: Callable[[], Any] = _nobody
 
     @property
     def bytes(self) -> int:
@@ -99,7 +129,8 @@ class Slot:
     def prepare(self, cache: Any, request: Any, expected: int, starts: torch.Tensor | None) -> None:
         """Give the slot to a cache of the call `request`; starts: [B], the first column of each row that counts."""
         self.evict()
-        self.owner, self.request, self.expected = weakref.ref(cache), weakref.ref(request), expected
+        self.lend(cache, request)
+        self.expected = expected
         for buffer in self.buffers():
             # what was written before might be no numbers, and hidden columns are read where no kernel runs
             buffer.zero_()
@@ -109,29 +140,34 @@ class Slot:
         else:
             self.fill.starts.copy_(starts)
 
-    def evict(self) -> None:
-        """Let the cache that has the slot, if somebody kept it, take along what it holds."""
-        if (cache := self.owner()) is not None:
-            for layer in cache.layers:
-                if hasattr(layer, "leave"):
-                    layer.leave()
-
-    def is_in_use(self) -> bool:
-        """Return whether the call that took the slot goes on with its cache."""
-        return self.owner() is not None and self.request() is not None
-
 
 class Slots:
-    """The slots of one model, and of those that draft for it."""
+    """The slots of one model, and of those that draft for it.
+
+    shared: those that several calls have rows of, of `hf_accel.compilation.shared`; they stand in no call's way.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.shared: list[Any] = []
         self._slots: OrderedDict[tuple[int, int, int, int | None], Slot] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def bytes(self) -> int:
-        return sum(slot.bytes for slot in list(self._slots.values()))
+        return sum(slot.bytes for slot in [*self._slots.values(), *self.shared])
+
+    def is_in_use(self) -> bool:
+        """Return whether a call has a slot of its own."""
+        with self._lock:
+            return any(slot.is_in_use() for slot in self._slots.values())
+
+    def release(self, request: Any) -> None:
+        """Note that a call is over, as `Lent.release` does."""
+        with self._lock:
+            for slot in self._slots.values():
+                if slot.request() is request:
+                    slot.release()
 
     def take(
         self,
@@ -173,6 +209,7 @@ class Slots:
     def forget_captures(self) -> None:
         """Give up everything that was captured: the model is no longer what it was."""
         with self._lock:
-            for slot in self._slots.values():
+            firsts = [first for slot in list(self.shared) for first in list(slot.firsts.values())]
+            for slot in [*self._slots.values(), *firsts]:
                 slot.graphs.clear()
                 slot.seen.clear()

@@ -34,12 +34,14 @@ class Standing:
         guard = ModelGuard(model, self.slots)
         if isinstance(self.make_step, CompiledSteps):
             guard.on_change.append(self.make_step.forget)
-        host.stand(Door.NEW_CACHE, StaticCaches(self.slots, guard, self.statistics, before, number))
-        self._run(model, host, None)
+        caches = StaticCaches(self.slots, guard, self.statistics, before, number)
+        host.stand(Door.NEW_CACHE, caches)
+        self._run(model, host, None).caches = None if number else caches
 
-    def _run(self, model: Any, host: Host, layers: list[int] | None) -> None:
+    def _run(self, model: Any, host: Host, layers: list[int] | None) -> StaticRunner:
         runner = StaticRunner(model, self.slots, self.capture, self.statistics, layers, self.make_step)
         host.stand(Door.FORWARD, runner)
+        return runner
 
     def over_drafts(self) -> tuple[str, ...]:
         """Let the models that draft replay their steps, too; return why some of them do not."""

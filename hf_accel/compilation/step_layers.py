@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +31,14 @@ class Fill:
             self.starts = torch.zeros(rows, dtype=torch.int32, device=device)
             self._rows = torch.arange(rows, device=device)[:, None, None]
             self.columns = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+
+    def of(self, rows: slice) -> Fill:
+        """Return what is so of some rows: the same memory."""
+        found = copy.copy(self)
+        found.lengths, found.starts = self.lengths[rows], self.starts[rows]
+        found.columns = self.columns[rows]
+        found._rows = self._rows[: len(found.lengths)]
+        return found
 
     def begin(self, ahead: torch.Tensor) -> None:
         """Begin a step of T tokens; ahead: int64 [T], 0 to T - 1."""
@@ -72,6 +81,10 @@ class StepLayer(CacheLayerMixin):
         self.sliding_window, self.is_sliding = window, window is not None
         self.gives_handles = True
         self.is_initialized = True
+
+    def of(self, fill: Fill, rows: slice) -> StepLayer:
+        """Return some rows of this layer, of which `fill` tells how far they are filled: the same memory."""
+        return StepLayer(fill, self.keys[rows], self.values[rows], self.sizes, self.dtypes, self.sliding_window)
 
     @property
     def bits(self) -> int | None:

@@ -16,7 +16,7 @@ from hf_accel.core.calls.call import Call
 from hf_accel.core.calls.forward import StepOutputs
 from hf_accel.core.calls.present import Present
 from hf_accel.core.calls.rows import Rows
-from hf_accel.core.calls.seeding import generator_on
+from hf_accel.core.calls.seeding import DRAWS, generator_on
 from hf_accel.decoding.draws import Draws
 from hf_accel.decoding.processors import are_pointwise, for_row
 from hf_accel.decoding.selecting import selected
@@ -85,7 +85,8 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
     if probabilities.dim() != 2:
         rows = probabilities.reshape(-1, probabilities.shape[-1])
         return draw(rows).view(probabilities.shape[:-1])
-    return torch.multinomial(probabilities, num_samples=1, generator=generator_on(probabilities.device)).squeeze(1)
+    with DRAWS:
+        return torch.multinomial(probabilities, num_samples=1, generator=generator_on(probabilities.device)).squeeze(1)
 
 
 class Chooser:

@@ -109,6 +109,16 @@ class StaticLayer(Protocol):
         ...
 
 
+class JoinedLayer(Protocol):
+    """A cache layer that stands for those of several calls, whose rows come one after the other in a pass.
+
+    members: the layer of each call. Whoever makes the pass without `update` sees to it that each of them grows.
+    """
+
+    @property
+    def members(self) -> list[Any]: ...
+
+
 def takes_states(layer: Any) -> bool:
     """Return whether keys and values may be given to a cache layer after the pass that made them.
 

@@ -97,5 +97,53 @@ class Scheduler(Protocol):
         ...
 
 
+class SharedBuffers(Protocol):
+    """What holds the buffers of one call's cache while calls join: given when the call may begin, not when it is made.
+
+    joins: whether the steps of the call are made together with those of others.
+    """
+
+    def has_room(self, joins: bool) -> bool:
+        """Return whether the call can be given buffers now; if not, it is better off waiting."""
+        ...
+
+    def reserve(self, joins: bool) -> None:
+        """Let nobody else have them: the call begins."""
+        ...
+
+    def settle(self) -> str | None:
+        """Prepare them where no pass is under way, and return why the call cannot join others, None if it can."""
+        ...
+
+    def release(self) -> None:
+        """Give them up: the call is over. Who keeps its cache has what it holds."""
+        ...
+
+
+class Sharing(Protocol):
+    """Gives the caches of calls buffers while calls join. rows: of the most calls at once; 0: none can be merged."""
+
+    rows: int
+
+    def claim_of(self, cache: Any) -> SharedBuffers | None: ...
+
+    def group_of(self, cache: Any) -> Any:
+        """Return what caches have in common whose calls can be merged into one pass, None where it is nothing."""
+        ...
+
+
+class SharingRunner(Protocol):
+    """What may stand at `Door.FORWARD`: passes that need buffers of their own, which calls that join can share.
+
+    sharing: None while they do not. `share(rows, positions)` begins it, for calls of so many rows in all, whose caches
+    hold so many positions at most (None: no bound is known), and returns what ends it.
+    """
+
+    @property
+    def sharing(self) -> Sharing | None: ...
+
+    def share(self, rows: int, positions: int | None) -> Callable[[], None]: ...
+
+
 MAKERS: dict[Door, Callable[[], Any]] = {}
 """Who can be called to a door where a call needs somebody and nobody stands: a call with drafts needs a token loop."""

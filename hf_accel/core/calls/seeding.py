@@ -17,6 +17,7 @@ from hf_accel.core.calls.call import Request, request_in_progress
 from hf_accel.core.calls.keywords import Keyword, register
 from hf_accel.errors import ConfigError
 
+DRAWS = threading.Lock()  # who draws has it, and who captures steps: torch's generators refuse to draw meanwhile
 _turn = threading.Lock()  # for what draws from torch's own generators
 
 
