@@ -43,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.name.startswith("test_planted"):  # tables of mistakes: they test the tests, and run weekly
+            item.add_marker(pytest.mark.slow)
         for name, (is_there, reason) in SKIPS.items():
             if not is_there and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))

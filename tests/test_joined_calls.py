@@ -268,6 +268,30 @@ def test_hooked_modules_see_their_call_alone() -> None:
         assert sum(report.to_dict()["alone"].values()) == 3
 
 
+def test_hooks_that_come_in_the_middle_see_their_call_alone() -> None:
+    model = build("llama")
+    ids = prompt(1, 9)
+    wanted = model.generate(ids, **NEW, do_sample=False)
+    seen: list[int] = []
+    hooks: list[Any] = []
+
+    def begin(input_ids: Any, scores: Any) -> Any:
+        if input_ids.shape[1] == 13 and not hooks:
+            layer = model.model.layers[1]
+            hooks.append(layer.register_forward_hook(lambda m, args, output: seen.append(len(args[0]))))
+        return scores
+
+    with optimised(model, joining=3) as report:
+        engine = type(model)._hf_accel_engine
+        del engine._goes_alone  # as it is
+        engine.pace.merges = lambda calls: True
+        calls = [lambda: model.generate(ids, **NEW, do_sample=False, logits_processor=[begin])] * 3
+        assert_same(together(calls), [wanted] * 3)
+        assert report.most_rows == 3
+    hooks[0].remove()
+    assert set(seen) == {1}
+
+
 def test_prompts_are_read_in_chunks_beside_others() -> None:
     model = build("gemma2")
     prompts = [prompt(1, tokens, seed=tokens) for tokens in (4, 150, 90)]

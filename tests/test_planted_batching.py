@@ -156,6 +156,10 @@ def whoever_runs_the_step_is_asked(patch: Patch) -> None:
     patch.setattr(Engine, "passing", wrong)
 
 
+def hooks_are_looked_for_at_first(patch: Patch) -> None:
+    patch.setattr("hf_accel.batching.engine.hooks_of", lambda model: [])
+
+
 def nobody_is_taken_along(patch: Patch) -> None:
     patch.setattr(Meeting, "gather", lambda self, batch: None)
 
@@ -231,6 +235,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "a cancellation for all": (
         whoever_runs_the_step_is_asked,
         JOINED.test_whoever_runs_a_step_may_be_cancelled_in_it_without_harm_to_the_others,
+    ),
+    "hooks that are looked for at first": (
+        hooks_are_looked_for_at_first,
+        JOINED.test_hooks_that_come_in_the_middle_see_their_call_alone,
     ),
     "a target for half of the tokens": (targets_are_for_half, PARTS.test_a_target_is_for_nine_in_ten_tokens),
     "calls that take one another's buffers": (

@@ -17,7 +17,7 @@ import torch
 
 from hf_accel.batching.admission import Admission
 from hf_accel.batching.config import BatchingConfig
-from hf_accel.batching.joining import fits, follow_rows, joining_obstacle, part_of
+from hf_accel.batching.joining import fits, follow_rows, hooks_of, joining_obstacle, part_of
 from hf_accel.batching.meeting import Meeting, Submission
 from hf_accel.batching.pace import Pace
 from hf_accel.batching.passes import Passes
@@ -47,6 +47,7 @@ class Engine:
         self._model, self.config, self._inner, self._device = weakref.ref(model), config, inner, model.device
         self.statistics = BatchingStatistics(None if config.latency_ms is None else config.latency_ms / 1e3)
         self._sharing: Sharing | None = getattr(inner, "sharing", None)
+        self._hooks: list[Any] = []  # dictionaries, as modules have them
         self.pace = Pace(self.statistics.latency_s, config.max_rows, config.chunk_tokens)
         self._start()
         _engines.add(self)
@@ -118,7 +119,8 @@ class Engine:
 
     def _goes_alone(self) -> bool:
         """Return whether a step of this call is better made at once than with those of others."""
-        return self.meeting.writers < 2 or not self.pace.merges(self.meeting.writers)
+        # a hook that was put on in the middle of a call is to see the call alone
+        return self.meeting.writers < 2 or any(self._hooks) or not self.pace.merges(self.meeting.writers)
 
     def _note(self, seat: Seat, begin: Any) -> None:
         """Note what a step of one call took."""
@@ -137,6 +139,7 @@ class Engine:
                 return
             begin, rows = time.perf_counter(), len(call.input_ids)
             reason = reason or joining_obstacle(call)
+            self._hooks = hooks_of(call.model)
             if sharing is not None and (not sharing.rows or buffers is None):
                 reason = reason or (NO_BUFFERS if sharing.rows else ONE_CALL)
             tokens = rows * int(call.generation_config.max_length or call.input_ids.shape[1])

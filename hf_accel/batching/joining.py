@@ -38,12 +38,17 @@ def joining_obstacle(call: Call) -> str | None:
     name = model.config._attn_implementation
     if (back_end := BACK_ENDS.get(name)) is None or not back_end.reads_held:
         return f"its attention is {name}, which reads one cache at a time"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if any(hooks_of(model)):
         return "modules of the model are hooked, and hooks are to see the call alone"
     mask = kwargs.get("attention_mask")
     if mask is not None and starts_of(mask) is None:
         return "its mask is more than padding on the left"
     return None
+
+
+def hooks_of(model: Any) -> list[Any]:
+    """Return the dictionaries of forward hooks of all modules of a model, empty where a module has none."""
+    return [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
 def starts_of(mask: torch.Tensor) -> list[int] | None:
