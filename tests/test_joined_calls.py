@@ -115,22 +115,21 @@ CACHES = [
 ]
 
 
-def test_every_call_keeps_its_own_cache() -> None:
+@pytest.mark.parametrize("lengths", [(20,), (20, 11)], ids=["one row", "padded rows"])
+def test_every_call_keeps_its_own_cache(lengths: tuple[int, ...]) -> None:
     model = build("llama")
-    prompts = [prompt(1, 20 + place, seed=place) for place in range(len(CACHES))]
-    given = NEW | {"do_sample": False}
+    asked: list[dict[str, Any]] = [
+        {**padded([length + place for length in lengths], place), **NEW, "do_sample": False}
+        | ({} if cache is None else {"kv_cache": cache})
+        for place, cache in enumerate(CACHES)
+    ]
     with hf_accel.optimized(model, exact(model)):
-        wanted = [
-            model.generate(ids, **given, **({} if cache is None else {"kv_cache": cache}))
-            for ids, cache in zip(prompts, CACHES, strict=True)
-        ]
+        wanted = [model.generate(**given) for given in asked]
     with optimised(model, len(CACHES)) as report:
-        calls = [
-            lambda ids=ids, cache=cache: model.generate(ids, **given, **({} if cache is None else {"kv_cache": cache}))
-            for ids, cache in zip(prompts, CACHES, strict=True)
-        ]
-        assert_same(together(calls), wanted)
-        assert report.joined == report.most_rows == len(CACHES)
+        assert_same(together([lambda given=given: model.generate(**given) for given in asked]), wanted)
+        assert report.joined == len(CACHES)
+        assert report.most_rows == len(CACHES) * len(lengths)
+        assert not report.alone
 
 
 def test_streamers_processors_and_criteria_stay_with_their_call() -> None:

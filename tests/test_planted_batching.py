@@ -160,6 +160,10 @@ def hooks_are_looked_for_at_first(patch: Patch) -> None:
     patch.setattr("hf_accel.batching.engine.hooks_of", lambda model: [])
 
 
+def all_layers_are_placed(patch: Patch) -> None:
+    patch.setattr(merged, "hasattr", lambda layer, name: True, raising=False)
+
+
 def nobody_is_taken_along(patch: Patch) -> None:
     patch.setattr(Meeting, "gather", lambda self, batch: None)
 
@@ -239,6 +243,10 @@ PLANTED: dict[str, tuple[Defect, Test]] = {
     "hooks that are looked for at first": (
         hooks_are_looked_for_at_first,
         JOINED.test_hooks_that_come_in_the_middle_see_their_call_alone,
+    ),
+    "padding of layers that do not say where they begin": (
+        all_layers_are_placed,
+        JOINED.test_every_call_keeps_its_own_cache,
     ),
     "a target for half of the tokens": (targets_are_for_half, PARTS.test_a_target_is_for_nine_in_ten_tokens),
     "calls that take one another's buffers": (

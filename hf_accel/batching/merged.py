@@ -84,12 +84,16 @@ class MergedLayer(CacheLayerMixin):
     def reserve(
         self, batch: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Reserved | None:
-        """See `hf_accel.core.calls.cache_layers.AppendableLayer`; None where a call's layer or its format differs."""
+        """See `hf_accel.core.calls.cache_layers.AppendableLayer`; None where a call's layer or its format differs.
+
+        And where rows are padded in a layer that does not say at which position its buffers begin.
+        """
         places: list[tuple[int, ...]] = []
         head: Reserved | None = None
         for part, layer in self._parts:
             reserve = getattr(layer, "reserve", None)
-            if reserve is None or layer.bits != self.bits:
+            is_placed = part.starts is None or hasattr(layer, "columns")
+            if reserve is None or layer.bits != self.bits or not is_placed:
                 return None
             found: Reserved | None = reserve(part.rows, tokens, kv_heads, head_dim, dtype, device)
             if found is None or found.row_pasts is not None:

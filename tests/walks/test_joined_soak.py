@@ -136,6 +136,7 @@ def run(calls: int, minutes: float = 0.0) -> None:
         assert not engine.turn._waiting
         assert report.most_rows > 3
         assert report.joined > 0.4 * soak.made
+        assert not any("failed" in reason for reason in report.alone), report  # a pass that fails is made again, alone
         print(report)
     gc.collect()
     caches = [cache for cache in filled_caches() if not any(cache is other for other in others)]
