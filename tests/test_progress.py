@@ -16,20 +16,22 @@ import hf_accel
 from hf_accel.core.progress import shown
 
 
-@pytest.fixture(autouse=True)
-def _bars() -> Iterator[None]:
-    """The command line turns transformers' bars off for its process, which may be that of the tests."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.enable_progress_bar()
-    yield
-    if not was_on:
-        transformers_logging.disable_progress_bar()
+@contextmanager
+def bars(are_on: bool) -> Iterator[None]:
+    """Turn transformers' bars on or off: the command line turns them off for its process, which may be that of tests."""
+    were_on = transformers_logging.is_progress_bar_enabled()
+    (transformers_logging.enable_progress_bar if are_on else transformers_logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (transformers_logging.enable_progress_bar if were_on else transformers_logging.disable_progress_bar)()
 
 
-def written(silent_s: float, is_terminal: bool = True) -> str:
-    """Return what is written during a tenth of a second of work."""
+def written(silent_s: float, is_terminal: bool = True, are_on: bool = True) -> str:
+    """Return what is written during a tenth of a second of work, where transformers' bars are on or off."""
     file = io.StringIO()
-    with shown("measuring", Console(file=file, force_terminal=is_terminal, width=80), silent_s) as step:
+    console = Console(file=file, force_terminal=is_terminal, width=80)
+    with bars(are_on), shown("measuring", console, silent_s) as step:
         for _ in range(4):
             time.sleep(0.05)
             step()
@@ -47,11 +49,7 @@ def test_long_work_shows_how_far_it_is() -> None:
 
 def test_nothing_is_written_where_nobody_looks() -> None:
     assert not written(0.01, is_terminal=False)
-    transformers_logging.disable_progress_bar()
-    try:
-        assert not written(0.01)
-    finally:
-        transformers_logging.enable_progress_bar()
+    assert not written(0.01, are_on=False)
 
 
 def test_optimising_moves_the_bar_of_the_caller() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_accel.compilation.slots import Lent, Slot
+from hf_accel.compilation.slots import Lent, Slot, empty
 from hf_accel.compilation.step_layers import StepLayer
 
 UNKNOWN = -1
@@ -70,8 +70,7 @@ class SharedSlot:
                 taken.evict()
         with self._lock:
             self.taken = [taken for taken in self.taken if taken.is_in_use() or taken.length()]
-        for buffer in self.whole.buffers():  # see `Slot.prepare`
-            buffer[rows.first : rows.stop].zero_()
+        empty([buffer[rows.first : rows.stop] for buffer in self.whole.buffers()])
         begins = torch.zeros(rows.rows, dtype=torch.int32) if starts is None else starts.to(torch.int32)
         self._starts[rows.first : rows.stop] = begins.tolist()
         rows.fill.starts.copy_(begins, non_blocking=True)

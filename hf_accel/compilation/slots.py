@@ -29,6 +29,12 @@ def capacity_for(tokens: int) -> int:
     return next((bucket for bucket in BUCKETS if needed <= bucket), 1 << (needed - 1).bit_length())
 
 
+def empty(buffers: list[torch.Tensor]) -> None:
+    """Let buffers hold zeros: what was written before might be no numbers, and hidden columns are read at times."""
+    if buffers:
+        torch._foreach_zero_(buffers)  # in few launches, while the device has nothing else to do
+
+
 def _nobody() -> None:
     return None
 
@@ -131,9 +137,7 @@ class Slot(Lent):
         self.evict()
         self.lend(cache, request)
         self.expected = expected
-        for buffer in self.buffers():
-            # what was written before might be no numbers, and hidden columns are read where no kernel runs
-            buffer.zero_()
+        empty(self.buffers())
         self.on_device = None
         if starts is None:
             self.fill.starts.zero_()

@@ -23,9 +23,10 @@ _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
     torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _SEEN = re.compile(
-    r"(ld\.global\.v\d\.b\d+|ld\.global\.b\d+|cp\.async\.c[ag]|mma\.sync\.aligned\.m\d+n\d+k\d+|bar\.sync)"
+    r"(ld\.global\.v\d\.b\d+|ld\.global\.b\d+|cp\.async\.c[ag]|mma\.sync\.aligned\.m\d+n\d+k\d+|bar\.sync"
+    r"|fma\.rn\.b?f16)"
 )
 
 

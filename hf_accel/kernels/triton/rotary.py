@@ -192,5 +192,6 @@ def rotary_write(
         HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None, IS_GEMMA=style == "gemma", POWER=power,
         ROOT=1.0 / math.sqrt(power), BLOCK=triton.next_power_of_2(head_dim),
         HALF=triton.next_power_of_2(max(1, head_dim // 2)), num_warps=4 if bits == 4 else 1,
+        enable_fp_fusion=False,  # else the two products that a turned value adds up are not rounded, as eager ones are
     )  # fmt: skip
     return query.transpose(1, 2)
