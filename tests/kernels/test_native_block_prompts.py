@@ -72,8 +72,8 @@ def test_equals_the_layer_of_transformers(isa: str, kind: str, dtype: torch.dtyp
             assert mine[:, :, tokens:].isnan().all()
 
 
-def packed(block: NativeBlock, bits: int) -> NativeBlock:
-    """The same layer with weights of so many bits."""
+def packed(block: NativeBlock, bits: int, as_they_are: tuple[str, ...] = ()) -> NativeBlock:
+    """The same layer with weights of so many bits; as_they_are: names of parts that keep theirs."""
     scheme = Scheme(bits, None if bits == 8 else 32, symmetric=True)
 
     def pack(part: Any) -> Any:
@@ -83,7 +83,8 @@ def packed(block: NativeBlock, bits: int) -> NativeBlock:
             return part
         return replace(part, weight=PackedWeight.pack(quantize(part.weight, scheme)))
 
-    return NativeBlock(block.shape, replace(block.weights, **{k: pack(v) for k, v in vars(block.weights).items()}))
+    parts = {name: part for name, part in vars(block.weights).items() if name not in as_they_are}
+    return NativeBlock(block.shape, replace(block.weights, **{name: pack(part) for name, part in parts.items()}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -114,6 +115,21 @@ def test_equals_calls_of_a_few_rows(isa: str, bits: int | None, cached: int | No
         if cached is None:
             for name in ("keys", "values"):
                 assert difference(given[name][:, :, 3:], few[name][:, :, 3:]) < max(tolerance, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("as_they_are", ["up", "gate"])
+@torch.no_grad()
+def test_a_gate_of_few_bits_beside_weights_as_they_are(isa: str, as_they_are: str) -> None:
+    """Results of both wait in one layout, beside more rows than packed weights share with others."""
+    dense = random_block(WIDE, torch.float32)
+    block = packed(dense, 4, (as_they_are,))
+    given = inputs(WIDE, torch.float32, 1, 70, 3)
+    few = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+    parts = []
+    for at in range(0, 70, 16):
+        some = {name: few[name][:, at : at + 16].contiguous() for name in ("hidden", "cos", "sin")}
+        parts.append(block(**(few | some | {"past": 3 + at})))
+    assert difference(block(**given), torch.cat(parts, 1)) < ROUNDED[4]
 
 
 @torch.no_grad()

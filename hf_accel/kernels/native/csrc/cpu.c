@@ -31,7 +31,7 @@ static int supported(int isa) {
     int dots = (a71 >> 5) & 1 && (c7 >> 11) & 1; /* BF16 and VNNI: every CPU with the first has the second */
     if (!dots || isa == HFA_AVX512_BF16) return dots;
 #if HFA_HAS_AMX
-    wanted = 1u << 22 | 1u << 24; /* AMX-BF16, AMX-TILE */
+    wanted = 1u << 22 | 1u << 24 | 1u << 25; /* AMX-BF16, AMX-TILE, AMX-INT8 */
     int gfni = (c7 >> 8) & 1;
     return gfni && (d7 & wanted) == wanted && (saved_state() & 0x60000) == 0x60000 && hfa_amx_permitted();
 #else

@@ -86,6 +86,10 @@ typedef struct {
                        int64_t ldo);
     void (*axpy_cached)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, const float *coef, int64_t ldc, int m,
                         float *out, int64_t ldo);
+    /* NULL, or the same for more than HFA_MAX_ROWS rows of x, at most HFA_BAND_MOST in a call of dot_many: to the last bit. Rounded rows
+     * take as many bytes, in groups of 16; `out` has room for whole HFA_BAND_ROWS of W. */
+    void (*round_many)(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *rounded);
+    void (*dot_many[HFA_FORMATS])(const hfa_matrix *w, int64_t row, int64_t rows, const void *rounded, int m, float *out, int64_t ldo);
     float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
     const hfa_prompt_kernels *prompt;
     /* NULL, or for dense weights and blocks of HFA_MAX_ROWS rows of x, see lanes_body.h: out[n][HFA_MAX_ROWS] for n < rows of W, whose
@@ -114,6 +118,8 @@ extern const hfa_kernels hfa_kernels_neon[HFA_DTYPES], hfa_kernels_neon_dot[HFA_
 #endif
 const hfa_kernels *hfa_active_kernels(int dtype);
 
+#define HFA_BAND_MOST 128 /* rows of x that packed weights meet in a call, where there are many */
+#define HFA_BAND_ROWS 32
 #define HFA_ROUNDED_ROWS 8 /* rows of x that are rounded together: what meets a packed weight at once where there are 32 vector registers */
 
 static inline int64_t hfa_padded(int64_t k) { return (k + HFA_QUANTUM - 1) / HFA_QUANTUM * HFA_QUANTUM; }

@@ -11,13 +11,13 @@ typedef struct {
     const hfa_kernels *kernels;
     const hfa_matrix *weight;
     const char *x; char *y;
-    char *rounded, *loaded; /* loaded: HFA_ROUNDED_ROWS rows of fp32 per thread */
+    char *rounded, *loaded; /* loaded: a group of rows of fp32 per thread */
     char *widened; size_t widened_bytes; /* per thread, rows of W that go together; NULL: multiplied as they are */
     int group_rows; size_t group_bytes; /* rows of x come rounded in groups */
     hfa_range *pack_ranges, *ranges;
     hfa_barrier *barrier;
     int64_t chunk_rows;
-    int m, threads;
+    int m, threads, many; /* many: of this pass, see hfa_are_many */
 } packed_call;
 
 static void round_group(const packed_call *call, int64_t group, float *loaded) {
@@ -29,7 +29,7 @@ static void round_group(const packed_call *call, int64_t group, float *loaded) {
         return;
     }
     call->kernels->load(call->x + first * w->inner * call->kernels->element, loaded, count * w->inner);
-    call->kernels->round_for(w->format, loaded, w->inner, (int)count, w->inner, to);
+    (call->many ? call->kernels->round_many : call->kernels->round_for)(w->format, loaded, w->inner, (int)count, w->inner, to);
 }
 
 /* `count` rows of W of 3 bits, up to whole strips, from `row` on in the layout of 4 bits. Codes keep their 4 added: x is rounded for that. */
@@ -59,7 +59,7 @@ static void packed_task(void *arg, int thread, int team) {
     const hfa_matrix *w = call->weight;
     int in_bands = hfa_goes_in_bands(w, call->m), most = in_bands ? HFA_BAND : HFA_DOT_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
     float acc[HFA_BAND * HFA_BAND_ROWS]; /* or HFA_DOT_ROWS * HFA_TILE, which are fewer */
-    float *loaded = (float *)call->loaded + (int64_t)thread * HFA_ROUNDED_ROWS * w->inner;
+    float *loaded = (float *)call->loaded + (int64_t)thread * call->group_rows * w->inner;
     for (int64_t group; (group = hfa_ranges_take(call->pack_ranges, call->threads, thread)) >= 0;) round_group(call, group, loaded);
     hfa_barrier_wait(call->barrier, team);
     for (int64_t chunk; (chunk = hfa_ranges_take(call->ranges, call->threads, thread)) >= 0;) {
@@ -67,12 +67,12 @@ static void packed_task(void *arg, int thread, int team) {
         for (int64_t step = hfa_tile_rows(kernels, w, call->m); row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
             const char *bias = w->bias ? (const char *)w->bias + row * kernels->element : NULL;
-            int widens = call->widened && call->m > MANY;
+            int widens = call->widened && call->m > MANY && !call->many;
             hfa_matrix wide;
             if (widens) wide = widen(w, row, n, (uint8_t *)call->widened + call->widened_bytes * (size_t)thread);
             for (int m0 = 0; m0 < call->m; m0 += most) {
                 int m = call->m - m0 < most ? call->m - m0 : most;
-                hfa_activations x = {{NULL}};
+                hfa_activations x = {.many = call->many};
                 x.packed[widens ? wide.format : w->format] = call->rounded + call->group_bytes * (size_t)(m0 / call->group_rows);
                 if (in_bands) hfa_product_band(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, acc);
                 else hfa_product_tile(kernels, widens ? &wide : w, widens ? 0 : row, n, &x, 0, m, NULL, acc);
@@ -96,12 +96,12 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     /* many rows are work for a thread long before their bytes are */
     call.threads = hfa_useful_threads(row_bytes * w->rows * (m > HFA_DOT_ROWS ? 8 : 1), threads);
     int64_t most = m < PASS ? m : PASS;
-    call.group_rows = is_dense ? HFA_DOT_ROWS : HFA_ROUNDED_ROWS;
+    call.group_rows = is_dense || hfa_are_many(kernels, (int)most) ? HFA_DOT_ROWS : HFA_ROUNDED_ROWS;
     call.group_bytes = is_dense ? hfa_packed_bytes(kernels, HFA_DOT_ROWS, w->inner)
-                                : (size_t)(HFA_ROUNDED_ROWS * hfa_padded(w->inner) * (w->format == HFA_INT8 ? 2 : 1)
-                                           + HFA_ROUNDED_ROWS * hfa_padded(w->inner) / HFA_QUANTUM * 12);
+                                : (size_t)(call.group_rows * hfa_padded(w->inner) * (w->format == HFA_INT8 ? 2 : 1)
+                                           + call.group_rows * hfa_padded(w->inner) / HFA_QUANTUM * 12);
     size_t range_bytes = sizeof(hfa_range) * (size_t)call.threads;
-    size_t loaded_bytes = ((size_t)(HFA_ROUNDED_ROWS * w->inner * 4 * call.threads) + 63) / 64 * 64;
+    size_t loaded_bytes = ((size_t)(call.group_rows * w->inner * 4 * call.threads) + 63) / 64 * 64;
     size_t rounded_bytes = call.group_bytes * (size_t)((most + call.group_rows - 1) / call.group_rows);
     if (w->format == HFA_INT3 && m > MANY) call.widened_bytes = (size_t)(kernels->packed_together / 2 * hfa_padded(w->inner));
     char *scratch = hfa_scratch(sizeof(hfa_barrier) + 2 * range_bytes + loaded_bytes + rounded_bytes + call.widened_bytes * (size_t)call.threads);
@@ -116,6 +116,7 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     call.chunk_rows = hfa_chunk_rows(hfa_rows_together(kernels, w, (int)most), hfa_rows_wanted(kernels, w, (int)most), row_bytes, row_bytes * w->rows, call.threads);
     for (int64_t m0 = 0; m0 < m; m0 += PASS) {
         call.m = (int)(m - m0 < PASS ? m - m0 : PASS);
+        call.many = !is_dense && hfa_are_many(kernels, call.m);
         call.x = (const char *)x + m0 * w->inner * kernels->element;
         call.y = (char *)y + m0 * w->rows * kernels->element;
         int64_t groups = (call.m + call.group_rows - 1) / call.group_rows;

@@ -82,6 +82,7 @@ size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, h
     size_t used = 0;
     x->lanes = takes_lanes(p, k);
     x->rows = p->m;
+    x->many = hfa_are_many(p->kernels, p->m);
     for (int f = 0; f <= HFA_TRANSPOSED; f++) x->packed[f] = NULL;
     for (int i = 0; i < p->count; i++) {
         int64_t kind = kind_of(p->item[i].matrix);
@@ -110,7 +111,8 @@ void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stri
         p->kernels->pack_f32(rows + i * stride, stride, m - i < HFA_DOT_ROWS ? m - i : HFA_DOT_ROWS, k,
                              rows_from(p->kernels, x, HFA_DENSE, k, m0 + i));
     for (int64_t format = HFA_DENSE + 1; format < HFA_FORMATS; format++)
-        if (x->packed[format]) p->kernels->round_for(format, rows, stride, m, k, rows_from(p->kernels, x, format, k, m0));
+        if (x->packed[format])
+            (x->many ? p->kernels->round_many : p->kernels->round_for)(format, rows, stride, m, k, rows_from(p->kernels, x, format, k, m0));
     for (int r = 0; x->packed[HFA_TRANSPOSED] && r < m; r++)
         memcpy((float *)x->packed[HFA_TRANSPOSED] + (m0 + r) * k, rows + r * stride, sizeof(float) * (size_t)k);
 }
@@ -131,12 +133,18 @@ static void multiply_transposed(const hfa_kernels *kernels, const hfa_matrix *w,
     }
 }
 
+static void dot_rounded(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m,
+                        float *acc, int64_t ldo) {
+    const void *rounded = rows_from(kernels, x, w->format, w->inner, m0);
+    (x->many ? kernels->dot_many : kernels->dot_packed)[w->format](w, row, rows, rounded, m, acc, ldo);
+}
+
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m,
                       float *room, float *acc) {
     if (kind_of(w) == HFA_TRANSPOSED)
         multiply_transposed(kernels, w, row, rows, x, m0, m, acc, HFA_TILE);
     else if (w->format != HFA_DENSE)
-        kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_TILE);
+        dot_rounded(kernels, w, row, rows, x, m0, m, acc, HFA_TILE);
     else if (x->lanes)
         dot_lanes(kernels, w, row, rows, x, m0, m, room, acc);
     else
@@ -146,10 +154,12 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
                          acc + i * HFA_TILE, HFA_TILE);
 }
 
+int hfa_are_many(const hfa_kernels *kernels, int m) { return m > HFA_MAX_ROWS && kernels->round_many; }
+
 int hfa_goes_in_bands(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE; }
 
 void hfa_product_band(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc) {
-    kernels->dot_packed[w->format](w, row, rows, rows_from(kernels, x, w->format, w->inner, m0), m, acc, HFA_BAND_ROWS);
+    dot_rounded(kernels, w, row, rows, x, m0, m, acc, HFA_BAND_ROWS);
 }
 
 /* Few rows of x: many of W per call; many: 16 or 32 packed ones, which stay in the cache while x passes. */

@@ -13,8 +13,9 @@
 #define HFA_TRANSPOSED HFA_FORMATS /* the kind of a dense weight that lies transposed; of others it is their format */
 
 /* The rows of x as each kind of weight wants them; NULL where no weight of that kind takes part. lanes: for dense weights blocks of
- * HFA_MAX_ROWS rows lie [words][HFA_MAX_ROWS], a row in a lane, as in the attention of prompts. */
-typedef struct { void *packed[HFA_FORMATS + 1]; int lanes, rows; } hfa_activations;
+ * HFA_MAX_ROWS rows lie [words][HFA_MAX_ROWS], a row in a lane, as in the attention of prompts. many: for packed weights rows lie as
+ * `dot_many` wants them. */
+typedef struct { void *packed[HFA_FORMATS + 1]; int lanes, rows, many; } hfa_activations;
 
 /* out: rows of the dtype, or of fp32 holding rounded values when keeps_f32; ldo in elements of it. activates: with keeps_f32, what is
  * rounded goes through `activation`. in_order: each sum is added up as for few rows, to the last bit, however many there are. */
@@ -38,9 +39,10 @@ void hfa_activations_pack(const hfa_products *products, const float *rows, int64
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m,
                       float *room, float *acc);
 /* Beside many rows of x packed weights take HFA_BAND of them in a call: acc[m * HFA_BAND_ROWS + n] for n < rows <= HFA_BAND_ROWS. */
-#define HFA_BAND 128
-#define HFA_BAND_ROWS 32
+#define HFA_BAND HFA_BAND_MOST
 int hfa_goes_in_bands(const hfa_matrix *w, int m);
+/* Whether packed weights beside m rows of x have a way of their own. */
+int hfa_are_many(const hfa_kernels *kernels, int m);
 void hfa_product_band(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
 /* Rows of W that meet all m rows of x before the next ones. */
 int64_t hfa_tile_rows(const hfa_kernels *kernels, const hfa_matrix *w, int m);

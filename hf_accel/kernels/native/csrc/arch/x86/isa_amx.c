@@ -1,4 +1,4 @@
-/* bf16 products of 2 to 16 rows on AMX tiles; everything else as AVX-512 with bf16 dot products does it.
+/* bf16 products of 2 to 16 rows on AMX tiles, and products of many rows; everything else as AVX-512 with bf16 dot products does it.
  *
  * A tile of weights is 16 rows x 32 columns, loaded straight from memory with the row stride of W. The activations are
  * packed as the other operand wants them: per 32 columns of x, 16 pairs of columns, each pair for all m rows,
@@ -13,10 +13,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c")
+#pragma GCC target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c")
 #endif
 #include "arch/portable/scalar.h"
 #define HFA_DOT_VNNI
@@ -331,6 +331,8 @@ static void lanes(const void *weight, int64_t stride, int64_t rows, int64_t word
     _tile_release();
 }
 
+#include "arch/x86/packed_tiles.h"
+
 static hfa_kernels table[HFA_DTYPES];
 static hfa_prompt_kernels prompt;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -344,6 +346,12 @@ static void fill(void) {
         table[dtype].dot_packed[HFA_INT3] = dot_int3;
         table[dtype].dot_packed[HFA_INT2] = dot_int2;
         table[dtype].dot_packed[HFA_FP4] = dot_fp4;
+        table[dtype].round_many = round_many;
+        table[dtype].dot_many[HFA_INT8] = tiles_int8;
+        table[dtype].dot_many[HFA_INT4] = tiles_int4;
+        table[dtype].dot_many[HFA_INT3] = tiles_int3;
+        table[dtype].dot_many[HFA_INT2] = tiles_int2;
+        table[dtype].dot_many[HFA_FP4] = tiles_fp4;
     }
     prompt = *table[HFA_BF16].prompt;
     prompt.begin = prompt_begin;
