@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import test_attention_kernels
 import test_attention_ladder
 import test_bands
+import test_first_use
 import test_padded_prompts
 import test_tiled
 import torch
 from planting import Defect, Patch, Test, instead, is_red, nothing, result
 
 from hf_accel.attention import (
+    first_use,
     flash,
     grouped,
     held,
@@ -71,7 +74,39 @@ def _rows_before_their_padding(patch: Patch) -> None:
 
 
 KERNELS, LADDER = test_attention_kernels, test_attention_ladder
+
+
+def _plans_are_shared_by_threads(patch: Patch) -> None:
+    test_first_use.as_on_a_gpu(patch)
+    patch.setattr(first_use.threading, "local", SimpleNamespace)
+
+
+def _user_s_attention_is_passed_by(patch: Patch) -> None:
+    test_first_use.as_on_a_gpu(patch)
+    always = property(lambda self: first_use.FirstUse(), lambda self, value: None)
+    patch.setattr(Ladder, "first_use", always, raising=False)
+
+
+def _past_is_left_out(patch: Patch) -> None:
+    test_first_use.as_on_a_gpu(patch)
+    right = first_use.FirstUse.attend
+
+    def wrong(self: Any, query: Any, key: Any, value: Any, visible: Any, scale: float) -> Any:
+        return right(self, query, key[:, :, : query.shape[2]], value[:, :, : query.shape[2]], visible, scale)
+
+    patch.setattr(first_use.FirstUse, "attend", wrong)
+
+
 PLANTED: dict[str, tuple[Defect, Test]] = {
+    "plans are taken to be shared by threads": (
+        _plans_are_shared_by_threads,
+        test_first_use.test_a_length_is_served_until_a_plan_is_paid,
+    ),
+    "what a prompt follows is left out": (_past_is_left_out, test_first_use.test_what_is_no_whole_prompt_goes_on),
+    "a user's attention is passed by at first": (
+        _user_s_attention_is_passed_by,
+        test_first_use.test_attention_that_a_user_registered_is_asked,
+    ),
     "tiles do not rescale": (_tiles_that_do_not_rescale, test_tiled.test_equal_to_the_definition),
     "tiles see padding": (
         instead(tiled, "_hidden", lambda ends, columns, *_: (columns > ends)[None, None]),

@@ -18,7 +18,7 @@ from hf_accel.core.progress import shown
 
 @contextmanager
 def bars(are_on: bool) -> Iterator[None]:
-    """Turn transformers' bars on or off: the command line turns them off for its process, which may be that of tests."""
+    """Turn transformers' bars on or off: the command line turns them off for its process, maybe that of tests."""
     were_on = transformers_logging.is_progress_bar_enabled()
     (transformers_logging.enable_progress_bar if are_on else transformers_logging.disable_progress_bar)()
     try:

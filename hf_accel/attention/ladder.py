@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_accel.attention.cases import Shape
+from hf_accel.attention.cases import Shape, case
 from hf_accel.attention.demands import Demand
+from hf_accel.attention.first_use import FirstUse, is_planned
 from hf_accel.attention.kernel import AttentionKernel
 from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.question import Question, Visible, question_of
@@ -24,6 +25,7 @@ from hf_accel.errors import described
 
 AUTO = "auto"
 MASKS = ("causal", "padded", "boolean")
+FIRST_USE = "flash until planned"  # as the report counts these calls
 
 
 class Plan(NamedTuple):
@@ -42,6 +44,7 @@ class Ladder:
         self.asked = asked
         self.statistics = AttentionStatistics(asked)
         self.reads_grouped = True  # few queries read grouped keys and values as they are
+        self.first_use: FirstUse | None = None
         self._plans: dict[Question, Plan] = {}
         self._failed: dict[tuple[Question, str], str] = {}
 
@@ -53,7 +56,7 @@ class Ladder:
     @property
     def pays(self) -> bool:
         """Whether anything was faster than stock's attention."""
-        return self.reads_grouped or self.takes_bands
+        return self.reads_grouped or self.takes_bands or self.first_use is not None
 
     def prepare(self, demands: list[Demand], stock: Callable[[Demand], Stock], longest: int) -> None:
         """Test the kernels on what a model demands and, for `auto`, time those that pass.
@@ -84,6 +87,11 @@ class Ladder:
                 tried = chosen(kind, shape, groups, passed, stock(demand), longest, threads)
                 self.statistics.chosen += [each for each in tried if each not in self.statistics.chosen]
 
+    def expect_plans(self, demands: list[Demand]) -> None:
+        """Serve prompts of new lengths by what plans nothing, if torch, whose attention is stock's, would plan them."""
+        if any(_is_planned(shape_of(demand.question)) for demand in demands):
+            self.first_use = FirstUse()
+
     def _is_candidate(self, name: str, demands: list[Demand]) -> bool:
         kernel = KERNELS[name]
         if self.asked != AUTO:
@@ -109,6 +117,12 @@ class Ladder:
             if plan is None:
                 plan = self._plans[question] = self._plan(question)
             kernel, falls = plan
+            name = STOCK if kernel is None else kernel.name
+            if self.first_use is not None and self._may_plan(name):
+                first = self.first_use.attend(query, key, value, visible, scale)
+                if first is not None:
+                    self.statistics.count(FIRST_USE)
+                    return first
             if kernel is None:
                 output = stock()
                 break
@@ -118,8 +132,11 @@ class Ladder:
             except Exception as error:  # whatever its package raises; the next one serves the call
                 self._failed[question, kernel.name] = f"it failed ({described(error)})"
                 self._plans.pop(question, None)
-        self.statistics.count(STOCK if kernel is None else kernel.name, falls)
+        self.statistics.count(name, falls)
         return output
+
+    def _may_plan(self, name: str) -> bool:
+        return name in (STOCK, "sdpa") or (name == "cudnn" and self.asked == AUTO)
 
     def _plan(self, question: Question) -> Plan:
         falls: list[tuple[str, str]] = []
@@ -150,6 +167,13 @@ class Ladder:
 
 def _positions(chosen: Any) -> int:
     return int(chosen.positions)
+
+
+def _is_planned(shape: Shape) -> bool:
+    if shape.device.type == "cpu":
+        return False
+    call = case("causal", shape, 64, starts=(0,))
+    return is_planned(call.query, call.key, call.value)
 
 
 def shape_of(question: Question) -> Shape:

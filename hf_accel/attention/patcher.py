@@ -14,7 +14,7 @@ from hf_accel.attention.kernels import KERNELS
 from hf_accel.attention.ladder import AUTO, Ladder
 from hf_accel.attention.names import NAMES, name_in
 from hf_accel.attention.padded_prompts import PaddedPrompts
-from hf_accel.attention.stock import eager_trial, sdpa_trial
+from hf_accel.attention.stock import eager_trial, is_untouched, sdpa_trial
 from hf_accel.attention.trials import STOCK
 from hf_accel.core.calls.doors import Door
 from hf_accel.core.calls.hosting import Host
@@ -129,6 +129,8 @@ def _prepare(ladder: Ladder, setting: Setting) -> list[Demand] | str:
         config = model.config.get_text_config(decoder=True)
         longest = getattr(config, "max_position_embeddings", None) or LONGEST
         ladder.prepare(demands, partial(_stock, _stands_for(model)), longest)
+        if _stands_for(model) == "sdpa" and is_untouched():
+            ladder.expect_plans(demands)
     return demands
 
 
@@ -157,6 +159,8 @@ def _stock(stands_for: str, demand: Demand) -> Callable[[Case], object]:
 def _summary(ladder: Ladder) -> str:
     """Return what serves prompts and few queries, in words."""
     few = f"up to {MAX_QUERIES} queries read grouped keys and values without expanding them"
+    if ladder.first_use is not None:
+        few += "; prompts of a length that is new to a thread by FlashAttention, until a plan of cuDNN's pays"
     if ladder.asked != AUTO:
         return f"attention of prompts by {ladder.asked}; {few}"
     names = dict.fromkeys(each.kernel for each in ladder.statistics.chosen if each.kernel != STOCK)
