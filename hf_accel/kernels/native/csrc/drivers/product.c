@@ -154,7 +154,7 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
                          acc + i * HFA_TILE, HFA_TILE);
 }
 
-int hfa_are_many(const hfa_kernels *kernels, int m) { return m > HFA_MAX_ROWS && kernels->round_many; }
+int hfa_are_many(const hfa_kernels *kernels, int m) { return m >= HFA_MANY_ROWS && kernels->round_many; }
 
 int hfa_goes_in_bands(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE; }
 
