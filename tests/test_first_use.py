@@ -90,6 +90,21 @@ def test_what_torch_does_not_plan_is_asked_about_once(monkeypatch: pytest.Monkey
     assert len(asked) == 1
 
 
+def test_a_failure_is_for_torchs_choice_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def fails(*given: Any) -> torch.Tensor:
+        tried.append(1)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(first_use, "flash_attention", fails)
+    stock, model = build("llama"), hf_accel.optimize(build("llama"), [AttentionConfig()])
+    for _ in range(2):
+        assert_equal_calls(stock, model, lambda m: m.generate(prompt(tokens=60), max_new_tokens=6))
+    assert len(tried) == 1
+    assert FIRST_USE not in calls(model)["calls"]
+
+
 def test_shapes_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_use, "MOST_SHAPES", 3)
     first = FirstUse()

@@ -48,7 +48,11 @@ class FirstUse:
         if spent[shape] >= PAIRS:
             return None
         spent[shape] += batch * heads * tokens * tokens * size / 128
-        return flash_attention(query, key, value, visible, scale)
+        try:
+            return flash_attention(query, key, value, visible, scale)
+        except RuntimeError:  # torch's choice is asked, and raises what is to be raised
+            spent[shape] = PAIRS
+            return None
 
 
 def is_planned(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
