@@ -91,6 +91,18 @@ PLANTED: dict[str, tuple[Defect, Callable[..., Any]]] = {
         result(test_native_packed_rows, "packed_linear", lambda y: y.add(1.0) if len(y) > 32 else y),
         test_native_packed_rows.test_sums_of_whole_numbers_are_exact,
     ),
+    "packed products of many rows of bf16": (
+        result(
+            test_native_packed_rows,
+            "packed_linear",
+            lambda y: y * 1.01 if y.dtype == torch.bfloat16 and len(y) > 47 else y,
+        ),
+        test_native_packed_rows.test_many_rows_of_bf16_are_near_the_exact_product,
+    ),
+    "packed rows that hide what is not finite": (
+        result(test_native_packed_rows, "packed_linear", lambda y: y.nan_to_num()),
+        test_native_packed_rows.test_what_is_not_finite_stays_in_its_row,
+    ),
     "packed rows that see others": (
         result(test_native_packed_rows, "packed_linear", lambda y: y * (1.0 + len(y) / 64)),
         test_native_packed_rows.test_a_row_among_many_equals_the_row_alone,

@@ -86,10 +86,12 @@ typedef struct {
                        int64_t ldo);
     void (*axpy_cached)(int64_t format, const void *rows, int64_t stride, int64_t n, int64_t d, const float *coef, int64_t ldc, int m,
                         float *out, int64_t ldo);
-    /* NULL, or the same for HFA_MANY_ROWS rows of x or more, at most HFA_BAND_MOST in a call of dot_many: to the last bit. Rounded rows
-     * take as many bytes, in groups of 16; `out` has room for whole HFA_BAND_ROWS of W. */
+    /* NULL, or the same for HFA_MANY_ROWS rows of x or more, at most HFA_BAND in a call of dot_many. Rounded rows go in groups of 16;
+     * `out` has room for whole HFA_BAND_ROWS of W. many_pairs: 0: results are the same to the last bit; 1: x stays bf16, of two bytes,
+     * at most HFA_BAND_MOST rows go in a call, and results are as near to exact ones. */
     void (*round_many)(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *rounded);
     void (*dot_many[HFA_FORMATS])(const hfa_matrix *w, int64_t row, int64_t rows, const void *rounded, int m, float *out, int64_t ldo);
+    int many_pairs;
     float (*exponentials)(float *s, int64_t n, float maximum); /* s = exp(s - maximum) in place, n % 16 == 0; their sum */
     const hfa_prompt_kernels *prompt;
     /* NULL, or for dense weights and blocks of HFA_MAX_ROWS rows of x, see lanes_body.h: out[n][HFA_MAX_ROWS] for n < rows of W, whose
@@ -119,7 +121,8 @@ extern const hfa_kernels hfa_kernels_neon[HFA_DTYPES], hfa_kernels_neon_dot[HFA_
 const hfa_kernels *hfa_active_kernels(int dtype);
 
 #define HFA_MANY_ROWS 48 /* of x: beside 33 tiles gain nothing, beside 17 they take up to 1.8 times as long */
-#define HFA_BAND_MOST 128 /* rows of x that packed weights meet in a call, where there are many */
+#define HFA_BAND 128 /* rows of x that packed weights meet in a call, where there are many */
+#define HFA_BAND_MOST 256 /* ... where W is dequantized for them: twice as many halve the time that takes */
 #define HFA_BAND_ROWS 32
 #define HFA_ROUNDED_ROWS 8 /* rows of x that are rounded together: what meets a packed weight at once where there are 32 vector registers */
 
@@ -133,9 +136,11 @@ static inline int hfa_code_bits(int64_t format) {
 /* Bytes of a scale of a packed weight. */
 static inline int64_t hfa_scale_bytes(int64_t format, int64_t stride) { return format == HFA_FP4 ? 1 : stride == 1 ? 4 : 2; }
 
-/* Bytes of m rows of x rounded for a packed format: codes, then per block of columns start, scale and sum. */
-static inline size_t hfa_rounded_bytes(int64_t format, int64_t m, int64_t k) {
-    return (size_t)(m * hfa_padded(k) * (format == HFA_INT8 ? 2 : 1) + m * hfa_padded(k) / HFA_QUANTUM * 12 + 63) / 64 * 64;
+/* Bytes of m rows of x rounded for a packed format: codes, then per block of columns start, scale and sum. many: for `dot_many`. */
+static inline int64_t hfa_rounded_rows(const hfa_kernels *kernels, int64_t format, int many, int64_t m, int64_t k) {
+    int bytes = format == HFA_INT8 ? 2 : 1;
+    if (many && kernels->many_pairs) return m * hfa_padded(k) * 2;
+    return m * hfa_padded(k) * bytes + m * hfa_padded(k) / HFA_QUANTUM * 12;
 }
 
 /* Bytes of m rows of k elements once packed (64-byte aligned size). More than HFA_DOT_ROWS rows are packed that many at a

@@ -86,9 +86,9 @@ static void run_gate_up(const hfa_block_run *run, const hfa_activations *x, int 
     const hfa_kernels *kernels = run->kernels;
     const hfa_matrix *gate = &run->block->gate, *up = &run->block->up;
     int64_t size = kernels->element;
-    float g[HFA_BAND * HFA_BAND_ROWS], u[HFA_BAND * HFA_BAND_ROWS], gates[HFA_ROOM], ups[HFA_ROOM]; /* or HFA_MAX_ROWS * HFA_TILE, which are fewer */
+    float g[HFA_BAND_MOST * HFA_BAND_ROWS], u[HFA_BAND_MOST * HFA_BAND_ROWS], gates[HFA_ROOM], ups[HFA_ROOM]; /* or HFA_MAX_ROWS * HFA_TILE, which are fewer */
     int in_bands = hfa_goes_in_bands(gate, run->rows) && hfa_goes_in_bands(up, run->rows);
-    int most = in_bands ? HFA_BAND : HFA_MAX_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
+    int most = in_bands ? hfa_band(kernels, x) : HFA_MAX_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
     int64_t step = hfa_tile_rows(kernels, gate, run->rows), other = hfa_tile_rows(kernels, up, run->rows);
     if (other < step) step = other;
     for (int64_t chunk; (chunk = hfa_ranges_take(run->ranges[3], run->threads, self)) >= 0;) {

@@ -48,7 +48,7 @@ static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 /* Bytes of m rows as `w` wants them. */
 static size_t rows_bytes(const experts_run *run, const hfa_matrix *w, int64_t m) {
     if (run->layer->transposed) return aligned((size_t)(m * w->inner) * sizeof(float));
-    if (w->format != HFA_DENSE) return hfa_rounded_bytes(w->format, m, w->inner);
+    if (w->format != HFA_DENSE) return aligned((size_t)hfa_rounded_rows(run->kernels, w->format, 0, m, w->inner));
     return (size_t)(m / HFA_DOT_ROWS) * hfa_packed_bytes(run->kernels, HFA_DOT_ROWS, w->inner)
         + hfa_packed_bytes(run->kernels, (int)(m % HFA_DOT_ROWS), w->inner);
 }
@@ -56,7 +56,7 @@ static size_t rows_bytes(const experts_run *run, const hfa_matrix *w, int64_t m)
 /* Where rows m0.. begin, m0 a multiple of HFA_DOT_ROWS: groups of rows lie one after the other without gaps. */
 static size_t group_offset(const experts_run *run, const hfa_matrix *w, int64_t m0) {
     if (w->format == HFA_DENSE) return rows_bytes(run, w, m0);
-    return (size_t)(m0 * hfa_padded(w->inner) * (w->format == HFA_INT8 ? 2 : 1) + m0 * hfa_padded(w->inner) / HFA_QUANTUM * 12);
+    return (size_t)hfa_rounded_rows(run->kernels, w->format, 0, m0, w->inner);
 }
 
 static void pack_rows(const experts_run *run, const hfa_matrix *w, const float *rows, int64_t stride, int m, char *to) {

@@ -20,6 +20,12 @@ typedef struct {
     int m, threads, many; /* many: of this pass, see hfa_are_many */
 } packed_call;
 
+static size_t group_bytes(const packed_call *call, int many) {
+    const hfa_matrix *w = call->weight;
+    return w->format == HFA_DENSE ? hfa_packed_bytes(call->kernels, HFA_DOT_ROWS, w->inner)
+                                  : (size_t)hfa_rounded_rows(call->kernels, w->format, many, call->group_rows, w->inner);
+}
+
 static void round_group(const packed_call *call, int64_t group, float *loaded) {
     const hfa_matrix *w = call->weight;
     int64_t first = group * call->group_rows, count = call->m - first < call->group_rows ? call->m - first : call->group_rows;
@@ -57,8 +63,9 @@ static void packed_task(void *arg, int thread, int team) {
     packed_call *call = arg;
     const hfa_kernels *kernels = call->kernels;
     const hfa_matrix *w = call->weight;
-    int in_bands = hfa_goes_in_bands(w, call->m), most = in_bands ? HFA_BAND : HFA_DOT_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
-    float acc[HFA_BAND * HFA_BAND_ROWS]; /* or HFA_DOT_ROWS * HFA_TILE, which are fewer */
+    const hfa_activations kind = {.many = call->many};
+    int in_bands = hfa_goes_in_bands(w, call->m), most = in_bands ? hfa_band(kernels, &kind) : HFA_DOT_ROWS, width = in_bands ? HFA_BAND_ROWS : HFA_TILE;
+    float acc[HFA_BAND_MOST * HFA_BAND_ROWS]; /* or HFA_DOT_ROWS * HFA_TILE, which are fewer */
     float *loaded = (float *)call->loaded + (int64_t)thread * call->group_rows * w->inner;
     for (int64_t group; (group = hfa_ranges_take(call->pack_ranges, call->threads, thread)) >= 0;) round_group(call, group, loaded);
     hfa_barrier_wait(call->barrier, team);
@@ -95,11 +102,10 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     packed_call call = {.kernels = kernels, .weight = w};
     /* many rows are work for a thread long before their bytes are */
     call.threads = hfa_useful_threads(row_bytes * w->rows * (m > HFA_DOT_ROWS ? 8 : 1), threads);
-    int64_t most = m < PASS ? m : PASS;
-    call.group_rows = is_dense || hfa_are_many(kernels, (int)most) ? HFA_DOT_ROWS : HFA_ROUNDED_ROWS;
-    call.group_bytes = is_dense ? hfa_packed_bytes(kernels, HFA_DOT_ROWS, w->inner)
-                                : (size_t)(call.group_rows * hfa_padded(w->inner) * (w->format == HFA_INT8 ? 2 : 1)
-                                           + call.group_rows * hfa_padded(w->inner) / HFA_QUANTUM * 12);
+    int64_t passes = (m + PASS - 1) / PASS, most = (m + passes - 1) / passes; /* of a pass: all about as many */
+    int are_many = !is_dense && hfa_are_many(kernels, (int)most, 0);
+    call.group_rows = is_dense || are_many ? HFA_DOT_ROWS : HFA_ROUNDED_ROWS;
+    call.group_bytes = group_bytes(&call, are_many);
     size_t range_bytes = sizeof(hfa_range) * (size_t)call.threads;
     size_t loaded_bytes = ((size_t)(call.group_rows * w->inner * 4 * call.threads) + 63) / 64 * 64;
     size_t rounded_bytes = call.group_bytes * (size_t)((most + call.group_rows - 1) / call.group_rows);
@@ -114,9 +120,10 @@ int hfa_packed_linear(const void *x, const hfa_matrix *w, void *y, int64_t m, in
     if (call.widened_bytes) call.widened = call.rounded + rounded_bytes;
     *call.barrier = (hfa_barrier){0};
     call.chunk_rows = hfa_chunk_rows(hfa_rows_together(kernels, w, (int)most), hfa_rows_wanted(kernels, w, (int)most), row_bytes, row_bytes * w->rows, call.threads);
-    for (int64_t m0 = 0; m0 < m; m0 += PASS) {
-        call.m = (int)(m - m0 < PASS ? m - m0 : PASS);
-        call.many = !is_dense && hfa_are_many(kernels, call.m);
+    for (int64_t m0 = 0; m0 < m; m0 += most) {
+        call.m = (int)(m - m0 < most ? m - m0 : most);
+        call.many = !is_dense && hfa_are_many(kernels, call.m, 0);
+        call.group_bytes = group_bytes(&call, call.many);
         call.x = (const char *)x + m0 * w->inner * kernels->element;
         call.y = (char *)y + m0 * w->rows * kernels->element;
         int64_t groups = (call.m + call.group_rows - 1) / call.group_rows;

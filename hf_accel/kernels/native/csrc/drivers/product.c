@@ -82,7 +82,7 @@ size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, h
     size_t used = 0;
     x->lanes = takes_lanes(p, k);
     x->rows = p->m;
-    x->many = hfa_are_many(p->kernels, p->m);
+    x->many = hfa_are_many(p->kernels, p->m, p->in_order);
     for (int f = 0; f <= HFA_TRANSPOSED; f++) x->packed[f] = NULL;
     for (int i = 0; i < p->count; i++) {
         int64_t kind = kind_of(p->item[i].matrix);
@@ -90,16 +90,14 @@ size_t hfa_activations_lay_out(const hfa_products *p, int64_t k, char *memory, h
         x->packed[kind] = memory ? memory + used : (char *)64; /* only counting: any address marks it as seen */
         int rows = x->lanes ? (p->m + HFA_MAX_ROWS - 1) / HFA_MAX_ROWS * HFA_MAX_ROWS : p->m;
         used += kind == HFA_DENSE ? hfa_packed_bytes(p->kernels, rows, k)
-            : kind == HFA_TRANSPOSED ? (sizeof(float) * (size_t)(p->m * k) + 63) / 64 * 64 : hfa_rounded_bytes(kind, p->m, k);
+            : kind == HFA_TRANSPOSED ? (sizeof(float) * (size_t)(p->m * k) + 63) / 64 * 64 : (size_t)(hfa_rounded_rows(p->kernels, kind, x->many, p->m, k) + 63) / 64 * 64;
     }
     return used;
 }
 
 /* Where rows m0.. of x begin. */
 static char *rows_from(const hfa_kernels *kernels, const hfa_activations *x, int64_t format, int64_t k, int m0) {
-    int64_t padded = hfa_padded(k);
-    if (format == HFA_DENSE) return (char *)x->packed[format] + hfa_packed_bytes(kernels, m0, k);
-    return (char *)x->packed[format] + m0 * padded * (format == HFA_INT8 ? 2 : 1) + m0 * padded / HFA_QUANTUM * 12;
+    return (char *)x->packed[format] + (format == HFA_DENSE ? (int64_t)hfa_packed_bytes(kernels, m0, k) : hfa_rounded_rows(kernels, format, x->many, m0, k));
 }
 
 void hfa_activations_pack(const hfa_products *p, const float *rows, int64_t stride, int64_t k, int m0, int m, const hfa_activations *x) {
@@ -154,7 +152,11 @@ void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t r
                          acc + i * HFA_TILE, HFA_TILE);
 }
 
-int hfa_are_many(const hfa_kernels *kernels, int m) { return m >= HFA_MANY_ROWS && kernels->round_many; }
+int hfa_are_many(const hfa_kernels *kernels, int m, int in_order) {
+    return m >= HFA_MANY_ROWS && kernels->round_many && !(in_order && kernels->many_pairs);
+}
+
+int hfa_band(const hfa_kernels *kernels, const hfa_activations *x) { return x->many && kernels->many_pairs ? HFA_BAND_MOST : HFA_BAND; }
 
 int hfa_goes_in_bands(const hfa_matrix *w, int m) { return m > HFA_DOT_ROWS && w->format != HFA_DENSE; }
 
@@ -220,7 +222,7 @@ static void run_transposed(const hfa_products *p, const hfa_product *item, int64
 }
 
 void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range *ranges, int threads, int self) {
-    float acc[HFA_BAND * HFA_BAND_ROWS], room[HFA_ROOM]; /* acc: or HFA_MAX_ROWS * HFA_TILE, which are fewer */
+    float acc[HFA_BAND_MOST * HFA_BAND_ROWS], room[HFA_ROOM]; /* acc: or HFA_MAX_ROWS * HFA_TILE, which are fewer */
     for (int64_t chunk; (chunk = hfa_ranges_take(ranges, threads, self)) >= 0;) {
         int i = 0;
         while (chunk >= p->first_chunk[i + 1]) i++;
@@ -234,7 +236,7 @@ void hfa_products_run(const hfa_products *p, const hfa_activations *x, hfa_range
         }
         for (int64_t step = hfa_tile_rows(p->kernels, w, p->m); row < end; row += step) {
             int64_t n = end - row < step ? end - row : step;
-            int in_bands = hfa_goes_in_bands(w, p->m), most = in_bands ? HFA_BAND : HFA_MAX_ROWS;
+            int in_bands = hfa_goes_in_bands(w, p->m), most = in_bands ? hfa_band(p->kernels, x) : HFA_MAX_ROWS;
             for (int m0 = 0; m0 < p->m; m0 += most) {
                 int m = p->m - m0 < most ? p->m - m0 : most;
                 if (in_bands) hfa_product_band(p->kernels, w, row, n, x, m0, m, acc);

@@ -38,11 +38,11 @@ void hfa_activations_pack(const hfa_products *products, const float *rows, int64
  * or HFA_ROOM numbers of the thread's own, kept from m0 = 0 to the last rows of x: the first call of a tile computes there for many. */
 void hfa_product_tile(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m,
                       float *room, float *acc);
-/* Beside many rows of x packed weights take HFA_BAND of them in a call: acc[m * HFA_BAND_ROWS + n] for n < rows <= HFA_BAND_ROWS. */
-#define HFA_BAND HFA_BAND_MOST
+/* Beside many rows of x packed weights take hfa_band of them in a call: acc[m * HFA_BAND_ROWS + n] for n < rows <= HFA_BAND_ROWS. */
+int hfa_band(const hfa_kernels *kernels, const hfa_activations *x);
 int hfa_goes_in_bands(const hfa_matrix *w, int m);
-/* Whether packed weights beside m rows of x have a way of their own. */
-int hfa_are_many(const hfa_kernels *kernels, int m);
+/* Whether packed weights beside m rows of x have a way of their own; in_order: to the last bit as few rows have. */
+int hfa_are_many(const hfa_kernels *kernels, int m, int in_order);
 void hfa_product_band(const hfa_kernels *kernels, const hfa_matrix *w, int64_t row, int64_t rows, const hfa_activations *x, int m0, int m, float *acc);
 /* Rows of W that meet all m rows of x before the next ones. */
 int64_t hfa_tile_rows(const hfa_kernels *kernels, const hfa_matrix *w, int m);

@@ -13,10 +13,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,gfni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c")
+#pragma GCC target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,gfni,avx2,fma,f16c")
 #endif
 #include "arch/portable/scalar.h"
 #define HFA_DOT_VNNI
@@ -332,6 +332,7 @@ static void lanes(const void *weight, int64_t stride, int64_t rows, int64_t word
 }
 
 #include "arch/x86/packed_tiles.h"
+#include "arch/x86/pair_tiles.h"
 
 static hfa_kernels table[HFA_DTYPES];
 static hfa_prompt_kernels prompt;
@@ -353,6 +354,13 @@ static void fill(void) {
         table[dtype].dot_many[HFA_INT2] = tiles_int2;
         table[dtype].dot_many[HFA_FP4] = tiles_fp4;
     }
+    table[HFA_BF16].round_many = pairs_many;
+    table[HFA_BF16].dot_many[HFA_INT8] = pairs_int8;
+    table[HFA_BF16].dot_many[HFA_INT4] = pairs_int4;
+    table[HFA_BF16].dot_many[HFA_INT3] = pairs_int3;
+    table[HFA_BF16].dot_many[HFA_INT2] = pairs_int2;
+    table[HFA_BF16].dot_many[HFA_FP4] = pairs_fp4;
+    table[HFA_BF16].many_pairs = 1;
     prompt = *table[HFA_BF16].prompt;
     prompt.begin = prompt_begin;
     prompt.end = prompt_end;

@@ -196,8 +196,8 @@ HFA_INLINE void meet_tiles(const int FORMAT, const hfa_matrix *matrix, int64_t r
 HFA_INLINE void dot_tiles(const int FORMAT, const hfa_matrix *w, int64_t row, int64_t rows, const char *packed, int m, float *out, int64_t ldo) {
     enum { BLOCKS = STRETCH / HFA_QUANTUM };
     _Alignas(64) uint8_t codes[BLOCKS][HFA_QUANTUM / 4][BOTH][4];
-    _Alignas(64) float part[HFA_BAND_MOST][STRIPS][HFA_LANES];
-    float below[HFA_BAND_MOST];
+    _Alignas(64) float part[HFA_BAND][STRIPS][HFA_LANES];
+    float below[HFA_BAND];
     int64_t padded = hfa_padded(w->inner), blocks = padded / HFA_QUANTUM;
     size_t row_bytes = (size_t)(padded * (FORMAT == HFA_INT8 ? 2 : 1) + blocks * 12);
     int is_configured = 0;
