@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _ATEN = torch.ops.aten
 
@@ -61,4 +61,11 @@ _FROM_THE_END = frozenset({_ATEN.index, _ATEN.take})  # which count from the end
 def within_bounds() -> Iterator[None]:
     """For the length of the block, raise IndexError before a table is read beyond its end; each read is waited for."""
     with _Bounds():
+        yield
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """For the length of the block, no mode of torch sees what is computed: a record takes thousands of steps."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield

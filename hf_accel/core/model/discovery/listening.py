@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_accel.core.model.discovery.bounds import unobserved
 from hf_accel.core.model.discovery.hearing import Ear, Heard, hearing, listener
 
 TOKENS = 7
@@ -140,7 +141,8 @@ def _run(decoder: nn.Module, inputs: dict[str, Any], use: Callable[[Recorded], N
             first = output[0] if isinstance(output, tuple) and output else output
             if _is_hidden(first):
                 record.returned = first.clone()
-                use(record)
+                with unobserved():
+                    use(record)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread and state:

@@ -68,24 +68,24 @@ def described_norm(path: str, module: nn.Module, size: int) -> NormForm:
             expected = wide(x).double()
         except Exception as error:
             raise Unexplained(f"{path} is no norm of one input") from error
-        found = {
-            (kind, eps)
-            for kind in ("rms", "rms_unit", "layer", "layer_unit")
-            if not kind.endswith("unit") or weight is not None
-            for eps in dict.fromkeys((*given.values(), *_EPSILONS))
-            if _worst_row(normed(kind, eps, x.double(), w, b), expected) < agreement(torch.float32)
-        }
-        kinds = {kind for kind, _ in found}
-        if len(kinds) != 1:
+        found: dict[str, float] = {}  # the first epsilon of each kind that explains the results
+        tried = [*dict.fromkeys((*given.values(), *_EPSILONS))]
+        for kind in ("rms", "rms_unit", "layer", "layer_unit"):
+            if kind.endswith("unit") and weight is None:
+                continue
+            made = normed(kind, torch.tensor(tried, device=device).double().view(-1, *[1] * x.dim()), x.double(), w, b)
+            fits = _worst_rows(made, expected) < agreement(torch.float32)
+            if fits.any():
+                found[kind] = tried[int(fits.int().argmax())]
+        if len(found) != 1:
             raise Unexplained(f"{path}, a {type(module).__name__}, is no norm of a known kind")
-        kind = kinds.pop()
-        eps = next(eps for eps in dict.fromkeys((*given.values(), *_EPSILONS)) if (kind, eps) in found)
+        kind, eps = found.popitem()
         if kind == "rms":
             kind = _rounding(module, tensors, x, eps, w)
     return NormForm(path, kind, eps, weight, bias, shape)
 
 
-def normed(kind: str, eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normed(kind: str, eps: float | Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return rows of x, or their last dimension, normed; without roundings in between."""
     if kind.startswith("layer"):
         x = x - x.mean(-1, keepdim=True)
@@ -95,8 +95,12 @@ def normed(kind: str, eps: float, x: Tensor, weight: Tensor | None, bias: Tensor
     return x if bias is None else x + bias
 
 
-def _worst_row(found: Tensor, expected: Tensor) -> float:
-    return max(difference(one, other) for one, other in zip(found, expected, strict=True))
+def _worst_rows(found: Tensor, expected: Tensor) -> Tensor:
+    """Return the largest relative difference of a row of found [E, R, ...] to one of expected [R, ...], for each E."""
+    if found.shape[1:] != expected.shape:
+        return found.new_full(found.shape[:1], torch.inf)
+    errors = (found - expected).flatten(2).norm(dim=2) / expected.flatten(1).norm(dim=1)
+    return errors.nan_to_num(torch.inf).amax(1)
 
 
 def _rounding(module: Any, tensors: dict[str, Tensor], x: Tensor, eps: float, weight: Tensor | None) -> str:
