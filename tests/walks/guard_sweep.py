@@ -3,8 +3,8 @@
 With "plain" memory has no guards, for a library that a sanitizer watches.
 
 The last line is JSON: per kind and instruction set how many cases ran, how many were bit-equal to portable C and to the
-best instruction set, and the largest relative difference from portable C. A read outside an operand ends the process;
-the line before names the case.
+best instruction set (see `best_for`), and the largest relative difference from portable C. A read outside an operand
+ends the process; the line before names the case.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ def distance(result: torch.Tensor, portable: torch.Tensor) -> float:
     return ((result.double() - portable.double()).norm() / portable.double().norm().clamp_min(1e-9)).item()
 
 
+def best_for(kind: str, dtype: torch.dtype) -> str:
+    """Return the best instruction set; for packed weights in bf16 the best but AMX, which has its own order there."""
+    names = native.supported_isas()
+    is_apart = names[-1] == "amx" and kind.startswith("packed") and dtype == torch.bfloat16
+    return names[-2] if is_apart else names[-1]
+
+
 def sweep(seed: int, seconds: float, are_guarded: bool = True) -> dict[str, dict[str, dict[str, float]]]:
     cases = Cases(seed, Pages(are_guarded=are_guarded))
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -40,7 +47,7 @@ def sweep(seed: int, seconds: float, are_guarded: bool = True) -> dict[str, dict
             with outputs_in(cases.pages):
                 results[isa] = case.run()
         key = f"{case.kind} {str(case.dtype)[6:]}"
-        best = results[native.supported_isas()[-1]]
+        best = results[best_for(case.kind, case.dtype)]
         for isa, result in results.items():
             seen = found.setdefault(key, {}).setdefault(isa, {"cases": 0, "portable": 0, "best": 0, "difference": 0.0})
             seen["cases"] += 1

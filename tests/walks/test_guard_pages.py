@@ -29,6 +29,8 @@ def equal_to(kind: str, dtype: str, isa: str) -> str | None:
         return None
     if kind.startswith("encode") or (kind == "transposed" and dtype != "float32"):
         return "portable"
+    if isa == "amx" and dtype == "bfloat16":
+        return None
     return "best" if kind.startswith("packed") or (isa in WIDE and dtype != "bfloat16") else None
 
 
