@@ -88,7 +88,7 @@ typedef struct {
                         float *out, int64_t ldo);
     /* NULL, or the same for HFA_MANY_ROWS rows of x or more, at most HFA_BAND in a call of dot_many. Rounded rows go in groups of 16;
      * `out` has room for whole HFA_BAND_ROWS of W. many_pairs: 0: results are the same to the last bit; 1: x stays bf16, of two bytes,
-     * at most HFA_BAND_MOST rows go in a call, and results are as near to exact ones. */
+     * at most HFA_BAND_MOST rows go in a call, and sums are added up in another order. */
     void (*round_many)(int64_t format, const float *x, int64_t stride, int m, int64_t k, void *rounded);
     void (*dot_many[HFA_FORMATS])(const hfa_matrix *w, int64_t row, int64_t rows, const void *rounded, int m, float *out, int64_t ldo);
     int many_pairs;

@@ -1,6 +1,6 @@
 /* Packed weights beside many rows of x in models of bf16, on AMX: blocks of W are dequantized to bf16, stay in L1, and meet all rows of
- * x by tile products of pairs. x is not rounded. Sums are added up in another order than beside few rows: results are as near to exact
- * ones, but not the same to the last bit. A scale of whole rows, without offsets, multiplies their sums; others multiply W first.
+ * x by tile products of pairs. x is not rounded. Sums are added up in another order than beside few rows: results are not the same to the
+ * last bit. A scale of whole rows, without offsets, multiplies their sums; others multiply W first, which is then rounded to bf16.
  *
  * Floor: 16 cycles for a tile product of 16 rows of x, 16 of W and 32 columns; four of them share four loads. Dequantizing takes a fifth
  * of the time beside 128 rows of x, an eighth beside 256. Tiles of bytes, whose sums are scaled for each 32 columns, take 2.2 times as long
